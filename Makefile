@@ -1,0 +1,42 @@
+# Everything runs in .venv, which is made on first use: `make demo` and `make test` work on a fresh machine.
+# Choose an interpreter with `make PYTHON=python3.12 test`, and a package index with pip's own settings (PIP_INDEX_URL …).
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow lint wheel clean
+
+demo: .venv/core.stamp
+	$(BIN)/softprompt demo
+
+test: .venv/dev.stamp
+	$(BIN)/python -m pytest
+
+test-slow: .venv/dev.stamp
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: .venv/dev.stamp
+	rm -rf build dist
+	$(BIN)/python -m build
+
+clean:
+	rm -rf .venv build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# torch comes first and pinned: a newer release, or the choice left to another package's wish, can pull in gigabytes of CUDA.
+.venv/torch.stamp: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0
+	touch $@
+
+.venv/core.stamp: .venv/torch.stamp pyproject.toml
+	$(BIN)/python -m pip install -c constraints.txt -e .
+	touch $@
+
+.venv/dev.stamp: .venv/core.stamp
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@

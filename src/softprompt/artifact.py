@@ -1,0 +1,282 @@
+"""A soft prompt as one ``.safetensors`` file, and the refusal of every file that is not exactly what was saved.
+
+The file holds one tensor, ``soft_prompt`` float32 ``[P, H]``, and in its header, under the key ``softprompt``, a JSON
+document: ``schema_version``, ``num_virtual_tokens`` (P), ``hidden_size`` (H), every other field of :class:`SoftPrompt`
+by its own name (the verbalizer as pairs, since the order of its labels counts), and ``digest``. The digest is the
+SHA-256 of the document without it (sorted keys, no spaces, ASCII), followed by the tensor's bytes (little-endian, row
+by row): a flipped bit anywhere is noticed. Equal soft prompts give equal files.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+
+from softprompt.errors import ArtifactError, BaseModelError, StoreError
+from softprompt.prompt import SoftPrompt
+
+SCHEMA_VERSION = 1
+SUFFIX = ".safetensors"
+MAX_HEADER_BYTES = 4 << 20  # a header of ours has a few kB; this bounds what a hostile file can make us parse
+_TENSOR = "soft_prompt"
+_DOCUMENT = "softprompt"
+_TEXTS = ("name", "base", "base_fingerprint", "tokenizer_fingerprint", "template", "parametrisation", "created")
+_MAPPINGS = ("training", "data", "versions")
+
+
+@contextmanager
+def atomic_writer(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that becomes ``path`` when the block ends, and vanishes when it fails.
+
+    Whatever ``path`` held stays whole until then. Missing folders are made.
+
+    Raises:
+        OSError: the folder cannot be written, or is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # same folder: os.replace is atomic there
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def save(soft_prompt: SoftPrompt, path: Path) -> None:
+    """Writes ``soft_prompt`` to ``path``, in place of what was there, atomically.
+
+    Raises:
+        ArtifactError: the vectors are not finite float32 ``[P, H]`` with P, H ≥ 1, or a field has no JSON form.
+        StoreError: the folder cannot be written, or is full; a file that was there before is unchanged.
+    """
+    content = _encode(soft_prompt)
+    try:
+        with atomic_writer(path) as file:
+            file.write(content)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = f"free {len(content):,} bytes there" if full else "make the folder writable"
+        raise StoreError(
+            f"The soft prompt '{soft_prompt.name}' cannot be written to {path}: {error.strerror or error}; "
+            f"{remedy}, or choose another folder."
+        ) from error
+
+
+def load(path: Path) -> SoftPrompt:
+    """Reads what :func:`save` wrote; vectors float32 ``[P, H]`` on the CPU.
+
+    Sequences inside ``training``, ``data`` and ``metrics`` come back as lists, as JSON has it.
+
+    Raises:
+        ArtifactError: there is no such file, or it is truncated, corrupted, foreign or of a newer schema.
+    """
+    try:
+        if not path.is_file():
+            raise ArtifactError(
+                f"There is no soft prompt at {path}; check the path, or see the stored ones with `softprompt list`."
+            )
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > MAX_HEADER_BYTES:
+            _refuse(path, f"a safetensors header of at most {MAX_HEADER_BYTES:,} bytes", f"{header_bytes:,}")
+        with safe_open(path, framework="pt") as opened:
+            document, digest = _read_document(path, (opened.metadata() or {}).get(_DOCUMENT))
+            if list(opened.keys()) != [_TENSOR]:
+                _refuse(path, f"the one tensor '{_TENSOR}'", f"the tensors {sorted(opened.keys())}")
+            stored = opened.get_slice(_TENSOR)
+            shape = [document["num_virtual_tokens"], document["hidden_size"]]
+            if stored.get_dtype() != "F32" or stored.get_shape() != shape:
+                found = f"{stored.get_dtype()} {stored.get_shape()}"
+                _refuse(path, f"the tensor '{_TENSOR}' as F32 {shape}", found)
+            vectors: torch.Tensor = opened.get_tensor(_TENSOR).clone()  # not a view of the file
+    except SafetensorError as error:
+        _refuse(path, "a whole safetensors file", f"'{error}'")
+    except OSError as error:
+        raise ArtifactError(
+            f"The soft prompt {path} cannot be read: {error.strerror or error}; check the file and its permissions."
+        ) from error
+    if not torch.isfinite(vectors).all():
+        _refuse(path, "finite numbers", f"{int((~torch.isfinite(vectors)).sum())} that are not")
+    if (actual := _digest(document, vectors)) != digest:
+        _refuse(path, f"content of the digest {digest}", actual)
+    return _soft_prompt(document, vectors)
+
+
+def check_base(
+    soft_prompt: SoftPrompt, *, base: str, base_fingerprint: str, tokenizer_fingerprint: str, hidden_size: int
+) -> None:
+    """Refuses every base model but the one that ``soft_prompt`` was tuned on; the same model under another id passes.
+
+    Args:
+        soft_prompt: what is to be used.
+        base: id of the loaded base model.
+        base_fingerprint: hex digest of its configuration and weights.
+        tokenizer_fingerprint: hex digest of its tokenizer.
+        hidden_size: its embedding width H.
+
+    Raises:
+        BaseModelError: width, weights or tokenizer differ.
+    """
+    width = int(soft_prompt.vectors.shape[1])
+    if width != hidden_size:
+        tuned, loaded = f"width {width}", f"width {hidden_size}"
+    elif soft_prompt.base_fingerprint != base_fingerprint:
+        tuned, loaded = f"fingerprint {soft_prompt.base_fingerprint[:12]}", f"fingerprint {base_fingerprint[:12]}"
+    elif soft_prompt.tokenizer_fingerprint != tokenizer_fingerprint:
+        tuned = f"tokenizer {soft_prompt.tokenizer_fingerprint[:12]}"
+        loaded = f"tokenizer {tokenizer_fingerprint[:12]}"
+    else:
+        return
+    wanted = f"the '{base}' of that time" if soft_prompt.base == base else f"'{soft_prompt.base}'"
+    raise BaseModelError(
+        f"The soft prompt '{soft_prompt.name}' was tuned on the base model '{soft_prompt.base}' ({tuned}), "
+        f"but the one loaded is '{base}' ({loaded}); load {wanted}, or tune a new soft prompt on '{base}'."
+    )
+
+
+def _encode(soft_prompt: SoftPrompt) -> bytes:
+    """The whole file."""
+    vectors = soft_prompt.vectors.detach().cpu().contiguous()
+    name = soft_prompt.name
+    if vectors.ndim != 2 or vectors.numel() == 0 or vectors.dtype != torch.float32:
+        raise ArtifactError(
+            f"The soft prompt '{name}' should be float32 [P, H] with P and H of at least 1, but is "
+            f"{str(vectors.dtype).removeprefix('torch.')} {list(vectors.shape)}; convert it before saving."
+        )
+    if not torch.isfinite(vectors).all():
+        raise ArtifactError(
+            f"The soft prompt '{name}' should hold finite numbers, but {int((~torch.isfinite(vectors)).sum())} of its "
+            f"{vectors.numel()} are not; tune it again with a lower learning rate."
+        )
+    verbalizer = soft_prompt.verbalizer
+    fields = {key: getattr(soft_prompt, key) for key in (*_TEXTS, *_MAPPINGS, "metrics")}
+    fields |= {
+        "schema_version": SCHEMA_VERSION,
+        "num_virtual_tokens": vectors.shape[0],
+        "hidden_size": vectors.shape[1],
+        "verbalizer": None if verbalizer is None else list(verbalizer.items()),
+    }
+    try:
+        document = json.loads(_canonical(fields))
+        fault = _fault(document)
+    except TypeError as error:
+        fault = str(error)
+    except (ValueError, RecursionError):
+        fault = "a value that is not finite, too long or circular"
+    if fault:
+        raise ArtifactError(f"The soft prompt '{name}' has a field without a JSON form ({fault}); change that field.")
+    text = _canonical(document | {"digest": _digest(document, vectors)})
+    content: bytes = safetensors_bytes({_TENSOR: vectors}, metadata={_DOCUMENT: text})
+    if int.from_bytes(content[:8], "little") > MAX_HEADER_BYTES:
+        raise ArtifactError(
+            f"The soft prompt '{name}' should have at most {MAX_HEADER_BYTES:,} bytes of metadata, but has "
+            f"{len(text):,}; shorten its template, verbalizer or training record."
+        )
+    return content
+
+
+def _canonical(document: Mapping[str, Any]) -> str:
+    return json.dumps(
+        document,
+        sort_keys=True,
+        separators=(",", ":"),
+        allow_nan=False,
+        default=lambda value: dict(value) if isinstance(value, Mapping) else _no_json(value),
+    )
+
+
+def _no_json(value: object) -> NoReturn:
+    raise TypeError(f"{type(value).__name__} is not a JSON value")
+
+
+def _digest(document: Mapping[str, Any], vectors: torch.Tensor) -> str:
+    numbers = vectors.numpy().astype("<f4", copy=False)
+    return hashlib.sha256(_canonical(document).encode("ascii") + numbers.tobytes()).hexdigest()
+
+
+def _read_document(path: Path, text: str | None) -> tuple[dict[str, Any], object]:
+    """The header's document without its digest, of the right types; and the digest."""
+    if text is None:
+        raise ArtifactError(
+            f"{path} is a safetensors file, but its header has no entry '{_DOCUMENT}': it is not a soft prompt of "
+            f"ours; other tools' soft prompts are read with `softprompt import`."
+        )
+    try:
+        document = json.loads(text)
+        _canonical(document)
+    except (ValueError, RecursionError) as error:
+        _refuse(path, "a JSON document in the header", f"'{error}'")
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if type(version) is int and version > SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{path} has schema version {version}, but this release of softprompt reads up to {SCHEMA_VERSION}; "
+            f"update softprompt."
+        )
+    if version != SCHEMA_VERSION:
+        _refuse(path, f"schema version {SCHEMA_VERSION}", repr(version))
+    digest = document.pop("digest", None)
+    if fault := _fault(document):
+        _refuse(path, "a complete document in the header", fault)
+    return document, digest
+
+
+def _fault(document: Mapping[str, Any]) -> str | None:
+    """What is wrong with the types of a parsed document; None for a sound one."""
+    for key in _TEXTS:
+        if not isinstance(document.get(key), str):
+            return f"no text under '{key}'"
+    for key in _MAPPINGS:
+        if not isinstance(document.get(key), dict):
+            return f"no mapping under '{key}'"
+    if not all(isinstance(value, str) for value in document["versions"].values()):
+        return "a version that is no text"
+    metrics = document.get("metrics")
+    if not isinstance(metrics, list) or not all(isinstance(metric, dict) for metric in metrics):
+        return "no list of mappings under 'metrics'"
+    verbalizer = document.get("verbalizer")
+    if verbalizer is not None and not (isinstance(verbalizer, list) and all(map(_is_label_with_words, verbalizer))):
+        return "no pairs of a label and its words under 'verbalizer'"
+    for key in ("num_virtual_tokens", "hidden_size"):
+        if type(document.get(key)) is not int or document[key] < 1:
+            return f"no positive number under '{key}'"
+    return None
+
+
+def _is_label_with_words(pair: object) -> bool:
+    match pair:
+        case [str(), [*words]]:
+            return all(isinstance(word, str) for word in words)
+    return False
+
+
+def _soft_prompt(document: Mapping[str, Any], vectors: torch.Tensor) -> SoftPrompt:
+    verbalizer = document["verbalizer"]
+    return SoftPrompt(
+        vectors=vectors,
+        verbalizer=None if verbalizer is None else {label: tuple(words) for label, words in verbalizer},
+        metrics=tuple(document["metrics"]),
+        **{key: document[key] for key in (*_TEXTS, *_MAPPINGS)},
+    )
+
+
+def _refuse(path: Path, expected: str, found: str) -> NoReturn:
+    raise ArtifactError(
+        f"{path} is not a sound soft prompt: expected {expected}, found {found}; "
+        f"restore it from a copy, or tune it again."
+    ) from None

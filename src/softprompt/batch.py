@@ -1,0 +1,193 @@
+"""Token sequences → padded tensors. One batch type serves training, scoring and mixed requests: rows, each pointing
+at a prefix.
+
+A row holds the tokens after its shared prefix. Behind them hang the continuations to be scored (one target, or every
+word of a
+verbalizer) as a trie, so that words share their common beginnings and the row itself is computed once. Each trie
+node sees the row and its
+own ancestors only, which makes one forward pass give exactly what a pass for each word would give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Trie:
+    """Continuations of a row.
+
+    The last token of a word is only predicted, never read, so it is no node; a word of one token adds none.
+
+    Attributes:
+        tokens: the token of each node.
+        depths: how many tokens behind the row's last token each node stands, from 1.
+        sees: bool ``[N, N]``; node ``i`` sees node ``j``, which is an ancestor or itself.
+        steps: ``(node, token, word)``: log P(word) is the sum over its steps of log P(token | node); node -1 is the
+            row's last token.
+        num_words: how many words there are.
+    """
+
+    tokens: Tokens
+    depths: tuple[int, ...]
+    sees: np.ndarray
+    steps: tuple[tuple[int, int, int], ...]
+    num_words: int
+
+
+@lru_cache(maxsize=4096)
+def build_trie(words: tuple[Tokens, ...]) -> Trie:
+    """Builds the trie of ``words``, each a non-empty tuple of token ids."""
+    node_of: dict[Tokens, int] = {(): -1}
+    tokens: list[int] = []
+    depths: list[int] = []
+    steps: list[tuple[int, int, int]] = []
+    for index, word in enumerate(words):
+        for depth, token in enumerate(word):
+            parent = word[:depth]
+            if parent not in node_of:
+                node_of[parent] = len(tokens)
+                tokens.append(parent[-1])
+                depths.append(depth)
+            steps.append((node_of[parent], token, index))
+    sees = np.zeros((len(tokens), len(tokens)), dtype=bool)
+    for path, node in node_of.items():
+        for depth in range(1, len(path) + 1):
+            sees[node, node_of[path[:depth]]] = True
+    return Trie(tuple(tokens), tuple(depths), sees, tuple(steps), len(words))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example on its way into a batch.
+
+    Attributes:
+        ids: the tokens after the shared prefix, at least one.
+        words: the continuations to score; ``((),)``-free, may be empty when the row only starts a generation.
+        prefix: index of the row's shared prefix.
+    """
+
+    ids: Tokens
+    words: tuple[Tokens, ...] = ()
+    prefix: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens that a forward pass computes for this row."""
+        return len(self.ids) + len(build_trie(self.words).tokens)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as tensors, padded on the right.
+
+    Attributes:
+        ids: int64 ``[B, T]``.
+        positions: int64 ``[B, T]``, counted from the start of the whole sequence, prefix included.
+        sees: bool ``[B, T, W + T]``: the row's token may look at that token of its prefix (padded to width ``W``) or
+            of the row.
+        prefix_rows: int64 ``[B]``, the prefix of each row; None if all rows share prefix 0.
+        last: int64 ``[B]``, column of the last token of ``Row.ids``.
+        read_rows, read_columns: int64 ``[M]``, the places whose hidden states are read.
+        step_read, step_token, step_slot: int64 ``[S]``: step ``s`` reads place ``step_read[s]``, predicts
+            ``step_token[s]`` and counts for word
+            ``step_slot[s] % num_words`` of row ``step_slot[s] // num_words``.
+        num_words: the most words that a row has.
+        word_counts: int64 ``[B]``, how many words each row has.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    sees: torch.Tensor
+    prefix_rows: torch.Tensor | None
+    last: torch.Tensor
+    read_rows: torch.Tensor
+    read_columns: torch.Tensor
+    step_read: torch.Tensor
+    step_token: torch.Tensor
+    step_slot: torch.Tensor
+    num_words: int
+    word_counts: torch.Tensor
+
+    @property
+    def size(self) -> int:
+        """``B``."""
+        return int(self.ids.shape[0])
+
+
+def collate(rows: Sequence[Row], prefix_lengths: Sequence[int], device: torch.device) -> Batch:
+    """Pads ``rows`` into one batch.
+
+    Args:
+        rows: at least one.
+        prefix_lengths: tokens in each shared prefix that ``Row.prefix`` may name; ``(0,)`` where there is none.
+        device: where the tensors shall lie.
+    """
+    tries = [build_trie(row.words) for row in rows]
+    width, length = max(prefix_lengths), max(row.length for row in rows)
+    ids = np.zeros((len(rows), length), dtype=np.int64)
+    positions = np.zeros((len(rows), length), dtype=np.int64)
+    sees = np.zeros((len(rows), length, width + length), dtype=bool)
+    causal = np.tril(np.ones((length, length), dtype=bool))
+    num_words = max(trie.num_words for trie in tries)
+    reads: dict[tuple[int, int], int] = {}
+    steps: list[tuple[int, int, int]] = []
+    for r, (row, trie) in enumerate(zip(rows, tries, strict=True)):
+        n, end, start = len(row.ids), row.length, prefix_lengths[row.prefix]
+        ids[r, :end] = row.ids + trie.tokens
+        positions[r, :n] = np.arange(start, start + n)
+        positions[r, n:end] = np.asarray(trie.depths, dtype=np.int64) + (start + n - 1)
+        sees[r, :, :start] = True
+        own = sees[r, :, width:]
+        own[:] = causal  # for padding too: a token that saw nothing would make its softmax undefined
+        own[n:end, n:end] = trie.sees
+        for node, token, word in trie.steps:
+            place = (r, n + node)
+            steps.append((reads.setdefault(place, len(reads)), token, r * num_words + word))
+
+    def tensor(values: object) -> torch.Tensor:
+        return torch.as_tensor(np.asarray(values, dtype=np.int64), device=device)
+
+    read = np.asarray(list(reads), dtype=np.int64).reshape(-1, 2)
+    step = np.asarray(steps, dtype=np.int64).reshape(-1, 3)
+    shared = all(row.prefix == 0 for row in rows) and len(prefix_lengths) == 1
+    return Batch(
+        ids=tensor(ids),
+        positions=tensor(positions),
+        sees=torch.from_numpy(sees).to(device),
+        prefix_rows=None if shared else tensor([row.prefix for row in rows]),
+        last=tensor([len(row.ids) - 1 for row in rows]),
+        read_rows=tensor(read[:, 0]),
+        read_columns=tensor(read[:, 1]),
+        step_read=tensor(step[:, 0]),
+        step_token=tensor(step[:, 1]),
+        step_slot=tensor(step[:, 2]),
+        num_words=num_words,
+        word_counts=tensor([trie.num_words for trie in tries]),
+    )
+
+
+def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Splits rows into groups of similar length, longest first.
+
+    Args:
+        lengths: tokens of each row.
+        max_tokens: the most tokens, padding included, in one group; a longer row stands alone.
+
+    Returns:
+        Indices into ``lengths``, each exactly once.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= max_tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups

@@ -1,0 +1,151 @@
+"""Settings of a training, checked once, all at once."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from softprompt.errors import ConfigError
+
+INITS = ("auto", "random", "vocab", "text", "labels")
+LOSSES = ("auto", "lm", "labels")
+OPTIMIZERS = ("adamw", "adafactor")
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a soft prompt is tuned. The defaults are meant to need no tuning.
+
+    Attributes:
+        num_virtual_tokens: P, how many vectors are learned, in tokens.
+        init: ``random`` (normal, one RMS of the embedding table), ``vocab`` (embeddings of tokens drawn from the
+            most frequent part of the
+            vocabulary), ``text`` (embeddings of ``init_text``), ``labels`` (embeddings of the class labels, the rest
+            as ``vocab``), a name
+            in the store or a path of a soft prompt; ``auto``: ``text`` where there is an ``init_text``, else
+            ``labels`` where there are labels, else ``vocab``.
+        init_text: text for ``init="text"``, repeated or cut to P tokens.
+        loss: ``lm`` (cross-entropy of all target tokens over the whole vocabulary), ``labels`` (cross-entropy over
+            the labels' scores), or
+            ``auto``: ``labels`` where there are labels that are cheap to score, else ``lm``.
+        optimizer: ``adamw`` or ``adafactor``.
+        lr: peak learning rate in units of the embedding table's RMS: an Adam step moves an element by at most about
+            ``lr`` RMS.
+        weight_decay: decoupled, a factor of the learning rate, per step.
+        warmup: share of the steps over which the learning rate rises linearly from 0, in [0, 1).
+        schedule: how it falls afterwards: ``linear`` or ``cosine`` to 0, or ``constant``.
+        clip: the most that the gradient's norm may be, in loss per embedding RMS; larger ones are scaled down; 0 for
+            no clipping.
+        batch_size: examples a step.
+        steps: optimizer steps; None: see ``epochs``.
+        epochs: passes over the training data; None, with ``steps`` None too: as many steps as ``DEFAULT_STEPS``.
+        eval_every: steps between validations.
+        patience: validations without improvement after which training stops early; 0: never.
+        validation_rows: the most validation rows that are used (a seeded choice).
+        checkpoint_every: steps between checkpoints for resuming.
+        max_length: the most tokens in one sequence, soft prompt included; None: the model's window.
+        seed: seeds initialisation, data order and the validation split.
+        compile: compile the decoder layers: ``auto`` (if the run is long enough to gain by it), ``on`` or ``off``.
+    """
+
+    num_virtual_tokens: int = 20
+    init: str = "auto"
+    init_text: str | None = None
+    loss: str = "auto"
+    optimizer: str = "adamw"
+    lr: float = 0.1
+    weight_decay: float = 0.0
+    warmup: float = 0.05
+    schedule: str = "linear"
+    clip: float = 1.0
+    batch_size: int = 16
+    steps: int | None = None
+    epochs: float | None = None
+    eval_every: int = 50
+    patience: int = 8
+    validation_rows: int = 500
+    checkpoint_every: int = 25
+    max_length: int | None = None
+    seed: int = 0
+    compile: str = "auto"
+
+    def __post_init__(self) -> None:
+        faults = [sentence for ok, sentence in self._checks() if not ok]
+        if faults:
+            raise ConfigError("; ".join(faults))
+
+    def _checks(self) -> list[tuple[bool, str]]:
+        def at_least(name: str, least: float) -> tuple[bool, str]:
+            value = getattr(self, name)
+            return value is None or value >= least, f"{name} must be at least {least}, not {value}"
+
+        def one_of(name: str, choices: tuple[str, ...]) -> tuple[bool, str]:
+            value = getattr(self, name)
+            return value in choices, f"{name} must be one of {', '.join(choices)}, not {value!r}"
+
+        return [
+            at_least("num_virtual_tokens", 1),
+            at_least("batch_size", 1),
+            at_least("steps", 1),
+            at_least("eval_every", 1),
+            at_least("patience", 0),
+            at_least("validation_rows", 1),
+            at_least("checkpoint_every", 1),
+            at_least("max_length", 1),
+            at_least("weight_decay", 0),
+            at_least("clip", 0),
+            at_least("seed", 0),
+            one_of("loss", LOSSES),
+            one_of("optimizer", OPTIMIZERS),
+            one_of("schedule", SCHEDULES),
+            one_of("compile", ("auto", "on", "off")),
+            (0 < self.lr < 1000, f"lr must be above 0 and below 1000 embedding RMS, not {self.lr}"),
+            (0 <= self.warmup < 1, f"warmup must be a share of the steps in [0, 1), not {self.warmup}"),
+            (self.epochs is None or self.epochs > 0, f"epochs must be above 0, not {self.epochs}"),
+            (self.steps is None or self.epochs is None, "steps and epochs exclude each other; give one of them"),
+            (self.init != "text" or bool(self.init_text), "init text needs an init_text; give one"),
+            (
+                self.init_text is None or self.init in ("text", "auto"),
+                f"an init_text goes with init text, not {self.init}",
+            ),
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values by field name."""
+        return asdict(self)
+
+
+DEFAULT_STEPS = 600
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Lester et al. 2021, §3 and appendix A.1: P=100, Adafactor without parameter scaling, constant rate 0.3 on a
+    # table whose
+    # RMS is about 10.7, weight decay 1e-5, beta2 decay 0.8, batch 32, 30,000 steps, class-label initialisation.
+    "lester2021": {
+        "num_virtual_tokens": 100,
+        "optimizer": "adafactor",
+        "lr": 0.3 / 10.7,
+        "weight_decay": 1e-5,
+        "warmup": 0.0,
+        "schedule": "constant",
+        "clip": 0.0,
+        "batch_size": 32,
+        "steps": 30_000,
+        "patience": 0,
+    }
+}
+
+
+def preset(name: str, **overrides: Any) -> TrainConfig:
+    """A published recipe, with any field overridden.
+
+    Raises:
+        ConfigError: an unknown name or value.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"the preset must be one of {', '.join(PRESETS)}, not {name!r}")
+    settings = {**PRESETS[name], **overrides}
+    if overrides.get("epochs") is not None:
+        settings["steps"] = None
+    return replace(TrainConfig(), **settings)

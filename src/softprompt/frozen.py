@@ -1,0 +1,520 @@
+"""FrozenLM: a base model whose weights never change, and everything that is computed with it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from softprompt import attention
+from softprompt.attention import PrefixKV, stack_prefixes
+from softprompt.base import (
+    DEFAULT_BASE,
+    fingerprint_model,
+    fingerprint_tokenizer,
+    load_base,
+    pick_device,
+    pick_dtype,
+    weights_digest,
+)
+from softprompt.batch import Batch, Row, Tokens, collate, micro_batches
+from softprompt.errors import ConfigError
+from softprompt.template import SOFT
+
+SHARED_PREFIX_MODELS = frozenset({"gpt2", "gpt_neox", "llama", "mistral", "opt", "qwen2", "qwen3"})
+"""Model types whose shared-prefix computation is tested against concatenation; others take the concatenation path."""
+
+MAX_TOKENS = 1024
+"""Tokens in one micro-batch, padding included: enough for matrix products near their peak, little enough for memory."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to score or to continue.
+
+    Attributes:
+        ids: token ids; at most one ``SOFT`` stands for all vectors of the request's soft prompt.
+        shared: how many leading entries do not depend on the example.
+        words: continuations to score, as token ids.
+        prompt: index of the request's soft prompt among those handed over with it; None for the bare base model.
+        truncated: whether input text was cut to fit the window.
+    """
+
+    ids: Tokens
+    shared: int
+    words: tuple[Tokens, ...] = ()
+    prompt: int | None = None
+    truncated: bool = False
+
+    @property
+    def shares_prefix(self) -> bool:
+        """True if nothing behind the shared part is a soft prompt, so that the prefix can be computed once."""
+        return SOFT not in self.ids[self.shared :] and len(self.ids) > self.shared
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a continuation is chosen.
+
+    Attributes:
+        max_new_tokens: the most tokens to generate.
+        temperature: 0 takes the most probable token; above, logits are divided by it and a token is drawn.
+        top_p: draw from the smallest set of tokens that holds this probability, in (0, 1].
+        stop: strings that end the text; they are cut off.
+        seed: seeds each row's own generator, so that a row's text does not depend on its neighbours.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if not self.temperature >= 0:
+            raise ConfigError(f"temperature must be 0 or more, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A continuation.
+
+    Attributes:
+        text: decoded, without special tokens, cut before a stop string.
+        ids: the generated tokens, the end-of-sequence token not included.
+        finish: ``stop`` (end-of-sequence or a stop string) or ``length``.
+    """
+
+    text: str
+    ids: Tokens
+    finish: str
+
+
+class FrozenLM:
+    """A frozen causal language model with its tokenizer.
+
+    Attributes:
+        name: the id it was loaded by.
+        model, tokenizer: transformers' own; in evaluation mode, no weight requires a gradient.
+        fingerprint, tokenizer_fingerprint: hex digests that a soft prompt remembers.
+        embedding: the vector that each token feeds into the model, ``[V, H]``.
+        embedding_rms: root mean square of the table's elements, the unit of learning rates and random initialisations.
+        window: the most tokens in one sequence.
+        shares_prefix: whether the shared-prefix computation serves this architecture.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, name: str, dtype: str = "auto", device: str = "auto") -> None:
+        self.name = name
+        self.fingerprint = fingerprint_model(model)
+        self.tokenizer_fingerprint = fingerprint_tokenizer(tokenizer)
+        self.device = pick_device(device)
+        self.dtype = pick_dtype(dtype, self.device)
+        # Not ``model.to(dtype)``: it would round the rotary frequencies too, which in bf16 is a radian at 1000 tokens.
+        for weight in model.parameters():
+            if weight.is_floating_point():
+                weight.data = weight.data.to(self.dtype)
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.embedding = _embedding_table(model)
+        self.embedding_rms = float(self.embedding.float().square().mean().sqrt())
+        config = model.config
+        self.window = int(getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length)
+        full = getattr(config, "sliding_window", None) is None or set(getattr(config, "layer_types", None) or ()) == {
+            "full_attention"
+        }
+        self.shares_prefix = config.model_type in SHARED_PREFIX_MODELS and full
+        self._layers = _decoder_layers(model)
+        self._compiled = False
+        if self.shares_prefix:
+            attention.install(model, self._layers)
+
+    @classmethod
+    def load(
+        cls, base: str = DEFAULT_BASE, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    ) -> FrozenLM:
+        """Loads and freezes a base model.
+
+        Args:
+            base: ``smollm2-135m``, a hub id, a folder with safetensors, or a GGUF file.
+            dtype: ``fp32``, ``bf16``, ``fp16``, or ``auto``: bf16 where the processor computes it natively,
+                otherwise fp32.
+            device: ``auto``, ``cpu``, ``cuda``, ``mps`` …
+            trust_remote_code: run code that comes with the model.
+
+        Raises:
+            BaseModelError: it cannot be found or read.
+            ConfigError: an unknown dtype or device.
+        """
+        device_found = pick_device(device)
+        pick_dtype(dtype, device_found)
+        model, tokenizer = load_base(base, trust_remote_code=trust_remote_code)
+        return cls(model, tokenizer, name=base, dtype=dtype, device=device)
+
+    @property
+    def hidden_size(self) -> int:
+        """``H``, the width of a token embedding."""
+        return int(self.embedding.shape[1])
+
+    @property
+    def num_parameters(self) -> int:
+        """How many weights the base model has, shared ones counted once."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    def weights_digest(self) -> str:
+        """Hex digest of every bit of every weight in memory; no training may change it."""
+        return weights_digest(self.model)
+
+    # --- the shared-prefix path --------------------------------------------------------------------------------------
+
+    def prefix_kv(self, ids: Sequence[int], vectors: torch.Tensor | None) -> PrefixKV:
+        """Computes a shared prefix once; differentiable in ``vectors``.
+
+        Args:
+            ids: the prefix's token ids, ``SOFT`` where ``vectors`` stand; may be empty.
+            vectors: float ``[P, H]``; None if ``ids`` holds no ``SOFT``.
+
+        Returns:
+            Keys and values ``[1, H_kv, len, D]`` of every layer.
+        """
+        from transformers import DynamicCache
+
+        cache: Any = DynamicCache()
+        embedded = self._embed(list(ids) or [0], vectors)
+        with self._eager():
+            self.model.base_model(inputs_embeds=embedded[None], past_key_values=cache, use_cache=True)
+        length = embedded.shape[0] if ids else 0  # of an empty prefix only the shape is taken, from a throw-away token
+        return PrefixKV(
+            keys=tuple(layer.keys[:, :, :length] for layer in cache.layers),
+            values=tuple(layer.values[:, :, :length] for layer in cache.layers),
+            lengths=(length,),
+        )
+
+    def score_batch(self, batch: Batch, prefix: PrefixKV) -> torch.Tensor:
+        """Log-probabilities of each row's words; differentiable in ``prefix``.
+
+        Returns:
+            float32 ``[B, W]``, natural logarithm, summed over a word's tokens; ``-inf`` where a row has fewer than
+            ``W`` words.
+        """
+        hidden = self._hidden(batch, prefix)
+        logits = self._logits(hidden[batch.read_rows, batch.read_columns])
+        picked = logits[batch.step_read, batch.step_token] - logits.logsumexp(dim=-1)[batch.step_read]
+        scores = torch.zeros(batch.size * batch.num_words, device=self.device).index_add(0, batch.step_slot, picked)
+        absent = torch.arange(batch.num_words, device=self.device) >= batch.word_counts[:, None]
+        return scores.view(batch.size, batch.num_words).masked_fill(absent, -torch.inf)
+
+    def _hidden(self, batch: Batch, prefix: PrefixKV, cache: Any = None) -> torch.Tensor:
+        """Hidden states ``[B, T, H]`` of the rows after the last layer's norm."""
+        mask = torch.zeros(batch.sees.shape, dtype=self.dtype, device=self.device)
+        mask.masked_fill_(~batch.sees, torch.finfo(self.dtype).min)
+        embedded = nn.functional.embedding(batch.ids, self.embedding)
+        out = self.model.base_model(
+            inputs_embeds=embedded,
+            attention_mask=mask[:, None],
+            position_ids=batch.positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            prefix=prefix,
+            prefix_rows=batch.prefix_rows,
+        )
+        return out.last_hidden_state  # type: ignore[no-any-return]
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.model.get_output_embeddings()(hidden).float()  # type: ignore[no-any-return]
+
+    # --- the concatenation path: the reference, and what serves every other architecture ----------
+
+    def score_concatenated(self, requests: Sequence[Request], soft_prompts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """What ``score_batch`` computes, by running every word of every request as a whole sequence of its own.
+
+        Differentiable in ``soft_prompts``.
+
+        Args:
+            requests: at least one.
+            soft_prompts: float ``[P_k, H]`` each.
+
+        Returns:
+            float32 ``[B, W]``.
+        """
+        places = [(r, w, word) for r, request in enumerate(requests) for w, word in enumerate(request.words)]
+        rows = [
+            self._embed((*requests[r].ids, *word[:-1]), _prompt_of(requests[r], soft_prompts)) for r, _, word in places
+        ]
+        logprobs = self._run_whole(rows).log_softmax(dim=-1)
+        width = max(len(request.words) for request in requests)
+        scores: list[list[torch.Tensor | float]] = [[-torch.inf] * width for _ in requests]
+        for i, (r, w, word) in enumerate(places):
+            first = rows[i].shape[0] - len(word)
+            columns = torch.arange(first, first + len(word), device=self.device)
+            scores[r][w] = logprobs[i, columns, torch.tensor(word, device=self.device)].sum()
+        return torch.stack([torch.stack([torch.as_tensor(s, device=self.device) for s in row]) for row in scores])
+
+    def _run_whole(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Logits float32 ``[B, T, V]`` of embedded sequences, padded on the right, by the model's own forward."""
+        embedded = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+        lengths = torch.tensor([row.shape[0] for row in rows], device=self.device)
+        mask = (torch.arange(embedded.shape[1], device=self.device) < lengths[:, None]).long()
+        with self._eager():
+            out = self.model(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
+        return out.logits.float()  # type: ignore[no-any-return]
+
+    def _embed(self, ids: Sequence[int], vectors: torch.Tensor | None) -> torch.Tensor:
+        """Embeddings ``[T, H]`` of ``ids`` in the model's dtype, with ``vectors`` in the place of ``SOFT``."""
+        pieces, start = [], 0
+        for place in [i for i, token in enumerate(ids) if token == SOFT] + [len(ids)]:
+            tokens = torch.tensor(ids[start:place], dtype=torch.long, device=self.device)
+            pieces.append(nn.functional.embedding(tokens, self.embedding))
+            if place < len(ids):
+                assert vectors is not None, "a request with a soft prompt's place names its soft prompt"
+                pieces.append(vectors.to(self.device, self.dtype))
+            start = place + 1
+        return torch.cat(pieces)
+
+    # --- whole jobs without gradient ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def score(
+        self,
+        requests: Sequence[Request],
+        soft_prompts: Sequence[torch.Tensor] = (),
+        *,
+        max_tokens: int = 4 * MAX_TOKENS,
+    ) -> torch.Tensor:
+        """Log-probabilities of each request's words; every request may use another soft prompt.
+
+        Args:
+            requests: each with at least one word.
+            soft_prompts: float ``[P_k, H]`` each; ``Request.prompt`` points into them.
+            max_tokens: the most tokens, padding included, in one forward pass.
+
+        Returns:
+            float32 ``[N, W]`` on the CPU, natural logarithm, summed over a word's tokens; ``-inf`` beyond a
+            request's own words.
+        """
+        width = max((len(request.words) for request in requests), default=0)
+        scores = torch.full((len(requests), width), -torch.inf)
+        for group in self._groups(requests, max_tokens):
+            members = [requests[i] for i in group]
+            with self._eager():
+                if self.shares_prefix and members[0].shares_prefix:
+                    rows, prefix = self._rows(members, soft_prompts)
+                    part = self.score_batch(collate(rows, prefix.lengths, self.device), prefix)
+                else:
+                    part = self.score_concatenated(members, soft_prompts)
+            scores[torch.tensor(group), : part.shape[1]] = part.cpu()
+        return scores
+
+    def _groups(self, requests: Sequence[Request], max_tokens: int) -> Iterator[list[int]]:
+        """Batches of requests that one path serves, of similar length."""
+        for shares in (True, False):
+            chosen = [i for i, r in enumerate(requests) if (self.shares_prefix and r.shares_prefix) == shares]
+            if shares:
+                lengths = [Row(requests[i].ids[requests[i].shared :], requests[i].words).length for i in chosen]
+            else:
+                lengths = [sum(len(requests[i].ids) + len(word) for word in requests[i].words or ((),)) for i in chosen]
+            for group in micro_batches(lengths, max_tokens):
+                yield [chosen[i] for i in group]
+
+    def _rows(self, requests: Sequence[Request], soft_prompts: Sequence[torch.Tensor]) -> tuple[list[Row], PrefixKV]:
+        """Rows and the prefixes they point at, each prefix computed once."""
+        index: dict[tuple[Tokens, int | None], int] = {}
+        rows, prefixes = [], []
+        for request in requests:
+            key = (request.ids[: request.shared], request.prompt)
+            if key not in index:
+                index[key] = len(index)
+                prefixes.append(self.prefix_kv(key[0], _prompt_of(request, soft_prompts)))
+            rows.append(Row(request.ids[request.shared :], request.words, index[key]))
+        return rows, stack_prefixes(prefixes)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        requests: Sequence[Request],
+        soft_prompts: Sequence[torch.Tensor] = (),
+        sampling: Sampling | None = None,
+        *,
+        batch_size: int = 32,
+    ) -> list[Generated]:
+        """Continues each request; every request may use another soft prompt.
+
+        Args:
+            requests: what to continue; their ``words`` are ignored.
+            soft_prompts: float ``[P_k, H]`` each; ``Request.prompt`` points into them.
+            sampling: greedy, 64 tokens, by default.
+            batch_size: the most requests in one forward pass.
+
+        Returns:
+            One result a request, in order.
+        """
+        sampling = sampling or Sampling()
+        results: dict[int, Generated] = {}
+        for shares in (True, False):
+            chosen = [i for i, r in enumerate(requests) if (self.shares_prefix and r.shares_prefix) == shares]
+            chosen.sort(key=lambda i: -len(requests[i].ids))
+            for start in range(0, len(chosen), batch_size):
+                group = chosen[start : start + batch_size]
+                members = [Request(requests[i].ids, requests[i].shared, (), requests[i].prompt) for i in group]
+                writers = [_Writer(self, sampling, sampling.seed + i) for i in group]
+                with self._eager():
+                    if shares:
+                        self._decode(members, soft_prompts, writers)
+                    else:
+                        self._decode_whole(members, soft_prompts, writers)
+                results.update({i: writer.result() for i, writer in zip(group, writers, strict=True)})
+        return [results[i] for i in range(len(requests))]
+
+    def _decode(
+        self, requests: Sequence[Request], soft_prompts: Sequence[torch.Tensor], writers: Sequence[_Writer]
+    ) -> None:
+        """Token by token over cached keys and values, all rows at once; a finished row leaves the batch."""
+        from transformers import DynamicCache
+
+        rows, prefix = self._rows(requests, soft_prompts)
+        batch = collate(rows, prefix.lengths, self.device)
+        cache = DynamicCache()
+        hidden = self._hidden(batch, prefix, cache)
+        numbers = torch.arange(batch.size, device=self.device)
+        logits = self._logits(hidden[numbers, batch.last])
+        sees, positions = batch.sees[numbers, batch.last][:, None], batch.positions[numbers, batch.last][:, None]
+        prefix_rows, active = batch.prefix_rows, list(writers)
+        while True:
+            tokens = [writer.take(row) for writer, row in zip(active, logits, strict=True)]
+            keep = [i for i, writer in enumerate(active) if not writer.done]
+            if not keep:
+                return
+            if len(keep) < len(active):
+                chosen = torch.tensor(keep, device=self.device)
+                cache.batch_select_indices(chosen)
+                sees, positions = sees[chosen], positions[chosen]
+                prefix_rows = None if prefix_rows is None else prefix_rows[chosen]
+                active, tokens = [active[i] for i in keep], [tokens[i] for i in keep]
+            sees = nn.functional.pad(sees, (0, 1), value=True)
+            positions = positions + 1
+            step = _decoding_batch(torch.tensor(tokens, device=self.device)[:, None], positions, sees, prefix_rows)
+            logits = self._logits(self._hidden(step, prefix, cache)[:, 0])
+
+    def _decode_whole(
+        self, requests: Sequence[Request], soft_prompts: Sequence[torch.Tensor], writers: Sequence[_Writer]
+    ) -> None:
+        """Token by token, running whole sequences again for each: slow, and right for every architecture."""
+        active = [
+            (writer, self._embed(r.ids, _prompt_of(r, soft_prompts)))
+            for writer, r in zip(writers, requests, strict=True)
+        ]
+        while active:
+            logits = self._run_whole([row for _, row in active])
+            going = []
+            for i, (writer, row) in enumerate(active):
+                token = writer.take(logits[i, row.shape[0] - 1])
+                if not writer.done:
+                    going.append((writer, torch.cat([row, self._embed([token], None)])))
+            active = going
+
+    # --- compilation ------------------------------------------------------------------------------
+
+    def compile_layers(self) -> None:
+        """Compiles the decoder layers for training (``torch.compile``, dynamic shapes); evaluation stays as it is.
+
+        All layers share one compiled graph. The first stays uncompiled: its input needs no gradient, which would
+        make it a second graph,
+        and half of the compile time, for one layer.
+        """
+        if not self._compiled:
+            for layer in self._layers[1:]:
+                layer.forward = torch.compile(layer.forward, dynamic=True)
+            self._compiled = True
+
+    def uncompile_layers(self) -> None:
+        """Undoes ``compile_layers``."""
+        if self._compiled:
+            for layer in self._layers[1:]:
+                del layer.forward
+            self._compiled = False
+
+    def _eager(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.compiler.set_stance("force_eager") if self._compiled else contextlib.nullcontext()
+
+
+class _Writer:
+    """One continuation in the making: picks tokens, knows when to stop."""
+
+    def __init__(self, lm: FrozenLM, sampling: Sampling, seed: int) -> None:
+        self.lm, self.sampling = lm, sampling
+        self.ids: list[int] = []
+        self.text = ""
+        self.finish = ""
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def done(self) -> bool:
+        return bool(self.finish)
+
+    def take(self, logits: torch.Tensor) -> int:
+        """Chooses the next token from float32 ``[V]`` logits."""
+        token = self._choose(logits)
+        if token in _end_tokens(self.lm):
+            self.finish = "stop"
+            return token
+        self.ids.append(token)
+        self.text = self.lm.tokenizer.decode(self.ids, skip_special_tokens=True)
+        cuts = [at for at in (self.text.find(stop) for stop in self.sampling.stop if stop) if at >= 0]
+        if cuts:
+            self.text, self.finish = self.text[: min(cuts)], "stop"
+        elif len(self.ids) >= self.sampling.max_new_tokens:
+            self.finish = "length"
+        return token
+
+    def _choose(self, logits: torch.Tensor) -> int:
+        if self.sampling.temperature == 0:
+            return int(logits.argmax())
+        probabilities, order = (logits.cpu() / self.sampling.temperature).softmax(dim=-1).sort(descending=True)
+        probabilities[probabilities.cumsum(dim=0) - probabilities >= self.sampling.top_p] = 0  # nucleus sampling
+        return int(order[torch.multinomial(probabilities, 1, generator=self.generator)])
+
+    def result(self) -> Generated:
+        return Generated(self.text, tuple(self.ids), self.finish)
+
+
+def _end_tokens(lm: FrozenLM) -> set[int]:
+    configured = getattr(getattr(lm.model, "generation_config", None), "eos_token_id", None)
+    ends = configured if isinstance(configured, list) else [configured]
+    return {token for token in (*ends, lm.tokenizer.eos_token_id) if token is not None}
+
+
+def _prompt_of(request: Request, soft_prompts: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    return None if request.prompt is None else soft_prompts[request.prompt]
+
+
+def _decoding_batch(
+    ids: torch.Tensor, positions: torch.Tensor, sees: torch.Tensor, prefix_rows: torch.Tensor | None
+) -> Batch:
+    """A batch of one token a row, with nothing to score."""
+    none = ids.new_empty(0)
+    return Batch(ids, positions, sees, prefix_rows, none, none, none, none, none, none, 0, none)
+
+
+def _embedding_table(model: Any) -> torch.Tensor:
+    """What each token feeds into the model, ``[V, H]``: the weight itself, unless the model scales it (Gemma)."""
+    lookup = model.get_input_embeddings()
+    weight: torch.Tensor = lookup.weight
+    with torch.no_grad():
+        few = torch.arange(min(64, weight.shape[0]), device=weight.device)
+        if torch.equal(lookup(few), weight[few]):
+            return weight
+        fed: torch.Tensor = lookup(torch.arange(weight.shape[0], device=weight.device))
+        return fed
+
+
+def _decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The stack of decoder layers: the longest list of modules inside the model."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=nn.ModuleList())

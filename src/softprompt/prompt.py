@@ -1,0 +1,120 @@
+"""A soft prompt: ``P`` vectors of the base model's embedding width, and what one must know to use them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from softprompt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from softprompt.frozen import FrozenLM
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftPrompt:
+    """``P`` virtual tokens and their papers (Lester et al. 2021, §2).
+
+    Attributes:
+        vectors: float32 ``[P, H]`` on the CPU, finite. Row ``i`` is virtual token ``i``.
+        name: what the user calls it.
+        base: id of the base model it was tuned on (``smollm2-135m``, a hub id or a path).
+        base_fingerprint: hex digest of that model's configuration and weights (``FrozenLM.fingerprint``).
+        tokenizer_fingerprint: hex digest of its tokenizer (``FrozenLM.tokenizer_fingerprint``).
+        template: text of the ``Template`` it was tuned with.
+        verbalizer: label → words, or None for free-text targets.
+        parametrisation: what it was folded from; ``"plain"`` for free vectors.
+        training: the training configuration and what came of it (steps, seconds, tokens), JSON values only.
+        data: fingerprints and row counts of the training and validation data, JSON values only.
+        metrics: one dict a metric: ``{"split", "metric", "value", "stderr", "n"}``.
+        versions: library → version at creation.
+        created: time of creation, ISO 8601 with zone.
+    """
+
+    vectors: torch.Tensor
+    name: str
+    base: str
+    base_fingerprint: str
+    tokenizer_fingerprint: str
+    template: str
+    verbalizer: Mapping[str, tuple[str, ...]] | None = None
+    parametrisation: str = "plain"
+    training: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    metrics: tuple[Mapping[str, Any], ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    created: str = ""
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """``P``."""
+        return int(self.vectors.shape[0])
+
+
+FREQUENT_TOKENS = 5000
+"""How many of the vocabulary's first tokens count as frequent (Lester et al. 2021, §3.2): merges are learned most
+frequent first."""
+
+
+def initial_vectors(
+    lm: FrozenLM,
+    num_virtual_tokens: int,
+    *,
+    init: str,
+    seed: int,
+    text: str | None = None,
+    label_words: Sequence[Sequence[int]] = (),
+) -> torch.Tensor:
+    """The vectors that a training starts from (Lester et al. 2021, §3.2).
+
+    Args:
+        lm: gives the embedding table.
+        num_virtual_tokens: P.
+        init: ``random``: normal with the embedding table's RMS as deviation. ``vocab``: the embeddings of P tokens
+            drawn without
+            replacement from the first ``FREQUENT_TOKENS``. ``text``: the embeddings of ``text``, repeated or cut to
+            P tokens. ``labels``:
+            one vector for each of ``label_words``, the mean of its tokens' embeddings, then ``vocab`` for the rest.
+        seed: seeds the draws.
+        text: for ``text``.
+        label_words: token ids of each label's word, for ``labels``.
+
+    Returns:
+        float32 ``[P, H]`` on the CPU.
+
+    Raises:
+        ConfigError: an unknown ``init``, ``labels`` without labels, or ``text`` that is empty.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    table = lm.embedding.detach()
+    if init == "random":
+        noise = torch.randn(num_virtual_tokens, lm.hidden_size, generator=generator)
+        return noise * lm.embedding_rms
+    if init == "text":
+        tokens = lm.tokenizer(text or "", add_special_tokens=False).input_ids
+        if not tokens:
+            raise ConfigError("init text needs an init_text of at least one token; give a longer one")
+        picked = [tokens[i % len(tokens)] for i in range(num_virtual_tokens)]
+        return table[picked].float().cpu()
+    if init not in ("vocab", "labels"):
+        raise ConfigError(f"init must be random, vocab, text or labels, not {init!r}")
+    special = set(lm.tokenizer.all_special_ids)
+    frequent = [t for t in range(min(table.shape[0], FREQUENT_TOKENS + len(special))) if t not in special]
+    order = torch.randperm(len(frequent), generator=generator).tolist()
+    drawn = [frequent[order[i % len(order)]] for i in range(num_virtual_tokens)]
+    vectors = table[drawn].float().cpu()
+    if init == "labels":
+        if not label_words:
+            raise ConfigError("init labels needs class labels; give --labels, or another init")
+        for row, word in zip(range(num_virtual_tokens), label_words, strict=False):
+            vectors[row] = table[list(word)].float().mean(dim=0).cpu()
+    return vectors
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what a training's numbers depend on."""
+    return {name: importlib.metadata.version(name) for name in ("softprompt", "torch", "transformers")}

@@ -1,0 +1,210 @@
+"""A task: template and verbalizer bound to a base model. It turns examples into requests, and scores into labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from softprompt import metrics
+from softprompt.batch import Tokens, build_trie
+from softprompt.data import Dataset, Example, check_targets, infer_labels
+from softprompt.errors import ConfigError, DataError
+from softprompt.frozen import FrozenLM, Request
+from softprompt.prompt import SoftPrompt
+from softprompt.template import Encoder, Template, Verbalizer
+
+CHEAP_TRIE = 24
+"""The most trie nodes a row for which the loss over labels costs about as much as the loss over the target alone."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a soft prompt is tuned for and used with.
+
+    Attributes:
+        lm: the frozen base model.
+        template: where soft prompt, fields and target stand.
+        verbalizer: label → words; None for free-text targets.
+        num_virtual_tokens: P; 0 for a template without a soft prompt.
+        max_length: the most tokens in a sequence, soft prompt and target included.
+    """
+
+    lm: FrozenLM
+    template: Template
+    verbalizer: Verbalizer | None
+    num_virtual_tokens: int
+    max_length: int
+    encoder: Encoder = field(init=False, repr=False)
+    words: tuple[Tokens, ...] = field(init=False, repr=False)
+    label_of_word: tuple[int, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.max_length > self.lm.window:
+            raise ConfigError(
+                f"The sequences may be at most {self.lm.window} tokens long, the window of {self.lm.name}, "
+                f"but max_length is {self.max_length}; give a smaller one."
+            )
+        encoder = self.template.bind(self.lm.tokenizer)
+        by_label = () if self.verbalizer is None else self.verbalizer.token_ids(encoder)
+        object.__setattr__(self, "encoder", encoder)
+        object.__setattr__(self, "words", tuple(word for words in by_label for word in words))
+        owners = tuple(label for label, words in enumerate(by_label) for _ in words)
+        object.__setattr__(self, "label_of_word", owners)
+
+    @classmethod
+    def for_data(
+        cls,
+        lm: FrozenLM,
+        train: Dataset,
+        template: Template,
+        *,
+        verbalizer: Verbalizer | None = None,
+        num_virtual_tokens: int = 20,
+        max_length: int | None = None,
+    ) -> Task:
+        """The task of a data set; without a verbalizer, targets that look like labels become one (``infer_labels``).
+
+        Raises:
+            DataError: a target that is not in the label set.
+            TemplateError: template and base model do not fit.
+            ConfigError: ``max_length`` is beyond the model's window.
+        """
+        if verbalizer is None:
+            labels = infer_labels(train)
+            verbalizer = None if labels is None else Verbalizer.from_labels(labels)
+        else:
+            check_targets(train, verbalizer.labels)
+        return cls(lm, template, verbalizer, num_virtual_tokens, max_length or lm.window)
+
+    @classmethod
+    def of(cls, lm: FrozenLM, soft_prompt: SoftPrompt) -> Task:
+        """The task that a soft prompt was tuned for.
+
+        Raises:
+            BaseModelError: it was tuned on another base model.
+        """
+        from softprompt.artifact import check_base
+
+        check_base(
+            soft_prompt,
+            base=lm.name,
+            base_fingerprint=lm.fingerprint,
+            tokenizer_fingerprint=lm.tokenizer_fingerprint,
+            hidden_size=lm.hidden_size,
+        )
+        verbalizer = None if soft_prompt.verbalizer is None else Verbalizer(dict(soft_prompt.verbalizer))
+        length = soft_prompt.training.get("max_length") or lm.window
+        return cls(lm, Template(soft_prompt.template), verbalizer, soft_prompt.num_virtual_tokens, length)
+
+    def without_soft_prompt(self, hard_text: str = "") -> Task:
+        """The same task with readable text, or nothing, in the soft prompt's place."""
+        template = self.template.replace_soft_prompt(hard_text)
+        return Task(self.lm, template, self.verbalizer, 0, self.max_length)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The label set; empty for free-text targets."""
+        return () if self.verbalizer is None else self.verbalizer.labels
+
+    def label_words(self) -> list[Tokens]:
+        """The first word of each label, as token ids."""
+        return [self.words[self.label_of_word.index(label)] for label in range(len(self.labels))]
+
+    def picks_loss(self, loss: str) -> str:
+        """``auto`` → ``labels`` where there are labels that are cheap to score, else ``lm``.
+
+        Raises:
+            ConfigError: ``labels`` without labels.
+        """
+        if loss == "labels" and self.verbalizer is None:
+            raise ConfigError(
+                "The loss 'labels' needs class labels, but the targets are free text; give --labels or use lm."
+            )
+        if loss == "auto":
+            return "labels" if self.words and len(build_trie(self.words).tokens) <= CHEAP_TRIE else "lm"
+        return loss
+
+    # --- examples → requests ----------------------------------------------------------------------
+
+    def label_request(self, example: Example, prompt: int | None = 0) -> Request:
+        """A request whose words are all words of the verbalizer."""
+        reserve = max(len(word) for word in self.words)
+        return self._request(example, None, reserve, prompt, self.words)
+
+    def target_request(self, example: Example, prompt: int | None = 0) -> Request:
+        """A request whose only word is the target: a label's first word, or free text with an end token."""
+        if example.target is None:
+            raise DataError(f"{example.where}: expected a target, found none; add one.")
+        if self.verbalizer is None:
+            return self._request(example, example.target, 0, prompt, None)
+        word = self.label_words()[self.labels.index(example.target)]
+        return self._request(example, None, len(word), prompt, (word,))
+
+    def open_request(self, example: Example, max_new_tokens: int, prompt: int | None = 0) -> Request:
+        """A request to be continued by up to ``max_new_tokens`` tokens."""
+        return self._request(example, None, max_new_tokens, prompt, ())
+
+    def _request(
+        self, example: Example, target: str | None, reserve: int, prompt: int | None, words: tuple[Tokens, ...] | None
+    ) -> Request:
+        encoded = self.encoder.encode(
+            example,
+            num_virtual_tokens=self.num_virtual_tokens,
+            max_length=self.max_length,
+            target=target,
+            append_eos=target is not None,
+            reserve=reserve,
+        )
+        chosen = (encoded.target_ids,) if words is None else words
+        place = prompt if self.template.has_soft_prompt else None
+        return Request(encoded.ids, encoded.shared, chosen, place, encoded.truncated)
+
+    # --- scores → labels --------------------------------------------------------------------------
+
+    def label_logprobs(self, scores: torch.Tensor, *, normalise: bool = False) -> torch.Tensor:
+        """Log-probability of each label, given that it is one of the labels.
+
+        Args:
+            scores: float32 ``[N, W]``, log-probabilities of the verbalizer's words; the words of a label add up.
+            normalise: divide each word's log-probability by its number of tokens first, so that long labels are not
+                at a disadvantage.
+
+        Returns:
+            float32 ``[N, labels]``; each row's exponentials sum to 1.
+        """
+        if normalise:
+            scores = scores / torch.tensor([len(word) for word in self.words], device=scores.device)
+        owners = torch.tensor(self.label_of_word, device=scores.device)
+        grouped = [scores[:, owners == label].logsumexp(dim=1) for label in range(len(self.labels))]
+        return torch.stack(grouped, dim=1).log_softmax(dim=1)
+
+    def validator(self, examples: Sequence[Example]) -> Callable[[torch.Tensor], dict[str, Any]]:
+        """A function ``vectors [P, H] → {"value", "loss", "metrics"}``; a higher value is better, then a lower loss."""
+        if self.verbalizer is None:
+            requests = [self.target_request(example) for example in examples]
+            tokens = [len(request.words[0]) for request in requests]
+
+            def by_perplexity(vectors: torch.Tensor) -> dict[str, Any]:
+                nll = (-self.lm.score(requests, [vectors])[:, 0]).tolist()
+                loss = sum(nll) / sum(tokens)
+                found = [metrics.perplexity(nll, tokens).as_dict()] if math.isfinite(loss) else []
+                return {"value": -loss, "loss": loss, "metrics": found}
+
+            return by_perplexity
+        check_targets(Dataset(tuple(examples), "", ""), self.labels)
+        requests = [self.label_request(example) for example in examples]
+        gold = [str(example.target) for example in examples]
+        index = torch.tensor([self.labels.index(target) for target in gold])
+
+        def by_accuracy(vectors: torch.Tensor) -> dict[str, Any]:
+            logprobs = self.label_logprobs(self.lm.score(requests, [vectors]))
+            predicted = [self.labels[i] for i in logprobs.argmax(dim=1).tolist()]
+            accuracy = metrics.accuracy(predicted, gold)
+            loss = float(-logprobs.gather(1, index[:, None]).mean())
+            return {"value": accuracy.value, "loss": loss, "metrics": [accuracy.as_dict()]}
+
+        return by_accuracy

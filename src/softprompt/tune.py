@@ -1,0 +1,299 @@
+"""``softprompt train``: options → data and settings, checked before a model is loaded → ``Training`` → a file."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from softprompt import artifact, checkpoint
+from softprompt.base import DEFAULT_BASE
+from softprompt.config import DEFAULT_STEPS, INITS, LOSSES, OPTIMIZERS, PRESETS, SCHEDULES, TrainConfig
+from softprompt.config import preset as published
+from softprompt.data import Dataset, check_targets, infer_labels, read_dataset
+from softprompt.errors import ConfigError, StoreError, TemplateError, TrainingError
+from softprompt.options import (
+    SEED_RANGE,
+    Device,
+    Dtype,
+    InputField,
+    Json,
+    TargetField,
+    Trust,
+    data_option,
+    flag,
+    load_base_model,
+    model_option,
+    option,
+    with_line_ends,
+)
+from softprompt.prompt import SoftPrompt
+from softprompt.store import Store
+from softprompt.task import Task
+from softprompt.template import DEFAULT_TEMPLATE, Template, Verbalizer, chat_template
+from softprompt.terminal import duration, plain_metric, print_rows, stderr, warn_truncated, watch
+from softprompt.train import Training
+
+_D = TrainConfig()
+_run = partial(option, panel="The run")
+_learn = partial(option, panel="Learning")
+
+
+def train_command(
+    context: typer.Context,
+    train: Annotated[str, typer.Argument(metavar="TRAIN", help="JSONL, CSV, TSV, Parquet or hf:DATASET.")],
+    name: Annotated[str | None, _run("What to call the soft prompt.")] = None,
+    out: Annotated[Path | None, _run("Write to this .safetensors file instead of the store.")] = None,
+    resume: Annotated[bool, flag("--resume", "Go on with a run that was stopped.", panel="The run")] = False,
+    overwrite: Annotated[bool, flag("--overwrite", "Replace an earlier one of that name.", panel="The run")] = False,
+    validation: Annotated[str | None, data_option("Rows to choose the best step by.", "a tenth of TRAIN")] = None,
+    template: Annotated[
+        str, data_option("default, chat, or text with {soft_prompt}, fields and {target}; \\n: line end.", "default")
+    ] = "default",
+    labels: Annotated[
+        str | None, data_option("a,b or a=word|word,b=word or a .json file; none: free text.", "as TRAIN looks")
+    ] = None,
+    input_field: InputField = None,
+    target_field: TargetField = "target",
+    preset: Annotated[str | None, _learn(f"A published recipe as start: {', '.join(PRESETS)}.")] = None,
+    num_virtual_tokens: Annotated[int | None, _learn("How many vectors to learn.", _D.num_virtual_tokens)] = None,
+    init: Annotated[str | None, _learn(f"{', '.join(INITS)}, or a soft prompt's name or path.", _D.init)] = None,
+    init_text: Annotated[str | None, _learn("Text to start from.")] = None,
+    loss: Annotated[str | None, _learn(f"{', '.join(LOSSES)}.", _D.loss)] = None,
+    steps: Annotated[int | None, _learn("Optimizer steps.", DEFAULT_STEPS)] = None,
+    epochs: Annotated[float | None, _learn("Passes over TRAIN, instead of steps.")] = None,
+    batch_size: Annotated[int | None, _learn("Examples a step.", _D.batch_size)] = None,
+    lr: Annotated[float | None, _learn("Peak learning rate in embedding RMS.", _D.lr)] = None,
+    optimizer: Annotated[str | None, _learn(f"{', '.join(OPTIMIZERS)}.", _D.optimizer)] = None,
+    schedule: Annotated[str | None, _learn(f"{', '.join(SCHEDULES)}.", _D.schedule)] = None,
+    warmup: Annotated[float | None, _learn("Share of the steps.", _D.warmup)] = None,
+    clip: Annotated[float | None, _learn("The most that the gradient's norm may be; 0: any.", _D.clip)] = None,
+    weight_decay: Annotated[float | None, _learn("Decoupled, a factor of lr.", _D.weight_decay)] = None,
+    eval_every: Annotated[int | None, _learn("Steps between validations.", _D.eval_every)] = None,
+    patience: Annotated[int | None, _learn("Validations without gain to stop after; 0: never.", _D.patience)] = None,
+    validation_rows: Annotated[int | None, _learn("The most validation rows to use.", _D.validation_rows)] = None,
+    max_length: Annotated[int | None, _learn("The most tokens in one sequence.", "the model's window")] = None,
+    seed: Annotated[int | None, _learn("Seeds start, order and held-out rows.", _D.seed, **SEED_RANGE)] = None,
+    checkpoint_every: Annotated[int | None, _run("Steps between checkpoints.", _D.checkpoint_every)] = None,
+    compile: Annotated[str | None, _run("Compile the layers: auto, on, off.", _D.compile)] = None,
+    base: Annotated[
+        str, model_option("The frozen model: alias, hub id, folder or .gguf file.", DEFAULT_BASE)
+    ] = DEFAULT_BASE,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Tune a soft prompt on labelled or free-text examples and store it.
+
+    The base model stays as it is, bit for bit. Targets that look like labels are taken for labels.
+
+    \b
+    softprompt train train.jsonl --validation dev.jsonl --name sst2
+    softprompt train train.jsonl --name sst2 --init-text "Good or bad?" --epochs 2
+    softprompt train qa.csv --name qa --template "{soft_prompt}{question} {target}"
+    softprompt train hf:ag_news --input-field text --target-field label --name news
+    """
+    began = time.perf_counter()
+    place = Place.of(name, out, overwrite=overwrite, resume=resume)
+    config, start = _configuration(context.params, place.store)
+    form = None if template == "chat" else _template(template)
+    train_data, validation_data, verbalizer = _read(
+        train, validation, labels, ("input",) if form is None else form.fields, input_field, target_field
+    )
+    lm = load_base_model(base, dtype, device, trust_remote_code)
+    if start is not None:
+        Task.of(lm, start)  # refuses vectors of another base model: they mean nothing here
+    form = form or chat_template(lm.tokenizer)
+    task = Task(lm, form, verbalizer, config.num_virtual_tokens, config.max_length or lm.window)
+    with stderr.status("preparing"):
+        training = Training(
+            task,
+            train_data,
+            validation_data,
+            config,
+            name=place.name,
+            start=None if start is None else start.vectors,
+            folder=place.folder,
+            resume=resume,
+        )
+    warn_truncated(training.truncated, task.max_length)
+    _train_and_store(training, place, began, as_json)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tuned soft prompt goes.
+
+    Attributes:
+        name: what it is called.
+        path: its file.
+        folder: what the run leaves behind: checkpoint and log.
+        store: the store, even if ``path`` is elsewhere.
+        replaces: whether a file that is there already may go.
+    """
+
+    name: str
+    path: Path
+    folder: Path
+    store: Store
+    replaces: bool
+
+    @classmethod
+    def of(cls, name: str | None, out: Path | None, *, overwrite: bool, resume: bool) -> Place:
+        """The place that the options name, if it can be written.
+
+        Raises:
+            ConfigError: neither a name nor a path, or a path of another kind.
+            StoreError: the name or the path is taken, or there is a run that was stopped.
+        """
+        store = Store()
+        if out is not None:
+            if out.suffix != artifact.SUFFIX or out.is_dir():
+                raise ConfigError(f"--out needs the path of a file that ends with {artifact.SUFFIX}, not {out}.")
+            place = cls(name or out.stem, out, Path(f"{out}.run"), store, overwrite or resume)
+        elif name is None:
+            raise ConfigError("A soft prompt needs a name to be stored under; give --name, or --out with a path.")
+        else:
+            place = cls(name, store.path(name), store.run_folder(name), store, overwrite or resume)
+        stopped = (place.folder / checkpoint.FILE).exists()
+        if stopped and not place.replaces:
+            raise StoreError(
+                f"A training of {place.name!r} was stopped before its end, see {place.folder}; "
+                f"add --resume to go on with it, or --overwrite to start anew."
+            )
+        if overwrite or (resume and stopped):
+            return place
+        if out is None:
+            store.require_free(place.name)
+        elif out.exists():
+            raise StoreError(f"The file {out} exists; choose another --out, or add --overwrite to replace it.")
+        return place
+
+    def save(self, soft_prompt: SoftPrompt) -> None:
+        """Writes the soft prompt.
+
+        Raises:
+            StoreError: the file cannot be written, or the name was taken in the meantime.
+        """
+        if self.path.parent == self.store.home:
+            self.store.save(soft_prompt, overwrite=self.replaces)
+        else:
+            artifact.save(soft_prompt, self.path)
+
+
+def _configuration(parameters: dict[str, Any], store: Store) -> tuple[TrainConfig, SoftPrompt | None]:
+    """The run's settings, and the soft prompt to start from if ``--init`` names one."""
+    names = [field.name for field in fields(TrainConfig)]
+    given = {name: parameters[name] for name in names if parameters[name] is not None}
+    start, init = None, given.get("init", "auto")
+    if init not in INITS:
+        try:
+            start = store.load(init)
+        except StoreError as error:
+            raise ConfigError(
+                f"--init must be one of {', '.join(INITS)}, or a soft prompt's name or path, not {init!r}; "
+                f"see `softprompt list`."
+            ) from error
+        length = given.setdefault("num_virtual_tokens", start.num_virtual_tokens)
+        if length != start.num_virtual_tokens:
+            raise ConfigError(
+                f"--num-virtual-tokens is {length}, but the soft prompt {init!r} to start from has "
+                f"{start.num_virtual_tokens}; leave the option out."
+            )
+    recipe = parameters["preset"]
+    return (TrainConfig(**given) if recipe is None else published(recipe, **given)), start
+
+
+def _template(text: str) -> Template:
+    template = Template(DEFAULT_TEMPLATE if text == "default" else with_line_ends(text))
+    if not template.has_soft_prompt:
+        raise TemplateError(
+            f"Expected {{soft_prompt}} in the template, found none in {template.text!r}; "
+            f"put it where the soft prompt shall stand."
+        )
+    return template
+
+
+def _read(
+    train: str, validation: str | None, labels: str | None, names: Sequence[str], input_field: str | None, target: str
+) -> tuple[Dataset, Dataset | None, Verbalizer | None]:
+    """Training and validation data and their labels; without ``labels``, targets that look like labels are."""
+    verbalizer = None if labels in (None, "none") else Verbalizer.parse(str(labels))
+    rows = read_dataset(train, fields=names, input_field=input_field, target_field=target)
+    held_out = None
+    if validation is not None:
+        held_out = read_dataset(validation, fields=names, input_field=input_field, target_field=target)
+    if labels is None and (found := infer_labels(rows)) is not None:
+        verbalizer = Verbalizer.from_labels(found)
+    if verbalizer is not None:
+        for dataset in filter(None, (rows, held_out)):
+            check_targets(dataset, verbalizer.labels)
+    return rows, held_out, verbalizer
+
+
+def _train_and_store(training: Training, place: Place, began: float, as_json: bool) -> None:
+    interrupted = False
+    try:
+        watch(training)
+    except KeyboardInterrupt:
+        interrupted = True
+    if training.step == 0 and interrupted:
+        stderr.print("interrupted before the first step; nothing was stored")
+        raise typer.Exit(130)
+    if training.step == 0 and training.stopped == "not finite":
+        raise TrainingError("The loss is not finite at the very first step, so nothing was stored; try --dtype fp32.")
+    soft_prompt = training.result()
+    try:
+        place.save(soft_prompt)
+    except StoreError as error:
+        saved = f"{error}".rstrip(".")
+        raise StoreError(f"{saved}; the training is not lost: give the same command with --resume.") from error
+    if not interrupted:
+        (place.folder / checkpoint.FILE).unlink(missing_ok=True)  # what has ended cannot be resumed
+    _report(training, soft_prompt, place.path, time.perf_counter() - began, as_json)
+    after = f"after step {training.step:,} of {training.total:,}"
+    if interrupted:
+        stderr.print(f"interrupted {after}; the best so far is stored; to go on, give the same command with --resume")
+        raise typer.Exit(130)
+    if training.stopped == "not finite":
+        raise TrainingError(
+            f"The loss is not finite any more {after}; the last good soft prompt is in {place.path}; "
+            f"train again with an --lr below {training.config.lr}, or with --dtype fp32."
+        )
+
+
+def _report(training: Training, soft_prompt: SoftPrompt, path: Path, seconds: float, as_json: bool) -> None:
+    record, size = soft_prompt.training, path.stat().st_size
+    if as_json:
+        document = {
+            "name": soft_prompt.name,
+            "path": str(path),
+            "bytes": size,
+            "base": soft_prompt.base,
+            "base_unchanged": True,  # or training.result() would have raised
+            "num_virtual_tokens": soft_prompt.num_virtual_tokens,
+            "metrics": list(soft_prompt.metrics),
+            "steps": record["steps_done"],
+            "truncated": training.truncated,
+            "seconds": round(seconds, 3),
+            **{key: record[key] for key in ("best_step", "stopped", "loss", "tokens", "train_seconds")},
+        }
+        print(json.dumps(document, allow_nan=False))
+        return
+    print_rows(
+        [
+            ("soft prompt", f"{soft_prompt.name}, {soft_prompt.num_virtual_tokens} virtual tokens"),
+            ("file", f"{path} ({size:,} bytes)"),
+            ("base model", f"{soft_prompt.base}, unchanged, bit for bit"),
+            *(("validation", plain_metric(metric)) for metric in soft_prompt.metrics),
+            ("steps", f"{record['steps_done']:,}, the best of them {record['best_step']:,}"),
+            ("time", duration(seconds)),
+        ]
+    )

@@ -1,0 +1,121 @@
+"""Tiny models built from configurations, with fixed weights, and a tokenizer trained on a few sentences: nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from softprompt.frozen import FrozenLM
+
+SENTENCES = [
+    "a stirring , funny and finally transporting film",
+    "the plot is thin and the acting is worse",
+    "one of the best movies of the year",
+    "a dull , badly written mess with no ideas",
+    "Answer: positive negative very good bad great awful",
+]
+SIZES: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+SHARED = ("llama", "gpt2", "qwen2", "qwen3", "opt", "gpt_neox", "mistral")
+"""Architectures of the shared-prefix path; ``mistral`` here without its sliding window."""
+ALL = (*SHARED, "mistral-sliding")
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 320 tokens, with an end token, a padding token and no BOS."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<pad>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
+
+
+def make_model(kind: str) -> Any:
+    """A tiny model of an architecture with seeded random weights, large enough that attention is far from uniform."""
+    options = dict(SIZES)
+    model_type = kind.removesuffix("-sliding")
+    if kind == "gpt2":
+        options = {"vocab_size": 320, "n_embd": 32, "n_inner": 48, "n_layer": 3, "n_head": 4, "n_positions": 128}
+    if kind == "opt":
+        options |= {"ffn_dim": 48, "word_embed_proj_dim": 32}
+    if kind == "qwen3":
+        options |= {"head_dim": 8}
+    if model_type == "mistral":
+        options |= {"sliding_window": 6 if kind == "mistral-sliding" else None}
+    config = AutoConfig.for_model(model_type, **options, pad_token_id=0, bos_token_id=1, eos_token_id=1)
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 0.15)
+    return model
+
+
+@lru_cache(maxsize=None)
+def tiny(kind: str) -> FrozenLM:
+    """A frozen tiny model in fp32 on the CPU; made once, since nothing may change it."""
+    return FrozenLM(make_model(kind), make_tokenizer(), name=f"tiny-{kind}", dtype="fp32", device="cpu")
+
+
+@lru_cache(maxsize=None)
+def plain(kind: str) -> Any:
+    """An oracle: the weights of ``tiny(kind)`` in a model that only transformers touches, with its plainest attention."""
+    model = make_model(kind).eval().requires_grad_(False)
+    model.set_attn_implementation("eager")
+    return model
+
+
+def plain_logprobs(kind: str, ids: Sequence[int], soft: torch.Tensor | None = None) -> torch.Tensor:
+    """Log-probabilities ``[T, V]`` by ``plain(kind)`` of one sequence, ``soft`` ``[P, H]`` standing where ``ids`` has -1."""
+    model = plain(kind)
+    table = model.get_input_embeddings().weight
+    pieces = [table[token][None] if token >= 0 else soft for token in ids]
+    logits = model(inputs_embeds=torch.cat(pieces)[None]).logits[0]
+    return torch.nn.functional.log_softmax(logits, dim=-1)
+
+
+def plain_score(kind: str, ids: Sequence[int], word: Sequence[int], soft: torch.Tensor | None = None) -> torch.Tensor:
+    """log P(word | ids) by ``plain(kind)``, a scalar."""
+    logprobs = plain_logprobs(kind, (*ids, *word[:-1]), soft)[-len(word) :]
+    return logprobs[torch.arange(len(word)), torch.tensor(word)].sum()
+
+
+@pytest.fixture(params=ALL)
+def kind(request: pytest.FixtureRequest) -> str:
+    """Each architecture's name in turn."""
+    return str(request.param)
+
+
+@pytest.fixture
+def lm(kind: str) -> FrozenLM:
+    """Each architecture in turn."""
+    return tiny(kind)
+
+
+@pytest.fixture
+def llama() -> FrozenLM:
+    """The architecture of the embedded base model."""
+    return tiny("llama")
