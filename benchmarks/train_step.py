@@ -5,8 +5,8 @@ alternating in one process.
     --dtype bf16 --json
 
 Prints medians in seconds, the ratio (above 1: ours is faster), what each side's gradient and loss are on the first
-batch, peak memory above the loaded model
-(each side in a process of its own) and the share of the measured matrix-product peak that our useful operations reach.
+batch, peak memory above the loaded model (each side in a process of its own) and the share of the measured
+matrix-product peak that our useful operations reach.
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
-"""Tiny models built from configurations, with fixed weights, and a tokenizer trained on a few sentences: nothing is downloaded."""
+"""Tiny models with fixed weights, a tokenizer trained on a few sentences, a task that can be learned: no download."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-from collections.abc import Sequence
-from functools import lru_cache
+import random
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,7 +17,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from softprompt.config import TrainConfig
+from softprompt.data import Dataset, Example
 from softprompt.frozen import FrozenLM
+from softprompt.task import Task
+from softprompt.template import Template, Verbalizer
 
 SENTENCES = [
     "a stirring , funny and finally transporting film",
@@ -49,7 +56,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(SENTENCES, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
+    fast: Any = PreTrainedTokenizerFast
+    made: PreTrainedTokenizerFast = fast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
+    return made
 
 
 def make_model(kind: str) -> Any:
@@ -66,7 +75,8 @@ def make_model(kind: str) -> Any:
         options |= {"sliding_window": 6 if kind == "mistral-sliding" else None}
     config = AutoConfig.for_model(model_type, **options, pad_token_id=0, bos_token_id=1, eos_token_id=1)
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(config)
+    models: Any = AutoModelForCausalLM
+    model = models.from_config(config)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
@@ -74,25 +84,25 @@ def make_model(kind: str) -> Any:
     return model
 
 
-@lru_cache(maxsize=None)
+@cache
 def tiny(kind: str) -> FrozenLM:
     """A frozen tiny model in fp32 on the CPU; made once, since nothing may change it."""
     return FrozenLM(make_model(kind), make_tokenizer(), name=f"tiny-{kind}", dtype="fp32", device="cpu")
 
 
-@lru_cache(maxsize=None)
+@cache
 def plain(kind: str) -> Any:
-    """An oracle: the weights of ``tiny(kind)`` in a model that only transformers touches, with its plainest attention."""
+    """An oracle: the weights of ``tiny(kind)`` in a model of transformers alone, with its plainest attention."""
     model = make_model(kind).eval().requires_grad_(False)
     model.set_attn_implementation("eager")
     return model
 
 
 def plain_logprobs(kind: str, ids: Sequence[int], soft: torch.Tensor | None = None) -> torch.Tensor:
-    """Log-probabilities ``[T, V]`` by ``plain(kind)`` of one sequence, ``soft`` ``[P, H]`` standing where ``ids`` has -1."""
+    """Log-probabilities ``[T, V]`` by ``plain(kind)`` of one sequence, ``soft`` ``[P, H]`` where ``ids`` has -1."""
     model = plain(kind)
     table = model.get_input_embeddings().weight
-    pieces = [table[token][None] if token >= 0 else soft for token in ids]
+    pieces: list[Any] = [table[token][None] if token >= 0 else soft for token in ids]
     logits = model(inputs_embeds=torch.cat(pieces)[None]).logits[0]
     return torch.nn.functional.log_softmax(logits, dim=-1)
 
@@ -101,6 +111,52 @@ def plain_score(kind: str, ids: Sequence[int], word: Sequence[int], soft: torch.
     """log P(word | ids) by ``plain(kind)``, a scalar."""
     logprobs = plain_logprobs(kind, (*ids, *word[:-1]), soft)[-len(word) :]
     return logprobs[torch.arange(len(word)), torch.tensor(word)].sum()
+
+
+FILLERS = ["the", "film", "plot", "of", "a", "and", "movie", "is", "year"]
+TOY_TEMPLATE = Template("{soft_prompt}{input} {target}")
+TOY_LABELS = Verbalizer.from_labels(["negative", "positive"])
+
+
+def toy(count: int, seed: int) -> Dataset:
+    """Rows whose label is decided by one word among fillers: half of them at random are positive."""
+    draw = random.Random(seed)
+    examples = []
+    for row in range(1, count + 1):
+        positive = draw.random() < 0.5
+        words = draw.choices(FILLERS, k=draw.randint(1, 4))
+        words.insert(draw.randint(0, len(words)), "great" if positive else "bad")
+        target = "positive" if positive else "negative"
+        examples.append(Example({"input": f"{row} " + " ".join(words)}, target, where=f"toy.jsonl:{row}"))
+    return Dataset(tuple(examples), "toy.jsonl", f"toy-{count}-{seed}")
+
+
+def toy_task(lm: FrozenLM, data: Dataset, length: int = 6) -> Task:
+    """The task of ``toy``'s rows."""
+    return Task.for_data(lm, data, TOY_TEMPLATE, verbalizer=TOY_LABELS, num_virtual_tokens=length)
+
+
+def train_settings(**options: Any) -> TrainConfig:
+    """A training of 10 steps, validated at 5 and 10."""
+    return TrainConfig(
+        **{"num_virtual_tokens": 6, "batch_size": 4, "steps": 10, "eval_every": 5, "patience": 0} | options
+    )
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, script: Sequence[tuple[float, float]]) -> list[torch.Tensor]:
+    """Replaces validation by ``(value, loss)`` in turn; returns the list of the vectors that it sees."""
+    seen: list[torch.Tensor] = []
+
+    def validator(task: Task, examples: Sequence[Example]) -> Callable[[torch.Tensor], dict[str, Any]]:
+        def validate(vectors: torch.Tensor) -> dict[str, Any]:
+            value, loss = script[len(seen)]
+            seen.append(vectors.clone())
+            return {"value": value, "loss": loss, "metrics": [{"metric": "scripted", "value": value}]}
+
+        return validate
+
+    monkeypatch.setattr(Task, "validator", validator)
+    return seen
 
 
 @pytest.fixture(params=ALL)
@@ -119,3 +175,22 @@ def lm(kind: str) -> FrozenLM:
 def llama() -> FrozenLM:
     """The architecture of the embedded base model."""
     return tiny("llama")
+
+
+@pytest.fixture(scope="session")
+def spawn() -> Iterator[Callable[..., Any]]:
+    """``spawn(function, *arguments)`` runs a test module's function in a new process, and returns the process.
+
+    A server that has already imported what takes seconds forks it; nothing of the tests' own process is in it.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["conftest", "softprompt.train", "transformers.models.llama.modeling_llama"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+
+        def start(function: Callable[..., None], *arguments: Any) -> Any:
+            process = context.Process(target=function, args=arguments)
+            process.start()
+            return process
+
+        yield start

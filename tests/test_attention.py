@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import SHARED, make_model, tiny
 from torch.nn import functional
 
+from conftest import SHARED, make_model, tiny
 from softprompt.attention import PrefixKV, attend, stack_prefixes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,10 +10,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import plain_score, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import plain_score, tiny
 from softprompt.attention import PrefixKV
 from softprompt.batch import Row, Tokens, build_trie, collate, micro_batches
 from softprompt.frozen import Request
@@ -136,7 +137,9 @@ def test_padding_changes_nothing(kind: str) -> None:
 
 def test_words_that_a_row_lacks_have_no_probability() -> None:
     lm = tiny("llama")
-    scores = lm.score_batch(collate([Row((60,), ((70,),)), Row((60,), ((70,), (71, 72)))], (0,), CPU), lm.prefix_kv((), None))
+    scores = lm.score_batch(
+        collate([Row((60,), ((70,),)), Row((60,), ((70,), (71, 72)))], (0,), CPU), lm.prefix_kv((), None)
+    )
     assert scores[0, 1] == -math.inf
     assert scores[0, 0] == pytest.approx(float(scores[1, 0]), rel=1e-5)
 
@@ -153,7 +156,7 @@ def test_micro_batches_hold_each_row_once_within_the_budget(lengths: list[int], 
         assert len(group) == 1 or longest * len(group) <= max_tokens
     flat = [lengths[index] for group in groups for index in group]
     assert flat == sorted(lengths, reverse=True)  # the longest first, so that memory peaks at once
-    for group, following in zip(groups, groups[1:], strict=False):  # no group could have taken one more
+    for group, following in itertools.pairwise(groups):  # no group could have taken one more
         assert lengths[group[0]] * (len(group) + 1) > max_tokens
         assert lengths[following[0]] <= lengths[group[-1]]
 

@@ -1,21 +1,28 @@
-"""The file that a training goes on from: whole or not at all, every bit of it, and nothing but data."""
+"""The file that a training goes on from; a killed and resumed training is the uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import random
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from conftest import TOY_LABELS, TOY_TEMPLATE, scripted, tiny, toy, toy_task, train_settings
 from softprompt import checkpoint
 from softprompt.config import TrainConfig
-from softprompt.errors import StoreError
-from softprompt.train import make_optimizer
+from softprompt.errors import ConfigError, StoreError
+from softprompt.task import Task
+from softprompt.template import Template, Verbalizer
+from softprompt.train import Objective, Step, Training, make_optimizer
 
 STATE = {"step": 7, "best": {"value": 0.1 + 0.2, "loss": 1e-300}, "validations": [], "stopped": "", "tokens": 10**15}
 
@@ -65,7 +72,14 @@ def test_a_cut_or_changed_header_is_named(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, {"vectors": vectors}, optimizer, STATE)
     path = tmp_path / checkpoint.FILE
     whole = path.read_bytes()
-    for content in (b"", whole[:4], whole[:100], whole[:-1], b"\xff" * 8 + whole[8:], whole.replace(b'"state', b"'state")):
+    for content in (
+        b"",
+        whole[:4],
+        whole[:100],
+        whole[:-1],
+        b"\xff" * 8 + whole[8:],
+        whole.replace(b'"state', b"'state"),
+    ):
         path.write_bytes(content)
         message = damaged(tmp_path)
         assert message.startswith(f"the checkpoint {path} is damaged (")
@@ -131,3 +145,196 @@ def test_the_log_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     assert log.read_text().splitlines() == written[:3]
     checkpoint.trim_log(tmp_path / "none.jsonl", 3)
     assert [path.name for path in tmp_path.iterdir()] == [checkpoint.LOG]
+
+
+# --- killed and resumed is never killed ----------------------------------------------------------------------
+
+
+def resumable(folder: Path, **options: Any) -> Training:
+    config = train_settings(**{"steps": 12, "eval_every": 5, "checkpoint_every": 3} | options)
+    data = toy(15, 0)
+    return Training(toy_task(tiny("llama"), data), data, toy(20, 1), config, folder=folder, resume=True)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """The log without its wall times."""
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    for line in log:
+        del line["seconds"]
+    return log
+
+
+def outcome(training: Training) -> dict[str, Any]:
+    """Everything about a result but wall times."""
+    made = training.result()
+    rest = {key: value for key, value in made.training.items() if key != "train_seconds"}
+    return {"vectors": made.vectors.numpy().tobytes(), "metrics": made.metrics, "training": rest, "data": made.data}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_stopped_after_any_step_it_goes_on_to_the_same_end(optimizer: str, tmp_path: Path) -> None:
+    whole = resumable(tmp_path / "whole", optimizer=optimizer)
+    assert [step.number for step in whole] == list(range(1, 13))
+    for stop in range(1, 13):
+        folder = tmp_path / str(stop)
+        for step in resumable(folder, optimizer=optimizer):
+            if step.number == stop:
+                break
+        again = resumable(folder, optimizer=optimizer)
+        assert again.step == max(k for k in (0, 3, 5, 6, 9, 10, 12) if k <= stop)  # the last checkpoint
+        list(again)
+        assert outcome(again) == outcome(whole)
+        assert lines(folder) == lines(tmp_path / "whole")
+
+
+def test_the_log_has_a_line_for_every_step(tmp_path: Path) -> None:
+    training = resumable(tmp_path)
+    steps = list(training)
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["number"] for line in logged] == list(range(1, 13))
+    for line, step in zip(logged, steps, strict=True):
+        assert line == {name: value for name, value in step.__dict__.items() if value is not None}
+    assert isinstance(steps[0], Step)
+    assert [step.number for step in steps if step.validation] == [5, 10, 12]
+
+
+def test_a_finished_run_stays_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = resumable(tmp_path / "steps")
+    list(whole)
+    again = resumable(tmp_path / "steps")
+    assert list(again) == []
+    assert outcome(again) == outcome(whole)
+
+    scripted(monkeypatch, [(0.5, 1.0), (0.4, 1.0), (0.4, 1.0)])
+    early = resumable(tmp_path / "early", patience=1, eval_every=2)
+    assert [step.number for step in early] == [1, 2, 3, 4]
+    again = resumable(tmp_path / "early", patience=1, eval_every=2)
+    assert list(again) == []
+    assert again.stopped == "early"
+    assert outcome(again) == outcome(early)
+
+
+def test_without_resume_it_starts_anew(tmp_path: Path) -> None:
+    first = resumable(tmp_path)
+    list(first)
+    data = toy(15, 0)
+    anew = Training(first.task, data, toy(20, 1), first.config, folder=tmp_path, resume=False)
+    assert anew.step == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl"]
+    assert (tmp_path / "log.jsonl").read_text(encoding="utf-8") == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"lr": 0.2, "seed": 9}, "lr, seed"),
+        ({"num_virtual_tokens": 7}, "num_virtual_tokens"),
+        ({"optimizer": "adafactor"}, "optimizer"),
+        ({"steps": 13}, "steps, total"),
+        ({"data": toy(16, 0)}, "data"),
+        ({"validation": toy(20, 2)}, "data"),
+        ({"template": Template("{soft_prompt} {input} {target}")}, "task"),
+        ({"verbalizer": Verbalizer({"negative": ("negative", "bad"), "positive": ("positive",)})}, "task"),
+        ({"kind": "gpt2"}, "task"),
+    ],
+)
+def test_resuming_with_something_else_is_refused(change: dict[str, Any], named: str, tmp_path: Path) -> None:
+    list(resumable(tmp_path))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = dict(change)
+    data, validation = other.pop("data", toy(15, 0)), other.pop("validation", toy(20, 1))
+    template, verbalizer = other.pop("template", TOY_TEMPLATE), other.pop("verbalizer", TOY_LABELS)
+    lm = tiny(other.pop("kind", "llama"))
+    config = train_settings(**{"steps": 12, "eval_every": 5, "checkpoint_every": 3} | other)
+    task = Task.for_data(lm, data, template, verbalizer=verbalizer, num_virtual_tokens=config.num_virtual_tokens)
+    with pytest.raises(ConfigError) as error:
+        Training(task, data, validation, config, folder=tmp_path, resume=True)
+    assert str(error.value) == (
+        f"the checkpoint in {tmp_path} is of a run with other {named}; "
+        "resume with the same settings and data, or start anew without --resume"
+    )
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    list(resumable(tmp_path))
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(StoreError) as error:
+        resumable(tmp_path)
+    assert str(error.value).startswith(f"the checkpoint {path} is damaged (")
+    assert str(error.value).endswith("); start anew without --resume")
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError) as error:
+        resumable(tmp_path / "file" / "run")
+    assert str(error.value) == (
+        f"the training's folder {tmp_path / 'file' / 'run'} cannot be written: Not a directory; "
+        "free some space there, or set SOFTPROMPT_HOME to a folder that can"
+    )
+
+
+def train_until_killed(folder: Path, optimizer: str, calls: int, at: str) -> None:
+    """In a process of its own: trains on and dies by SIGKILL at that call of ``at``, or writes the result."""
+    count = 0
+
+    def die_in(call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == calls:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **options)
+
+        return counted
+
+    if at == "backward":
+        Objective.backward = die_in(Objective.backward)  # type: ignore[method-assign]
+    elif at == "replace":  # the checkpoint is written, and not yet in its place
+        os.replace = die_in(os.replace)
+    elif at == "save":  # the step is logged, and not yet in a checkpoint
+        checkpoint.save = die_in(checkpoint.save)
+    training = resumable(folder, optimizer=optimizer, steps=30, eval_every=7, checkpoint_every=4)
+    for _ in training:
+        if at == "outside":
+            time.sleep(0.1)  # so that the kill from outside finds it at work
+    end = outcome(training)
+    vectors = torch.frombuffer(bytearray(end.pop("vectors")), dtype=torch.float32)
+    save_file({"vectors": vectors}, folder / "result.safetensors")
+    (folder / "result.json").write_text(json.dumps(end, sort_keys=True))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_killed_at_random_moments_and_resumed_is_never_killed(
+    optimizer: str, tmp_path: Path, spawn: Callable[..., Any]
+) -> None:
+    draw = random.Random(optimizer)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = spawn(train_until_killed, whole, optimizer, 0, "")
+    process.join(60)
+    assert process.exitcode == 0
+    for at in ("backward", "replace", "save", "backward", "replace"):
+        calls = draw.randint(2, 6) if at == "backward" else draw.randint(1, 2)
+        process = spawn(train_until_killed, killed, optimizer, calls, at)
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+    process = spawn(train_until_killed, killed, optimizer, 0, "outside")
+    deadline, known = time.monotonic() + 60, len((killed / "log.jsonl").read_text().splitlines())
+    while len((killed / "log.jsonl").read_text().splitlines()) < known + 2 and time.monotonic() < deadline:
+        time.sleep(draw.uniform(0, 0.01))
+    process.kill()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    with open(killed / "log.jsonl", "a", encoding="utf-8") as log:
+        log.write('{"number": 3, "lo')  # a line that the kill cut in two
+    assert not (killed / "result.json").exists()
+    process = spawn(train_until_killed, killed, optimizer, 0, "")
+    process.join(60)
+    assert process.exitcode == 0
+    assert (killed / "result.json").read_text() == (whole / "result.json").read_text()
+    results = [load_file(folder / "result.safetensors")["vectors"] for folder in (whole, killed)]
+    assert torch.equal(results[0].view(torch.uint8), results[1].view(torch.uint8))
+    assert lines(killed) == lines(whole)

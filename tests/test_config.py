@@ -33,10 +33,7 @@ def message(**options: Any) -> str:
                 "max_length",
             )
         ],
-        *[
-            ({name: -1}, f"{name} must be at least 0, not -1")
-            for name in ("patience", "weight_decay", "clip", "seed")
-        ],
+        *[({name: -1}, f"{name} must be at least 0, not -1") for name in ("patience", "weight_decay", "clip", "seed")],
         ({"loss": "mse"}, "loss must be one of auto, lm, labels, not 'mse'"),
         ({"optimizer": "sgd"}, "optimizer must be one of adamw, adafactor, not 'sgd'"),
         ({"schedule": "step"}, "schedule must be one of linear, cosine, constant, not 'step'"),

@@ -127,10 +127,13 @@ def test_predictions_do_not_depend_on_how_rows_are_cut_into_chunks(
 
 def test_default_sampling(llama: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
     task = text_task(llama)
-    assert llama.window == 128
-    assert default_sampling(task) == Sampling(max_new_tokens=64)
-    assert default_sampling(Task(llama, task.template, None, 3, 21)) == Sampling(max_new_tokens=10)
-    assert default_sampling(task.without_soft_prompt()) == Sampling(max_new_tokens=64, stop=("\n",))
+    fixed = len(llama.tokenizer(" Then:").input_ids)
+    room = llama.window - 3 - fixed
+    assert room < 128
+    assert default_sampling(task) == Sampling(max_new_tokens=room // 2)
+    assert default_sampling(Task(llama, task.template, None, 3, 3 + fixed + 21)) == Sampling(max_new_tokens=10)
+    assert default_sampling(Task(llama, task.template, None, 3, 5)) == Sampling(max_new_tokens=1)
+    assert default_sampling(task.without_soft_prompt()) == Sampling(max_new_tokens=(room + 3) // 2, stop=("\n",))
 
     used: list[Sampling] = []
 
@@ -141,7 +144,7 @@ def test_default_sampling(llama: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(llama, "generate", generate)
     example = Example({"input": "film"}, None)
     found = predict([Query(task, example, vectors(llama, 3, 1)), Query(task.without_soft_prompt(), example)])
-    assert used == [Sampling(max_new_tokens=64), Sampling(max_new_tokens=64, stop=("\n",))]
+    assert used == [default_sampling(task), default_sampling(task.without_soft_prompt())]
     assert found == [Prediction("an answer", None, "stop", False)] * 2
     assert found[0].probabilities is None
 

@@ -1,4 +1,4 @@
-"""The frozen model against transformers' own forward and generation, over tiny models of every supported architecture."""
+"""The frozen model against transformers' own forward and generation, over a tiny model of every architecture."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ALL, SHARED, make_model, make_tokenizer, plain, plain_logprobs, plain_score, tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from conftest import ALL, SHARED, make_model, make_tokenizer, plain, plain_logprobs, plain_score, tiny
 from softprompt.data import Example
 from softprompt.errors import ConfigError
 from softprompt.frozen import FrozenLM, Request, Sampling
@@ -25,7 +25,7 @@ from softprompt.train import Objective
 TEXTS = ("a stirring film", "dull", "one of the best movies of the year , and a very funny one")
 LABELS = Verbalizer({"good": ("very good", "great", "good"), "bad": ("very bad", "awful"), "so": ("very",)})
 VOCABULARY = tuple((token,) for token in range(320))
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+TOLERANCE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 few = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -45,7 +45,9 @@ def ids_of(lm: FrozenLM, text: str) -> tuple[int, ...]:
 # --- fact 1: a soft prompt initialised with a text is that text ----------------------------------------------
 
 
-@pytest.mark.parametrize("template", ["{soft_prompt}{input}\nAnswer: {target}", "Review :{soft_prompt} {input} ? {target}"])
+@pytest.mark.parametrize(
+    "template", ["{soft_prompt}{input}\nAnswer: {target}", "Review :{soft_prompt} {input} ? {target}"]
+)
 def test_a_text_initialised_soft_prompt_gives_the_logits_of_the_text(kind: str, template: str) -> None:
     lm = tiny(kind)
     text = " the acting of this funny film is"
@@ -157,8 +159,10 @@ def test_peft_gives_the_same_loss_and_gradient() -> None:
 
     lm, vectors = tiny("llama"), soft(6)
     bound = task(lm, "{soft_prompt}{input}\nAnswer: {target}", 6, None)
-    requests = [bound.target_request(Example({"input": text}, target)) for text, target in zip(TEXTS, TEXTS, strict=True)]
-    model = get_peft_model(make_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6))
+    requests = [
+        bound.target_request(Example({"input": text}, target)) for text, target in zip(TEXTS, TEXTS, strict=True)
+    ]
+    model: Any = get_peft_model(make_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6))
     weight = model.prompt_encoder.default.embedding.weight
     with torch.no_grad():
         weight.copy_(vectors)
@@ -215,7 +219,8 @@ def test_an_embedding_that_the_model_scales_is_fed_scaled() -> None:
     sizes: dict[str, Any] = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     config = Gemma3TextConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=8, pad_token_id=0)
     torch.manual_seed(7)
-    model = Gemma3ForCausalLM(config).eval().requires_grad_(False)
+    gemma: Any = Gemma3ForCausalLM
+    model = gemma(config).eval().requires_grad_(False)
     ids, word = (3, 4, 5, 60, 61), (70, 71)
     logprobs = model(input_ids=torch.tensor([[*ids, 70]])).logits[0].log_softmax(dim=-1)
     expected = float(logprobs[4, 70] + logprobs[5, 71])
@@ -257,19 +262,20 @@ def test_the_weights_digest_notices_one_flipped_bit_anywhere(kind: str, dtype: s
 
 
 def mixed(lm: FrozenLM) -> tuple[list[Request], list[torch.Tensor]]:
-    """Requests of four soft prompts with templates and labels of their own, and of the bare base model."""
-    prompts = [soft(length, seed=length) for length in (1, 4, 9, 20)]
+    """Requests of five soft prompts, most with templates and labels of their own, and of the bare base model."""
+    prompts = [soft(length, seed=length) for length in (1, 4, 9, 20, 2)]
     tasks = [
         task(lm, "{soft_prompt}{input}\nAnswer: {target}", 1),
         task(lm, "Review :{soft_prompt} {input} {target}", 4, Verbalizer.from_labels(["yes", "no"])),
         task(lm, "{input}{soft_prompt} {target}", 9, Verbalizer.from_labels(["one", "two", "very bad", "very"])),
         task(lm, "{soft_prompt} the best ? {input} {target}", 20, Verbalizer.from_labels(["a", "b", "c"])),
+        task(lm, "{soft_prompt}{input}\nAnswer: {target}", 2),  # the first one's template
         task(lm, "{input} Answer: {target}", 0),
         task(lm, "the plot : {input} {target}", 0, Verbalizer.from_labels(["good", "bad"])),
     ]
     examples = [Example({"input": text}, None) for text in TEXTS]
     requests = [
-        bound.label_request(example, prompt=number if number < 4 else None)
+        bound.label_request(example, prompt=number if number < 5 else None)
         for number, bound in enumerate(tasks)
         for example in examples[: 3 if number % 2 else 2]
     ]
@@ -294,7 +300,9 @@ def test_a_mixed_batch_scores_like_one_request_at_a_time(kind: str, data: st.Dat
         assert row[len(request.words) :].tolist() == [-math.inf] * (6 - len(request.words))
 
 
-def own_generation(kind: str, request: Request, prompts: Sequence[torch.Tensor], tokens: int, end: int = 1) -> list[int]:
+def own_generation(
+    kind: str, request: Request, prompts: Sequence[torch.Tensor], tokens: int, end: int = 1
+) -> list[int]:
     """Greedy continuation by transformers' ``generate``, without the end token."""
     model = plain(kind)
     table = model.get_input_embeddings().weight
@@ -351,6 +359,10 @@ def test_stop_strings_cut_the_text(llama: FrozenLM) -> None:
     assert len(text) > 6
     stop = text[4:6]  # in the middle of the text, and of tokens
     late, never = text[-1], "\x00"
+    first = llama.tokenizer.decode(whole.ids[:1])
+    assert len(first) > 1  # both ends of one token are stop strings: the earlier one counts
+    both = llama.generate(requests[:1], prompts, Sampling(max_new_tokens=10, stop=(first[-1], first[-2])))[0]
+    assert (both.text, both.ids) == (first[:-2], whole.ids[:1])
     cut = llama.generate(requests[:1], prompts, Sampling(max_new_tokens=10, stop=(late, stop, never, "")))[0]
     assert cut.text == text[: min(text.find(stop), text.find(late))]
     assert cut.finish == "stop"
@@ -432,7 +444,7 @@ def test_a_prefix_knows_its_size(llama: FrozenLM) -> None:
 
 
 def test_what_a_frozen_model_says_of_itself(llama: FrozenLM) -> None:
-    table = make_model("llama").get_input_embeddings().weight
+    table = make_model("llama").get_input_embeddings().weight.detach()
     assert llama.hidden_size == 32
     assert llama.window == 128
     assert torch.equal(llama.embedding, table)

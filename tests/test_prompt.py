@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny
 
+from conftest import tiny
 from softprompt import prompt
 from softprompt.errors import ConfigError
 from softprompt.frozen import FrozenLM

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import plain_score, tiny
 
+from conftest import plain_score, tiny
 from softprompt import task as task_module
 from softprompt.batch import build_trie
 from softprompt.config import TrainConfig
@@ -102,7 +102,9 @@ def test_a_window_beyond_the_models_is_refused(llama: FrozenLM) -> None:
 
 
 def data(*targets: str) -> Dataset:
-    return Dataset(tuple(Example({"input": "film"}, t, where=f"toy.jsonl:{i}") for i, t in enumerate(targets, 1)), "", "")
+    return Dataset(
+        tuple(Example({"input": "film"}, t, where=f"toy.jsonl:{i}") for i, t in enumerate(targets, 1)), "", ""
+    )
 
 
 def test_labels_are_inferred_or_given(llama: FrozenLM) -> None:

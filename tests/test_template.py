@@ -276,7 +276,7 @@ def test_bos_is_first_and_never_twice() -> None:
 
 @BOTH
 def test_a_hard_prompt_takes_the_soft_prompts_place(tokenizer: PreTrainedTokenizerBase) -> None:
-    template = Template(DEFAULT_TEMPLATE).replace_soft_prompt("Review {x} : ")
+    template = Template("{soft_prompt}{input}\nAnswer: {target}").replace_soft_prompt("Review {x} : ")
     assert template.text == "Review {{x}} : {input}\nAnswer: {target}"
     example = Example({"input": "good film"}, None)
     sequence = template.bind(tokenizer).encode(

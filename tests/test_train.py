@@ -1,59 +1,26 @@
-"""Training: its arithmetic by hand, its stops, what it keeps, and that a killed and resumed run is the uninterrupted one."""
+"""Training: its arithmetic by hand, which rows it sees when, what it keeps, and when it ends."""
 
 from __future__ import annotations
 
 import json
 import math
-import multiprocessing
-import os
-import random
-import signal
+import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from conftest import ALL, plain_score, tiny
-from safetensors.torch import load_file, save_file
 
-from softprompt import train
-from softprompt.config import TrainConfig, preset
+from conftest import ALL, TOY_TEMPLATE, plain_score, scripted, tiny, toy, toy_task, train_settings
+from softprompt.config import DEFAULT_STEPS, TrainConfig, preset
 from softprompt.data import Dataset, Example
-from softprompt.errors import ConfigError, DataError, StoreError
+from softprompt.errors import ConfigError, DataError
 from softprompt.frozen import FrozenLM, Request
 from softprompt.prompt import initial_vectors
 from softprompt.task import Task
-from softprompt.template import Template, Verbalizer
-from softprompt.train import Objective, Step, Training, learning_rate, make_optimizer
-
-FILLERS = "the film plot of a and movie is year".split()
-TEMPLATE = Template("{soft_prompt}{input} {target}")
-
-
-def toy(count: int, seed: int) -> Dataset:
-    """Rows whose label is decided by one word among fillers: half of them at random are positive."""
-    draw = random.Random(seed)
-    examples = []
-    for row in range(1, count + 1):
-        positive = draw.random() < 0.5
-        words = draw.choices(FILLERS, k=draw.randint(1, 4))
-        words.insert(draw.randint(0, len(words)), "great" if positive else "bad")
-        target = "positive" if positive else "negative"
-        examples.append(Example({"input": f"{row} " + " ".join(words)}, target, where=f"toy.jsonl:{row}"))
-    return Dataset(tuple(examples), "toy.jsonl", f"toy-{count}-{seed}")
-
-
-LABELS = Verbalizer.from_labels(["negative", "positive"])
-
-
-def toy_task(lm: FrozenLM, data: Dataset, length: int = 6) -> Task:
-    return Task.for_data(lm, data, TEMPLATE, verbalizer=LABELS, num_virtual_tokens=length)
-
-
-def settings(**options: Any) -> TrainConfig:
-    return TrainConfig(**{"num_virtual_tokens": 6, "batch_size": 4, "steps": 10, "eval_every": 5, "patience": 0} | options)
+from softprompt.template import Verbalizer
+from softprompt.train import Objective, Training, learning_rate, make_optimizer
 
 
 def run(config: TrainConfig, *, kind: str = "llama", rows: int = 30, **options: Any) -> Training:
@@ -69,16 +36,16 @@ def run(config: TrainConfig, *, kind: str = "llama", rows: int = 30, **options: 
 
 
 def test_learning_rates_by_hand() -> None:
-    linear = settings(lr=2.0, warmup=0.2, schedule="linear")
+    linear = train_settings(lr=2.0, warmup=0.2, schedule="linear")
     rates = [learning_rate(linear, step, 10) for step in range(10)]
     assert rates == pytest.approx([1.0, 2.0, 2.0, 1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.25])
-    cosine = settings(lr=2.0, warmup=0.0, schedule="cosine")
+    cosine = train_settings(lr=2.0, warmup=0.0, schedule="cosine")
     assert [learning_rate(cosine, step, 4) for step in range(4)] == pytest.approx(
         [2.0, 1 + math.sqrt(0.5), 1.0, 1 - math.sqrt(0.5)]
     )
-    constant = settings(lr=2.0, warmup=0.5, schedule="constant")
+    constant = train_settings(lr=2.0, warmup=0.5, schedule="constant")
     assert [learning_rate(constant, step, 4) for step in range(4)] == [1.0, 2.0, 2.0, 2.0]
-    assert learning_rate(settings(lr=2.0, warmup=0.05), 0, 1) == 2.0
+    assert learning_rate(train_settings(lr=2.0, warmup=0.05), 0, 1) == 2.0
 
 
 def test_the_loss_over_words_by_hand() -> None:
@@ -131,7 +98,7 @@ def test_three_steps_of_an_optimizer_by_hand(name: str, by_hand: Callable[..., t
     start = torch.randn(5, 7, generator=generator)
     gradients = [torch.randn(5, 7, generator=generator) * 10.0**k for k in (0, -2, 1)]
     vectors = start.clone().requires_grad_()
-    optimizer = make_optimizer(settings(optimizer=name, lr=0.3, weight_decay=0.1), vectors)
+    optimizer = make_optimizer(train_settings(optimizer=name, lr=0.3, weight_decay=0.1), vectors)
     for gradient in gradients:
         vectors.grad = gradient.clone()
         optimizer.step()
@@ -141,25 +108,30 @@ def test_three_steps_of_an_optimizer_by_hand(name: str, by_hand: Callable[..., t
 @pytest.mark.parametrize("optimizer", ["lester2021", "adamw"])
 def test_a_first_step_by_hand_in_units_of_the_table(optimizer: str) -> None:
     """The whole way: gradient by transformers, update by hand; the learning rate counts in embedding RMS."""
-    options: dict[str, Any] = {"num_virtual_tokens": 6, "batch_size": 3, "steps": 1, "seed": 4}
+    options: dict[str, Any] = {"init": "labels", "num_virtual_tokens": 6, "batch_size": 3, "steps": 1, "seed": 4}
     if optimizer == "lester2021":
         config, update, lr, decay, clip = preset("lester2021", **options), hand_adafactor, 0.3 / 10.7, 1e-5, 0.0
     else:
         config = TrainConfig(**options, lr=0.25, weight_decay=0.1, warmup=0.0, clip=0.01)
         update, lr, decay, clip = hand_adamw, 0.25, 0.1, 0.01
-    training = run(config, rows=3)
+    data = toy(3, 0)
+    training = Training(toy_task(tiny("llama"), data), data, data, config)
+    (step,) = training
     lm, bound = training.task.lm, training.task
     assert bound.picks_loss("auto") == "labels"
     start = initial_vectors(lm, 6, init="labels", seed=4, label_words=bound.label_words())
     leaf = start.clone().requires_grad_()
     loss = torch.zeros(())
-    for example in toy(3, 0).examples:
+    for example in data.examples:
         request = bound.label_request(example)
         scores = torch.stack([plain_score("llama", request.ids, word, leaf) for word in request.words])
         loss = loss - scores.log_softmax(dim=0)[bound.labels.index(str(example.target))] / 3
     (gradient,) = torch.autograd.grad(loss, leaf)
     unit = float(lm.embedding.square().mean().sqrt())
     in_units = gradient * unit
+    assert step.loss == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert step.grad_norm == pytest.approx(float(in_units.norm()), rel=1e-4)
+    assert step.lr == lr
     if clip:
         assert float(in_units.norm()) > clip
         in_units = in_units * clip / in_units.norm()
@@ -175,7 +147,7 @@ def test_it_learns_and_changes_no_weight() -> None:
     lm = tiny("llama")
     before = lm.weights_digest()
     data, validation = toy(300, 0), toy(200, 1)
-    config = settings(num_virtual_tokens=8, batch_size=16, steps=80, eval_every=10, lr=0.3)
+    config = train_settings(num_virtual_tokens=8, batch_size=16, steps=80, eval_every=10, lr=0.3)
     training = Training(toy_task(lm, data, 8), data, validation, config, name="toy")
     steps = list(training)
     assert sum(step.loss for step in steps[-10:]) / 10 < 0.5 * steps[0].loss
@@ -198,7 +170,7 @@ def test_it_learns_and_changes_no_weight() -> None:
 def test_every_architecture_trains_and_stays_frozen(kind: str, loss: str) -> None:
     lm = tiny(kind)
     before, embedding = lm.weights_digest(), lm.embedding.clone()
-    training = run(settings(loss=loss, lr=0.3), kind=kind)
+    training = run(train_settings(init="labels", loss=loss, lr=0.3), kind=kind)
     assert lm.weights_digest() == before
     assert torch.equal(lm.embedding, embedding)
     start = initial_vectors(lm, 6, init="labels", seed=0, label_words=training.task.label_words())
@@ -207,11 +179,11 @@ def test_every_architecture_trains_and_stays_frozen(kind: str, loss: str) -> Non
 
 def test_free_text_targets_are_learned_by_their_tokens() -> None:
     data = Dataset(tuple(Example({"input": f"{i} film"}, "great") for i in range(12)), "free.jsonl", "f")
-    task = Task.for_data(tiny("llama"), data, TEMPLATE, num_virtual_tokens=6)
+    task = Task.for_data(tiny("llama"), data, TOY_TEMPLATE, num_virtual_tokens=6)
     assert task.verbalizer is None
-    training = Training(task, data, data, settings(steps=40, lr=0.5))
+    training = Training(task, data, data, train_settings(steps=40, lr=0.5))
     steps = list(training)
-    assert steps[-1].loss < 0.7 * steps[0].loss  # 4 random layers can be steered that far
+    assert steps[-1].loss < 0.7 * steps[0].loss  # three random layers cannot be steered all the way
     best = training.result()
     assert best.training["loss"] == "lm"
     assert best.verbalizer is None
@@ -221,12 +193,12 @@ def test_free_text_targets_are_learned_by_their_tokens() -> None:
 
 
 def test_the_result_says_what_was_done() -> None:
-    training = run(settings(steps=7, seed=3), name="mine")
+    training = run(train_settings(steps=7, seed=3), name="mine")
     made = training.result()
     lm = tiny("llama")
     assert (made.name, made.base) == ("mine", "tiny-llama")
     assert (made.base_fingerprint, made.tokenizer_fingerprint) == (lm.fingerprint, lm.tokenizer_fingerprint)
-    assert made.template == TEMPLATE.text
+    assert made.template == TOY_TEMPLATE.text
     assert made.verbalizer == {"negative": ("negative",), "positive": ("positive",)}
     assert made.vectors.shape == (6, 32)
     assert made.vectors.dtype == torch.float32
@@ -247,11 +219,11 @@ def test_the_result_says_what_was_done() -> None:
 def test_a_start_of_ones_own(llama: FrozenLM) -> None:
     data = toy(10, 0)
     start = torch.full((6, 32), 0.01)
-    training = Training(toy_task(llama, data), data, data, settings(), start=start)
+    training = Training(toy_task(llama, data), data, data, train_settings(), start=start)
     torch.testing.assert_close(training.result().vectors, start)
     assert training.result().training["stopped"] == "interrupted"
     with pytest.raises(ConfigError) as error:
-        Training(toy_task(llama, data), data, data, settings(), start=torch.zeros(5, 32))
+        Training(toy_task(llama, data), data, data, train_settings(), start=torch.zeros(5, 32))
     assert str(error.value) == (
         "the soft prompt to start from has shape [5, 32], but [6, 32] is needed; "
         "set num_virtual_tokens to its length and use it with a base model of its width"
@@ -284,7 +256,7 @@ class Spy:
 @pytest.mark.parametrize(("rows", "batch"), [(11, 4), (12, 4), (3, 7), (5, 5)])
 def test_every_epoch_has_each_example_once(rows: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     spy = Spy(monkeypatch)
-    training = run(settings(batch_size=batch, epochs=3.0, steps=None, eval_every=100), rows=rows)
+    training = run(train_settings(batch_size=batch, epochs=3.0, steps=None, eval_every=100), rows=rows)
     assert training.total == math.ceil(3 * rows / batch)
     assert all(len(step) == batch for step in spy.steps)
     drawn = [ids for step in spy.steps for ids in step]
@@ -299,7 +271,7 @@ def test_the_seed_decides_order_and_start(monkeypatch: pytest.MonkeyPatch) -> No
     orders, results = [], []
     for seed in (1, 1, 2):
         spy = Spy(monkeypatch)
-        results.append(run(settings(seed=seed)).result().vectors)
+        results.append(run(train_settings(seed=seed)).result().vectors)
         orders.append(spy.steps)
         monkeypatch.undo()
     assert orders[0] == orders[1] != orders[2]
@@ -313,7 +285,7 @@ def test_rows_held_out_are_not_trained_on(monkeypatch: pytest.MonkeyPatch) -> No
         spy = Spy(monkeypatch)
         data = toy(57, 0)
         task = toy_task(tiny("llama"), data)
-        training = Training(task, data, None, settings(epochs=2.0, steps=None, seed=seed))
+        training = Training(task, data, None, train_settings(epochs=2.0, steps=None, seed=seed))
         list(training)
         assert len(spy.held_out) == 5  # a tenth
         places = [example.where for example in spy.held_out]
@@ -333,7 +305,7 @@ def test_validation_rows_bound_both_kinds_of_validation_data(monkeypatch: pytest
     data = toy(60, 0)
     for validation, rows, expected in ((None, 3, 3), (toy(20, 1), 3, 3), (toy(20, 1), 500, 20)):
         spy = Spy(monkeypatch)
-        Training(toy_task(tiny("llama"), data), data, validation, settings(validation_rows=rows))
+        Training(toy_task(tiny("llama"), data), data, validation, train_settings(validation_rows=rows))
         assert len({example.where for example in spy.held_out}) == expected
         monkeypatch.undo()
 
@@ -342,19 +314,19 @@ def test_one_row_needs_validation_data(llama: FrozenLM) -> None:
     data = toy(1, 0)
     task = toy_task(llama, data)
     with pytest.raises(DataError) as error:
-        Training(task, data, None, settings())
+        Training(task, data, None, train_settings())
     assert str(error.value) == (
         "toy.jsonl has 1 row, but training needs at least 2 when no validation data is given; "
         "add rows or give --validation"
     )
-    assert len(list(Training(task, data, toy(4, 1), settings()))) == 10
+    assert len(list(Training(task, data, toy(4, 1), train_settings()))) == 10
 
 
 def test_a_validation_target_outside_the_labels_is_named(llama: FrozenLM) -> None:
     data = toy(20, 0)
     wrong = Dataset((Example({"input": "film"}, "meh", where="dev.jsonl:7"),), "dev.jsonl", "d")
     with pytest.raises(DataError) as error:
-        Training(toy_task(llama, data), data, wrong, settings())
+        Training(toy_task(llama, data), data, wrong, train_settings())
     assert str(error.value) == (
         'dev.jsonl:7: expected one of the labels "negative", "positive", found "meh"; '
         "correct this row, or give all labels with --labels."
@@ -364,27 +336,11 @@ def test_a_validation_target_outside_the_labels_is_named(llama: FrozenLM) -> Non
 # --- which vectors are kept, and when it ends ----------------------------------------------------------------
 
 
-def scripted(monkeypatch: pytest.MonkeyPatch, script: Sequence[tuple[float, float]]) -> list[torch.Tensor]:
-    """Replaces validation by ``(value, loss)`` in turn; returns the list of the vectors that it sees."""
-    seen: list[torch.Tensor] = []
-
-    def validator(task: Task, examples: Sequence[Example]) -> Callable[[torch.Tensor], dict[str, Any]]:
-        def validate(vectors: torch.Tensor) -> dict[str, Any]:
-            value, loss = script[len(seen)]
-            seen.append(vectors.clone())
-            return {"value": value, "loss": loss, "metrics": [{"metric": "scripted", "value": value}]}
-
-        return validate
-
-    monkeypatch.setattr(Task, "validator", validator)
-    return seen
-
-
 def test_the_best_vectors_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A higher value is better, then a lower loss, then the earlier one."""
     seen = scripted(monkeypatch, [(0.5, 1.0), (0.7, 0.9), (0.7, 0.8), (0.7, 0.8), (0.6, 0.1)])
     data = toy(20, 0)
-    training = Training(toy_task(tiny("llama"), data), data, data, settings(eval_every=2))
+    training = Training(toy_task(tiny("llama"), data), data, data, train_settings(eval_every=2))
     steps = list(training)
     assert [step.number for step in steps if step.validation] == [2, 4, 6, 8, 10]
     assert [step.number for step in steps if step.improved] == [2, 4, 6]
@@ -396,13 +352,15 @@ def test_the_best_vectors_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert training.stopped == "steps"
 
 
-@pytest.mark.parametrize(("patience", "last", "stopped"), [(2, 8, "early"), (3, 10, "early"), (4, 12, "steps"), (0, 12, "steps")])
+@pytest.mark.parametrize(
+    ("patience", "last", "stopped"), [(2, 8, "early"), (3, 10, "early"), (4, 12, "steps"), (0, 12, "steps")]
+)
 def test_it_stops_early_when_patience_is_spent(
     patience: int, last: int, stopped: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = scripted(monkeypatch, [(0.5, 1.0), (0.6, 1.0), (0.6, 1.0), (0.1, 0.5), (0.2, 1.0), (0.59, 1.0)])
     data = toy(20, 0)
-    config = settings(eval_every=2, patience=patience, steps=12)
+    config = train_settings(eval_every=2, patience=patience, steps=12)
     training = Training(toy_task(tiny("llama"), data), data, data, config)
     steps = list(training)
     assert (steps[-1].number, training.stopped) == (last, stopped)
@@ -413,7 +371,7 @@ def test_it_stops_early_when_patience_is_spent(
 def test_validation_comes_at_the_last_step_too(monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, [(0.5, 1.0), (0.5, 1.0)])
     data = toy(20, 0)
-    training = Training(toy_task(tiny("llama"), data), data, data, settings(eval_every=4, steps=7))
+    training = Training(toy_task(tiny("llama"), data), data, data, train_settings(eval_every=4, steps=7))
     assert [step.number for step in training if step.validation] == [4, 7]
 
 
@@ -425,13 +383,15 @@ def test_a_loss_that_is_not_finite_ends_it_and_the_last_good_vectors_stay(
     used: list[torch.Tensor] = []
     backward = Objective.backward
 
-    def poisoned(objective: Objective, requests: Sequence[Request], gold: Any, vectors: torch.Tensor) -> tuple[float, int]:
+    def poisoned(
+        objective: Objective, requests: Sequence[Request], gold: Any, vectors: torch.Tensor
+    ) -> tuple[float, int]:
         used.append(vectors.detach().clone())
         loss, tokens = backward(objective, requests, gold, vectors)
         return (bad, tokens) if len(used) == 4 else (loss, tokens)
 
     monkeypatch.setattr(Objective, "backward", poisoned)
-    training = run(settings(eval_every=2 if validated else 5))
+    training = run(train_settings(eval_every=2 if validated else 5))
     assert training.stopped == "not finite"
     assert training.step == 3
     made = training.result()
@@ -446,14 +406,16 @@ def test_a_loss_that_is_not_finite_ends_it_and_the_last_good_vectors_stay(
 def test_a_gradient_that_is_not_finite_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     backward = Objective.backward
 
-    def poisoned(objective: Objective, requests: Sequence[Request], gold: Any, vectors: torch.Tensor) -> tuple[float, int]:
+    def poisoned(
+        objective: Objective, requests: Sequence[Request], gold: Any, vectors: torch.Tensor
+    ) -> tuple[float, int]:
         found = backward(objective, requests, gold, vectors)
         assert vectors.grad is not None
         vectors.grad[0, 0] = math.inf
         return found
 
     monkeypatch.setattr(Objective, "backward", poisoned)
-    training = run(settings())
+    training = run(train_settings())
     assert (training.stopped, training.step) == ("not finite", 0)
     assert bool(training.result().vectors.isfinite().all())
 
@@ -461,14 +423,14 @@ def test_a_gradient_that_is_not_finite_ends_it(monkeypatch: pytest.MonkeyPatch) 
 def test_a_validation_that_is_not_finite_is_never_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = scripted(monkeypatch, [(0.9, math.nan), (0.5, 1.0), (0.9, math.inf)])
     data = toy(20, 0)
-    training = Training(toy_task(tiny("llama"), data), data, data, settings(eval_every=2, steps=6))
+    training = Training(toy_task(tiny("llama"), data), data, data, train_settings(eval_every=2, steps=6))
     assert [step.improved for step in training if step.validation] == [False, True, False]
     assert torch.equal(training.result().vectors, seen[1])
 
 
 def test_an_interrupted_run_gives_its_best_so_far() -> None:
     data = toy(20, 0)
-    training = Training(toy_task(tiny("llama"), data), data, data, settings(eval_every=3))
+    training = Training(toy_task(tiny("llama"), data), data, data, train_settings(eval_every=3))
     for step in training:
         if step.number == 4:
             break
@@ -483,18 +445,18 @@ def test_steps_come_from_steps_epochs_or_the_default() -> None:
     task = toy_task(tiny("llama"), data)
 
     def planned(**options: Any) -> int:
-        return Training(task, data, data, settings(**options)).total
+        return Training(task, data, data, train_settings(**options)).total
 
     assert planned(steps=7) == 7
     assert planned(steps=None, epochs=1.5, batch_size=4) == 4
     assert planned(steps=None, epochs=0.01) == 1
-    assert planned(steps=None) == train.DEFAULT_STEPS
+    assert planned(steps=None) == DEFAULT_STEPS
 
 
 def test_truncated_inputs_are_counted(llama: FrozenLM) -> None:
     data = Dataset(tuple(Example({"input": "film " * n}, t) for n, t in ((2, "a"), (80, "b"), (90, "a"))), "long", "l")
-    task = Task(llama, TEMPLATE, Verbalizer.from_labels(["a", "b"]), 6, 40)
-    assert Training(task, data, data, settings()).truncated == 2
+    task = Task(llama, TOY_TEMPLATE, Verbalizer.from_labels(["a", "b"]), 6, 40)
+    assert Training(task, data, data, train_settings()).truncated == 2
 
 
 # --- compiling -----------------------------------------------------------------------------------------------
@@ -502,17 +464,17 @@ def test_truncated_inputs_are_counted(llama: FrozenLM) -> None:
 
 def decision(kind: str = "llama", **options: Any) -> bool:
     data = toy(10, 0)
-    return Training(toy_task(tiny(kind), data), data, data, settings(**options)).compiled
+    return Training(toy_task(tiny(kind), data), data, data, train_settings(**options)).compiled
 
 
 def test_long_runs_are_compiled_and_short_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.shutil, "which", lambda name: "/usr/bin/c++")
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/c++")
     assert not decision(steps=1000)
     assert decision(steps=10**9)
     assert decision(compile="on")
     assert not decision(compile="off", steps=10**9)
     assert not decision(kind="mistral-sliding", compile="on")  # the concatenation path is never compiled
-    monkeypatch.setattr(train.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     assert not decision(steps=10**9)  # without a C++ compiler
 
 
@@ -521,217 +483,9 @@ def test_layers_are_compiled_only_while_it_trains(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(FrozenLM, "compile_layers", lambda lm: calls.append("compile"))
     monkeypatch.setattr(FrozenLM, "uncompile_layers", lambda lm: calls.append("uncompile"))
     data = toy(10, 0)
-    training = Training(toy_task(tiny("llama"), data), data, data, settings(compile="on"))
+    training = Training(toy_task(tiny("llama"), data), data, data, train_settings(compile="on"))
     assert calls == []
     for _ in training:
         assert calls == ["compile"]
         break
     assert calls == ["compile", "uncompile"]
-
-
-# --- killed and resumed is never killed ----------------------------------------------------------------------
-
-
-def resumable(folder: Path, **options: Any) -> Training:
-    config = settings(**{"steps": 12, "eval_every": 5, "checkpoint_every": 3} | options)
-    data = toy(15, 0)
-    return Training(toy_task(tiny("llama"), data), data, toy(20, 1), config, folder=folder, resume=True)
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    """The log without its wall times."""
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    for line in log:
-        del line["seconds"]
-    return log
-
-
-def outcome(training: Training) -> dict[str, Any]:
-    """Everything about a result but wall times."""
-    made = training.result()
-    rest = {key: value for key, value in made.training.items() if key != "train_seconds"}
-    return {"vectors": made.vectors.numpy().tobytes(), "metrics": made.metrics, "training": rest, "data": made.data}
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-def test_stopped_after_any_step_it_goes_on_to_the_same_end(optimizer: str, tmp_path: Path) -> None:
-    whole = resumable(tmp_path / "whole", optimizer=optimizer)
-    assert [step.number for step in whole] == list(range(1, 13))
-    for stop in range(1, 13):
-        folder = tmp_path / str(stop)
-        for step in resumable(folder, optimizer=optimizer):
-            if step.number == stop:
-                break
-        again = resumable(folder, optimizer=optimizer)
-        assert again.step == max(k for k in (0, 3, 5, 6, 9, 10, 12) if k <= stop)  # the last checkpoint
-        list(again)
-        assert outcome(again) == outcome(whole)
-        assert lines(folder) == lines(tmp_path / "whole")
-
-
-def test_the_log_has_a_line_for_every_step(tmp_path: Path) -> None:
-    training = resumable(tmp_path)
-    steps = list(training)
-    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [line["number"] for line in logged] == list(range(1, 13))
-    for line, step in zip(logged, steps, strict=True):
-        assert line == {name: value for name, value in step.__dict__.items() if value is not None}
-    assert isinstance(steps[0], Step)
-    assert [step.number for step in steps if step.validation] == [5, 10, 12]
-
-
-def test_a_finished_run_stays_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = resumable(tmp_path / "steps")
-    list(whole)
-    again = resumable(tmp_path / "steps")
-    assert list(again) == []
-    assert outcome(again) == outcome(whole)
-
-    scripted(monkeypatch, [(0.5, 1.0), (0.4, 1.0), (0.4, 1.0)])
-    early = resumable(tmp_path / "early", patience=1, eval_every=2)
-    assert [step.number for step in early] == [1, 2, 3, 4]
-    again = resumable(tmp_path / "early", patience=1, eval_every=2)
-    assert list(again) == []
-    assert again.stopped == "early"
-    assert outcome(again) == outcome(early)
-
-
-def test_without_resume_it_starts_anew(tmp_path: Path) -> None:
-    first = resumable(tmp_path)
-    list(first)
-    data = toy(15, 0)
-    anew = Training(first.task, data, toy(20, 1), first.config, folder=tmp_path, resume=False)
-    assert anew.step == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl"]
-    assert (tmp_path / "log.jsonl").read_text(encoding="utf-8") == ""
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"lr": 0.2, "seed": 9}, "lr, seed"),
-        ({"num_virtual_tokens": 7}, "num_virtual_tokens"),
-        ({"optimizer": "adafactor"}, "optimizer"),
-        ({"steps": 13}, "steps, total"),
-        ({"data": toy(16, 0)}, "data"),
-        ({"validation": toy(20, 2)}, "data"),
-        ({"template": Template("{soft_prompt} {input} {target}")}, "task"),
-        ({"verbalizer": Verbalizer({"negative": ("negative", "bad"), "positive": ("positive",)})}, "task"),
-        ({"kind": "gpt2"}, "task"),
-    ],
-)
-def test_resuming_with_something_else_is_refused(change: dict[str, Any], named: str, tmp_path: Path) -> None:
-    list(resumable(tmp_path))
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    other = dict(change)
-    data, validation = other.pop("data", toy(15, 0)), other.pop("validation", toy(20, 1))
-    template, verbalizer = other.pop("template", TEMPLATE), other.pop("verbalizer", LABELS)
-    lm = tiny(other.pop("kind", "llama"))
-    config = settings(**{"steps": 12, "eval_every": 5, "checkpoint_every": 3} | other)
-    task = Task.for_data(lm, data, template, verbalizer=verbalizer, num_virtual_tokens=config.num_virtual_tokens)
-    with pytest.raises(ConfigError) as error:
-        Training(task, data, validation, config, folder=tmp_path, resume=True)
-    assert str(error.value) == (
-        f"the checkpoint in {tmp_path} is of a run with other {named}; "
-        "resume with the same settings and data, or start anew without --resume"
-    )
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
-    list(resumable(tmp_path))
-    path = tmp_path / "checkpoint.safetensors"
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(StoreError) as error:
-        resumable(tmp_path)
-    assert str(error.value).startswith(f"the checkpoint {path} is damaged (")
-    assert str(error.value).endswith("); start anew without --resume")
-    assert "\n" not in str(error.value)
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError) as error:
-        resumable(tmp_path / "file" / "run")
-    assert str(error.value) == (
-        f"the training's folder {tmp_path / 'file' / 'run'} cannot be written: Not a directory; "
-        "set SOFTPROMPT_HOME to a folder that can"
-    )
-
-
-def train_until_killed(folder: Path, optimizer: str, calls: int, at: str) -> None:
-    """In a process of its own: trains or resumes, and dies by SIGKILL at the given call of ``at``; else writes the result."""
-    count = 0
-
-    def die_in(call: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **options: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count == calls:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return call(*args, **options)
-
-        return counted
-
-    if at == "backward":
-        Objective.backward = die_in(Objective.backward)  # type: ignore[method-assign]
-    elif at == "replace":  # the checkpoint is written, and not yet in its place
-        os.replace = die_in(os.replace)
-    elif at == "save":  # the step is logged, and not yet in a checkpoint
-        train.checkpoint.save = die_in(train.checkpoint.save)
-    training = resumable(folder, optimizer=optimizer, steps=30, eval_every=7, checkpoint_every=4)
-    for _ in training:
-        if at == "outside":
-            time.sleep(0.1)  # so that the kill from outside finds it at work
-    end = outcome(training)
-    vectors = torch.frombuffer(bytearray(end.pop("vectors")), dtype=torch.float32)
-    save_file({"vectors": vectors}, folder / "result.safetensors")
-    (folder / "result.json").write_text(json.dumps(end, sort_keys=True))
-
-
-@pytest.fixture(scope="module")
-def spawn() -> Iterator[Callable[..., Any]]:
-    """Starts ``train_until_killed`` in a new process; a server that has imported everything already forks it."""
-    context = multiprocessing.get_context("forkserver")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
-        context.set_forkserver_preload([__name__, "transformers.models.llama.modeling_llama", "transformers.optimization"])
-
-        def start(*args: Any) -> Any:
-            process = context.Process(target=train_until_killed, args=args)
-            process.start()
-            return process
-
-        yield start
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-def test_killed_at_random_moments_and_resumed_is_never_killed(
-    optimizer: str, tmp_path: Path, spawn: Callable[..., Any]
-) -> None:
-    draw = random.Random(optimizer)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = spawn(whole, optimizer, 0, "")
-    process.join(60)
-    assert process.exitcode == 0
-    for at in ("backward", "replace", "save", "backward", "replace"):
-        process = spawn(killed, optimizer, draw.randint(2, 6) if at == "backward" else draw.randint(1, 2), at)
-        process.join(60)
-        assert process.exitcode == -signal.SIGKILL
-    process = spawn(killed, optimizer, 0, "outside")
-    deadline, known = time.monotonic() + 60, len((killed / "log.jsonl").read_text().splitlines())
-    while len((killed / "log.jsonl").read_text().splitlines()) < known + 2 and time.monotonic() < deadline:
-        time.sleep(draw.uniform(0, 0.01))
-    process.kill()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-    with open(killed / "log.jsonl", "a", encoding="utf-8") as log:
-        log.write('{"number": 3, "lo')  # a line that the kill cut in two
-    assert not (killed / "result.json").exists()
-    process = spawn(killed, optimizer, 0, "")
-    process.join(60)
-    assert process.exitcode == 0
-    assert (killed / "result.json").read_text() == (whole / "result.json").read_text()
-    results = [load_file(folder / "result.safetensors")["vectors"] for folder in (whole, killed)]
-    assert torch.equal(results[0].view(torch.uint8), results[1].view(torch.uint8))
-    assert lines(killed) == lines(whole)

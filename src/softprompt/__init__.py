@@ -21,13 +21,12 @@ from softprompt.metrics import Metric
 from softprompt.prompt import SoftPrompt
 from softprompt.store import Store
 from softprompt.task import Task
-from softprompt.template import DEFAULT_TEMPLATE, Template, Verbalizer, chat_template
+from softprompt.template import Template, Verbalizer, chat_template, default_template
 from softprompt.train import Step, Training
 
 __version__ = version("softprompt")
 
 __all__ = [
-    "DEFAULT_TEMPLATE",
     "ArtifactError",
     "BaseModelError",
     "ConfigError",
@@ -54,6 +53,7 @@ __all__ = [
     "Verbalizer",
     "__version__",
     "chat_template",
+    "default_template",
     "evaluate",
     "load",
     "predict",

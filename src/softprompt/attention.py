@@ -1,16 +1,12 @@
 """Attention over a prefix that rows share: the one place where we stand inside a transformers model.
 
 A row's tokens attend to the keys and values of their shared prefix and, causally, to each other. Transformers gives
-every
-architecture the same attention call (``AttentionInterface``) and hands extra keyword arguments of the model's
-``forward`` down to
-it, so one function serves all of them; a hook on each decoder layer picks that layer's part of the prefix. Without a
-prefix the function
-is transformers' own ``sdpa``.
+every architecture the same attention call (``AttentionInterface``) and hands extra keyword arguments of the model's
+``forward`` down to it, so one function serves all of them; a hook on each decoder layer picks that layer's part of
+the prefix. Without a prefix the function is transformers' own ``sdpa``.
 
 Plain matrix products instead of ``scaled_dot_product_attention``: at the lengths of classification and short
-generation the
-backward of PyTorch's CPU flash attention takes about a quarter of a training step.
+generation the backward of PyTorch's CPU flash attention takes about a quarter of a training step.
 """
 
 from __future__ import annotations
@@ -30,8 +26,7 @@ class PrefixKV:
 
     Attributes:
         keys: a tensor ``[K, H_kv, P, D]`` for each layer, in the model's dtype, after any rotary embedding; prefixes
-            shorter than
-            the longest are padded on the right.
+            shorter than the longest are padded on the right.
         values: likewise.
         lengths: the length in tokens of each prefix, ``K`` of them.
     """
@@ -74,7 +69,7 @@ def stack_prefixes(prefixes: list[PrefixKV]) -> PrefixKV:
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """Softmax attention with grouped queries.
+    """Softmax attention with grouped queries, every row with keys and values of its own.
 
     Args:
         query: ``[B, H_q, T, D]``.
@@ -90,9 +85,134 @@ def attend(
     kv_heads, span = key.shape[1], key.shape[2]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads * tokens, width)
     scores = torch.matmul(grouped, key.transpose(2, 3)).view(batch, heads, tokens, span)
-    weights = torch.softmax((scores * scaling + mask).float(), dim=-1).to(value.dtype)
+    weights = torch.softmax(scores * scaling + mask, dim=-1)
     out = torch.matmul(weights.view(batch, kv_heads, -1, span), value)
     return out.view(batch, heads, tokens, width).transpose(1, 2)
+
+
+# The same for rows that share one prefix, the hot spot of training, as an operator of its own so that torch.compile leaves
+# it alone: PyTorch's own bf16 softmax is two to three times faster than the kernels that it would generate. Inside,
+# B * H_kv is one batch dimension and the G = H_q / H_kv query heads of a key head stand below each other, N = G * T rows.
+
+
+def _joined(shared: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """``[1, H_kv, P, D]`` before each of ``[B, H_kv, T, D]``: ``[B * H_kv, P + T, D]``."""
+    return torch.cat([shared.expand(len(own), -1, -1, -1), own], dim=2).flatten(0, 1)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:
+    """Batched matrix product times a factor, in one pass."""
+    return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scaling)
+
+
+@torch.library.custom_op("softprompt::attend_shared", mutates_args=())
+def attend_shared(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_key: torch.Tensor,
+    prefix_value: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention with grouped queries of rows that share one prefix.
+
+    Args:
+        query: ``[B, H_q, T, D]``.
+        key, value: ``[B, H_kv, T, D]``.
+        prefix_key, prefix_value: ``[1, H_kv, P, D]``.
+        mask: additive, ``[B, 1, T, P + T]`` in the query's dtype; only its last ``T`` columns count, since every row
+            sees the whole prefix.
+        scaling: factor on the scores.
+
+    Returns:
+        ``[B, T, H_q, D]``, and the weights ``[B * H_kv, N, P + T]`` that its backward needs.
+    """
+    batch, heads, tokens, width = query.shape
+    kv_heads, length = key.shape[1], prefix_key.shape[2]
+    rows = query.reshape(batch * kv_heads, -1, width)
+    weights = _product(rows, _joined(prefix_key, key).transpose(1, 2), scaling)
+    own = weights.view(batch, kv_heads, -1, tokens, length + tokens)[..., length:]
+    own.add_(mask[:, :, None, :, length:])  # the whole prefix is seen by all
+    weights = torch.softmax(weights, dim=-1)
+    out = torch.bmm(weights, _joined(prefix_value, value))
+    return out.view(batch, heads, tokens, width).transpose(1, 2).contiguous(), weights
+
+
+@attend_shared.register_fake
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_key: torch.Tensor,
+    prefix_value: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, heads, tokens, width = query.shape
+    kv_heads = key.shape[1]
+    weights = query.new_empty(batch * kv_heads, heads // kv_heads * tokens, prefix_key.shape[2] + tokens)
+    return query.new_empty(batch, tokens, heads, width), weights
+
+
+@torch.library.custom_op("softprompt::attend_shared_backward", mutates_args=())
+def _attend_shared_backward(
+    grad: torch.Tensor,
+    weights: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_key: torch.Tensor,
+    prefix_value: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key, value, prefix_key and prefix_value, from that of ``attend_shared``'s output ``[B, T, H_q, D]``."""
+    batch, heads, tokens, width = query.shape
+    kv_heads, length = key.shape[1], prefix_key.shape[2]
+    rows = query.reshape(batch * kv_heads, -1, width)
+    out = grad.transpose(1, 2).reshape(batch * kv_heads, -1, width)
+    grad_values = torch.bmm(weights.transpose(1, 2), out)
+    grad_weights = torch.bmm(out, _joined(prefix_value, value).transpose(1, 2))
+    grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+    grad_rows = _product(grad_scores, _joined(prefix_key, key), scaling)
+    grad_keys = _product(grad_scores.transpose(1, 2), rows, scaling)
+
+    def apart(both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shared, own = both.view(batch, kv_heads, -1, width).split([length, tokens], dim=2)
+        return shared.sum(dim=0, keepdim=True, dtype=torch.float32).to(both.dtype), own.contiguous()
+
+    (grad_prefix_key, grad_key), (grad_prefix_value, grad_value) = apart(grad_keys), apart(grad_values)
+    grad_query = grad_rows.view(batch, heads, tokens, width)
+    return grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value
+
+
+@_attend_shared_backward.register_fake
+def _(
+    grad: torch.Tensor,
+    weights: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_key: torch.Tensor,
+    prefix_value: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    like = [query, key, value, prefix_key, prefix_value]
+    a, b, c, d, e = (tensor.new_empty(tensor.shape) for tensor in like)
+    return a, b, c, d, e
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    query, key, value, prefix_key, prefix_value, _, ctx.scaling = inputs
+    ctx.save_for_backward(output[1], query, key, value, prefix_key, prefix_value)
+
+
+def _differentiate(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    gradients = _attend_shared_backward(grad, *ctx.saved_tensors, ctx.scaling)
+    return (*gradients, None, None)
+
+
+attend_shared.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _attention(
@@ -106,19 +226,22 @@ def _attention(
     prefix_rows: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' attention call; ``attention_mask`` is ``[B, 1, T, P + S]`` when there is a prefix."""
-    if prefix_layer is None:
+    """Transformers' attention call. A floating-point mask is ours, ``[B, 1, T, P + S]``; any other goes on to ``sdpa``."""
+    if attention_mask is None or not attention_mask.is_floating_point():
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if prefix_layer is None:
+        return attend(query, key, value, attention_mask, factor), None
     prefix_key, prefix_value = prefix_layer
+    if prefix_rows is None and key.shape[2] == query.shape[2]:
+        return attend_shared(query, key, value, prefix_key, prefix_value, attention_mask, factor)[0], None
     if prefix_rows is not None:
         prefix_key, prefix_value = prefix_key[prefix_rows], prefix_value[prefix_rows]
-    batch = query.shape[0]
-    key = torch.cat([prefix_key.expand(batch, -1, -1, -1), key], dim=2)
-    value = torch.cat([prefix_value.expand(batch, -1, -1, -1), value], dim=2)
-    assert attention_mask is not None
-    return attend(query, key, value, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+    key = torch.cat([prefix_key.expand(len(key), -1, -1, -1), key], dim=2)
+    value = torch.cat([prefix_value.expand(len(value), -1, -1, -1), value], dim=2)
+    return attend(query, key, value, attention_mask, factor), None
 
 
 def _pick_layer(index: int) -> Any:

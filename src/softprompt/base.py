@@ -16,6 +16,7 @@ from typing import Any
 import platformdirs
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from softprompt.errors import BaseModelError, ConfigError
 from softprompt.packages import SMOLLM2_GGUF
@@ -35,8 +36,8 @@ def pick_device(name: str = "auto") -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ConfigError(f"--device must be auto, cpu, cuda or mps and be on this machine; {name!r} is not") from error
     return device
 
@@ -145,9 +146,10 @@ def _dequantized(gguf: Path, key: str) -> Path:
         with FileLock(f"{folder}.lock"):
             if not _complete(folder):
                 _convert(gguf, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a full disk is the one or the other
+        reason = getattr(error, "strerror", None) or _reason(error)
         raise BaseModelError(
-            f"the base model {gguf.name} could not be unpacked into {folder.parent}: {error.strerror or error}; "
+            f"the base model {gguf.name} could not be unpacked into {folder.parent}: {reason}; "
             "free some space there or set SOFTPROMPT_CACHE to another folder"
         ) from error
     return folder

@@ -2,10 +2,9 @@
 at a prefix.
 
 A row holds the tokens after its shared prefix. Behind them hang the continuations to be scored (one target, or every
-word of a
-verbalizer) as a trie, so that words share their common beginnings and the row itself is computed once. Each trie
-node sees the row and its
-own ancestors only, which makes one forward pass give exactly what a pass for each word would give.
+word of a verbalizer) as a trie, so that words share their common beginnings and the row itself is computed once. Each
+trie node sees the row and its own ancestors only, which makes one forward pass give exactly what a pass for each word
+would give.
 """
 
 from __future__ import annotations
@@ -97,8 +96,7 @@ class Batch:
         last: int64 ``[B]``, column of the last token of ``Row.ids``.
         read_rows, read_columns: int64 ``[M]``, the places whose hidden states are read.
         step_read, step_token, step_slot: int64 ``[S]``: step ``s`` reads place ``step_read[s]``, predicts
-            ``step_token[s]`` and counts for word
-            ``step_slot[s] % num_words`` of row ``step_slot[s] // num_words``.
+            ``step_token[s]`` and counts for word ``step_slot[s] % num_words`` of row ``step_slot[s] // num_words``.
         num_words: the most words that a row has.
         word_counts: int64 ``[B]``, how many words each row has.
     """

@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -105,7 +105,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(sentence: str) -> int:
-    # Sentences of this project begin with a small or a capital letter, and end with or without a full stop.
     stderr.print(f"error: {sentence}")
     return 2
 
@@ -210,6 +209,7 @@ def evaluate_command(
         check_targets(dataset, list(soft_prompt.verbalizer))
     lm = load_base_model(base or soft_prompt.base, dtype, device, trust_remote_code)
     task, vectors = _task(lm, soft_prompt, base_only)
+    sampling = replace(default_sampling(task), **options)
     began = time.perf_counter()
     with rows_bar("evaluating") as progress:
         found = evaluate(
@@ -218,7 +218,7 @@ def evaluate_command(
             dataset,
             metrics=metric,
             normalise=normalise_length,
-            sampling=replace(default_sampling(task), **options),
+            sampling=sampling,
             progress=progress,
         )
     warn_truncated(found.truncated, task.max_length)
@@ -232,6 +232,8 @@ def evaluate_command(
                 "source": dataset.source,
                 "fingerprint": dataset.fingerprint,
                 **found.as_dict(),
+                "normalise_length": normalise_length,
+                "sampling": asdict(sampling) if task.verbalizer is None else None,
                 "dtype": str(lm.dtype).removeprefix("torch."),
                 "seconds": round(time.perf_counter() - began, 3),
             }

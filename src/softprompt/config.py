@@ -19,16 +19,14 @@ class TrainConfig:
 
     Attributes:
         num_virtual_tokens: P, how many vectors are learned, in tokens.
-        init: ``random`` (normal, one RMS of the embedding table), ``vocab`` (embeddings of tokens drawn from the
-            most frequent part of the
-            vocabulary), ``text`` (embeddings of ``init_text``), ``labels`` (embeddings of the class labels, the rest
-            as ``vocab``), a name
-            in the store or a path of a soft prompt; ``auto``: ``text`` where there is an ``init_text``, else
-            ``labels`` where there are labels, else ``vocab``.
+        init: ``random`` (normal, one RMS of the embedding table), ``vocab`` (embeddings of tokens drawn from the most
+            frequent part of the vocabulary), ``text`` (embeddings of ``init_text``), ``labels`` (embeddings of the
+            class labels, the rest as ``vocab``), a name in the store or a path of a soft prompt; ``auto``: ``text``
+            where there is an ``init_text``; where there are labels, the text ``Options: a, b, c.`` if it fits in P
+            tokens, else ``labels``; ``vocab`` for free text.
         init_text: text for ``init="text"``, repeated or cut to P tokens.
         loss: ``lm`` (cross-entropy of all target tokens over the whole vocabulary), ``labels`` (cross-entropy over
-            the labels' scores), or
-            ``auto``: ``labels`` where there are labels that are cheap to score, else ``lm``.
+            the labels' scores), or ``auto``: ``labels`` where there are labels that are cheap to score, else ``lm``.
         optimizer: ``adamw`` or ``adafactor``.
         lr: peak learning rate in units of the embedding table's RMS: an Adam step moves an element by at most about
             ``lr`` RMS.
@@ -54,7 +52,7 @@ class TrainConfig:
     init_text: str | None = None
     loss: str = "auto"
     optimizer: str = "adamw"
-    lr: float = 0.1
+    lr: float = 0.3
     weight_decay: float = 0.0
     warmup: float = 0.05
     schedule: str = "linear"
@@ -102,7 +100,8 @@ class TrainConfig:
             one_of("compile", ("auto", "on", "off")),
             (0 < self.lr < 1000, f"lr must be above 0 and below 1000 embedding RMS, not {self.lr}"),
             (0 <= self.warmup < 1, f"warmup must be a share of the steps in [0, 1), not {self.warmup}"),
-            (self.epochs is None or self.epochs > 0, f"epochs must be above 0, not {self.epochs}"),
+            (self.epochs is None or 0 < self.epochs < 1e6, f"epochs must be above 0 and finite, not {self.epochs}"),
+            (self.seed < 2**32, f"seed must be below 2**32, not {self.seed}"),
             (self.steps is None or self.epochs is None, "steps and epochs exclude each other; give one of them"),
             (self.init != "text" or bool(self.init_text), "init text needs an init_text; give one"),
             (
@@ -116,7 +115,7 @@ class TrainConfig:
         return asdict(self)
 
 
-DEFAULT_STEPS = 600
+DEFAULT_STEPS = 800
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Lester et al. 2021, §3 and appendix A.1: P=100, Adafactor without parameter scaling, constant rate 0.3 on a

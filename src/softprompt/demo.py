@@ -28,7 +28,7 @@ from softprompt.evaluate import Evaluation, Prediction, Query, evaluate, predict
 from softprompt.frozen import FrozenLM
 from softprompt.prompt import SoftPrompt
 from softprompt.task import Task
-from softprompt.template import DEFAULT_TEMPLATE, SOFT, Template
+from softprompt.template import SOFT, default_template
 from softprompt.terminal import (
     duration,
     number,
@@ -176,7 +176,9 @@ def run(load: Callable[[], FrozenLM], splits: Mapping[str, Dataset], config: Tra
     lm = load()
     load_seconds = time.perf_counter() - began
     digest = lm.weights_digest()
-    task = Task.for_data(lm, splits["train"], Template(DEFAULT_TEMPLATE), num_virtual_tokens=config.num_virtual_tokens)
+    task = Task.for_data(
+        lm, splits["train"], default_template(labelled=True), num_virtual_tokens=config.num_virtual_tokens
+    )
 
     stderr.print("2/4  asking the base model alone")
     with rows_bar("rows") as progress:

@@ -84,13 +84,14 @@ class Prediction:
 
 
 def default_sampling(task: Task) -> Sampling:
-    """Greedy, up to 128 tokens, but at most half of the task's sequence.
+    """Greedy, up to 128 tokens, but at most half of what soft prompt and template leave of the sequence.
 
     A tuned soft prompt has learned to end its answer. Without one, the base model would often go on with another
     question: there the answer ends with its line.
     """
     stop = () if task.template.has_soft_prompt else ("\n",)
-    return Sampling(max_new_tokens=max(1, min(128, task.max_length // 2)), stop=stop)
+    room = task.max_length - task.num_virtual_tokens - task.encoder.num_fixed
+    return Sampling(max_new_tokens=max(1, min(128, room // 2)), stop=stop)
 
 
 def predict(

@@ -144,8 +144,8 @@ class FrozenLM:
 
         Args:
             base: ``smollm2-135m``, a hub id, a folder with safetensors, or a GGUF file.
-            dtype: ``fp32``, ``bf16``, ``fp16``, or ``auto``: bf16 where the processor computes it natively,
-                otherwise fp32.
+            dtype: ``fp32``, ``bf16``, ``fp16``, or ``auto``: bf16 where the processor computes it natively, otherwise
+                fp32.
             device: ``auto``, ``cpu``, ``cuda``, ``mps`` …
             trust_remote_code: run code that comes with the model.
 
@@ -188,8 +188,16 @@ class FrozenLM:
 
         cache: Any = DynamicCache()
         embedded = self._embed(list(ids) or [0], vectors)
+        blocked = torch.full((len(embedded), len(embedded)), torch.finfo(self.dtype).min)
+        mask = blocked.triu(1).to(self.device, self.dtype)
         with self._eager():
-            self.model.base_model(inputs_embeds=embedded[None], past_key_values=cache, use_cache=True)
+            self.model.base_model(
+                inputs_embeds=embedded[None],
+                attention_mask=mask[None, None],
+                position_ids=torch.arange(len(embedded), device=self.device)[None],
+                past_key_values=cache,
+                use_cache=True,
+            )
         length = embedded.shape[0] if ids else 0  # of an empty prefix only the shape is taken, from a throw-away token
         return PrefixKV(
             keys=tuple(layer.keys[:, :, :length] for layer in cache.layers),
@@ -296,8 +304,8 @@ class FrozenLM:
             max_tokens: the most tokens, padding included, in one forward pass.
 
         Returns:
-            float32 ``[N, W]`` on the CPU, natural logarithm, summed over a word's tokens; ``-inf`` beyond a
-            request's own words.
+            float32 ``[N, W]`` on the CPU, natural logarithm, summed over a word's tokens; ``-inf`` beyond a request's
+            own words.
         """
         width = max((len(request.words) for request in requests), default=0)
         scores = torch.full((len(requests), width), -torch.inf)
@@ -425,8 +433,7 @@ class FrozenLM:
         """Compiles the decoder layers for training (``torch.compile``, dynamic shapes); evaluation stays as it is.
 
         All layers share one compiled graph. The first stays uncompiled: its input needs no gradient, which would
-        make it a second graph,
-        and half of the compile time, for one layer.
+        make it a second graph, and half of the compile time, for one layer.
         """
         if not self._compiled:
             for layer in self._layers[1:]:

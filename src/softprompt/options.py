@@ -44,7 +44,7 @@ Trust = Annotated[bool, flag("--trust-remote-code", "Run code that comes with th
 InputField = Annotated[str | None, data_option("The column that feeds {input}.", "input")]
 TargetField = Annotated[str, data_option("The column of the targets.", "target")]
 
-MaxNewTokens = Annotated[int | None, text_option("The most tokens to generate.", "128, at most half of the window")]
+MaxNewTokens = Annotated[int | None, text_option("The most tokens to generate.", "128, at most half of the room")]
 Temperature = Annotated[float | None, text_option("0 takes the most probable token.", 0)]
 TopP = Annotated[float | None, text_option("Draw from the tokens that hold this probability.", 1)]
 Stop = Annotated[

@@ -75,10 +75,9 @@ def initial_vectors(
         lm: gives the embedding table.
         num_virtual_tokens: P.
         init: ``random``: normal with the embedding table's RMS as deviation. ``vocab``: the embeddings of P tokens
-            drawn without
-            replacement from the first ``FREQUENT_TOKENS``. ``text``: the embeddings of ``text``, repeated or cut to
-            P tokens. ``labels``:
-            one vector for each of ``label_words``, the mean of its tokens' embeddings, then ``vocab`` for the rest.
+            drawn without replacement from the first ``FREQUENT_TOKENS``. ``text``: the embeddings of ``text``,
+            repeated or cut to P tokens. ``labels``: one vector for each of ``label_words``, the mean of its tokens'
+            embeddings, then ``vocab`` for the rest.
         seed: seeds the draws.
         text: for ``text``.
         label_words: token ids of each label's word, for ``labels``.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SOFT = -1
 """Stands in a sequence of token ids for the place of the soft prompt: one entry for all of its virtual tokens."""
 
-DEFAULT_TEMPLATE = "{soft_prompt}{input}\nAnswer: {target}"
+DEFAULT_TEMPLATE = "{soft_prompt}Text: {input}\nLabel: {target}"
 
 _PIECE = re.compile(r"\{\{|\}\}|\{(?P<name>[^{}]*)\}|[{}]")
 _NAME = re.compile(r"[^\W\d][\w.-]*( [\w.-]+)*")  # no !r, :>10 or [0] of Python's format strings
@@ -96,6 +96,11 @@ class Template:
     def bind(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
         """The template together with a tokenizer; its literal text is tokenized once, here."""
         return Encoder(self, tokenizer)
+
+
+def default_template(labelled: bool) -> Template:
+    """The template for targets that are labels, or for free text, where the user writes none."""
+    return Template(DEFAULT_TEMPLATE if labelled else "{soft_prompt}Input: {input}\nOutput: {target}")
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -213,6 +218,7 @@ class Encoder:
     Attributes:
         template: the template.
         tokenizer: the tokenizer.
+        num_fixed: tokens besides soft prompt, fields and target.
     """
 
     def __init__(self, template: Template, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -232,7 +238,7 @@ class Encoder:
         bos = self._bos()
         self._bos_ids = () if self._places[0].ids[: len(bos)] == bos else bos
         literal = sum(len(place.ids) for place in self._places if place.part.kind == "text")
-        self._num_fixed = len(self._bos_ids) + literal  # tokens besides soft prompt, fields and target
+        self.num_fixed = len(self._bos_ids) + literal
 
     def encode(
         self,
@@ -265,7 +271,7 @@ class Encoder:
         pieces = [self._field(place, example) if place.part.kind == "field" else place.ids for place in self._places]
         is_field = [place.part.kind == "field" for place in self._places]
         lengths = [len(piece) for piece, of_field in zip(pieces, is_field, strict=True) if of_field]
-        fixed = self._num_fixed + num_virtual_tokens * self.template.has_soft_prompt
+        fixed = self.num_fixed + num_virtual_tokens * self.template.has_soft_prompt
         num_target = max(len(target_ids), reserve)
         room = max_length - fixed - num_target
         needed = sum(length > 0 for length in lengths)

@@ -33,9 +33,10 @@ def watch(training: Training) -> None:
         for count, step in enumerate(training, start=1):
             mean += (step.loss - mean) / min(count, 20)
             if step.validation is not None:
-                metric = plain_metric(step.validation["metrics"][0])
-                best = "  best so far" if step.improved else ""
-                bar.console.print(f"step {step.number:>5,}/{step.total:,}  loss {mean:.3f}  validation {metric}{best}")
+                found = step.validation["metrics"][0]
+                metric = f"{found['metric']} {number(found['metric'], found['value'])}"
+                line = f"step {step.number:>5,}/{step.total:,}  loss {mean:.3f}  validation {plain_metric(found)}"
+                bar.console.print(line + "  best so far" * step.improved)
             speed = f"{training.tokens / max(training.seconds, 1e-9):,.0f} tokens/s"
             bar.update(row, completed=step.number, loss=f"{mean:.3f}", metric=metric, speed=speed)
 

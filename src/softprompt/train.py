@@ -89,12 +89,11 @@ class Objective:
         return len(requests) if self.labels is not None else sum(len(r.words[0]) for r in requests)
 
     def backward(self, requests: Sequence[Request], gold: Sequence[int], vectors: torch.Tensor) -> tuple[float, int]:
-        """Adds the gradient of the mean loss to ``vectors.grad``; returns the mean loss and the number of tokens
-        computed.
+        """Adds the gradient of the mean loss to ``vectors.grad``; returns the mean loss and the tokens computed.
 
-        With a shared prefix, in two stages: the prefix runs once; micro-batches of rows send their gradients into
-            its detached keys and
-        values, where they add up in fp32; one backward pass carries the sum to ``vectors``.
+        With a shared prefix it goes in two stages. The prefix runs once; micro-batches of rows send their gradients
+        into its detached keys and values, where they add up in fp32. One backward pass then carries the sum to
+        ``vectors``.
 
         Args:
             requests: a whole batch, all with the same shared prefix.
@@ -168,8 +167,7 @@ class Training:
     """One run of tuning. Iterate over it to train, then ask for ``result()``; that works after an interruption too.
 
     The learned numbers are kept in units of the embedding table's RMS, so that learning rate, clipping and Adam's
-    epsilon mean the same for
-    every base model.
+    epsilon mean the same for every base model.
 
     Attributes:
         config: its settings.
@@ -375,12 +373,15 @@ class Training:
                     "set num_virtual_tokens to its length and use it with a base model of its width"
                 )
             return start.detach().float().cpu().clone().to(lm.device)
-        words = self.task.label_words()
-        init = config.init
+        words, init, text = self.task.label_words(), config.init, config.init_text
+        if init == "auto" and text is None and words:
+            options = f"Options: {', '.join(self.task.labels)}.\n"
+            if len(lm.tokenizer(options, add_special_tokens=False).input_ids) <= config.num_virtual_tokens:
+                text = options
         if init == "auto":
-            init = "text" if config.init_text else "labels" if words else "vocab"
+            init = "text" if text else "labels" if words else "vocab"
         vectors = initial_vectors(
-            lm, config.num_virtual_tokens, init=init, seed=config.seed, text=config.init_text, label_words=words
+            lm, config.num_virtual_tokens, init=init, seed=config.seed, text=text, label_words=words
         )
         return vectors.to(lm.device)
 
@@ -418,14 +419,17 @@ class Training:
             if resume and (self.folder / checkpoint.FILE).exists():
                 self._load()
             else:
-                for name in (checkpoint.FILE, "log.jsonl"):
+                for name in (checkpoint.FILE, checkpoint.LOG):
                     (self.folder / name).unlink(missing_ok=True)
-                (self.folder / "log.jsonl").touch()
+                (self.folder / checkpoint.LOG).touch()
         except OSError as error:
-            raise StoreError(
-                f"the training's folder {self.folder} cannot be written: {error.strerror or error}; "
-                "set SOFTPROMPT_HOME to a folder that can"
-            ) from error
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> StoreError:
+        return StoreError(
+            f"the training's folder {self.folder} cannot be written: {error.strerror or error}; "
+            "free some space there, or set SOFTPROMPT_HOME to a folder that can"
+        )
 
     def _save(self) -> None:
         if self.folder is None:
@@ -464,14 +468,17 @@ class Training:
         self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
         self._best, self._validations = state["best"], state["validations"]
         self.stopped, self.compiled = state["stopped"], state["compiled"]
-        checkpoint.trim_log(self.folder / "log.jsonl", self.step)
+        checkpoint.trim_log(self.folder / checkpoint.LOG, self.step)
 
     def _log(self, step: Step) -> None:
         if self.folder is None:
             return
         line = {key: value for key, value in step.__dict__.items() if value is not None}
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as log:
-            log.write(json.dumps(line) + "\n")
+        try:
+            with open(self.folder / checkpoint.LOG, "a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise self._unwritable(error) from error
 
 
 def _split(

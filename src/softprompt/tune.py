@@ -36,7 +36,7 @@ from softprompt.options import (
 from softprompt.prompt import SoftPrompt
 from softprompt.store import Store
 from softprompt.task import Task
-from softprompt.template import DEFAULT_TEMPLATE, Template, Verbalizer, chat_template
+from softprompt.template import Template, Verbalizer, chat_template, default_template
 from softprompt.terminal import duration, plain_metric, print_rows, stderr, warn_truncated, watch
 from softprompt.train import Training
 
@@ -103,25 +103,18 @@ def train_command(
     began = time.perf_counter()
     place = Place.of(name, out, overwrite=overwrite, resume=resume)
     config, start = _configuration(context.params, place.store)
-    form = None if template == "chat" else _template(template)
-    train_data, validation_data, verbalizer = _read(
-        train, validation, labels, ("input",) if form is None else form.fields, input_field, target_field
-    )
+    form = None if template in ("default", "chat") else _template(template)
+    names = ("input",) if form is None else form.fields
+    rows, held_out, verbalizer = _read(train, validation, labels, names, input_field, target_field)
     lm = load_base_model(base, dtype, device, trust_remote_code)
     if start is not None:
         Task.of(lm, start)  # refuses vectors of another base model: they mean nothing here
-    form = form or chat_template(lm.tokenizer)
+    form = form or (chat_template(lm.tokenizer) if template == "chat" else default_template(verbalizer is not None))
     task = Task(lm, form, verbalizer, config.num_virtual_tokens, config.max_length or lm.window)
+    vectors = None if start is None else start.vectors
     with stderr.status("preparing"):
         training = Training(
-            task,
-            train_data,
-            validation_data,
-            config,
-            name=place.name,
-            start=None if start is None else start.vectors,
-            folder=place.folder,
-            resume=resume,
+            task, rows, held_out, config, name=place.name, start=vectors, folder=place.folder, resume=resume
         )
     warn_truncated(training.truncated, task.max_length)
     _train_and_store(training, place, began, as_json)
@@ -212,7 +205,7 @@ def _configuration(parameters: dict[str, Any], store: Store) -> tuple[TrainConfi
 
 
 def _template(text: str) -> Template:
-    template = Template(DEFAULT_TEMPLATE if text == "default" else with_line_ends(text))
+    template = Template(with_line_ends(text))
     if not template.has_soft_prompt:
         raise TemplateError(
             f"Expected {{soft_prompt}} in the template, found none in {template.text!r}; "

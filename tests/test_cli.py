@@ -1,0 +1,726 @@
+"""The command line, in process, with a tiny model on disk: the whole way, the mistakes, and what is kept."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import make_model, make_tokenizer
+from softprompt import artifact, checkpoint
+from softprompt.cli import main
+from softprompt.config import TrainConfig
+from softprompt.frozen import FrozenLM
+from softprompt.prompt import SoftPrompt
+from softprompt.template import default_template
+from softprompt.train import Training
+
+GOOD = ("a stirring , funny film", "one of the best movies of the year")
+BAD = ("the plot is thin", "a dull , badly written mess")
+QUICK = ("--dtype", "fp32", "--device", "cpu", "--steps", "8", "--eval-every", "4", "--checkpoint-every", "2")
+
+
+@dataclass(frozen=True)
+class Ran:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The one object on stdout; anything else there fails."""
+        return json.loads(self.out)
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("bases") / "tiny"
+    make_model("llama").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The store's folder; the current folder holds data files."""
+    monkeypatch.setenv("SOFTPROMPT_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    write_labels(tmp_path / "train.jsonl", 40)
+    write_labels(tmp_path / "test.jsonl", 12)
+    return tmp_path / "home"
+
+
+def write_labels(path: Path, rows: int, words: tuple[str, str] = ("positive", "negative")) -> None:
+    texts = [(GOOD, BAD)[i % 2][i % 3 % 2] for i in range(rows)]
+    lines = [json.dumps({"input": f"{text} {i}", "target": words[i % 2]}) for i, text in enumerate(texts)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_texts(path: Path, rows: int) -> None:
+    lines = [json.dumps({"input": f"film {i}", "target": f"it was {i} stars"}) for i in range(rows)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+@pytest.fixture
+def run(home: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    def run(*arguments: str) -> Ran:
+        capsys.readouterr()
+        code = main(arguments)
+        out, err = capsys.readouterr()
+        return Ran(code, out, err)
+
+    return run
+
+
+@pytest.fixture
+def train(run: Run, base: str) -> Run:
+    """``softprompt train`` with the tiny model and few steps."""
+    return lambda *arguments: run("train", *arguments, "--base", base, *QUICK)
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake must be told before a model is loaded."""
+
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(FrozenLM, "load", load)
+
+
+def is_refused(ran: Ran, sentence: str) -> None:
+    assert ran == Ran(2, "", f"error: {sentence}\n")
+
+
+# --- the whole way -------------------------------------------------------------------------------
+
+
+def test_the_whole_way(run: Run, train: Run, home: Path, base: str) -> None:
+    trained = train(
+        "train.jsonl", "--validation", "test.jsonl", "--name", "films", "--num-virtual-tokens", "4", "--json"
+    )
+    assert trained.code == 0
+    assert "step     8/8" in trained.err
+    path = home / "films.safetensors"
+    document = trained.json
+    assert document["path"] == str(path)
+    assert document["bytes"] == path.stat().st_size
+    assert document["base"] == base
+    assert document["base_unchanged"] is True
+    assert (document["steps"], document["stopped"], document["num_virtual_tokens"]) == (8, "steps", 4)
+    assert document["metrics"][0]["metric"] == "accuracy"
+    assert not (home / ".runs" / "films" / checkpoint.FILE).exists()
+    assert len((home / ".runs" / "films" / checkpoint.LOG).read_text().splitlines()) == 8
+
+    listed = run("list", "--json").json
+    assert listed["home"] == str(home)
+    assert [(one["name"], one["labels"]) for one in listed["soft_prompts"]] == [("films", ["negative", "positive"])]
+    shown = run("show", "films", "--json").json
+    assert shown["training"]["steps_done"] == 8
+    assert shown["template"] == default_template(labelled=True).text
+    assert shown["verbalizer"] == {"negative": ["negative"], "positive": ["positive"]}
+    assert shown == run("show", str(path), "--json").json
+    plain = run("show", "films").out
+    assert "training.lr" in plain
+    assert "metrics.validation" in plain
+    assert "films" in run("list").out
+
+    evaluated = run("evaluate", "films", "test.jsonl", "--dtype", "fp32", "--json").json
+    predicted = run("predict", "films", "--file", "test.jsonl", "--dtype", "fp32", "--json").json
+    gold = [json.loads(line)["target"] for line in Path("test.jsonl").read_text().splitlines()]
+    answers = [prediction["text"] for prediction in predicted["predictions"]]
+    assert evaluated["metric"] == "accuracy"
+    assert evaluated["n"] == len(gold) == 12
+    assert evaluated["value"] == sum(map(str.__eq__, answers, gold)) / len(gold)
+    assert evaluated["value"] == document["metrics"][0]["value"]
+    assert evaluated["low"] <= evaluated["value"] <= evaluated["high"]
+    assert [metric["metric"] for metric in evaluated["metrics"]] == ["accuracy", "macro_f1", "mcc", "log_loss"]
+    for prediction in predicted["predictions"]:
+        probabilities = prediction["probabilities"]
+        assert sum(probabilities.values()) == pytest.approx(1)
+        assert prediction["text"] == max(probabilities, key=probabilities.get)
+
+    bare = run("evaluate", "films", "test.jsonl", "--base-only", "--dtype", "fp32", "--json").json
+    assert (bare["base_only"], bare["num_virtual_tokens"]) == (True, 0)
+    assert bare["metrics"] != evaluated["metrics"]
+    table = run("evaluate", "films", "test.jsonl", "--metric", "mcc", "--metric", "accuracy").out.splitlines()
+    assert table[0] == f"films on {base}, test.jsonl"
+    assert [line.split()[0] for line in table[1:]] == ["metric", "mcc", "accuracy"]
+
+    said = run("predict", "films", "a stirring film", "a dull mess")
+    assert said.code == 0
+    assert len(said.out.splitlines()) == 2
+    assert {line.split()[0] for line in said.out.splitlines()} <= {"positive", "negative"}
+
+    removed = run("rm", "films")
+    assert removed == Ran(0, "removed films\n", "")
+    assert not path.exists()
+    assert not (home / ".runs" / "films").exists()
+    assert run("list", "--json").json["soft_prompts"] == []
+
+
+def test_people_read_a_summary(train: Run, home: Path, base: str) -> None:
+    ran = train("train.jsonl", "--name", "films")
+    path = home / "films.safetensors"
+    lines = ran.out.splitlines()
+    assert lines[:3] == [
+        "soft prompt  films, 20 virtual tokens",
+        f"file         {path} ({path.stat().st_size:,} bytes)",
+        f"base model   {base}, unchanged, bit for bit",
+    ]
+    assert lines[3].startswith("validation   accuracy ")
+    assert lines[4].startswith("steps        8, the best of them ")
+    assert lines[5].startswith("time         ")
+
+
+def test_labels_of_several_tokens_and_several_words(run: Run, train: Run, home: Path) -> None:
+    write_labels(home.parent / "long.jsonl", 40, ("very good indeed", "not so good"))
+    ran = train("long.jsonl", "--name", "long", "--labels", "very good indeed=great|very good,not so good=awful|a mess")
+    assert ran.code == 0
+    for option in ((), ("--normalise-length",)):
+        found = run("predict", "long", "a film", "--json", "--dtype", "fp32", *option).json["predictions"][0]
+        assert list(found["probabilities"]) == ["very good indeed", "not so good"]
+        assert found["finish"] is None
+    assert run("show", "long", "--json").json["verbalizer"] == {
+        "very good indeed": ["great", "very good"],
+        "not so good": ["awful", "a mess"],
+    }
+
+
+def test_free_text(run: Run, train: Run, home: Path) -> None:
+    write_texts(home.parent / "texts.jsonl", 12)
+    assert train("texts.jsonl", "--name", "texts", "--max-length", "60").code == 0
+    assert run("show", "texts", "--json").json["template"] == default_template(labelled=False).text
+    found = run("evaluate", "texts", "texts.jsonl", "--max-new-tokens", "4", "--dtype", "fp32", "--json").json
+    assert [metric["metric"] for metric in found["metrics"]] == [
+        "bleu",
+        "rouge_l",
+        "exact_match",
+        "token_f1",
+        "perplexity",
+    ]
+    greedy = run("predict", "texts", "film 3", "--max-new-tokens", "4", "--dtype", "fp32", "--json").json
+    assert greedy["predictions"][0]["probabilities"] is None
+    assert greedy["predictions"][0]["finish"] in ("stop", "length")
+    drawn = ("predict", "texts", "film 3", "--temperature", "2", "--top-p", "0.9", "--json", "--dtype", "fp32")
+    assert run(*drawn, "--seed", "1").out == run(*drawn, "--seed", "1").out
+    assert run(*drawn, "--seed", "1").out != run(*drawn, "--seed", "2").out
+    text = greedy["predictions"][0]["text"]
+    cut = run("predict", "texts", "film 3", "--max-new-tokens", "4", "--stop", text[-1], "--dtype", "fp32").out
+    assert cut.strip() == text[: text.index(text[-1])].strip()
+
+
+def test_labels_can_be_taken_for_free_text(run: Run, train: Run) -> None:
+    assert train("train.jsonl", "--name", "films", "--labels", "none", "--json").json["loss"] == "lm"
+    assert run("show", "films", "--json").json["verbalizer"] is None
+
+
+def test_a_template_of_several_fields(run: Run, train: Run, home: Path) -> None:
+    rows = "".join(f"film {i},{1990 + i % 3},{('old', 'new')[i % 2]}\n" for i in range(20))
+    (home.parent / "two.csv").write_text("film,year,target\n" + rows)
+    template = "{soft_prompt}{film} of {year}\\nAge: {target}"
+    assert train("two.csv", "--name", "two", "--template", template).code == 0
+    assert run("show", "two", "--json").json["template"] == "{soft_prompt}{film} of {year}\nAge: {target}"
+    found = run("predict", "two", '{"film": "Alien", "year": "1979"}', "--json").json["predictions"][0]
+    assert found["fields"] == {"film": "Alien", "year": "1979"}
+    is_refused(
+        run("predict", "two", "Alien, 1979"),
+        "text 1: expected a JSON object with texts for film, year, found 'Alien, 1979'; write one, "
+        "or give rows with --file.",
+    )
+
+
+def test_texts_come_from_standard_input(run: Run, train: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    train("train.jsonl", "--name", "films")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a stirring film\n\na dull mess\n"))
+    found = run("predict", "films", "-", "--json").json["predictions"]
+    assert [one["fields"]["input"] for one in found] == ["a stirring film", "a dull mess"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    is_refused(run("predict", "films", "-"), "Expected a text a line on standard input, found none; pipe some in.")
+
+
+def test_out_writes_beside_the_store(run: Run, train: Run, home: Path) -> None:
+    ran = train("train.jsonl", "--out", "kept/films.safetensors", "--json")
+    assert ran.json["path"] == "kept/films.safetensors"
+    assert ran.json["name"] == "films"
+    assert sorted(path.name for path in Path("kept").iterdir()) == ["films.safetensors", "films.safetensors.run"]
+    assert run("list", "--json").json["soft_prompts"] == []
+    assert run("evaluate", "kept/films.safetensors", "test.jsonl", "--json").code == 0
+    is_refused(
+        train("train.jsonl", "--out", "kept/films.safetensors"),
+        "The file kept/films.safetensors exists; choose another --out, or add --overwrite to replace it.",
+    )
+    assert train("train.jsonl", "--out", "kept/films.safetensors", "--overwrite").code == 0
+
+
+def test_a_soft_prompt_to_start_from(run: Run, train: Run, home: Path) -> None:
+    train("train.jsonl", "--name", "first", "--num-virtual-tokens", "3")
+    second = train("train.jsonl", "--name", "second", "--init", "first", "--lr", "1e-9", "--json")
+    assert second.json["num_virtual_tokens"] == 3
+    first, started = (artifact.load(home / f"{name}.safetensors").vectors for name in ("first", "second"))
+    torch.testing.assert_close(started, first, atol=1e-6, rtol=0)
+    by_path = train(
+        "train.jsonl", "--name", "third", "--init", str(home / "first.safetensors"), "--num-virtual-tokens", "3"
+    )
+    assert by_path.code == 0
+    is_refused(
+        train("train.jsonl", "--name", "fourth", "--init", "first", "--num-virtual-tokens", "5"),
+        "--num-virtual-tokens is 5, but the soft prompt 'first' to start from has 3; leave the option out.",
+    )
+
+
+def test_the_preset_with_a_change(run: Run, train: Run) -> None:
+    train("train.jsonl", "--name", "films", "--preset", "lester2021", "--num-virtual-tokens", "5")
+    settings = run("show", "films", "--json").json["training"]
+    assert (settings["optimizer"], settings["schedule"], settings["steps_done"]) == ("adafactor", "constant", 8)
+    assert settings["num_virtual_tokens"] == 5
+
+
+def test_truncated_inputs_are_told(run: Run, train: Run, home: Path) -> None:
+    long = "dull " * 300
+    rows = [{"input": long if i < 2 else "a film", "target": ("old", "new")[i % 2]} for i in range(12)]
+    (home.parent / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = ("long.jsonl", "--validation", "long.jsonl", "--name", "long", "--num-virtual-tokens", "4")
+    warning = (
+        "warning: 2 inputs did not fit into 128 tokens, template and target included; the end of the input was cut\n"
+    )
+    assert train(*args).err.startswith(warning)
+    assert run("evaluate", "long", "long.jsonl", "--json").err == warning
+    one = run("predict", "long", long, "--json")
+    assert one.err == warning.replace("2 inputs did", "1 input did")
+    assert one.json["predictions"][0]["truncated"] is True
+
+
+# --- mistakes ------------------------------------------------------------------------------------
+
+NAMES = ", ".join(("auto", "random", "vocab", "text", "labels"))
+MISTAKES: dict[tuple[str, ...], str] = {
+    ("train", "train.jsonl"): ("A soft prompt needs a name to be stored under; give --name, or --out with a path."),
+    ("train", "train.jsonl", "--name", "a/b"): (
+        "A soft prompt's name is 1 to 100 letters a-z, digits, '-', '_' and '.', without a dot in front or "
+        "'.safetensors' at the end, but 'a/b' was given; choose another name."
+    ),
+    ("train", "train.jsonl", "--out", "films.bin"): (
+        "--out needs the path of a file that ends with .safetensors, not films.bin."
+    ),
+    ("train", "train.jsonl", "--name", "x", "--steps", "3", "--epochs", "2", "--lr", "0"): (
+        "lr must be above 0 and below 1000 embedding RMS, not 0.0; "
+        "steps and epochs exclude each other; give one of them"
+    ),
+    ("train", "train.jsonl", "--name", "x", "--preset", "best"): "the preset must be one of lester2021, not 'best'",
+    ("train", "train.jsonl", "--name", "x", "--loss", "mse"): "loss must be one of auto, lm, labels, not 'mse'",
+    ("train", "train.jsonl", "--name", "x", "--init", "best"): (
+        f"--init must be one of {NAMES}, or a soft prompt's name or path, not 'best'; see `softprompt list`."
+    ),
+    ("train", "train.jsonl", "--name", "x", "--init", "./best.safetensors"): (
+        "There is no soft prompt at best.safetensors; check the path, or see the stored ones with `softprompt list`."
+    ),
+    ("train", "train.jsonl", "--name", "x", "--template", "{input} {target}"): (
+        "Expected {soft_prompt} in the template, found none in '{input} {target}'; put it where the soft prompt shall "
+        "stand."
+    ),
+    ("train", "train.jsonl", "--name", "x", "--template", "{soft_prompt}{input}"): (
+        "Expected {target} at the end of the template, found none in '{soft_prompt}{input}'; append it."
+    ),
+    ("train", "missing.jsonl", "--name", "x"): (
+        "Expected a data file at missing.jsonl, found nothing; check the path, or write hf: before a Hub id."
+    ),
+    ("train", "empty.jsonl", "--name", "x"): (
+        "Expected rows of data in empty.jsonl, found an empty file; check the file."
+    ),
+    ("train", "broken.jsonl", "--name", "x"): (
+        "broken.jsonl:2: expected a JSON object, found an error at column 11 (Expecting value); "
+        "correct or remove this row."
+    ),
+    ("train", "train.jsonl", "--name", "x", "--input-field", "text"): (
+        'Expected the column "text" in train.jsonl, found "input", "target"; choose a column with --input-field, '
+        "or rename the column or the template's field."
+    ),
+    ("train", "train.jsonl", "--name", "x", "--target-field", "label"): (
+        'Expected the column "label" in train.jsonl, found "input", "target"; choose a column with --target-field, '
+        "or rename the column or the template's field."
+    ),
+    ("train", "train.jsonl", "--name", "x", "--labels", "positive,neutral"): (
+        'train.jsonl:2: expected one of the labels "positive", "neutral", found "negative"; correct this row and 19 '
+        "more bad rows, or give all labels with --labels."
+    ),
+    ("train", "train.jsonl", "--name", "x", "--labels", "positive"): (
+        "Expected at least 2 labels in the verbalizer, found positive; give all labels."
+    ),
+    ("train", "train.jsonl", "--name", "x", "--validation", "foreign.jsonl"): (
+        'foreign.jsonl:1: expected one of the labels "negative", "positive", found "neutral"; correct this row, '
+        "or give all labels with --labels."
+    ),
+    ("evaluate", "nothing", "test.jsonl"): (
+        "There is no soft prompt 'nothing' in HOME: the first names are 'films'; see `softprompt list`."
+    ),
+    ("evaluate", "film", "test.jsonl"): (
+        "There is no soft prompt 'film' in HOME: similar names are 'films'; see `softprompt list`."
+    ),
+    ("evaluate", "films", "foreign.jsonl"): (
+        'foreign.jsonl:1: expected one of the labels "negative", "positive", found "neutral"; correct this row, '
+        "or give all labels with --labels."
+    ),
+    ("evaluate", "films", "test.jsonl", "--metric", "bleu"): (
+        "The metric for labels must be one of accuracy, macro_f1, mcc, log_loss, not 'bleu'; choose one."
+    ),
+    ("evaluate", "films", "test.jsonl", "--top-p", "0"): "top_p must be above 0 and at most 1, not 0.0",
+    ("predict", "films"): (
+        "Either texts or --file are needed to predict, not both; give TEXT, - for stdin, or --file."
+    ),
+    ("predict", "films", "a film", "--file", "test.jsonl"): (
+        "Either texts or --file are needed to predict, not both; give TEXT, - for stdin, or --file."
+    ),
+    ("predict", "films", "a film", " "): "text 2: expected text for {input}, found only blanks; write some.",
+    ("predict", "films", "a \udcff film"): "text 1: expected UTF-8 for {input}, found other bytes; convert it.",
+    (
+        "show",
+        "nothing",
+    ): "There is no soft prompt 'nothing' in HOME: the first names are 'films'; see `softprompt list`.",
+    ("rm", "films", "nothing"): (
+        "There is no soft prompt 'nothing' in HOME: the first names are 'films'; see `softprompt list`."
+    ),
+    ("rm", "../films"): (
+        "A soft prompt's name is 1 to 100 letters a-z, digits, '-', '_' and '.', without a dot in front or "
+        "'.safetensors' at the end, but '../films' was given; choose another name."
+    ),
+    ("train", "train.jsonl", "--name", "films"): (
+        "The name 'films' is taken by the soft prompt HOME/films.safetensors; choose another name, "
+        "or remove that one first with `softprompt rm films`."
+    ),
+}
+
+
+@pytest.fixture
+def stored(home: Path) -> SoftPrompt:
+    """A soft prompt ``films`` of some other base model."""
+    soft_prompt = SoftPrompt(
+        vectors=torch.ones(2, 4),
+        name="films",
+        base="some-base",
+        base_fingerprint="ab" * 32,
+        tokenizer_fingerprint="cd" * 32,
+        template="{soft_prompt}{input}\nAnswer: {target}",
+        verbalizer={"negative": ("negative",), "positive": ("positive",)},
+    )
+    artifact.save(soft_prompt, home / "films.safetensors")
+    return soft_prompt
+
+
+@pytest.mark.parametrize("arguments", MISTAKES, ids=" ".join)
+def test_a_mistake_is_one_sentence_before_a_model_is_loaded(
+    arguments: tuple[str, ...], run: Run, home: Path, stored: SoftPrompt, no_model: None
+) -> None:
+    (home.parent / "empty.jsonl").write_text("\n")
+    (home.parent / "broken.jsonl").write_text('{"input": "a", "target": "b"}\n{"input": ,\n')
+    (home.parent / "foreign.jsonl").write_text('{"input": "a", "target": "neutral"}\n')
+    is_refused(run(*arguments), MISTAKES[arguments].replace("HOME", str(home)))
+    assert artifact.load(home / "films.safetensors").name == "films"
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--nonsense",), ("train",), ("train", "train.jsonl", "--steps", "many"), ("fly",), ("rm",)]
+)
+def test_unknown_or_missing_options_are_mistakes_too(arguments: tuple[str, ...], run: Run) -> None:
+    ran = run(*arguments)
+    assert (ran.code, ran.out) == (2, "")
+    assert "Usage: softprompt" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        ("--dtype", "fp8", "--dtype must be auto, fp32, bf16 or fp16, not 'fp8'"),
+        ("--device", "tpu", "--device must be auto, cpu, cuda or mps and be on this machine; 'tpu' is not"),
+    ],
+)
+def test_a_device_or_dtype_that_is_not_there(option: str, value: str, sentence: str, run: Run, base: str) -> None:
+    is_refused(run("train", "train.jsonl", "--name", "x", "--base", base, option, value), sentence)
+
+
+def test_a_base_model_that_is_not_there(run: Run, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    is_refused(
+        run("train", "train.jsonl", "--name", "x", "--base", str(empty)),
+        f"the folder {empty} holds no config.json; give a folder saved by transformers, or a .gguf file",
+    )
+
+
+def test_the_window_is_the_models(train: Run, base: str) -> None:
+    is_refused(
+        train("train.jsonl", "--name", "x", "--max-length", "129"),
+        f"The sequences may be at most 128 tokens long, the window of {base}, but max_length is 129; "
+        f"give a smaller one.",
+    )
+
+
+def test_a_wrong_base_model_is_refused_by_name(run: Run, stored: SoftPrompt, base: str) -> None:
+    for arguments in (("evaluate", "films", "test.jsonl"), ("predict", "films", "a film")):
+        is_refused(
+            run(*arguments, "--base", base),
+            f"The soft prompt 'films' was tuned on the base model 'some-base' (width 4), but the one loaded is "
+            f"'{base}' (width 32); load 'some-base', or tune a new soft prompt on '{base}'.",
+        )
+
+
+def test_a_damaged_soft_prompt_is_refused_and_listed(run: Run, stored: SoftPrompt, home: Path) -> None:
+    path = home / "films.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    shown = run("show", "films")
+    assert (shown.code, shown.out) == (2, "")
+    assert shown.err.startswith(f"error: {path} is not a sound soft prompt: expected a whole safetensors file, found ")
+    assert shown.err.endswith("; restore it from a copy, or tune it again.\n")
+    sentence = shown.err.removeprefix("error: ").rstrip("\n")
+    listed = run("list")
+    assert (listed.code, listed.err) == (0, f"warning: {sentence}\n")
+    assert "(unreadable)" in listed.out
+    assert run("list", "--json").json["soft_prompts"][0]["error"] == sentence
+    assert run("rm", "films").code == 0
+
+
+def test_an_empty_store(run: Run, home: Path) -> None:
+    assert run("list") == Ran(0, "", f"the store {home} is empty; see `softprompt train --help` or `softprompt demo`\n")
+
+
+# --- nothing that was stored is lost -------------------------------------------------------------
+
+
+def test_an_unwritable_store(run: Run, home: Path, monkeypatch: pytest.MonkeyPatch, no_model: None) -> None:
+    home.write_text("a file")
+    is_refused(
+        run("train", "train.jsonl", "--name", "films"),
+        f"The store {home} cannot be written: File exists; set SOFTPROMPT_HOME to a folder that can.",
+    )
+
+
+def test_a_full_disk_keeps_what_was_stored_and_the_training(
+    train: Run, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = home / "films.safetensors"
+    train("train.jsonl", "--name", "films")
+    before = path.read_bytes()
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    real_save = artifact.save
+
+    def save(soft_prompt: SoftPrompt, target: Path) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            real_save(soft_prompt, target)
+
+    monkeypatch.setattr(artifact, "save", save)
+    ran = train("train.jsonl", "--name", "films", "--overwrite", "--seed", "1")
+    assert (ran.code, ran.out) == (2, "")
+    assert re.sub(r"free [\d,]+ bytes", "free N bytes", ran.err.splitlines()[-1]) == (
+        f"error: The soft prompt 'films' cannot be written to {path}: No space left on device; free N bytes there, or "
+        f"choose another folder; the training is not lost: give the same command with --resume."
+    )
+    assert path.read_bytes() == before
+    assert [file.name for file in home.iterdir() if file.suffix == ".tmp"] == []
+
+    monkeypatch.setattr(artifact, "save", real_save)
+    resumed = train("train.jsonl", "--name", "films", "--seed", "1", "--resume", "--json")
+    assert resumed.json["steps"] == 8
+    assert "step" not in resumed.err  # nothing was left to do but to write
+    assert artifact.load(path).training["seed"] == 1
+
+
+def test_a_disk_that_is_full_for_checkpoints(train: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train("train.jsonl", "--name", "films")
+    before = (home / "films.safetensors").read_bytes()
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    ran = train("train.jsonl", "--name", "films", "--overwrite")
+    folder = home / ".runs" / "films"
+    is_refused(
+        ran,
+        f"the checkpoint in {folder} cannot be written: No space left on device; free some space there and resume",
+    )
+    assert (home / "films.safetensors").read_bytes() == before
+
+
+@pytest.fixture
+def interrupted_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Ctrl-C in the step after the one whose number is put in."""
+    at: list[int] = []
+    real = Training._advance
+
+    def advance(self: Training) -> Any:
+        if at and self.step == at[0]:
+            raise KeyboardInterrupt
+        return real(self)
+
+    monkeypatch.setattr(Training, "_advance", advance)
+    return at
+
+
+def test_ctrl_c_keeps_the_best_so_far_and_can_be_resumed(
+    run: Run, train: Run, home: Path, interrupted_at: list[int]
+) -> None:
+    whole = train("train.jsonl", "--name", "whole", "--json").json
+    interrupted_at.append(5)
+    ran = train("train.jsonl", "--name", "films", "--json")
+    assert ran.code == 130
+    assert (ran.json["steps"], ran.json["best_step"], ran.json["stopped"]) == (5, 4, "interrupted")
+    assert ran.err.splitlines()[-1] == (
+        "interrupted after step 5 of 8; the best so far is stored; to go on, give the same command with --resume"
+    )
+    assert run("predict", "films", "a film").code == 0
+    folder = home / ".runs" / "films"
+    is_refused(
+        train("train.jsonl", "--name", "films"),
+        f"A training of 'films' was stopped before its end, see {folder}; add --resume to go on with it, "
+        f"or --overwrite to start anew.",
+    )
+    interrupted_at.clear()
+    is_refused(
+        train("train.jsonl", "--name", "films", "--resume", "--lr", "0.2"),
+        f"the checkpoint in {folder} is of a run with other lr; resume with the same settings and data, "
+        f"or start anew without --resume",
+    )
+    resumed = train("train.jsonl", "--name", "films", "--resume", "--json").json
+    assert (resumed["steps"], resumed["metrics"]) == (8, whole["metrics"])
+    left, right = (artifact.load(home / f"{name}.safetensors").vectors for name in ("whole", "films"))
+    assert torch.equal(left, right)
+    is_refused(
+        train("train.jsonl", "--name", "films", "--resume"),
+        f"The name 'films' is taken by the soft prompt {home / 'films.safetensors'}; choose another name, "
+        f"or remove that one first with `softprompt rm films`.",
+    )
+
+
+def test_ctrl_c_before_the_first_step_stores_nothing(
+    run: Run, train: Run, home: Path, interrupted_at: list[int]
+) -> None:
+    interrupted_at.append(0)
+    assert train("train.jsonl", "--name", "films") == Ran(
+        130, "", "interrupted before the first step; nothing was stored\n"
+    )
+    assert run("list", "--json").json["soft_prompts"] == []
+
+
+def test_ctrl_c_elsewhere(run: Run, stored: SoftPrompt, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FrozenLM, "load", load)
+    assert run("evaluate", "films", "test.jsonl").code == 130
+
+
+@pytest.mark.parametrize("at", [0, 5])
+def test_a_loss_that_is_not_finite(at: int, run: Run, train: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from softprompt.train import Objective
+
+    real = Objective.backward
+    calls: list[int] = []
+
+    def backward(self: Objective, *args: Any) -> tuple[float, int]:
+        loss, tokens = real(self, *args)
+        calls.append(1)
+        return (float("nan") if len(calls) > at else loss), tokens
+
+    monkeypatch.setattr(Objective, "backward", backward)
+    ran = train("train.jsonl", "--name", "films", "--json")
+    assert ran.code == 2
+    if at == 0:
+        assert ran.out == ""
+        assert ran.err == (
+            "error: The loss is not finite at the very first step, so nothing was stored; try --dtype fp32.\n"
+        )
+        assert run("list", "--json").json["soft_prompts"] == []
+        return
+    path = home / "films.safetensors"
+    assert ran.json["stopped"] == "not finite"
+    assert ran.err.splitlines()[-1] == (
+        f"error: The loss is not finite any more after step 5 of 8; the last good soft prompt is in {path}; "
+        f"train again with an --lr below {TrainConfig().lr}, or with --dtype fp32."
+    )
+    assert torch.isfinite(artifact.load(path).vectors).all()
+
+
+def test_rm_takes_what_a_stopped_run_left_behind(run: Run, home: Path) -> None:
+    folder = home / ".runs" / "films"
+    folder.mkdir(parents=True)
+    (folder / checkpoint.FILE).write_text("")
+    assert run("rm", "films") == Ran(0, "removed films\n", "")
+    assert not folder.exists()
+
+
+def test_a_disk_that_fails_elsewhere_is_one_sentence(
+    run: Run, stored: SoftPrompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "/some/file")
+
+    monkeypatch.setattr("softprompt.cli.shutil.rmtree", broken)
+    (Path(os.environ["SOFTPROMPT_HOME"]) / ".runs" / "films").mkdir(parents=True)
+    is_refused(
+        run("rm", "films"),
+        "/some/file cannot be read or written: Input/output error; check the disk and permissions",
+    )
+
+
+# --- as a program --------------------------------------------------------------------------------
+
+
+def softprompt(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "softprompt", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **options,
+    )
+
+
+def test_help_and_version() -> None:
+    programs = [softprompt("--help"), softprompt("--version")]
+    (help, _), (version, _) = (program.communicate(timeout=60) for program in programs)
+    assert "Usage: softprompt [OPTIONS] COMMAND" in help
+    for command in ("train", "evaluate", "predict", "list", "show", "rm", "demo"):
+        assert command in help
+    assert version.startswith("softprompt ")
+
+
+def test_a_reader_that_goes_away_is_no_error(home: Path, stored: SoftPrompt) -> None:
+    program = softprompt("show", "films")
+    assert program.stdout is not None
+    program.stdout.close()
+    _, err = program.communicate(timeout=60)
+    assert err == ""
+
+
+def test_ctrl_c_by_signal(home: Path, base: str) -> None:
+    endless = ("--steps", "100000", "--eval-every", "5", "--patience", "0")
+    program = softprompt("train", "train.jsonl", "--name", "films", "--base", base, *endless, "--dtype", "fp32")
+    assert program.stderr is not None
+    assert program.stderr.readline().startswith("step     5/100,000")
+    program.send_signal(signal.SIGINT)
+    out, err = program.communicate(timeout=60)
+    assert program.returncode == 130
+    assert "to go on, give the same command with --resume" in err
+    assert "Traceback" not in err
+    assert out.startswith("soft prompt  films, 20 virtual tokens\n")
+    assert (home / "films.safetensors").exists()
