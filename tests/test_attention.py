@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from conftest import SHARED, make_model, tiny
-from softprompt.attention import PrefixKV, attend, stack_prefixes
+from softprompt.attention import PrefixKV, attend, attend_shared, stack_prefixes
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -20,6 +20,43 @@ def test_attention_is_pytorchs(kv_heads: int) -> None:
     mask = torch.zeros(3, 1, 5, 9).masked_fill(~sees, torch.finfo(torch.float32).min)
     expected = functional.scaled_dot_product_attention(query, key, value, sees, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(attend(query, key, value, mask, 0.3), expected.transpose(1, 2))
+
+
+def shared_inputs(
+    kv_heads: int, length: int, dtype: torch.dtype = torch.float64
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Query, key, value, prefix key and value of 3 rows of 5 tokens, and a mask with causal rows and a word apart."""
+    generator = torch.Generator().manual_seed(length)
+    shapes = [(3, 4, 5, 8), *[(3, kv_heads, 5, 8)] * 2, *[(1, kv_heads, length, 8)] * 2]
+    tensors = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    sees = torch.ones(3, 1, 5, length + 5, dtype=torch.bool)
+    sees[..., length:] = torch.ones(5, 5, dtype=torch.bool).tril()
+    sees[1, 0, 4, length + 3] = False
+    return tensors, torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("length", [0, 1, 7])
+def test_attention_over_a_shared_prefix_and_its_gradient_are_pytorchs(kv_heads: int, length: int) -> None:
+    tensors, mask = shared_inputs(kv_heads, length)
+    query, key, value, prefix_key, prefix_value = tensors
+    keys = torch.cat([prefix_key.expand(3, -1, -1, -1), key], dim=2)
+    values = torch.cat([prefix_value.expand(3, -1, -1, -1), value], dim=2)
+    expected = functional.scaled_dot_product_attention(query, keys, values, mask == 0, scale=0.3, enable_gqa=True)
+    found, _ = attend_shared(*tensors, mask, 0.3)
+    torch.testing.assert_close(found, expected.transpose(1, 2))
+    weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for ours, theirs in zip(
+        torch.autograd.grad((found * weight).sum(), tensors),
+        torch.autograd.grad((expected.transpose(1, 2) * weight).sum(), tensors),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_operator_keeps_the_rules_of_pytorchs_compiler() -> None:
+    tensors, mask = shared_inputs(2, 7, torch.float32)
+    torch.library.opcheck(attend_shared, (*tensors, mask, 0.3))
 
 
 @pytest.mark.parametrize("kind", SHARED)

@@ -48,6 +48,7 @@ def test_words_of_one_token_and_no_words_add_nothing_to_a_row() -> None:
     assert Row((1, 2, 3), ((7, 8, 9),)).length == 5
 
 
+@settings(deadline=None)
 @given(words)
 def test_the_trie_spells_every_word_over_nodes_that_see_just_their_ancestors(words: tuple[Tokens, ...]) -> None:
     trie = build_trie(words)
@@ -147,6 +148,7 @@ def test_words_that_a_row_lacks_have_no_probability() -> None:
 # --- micro-batches -------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 200))
 def test_micro_batches_hold_each_row_once_within_the_budget(lengths: list[int], max_tokens: int) -> None:
     groups = micro_batches(lengths, max_tokens)

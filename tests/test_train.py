@@ -19,7 +19,7 @@ from softprompt.errors import ConfigError, DataError
 from softprompt.frozen import FrozenLM, Request
 from softprompt.prompt import initial_vectors
 from softprompt.task import Task
-from softprompt.template import Verbalizer
+from softprompt.template import Template, Verbalizer
 from softprompt.train import Objective, Training, learning_rate, make_optimizer
 
 
@@ -489,3 +489,27 @@ def test_layers_are_compiled_only_while_it_trains(monkeypatch: pytest.MonkeyPatc
         assert calls == ["compile"]
         break
     assert calls == ["compile", "uncompile"]
+
+
+@pytest.mark.parametrize("template", ["{soft_prompt}{input} {target}", "{input} {target}"])
+def test_a_task_with_other_virtual_tokens_is_refused(llama: FrozenLM, template: str) -> None:
+    data = toy(40, 0)
+    task = Task.for_data(llama, data, Template(template), num_virtual_tokens=3)
+    found = 3 if "soft" in template else 0
+    with pytest.raises(ConfigError) as error:
+        Training(task, data, config=TrainConfig(num_virtual_tokens=4))
+    assert str(error.value) == (
+        f"the task's template holds {found} virtual tokens, but 4 are to be learned; "
+        "give Task and TrainConfig the same num_virtual_tokens, and the template a {soft_prompt}"
+    )
+
+
+def test_labels_that_fit_are_the_text_that_auto_starts_from(llama: FrozenLM) -> None:
+    """Lester et al. 2021 start from the labels; as a readable line of them it is the hard prompt to be improved on."""
+    data = toy(40, 0)
+    line = llama.tokenizer("Options: " + ", ".join(sorted({str(e.target) for e in data.examples})) + ".\n").input_ids
+    for size, expected in ((len(line), llama.embedding[line]), (len(line) - 1, None)):
+        task = Task.for_data(llama, data, Template("{soft_prompt}{input} {target}"), num_virtual_tokens=size)
+        start = Training(task, data, config=TrainConfig(num_virtual_tokens=size)).result().vectors
+        words = initial_vectors(llama, size, init="labels", seed=0, label_words=task.label_words())
+        torch.testing.assert_close(start, words if expected is None else expected, rtol=1e-6, atol=1e-7)

@@ -90,9 +90,10 @@ def attend(
     return out.view(batch, heads, tokens, width).transpose(1, 2)
 
 
-# The same for rows that share one prefix, the hot spot of training, as an operator of its own so that torch.compile leaves
-# it alone: PyTorch's own bf16 softmax is two to three times faster than the kernels that it would generate. Inside,
-# B * H_kv is one batch dimension and the G = H_q / H_kv query heads of a key head stand below each other, N = G * T rows.
+# The same for rows that share one prefix, the hot spot of training, as an operator of its own so that torch.compile
+# leaves it alone: PyTorch's own bf16 softmax is two to three times faster than the kernels that it would generate.
+# Inside, B * H_kv is one batch dimension, and the G = H_q / H_kv query heads of a key head stand below each other as
+# N = G * T rows. torch's compile cache knows an operator by its name alone: change the name with the outputs' shapes.
 
 
 def _joined(shared: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -166,7 +167,8 @@ def _attend_shared_backward(
     prefix_value: torch.Tensor,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key, value, prefix_key and prefix_value, from that of ``attend_shared``'s output ``[B, T, H_q, D]``."""
+    """Gradients of query, key, value, prefix_key and prefix_value, from that of ``attend_shared``'s output ``[B, T,
+    H_q, D]``."""
     batch, heads, tokens, width = query.shape
     kv_heads, length = key.shape[1], prefix_key.shape[2]
     rows = query.reshape(batch * kv_heads, -1, width)
@@ -178,8 +180,9 @@ def _attend_shared_backward(
     grad_keys = _product(grad_scores.transpose(1, 2), rows, scaling)
 
     def apart(both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        shared, own = both.view(batch, kv_heads, -1, width).split([length, tokens], dim=2)
-        return shared.sum(dim=0, keepdim=True, dtype=torch.float32).to(both.dtype), own.contiguous()
+        both = both.view(batch, kv_heads, -1, width)
+        shared = both[:, :, :length].sum(dim=0, keepdim=True, dtype=torch.float32)
+        return shared.to(both.dtype), both[:, :, length:].contiguous()
 
     (grad_prefix_key, grad_key), (grad_prefix_value, grad_value) = apart(grad_keys), apart(grad_values)
     grad_query = grad_rows.view(batch, heads, tokens, width)
@@ -226,7 +229,7 @@ def _attention(
     prefix_rows: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' attention call. A floating-point mask is ours, ``[B, 1, T, P + S]``; any other goes on to ``sdpa``."""
+    """Transformers' attention call: with a floating-point mask ``[B, 1, T, P + S]`` it is ours, else ``sdpa``'s."""
     if attention_mask is None or not attention_mask.is_floating_point():
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -65,7 +65,8 @@ class Sampling:
         temperature: 0 takes the most probable token; above, logits are divided by it and a token is drawn.
         top_p: draw from the smallest set of tokens that holds this probability, in (0, 1].
         stop: strings that end the text; they are cut off.
-        seed: seeds each row's own generator, so that a row's text does not depend on its neighbours.
+        seed: request ``i`` draws with a generator of its own, seeded with ``seed + i``, so that its text does not
+            depend on its neighbours.
     """
 
     max_new_tokens: int = 64
@@ -130,7 +131,9 @@ class FrozenLM:
         full = getattr(config, "sliding_window", None) is None or set(getattr(config, "layer_types", None) or ()) == {
             "full_attention"
         }
-        self.shares_prefix = config.model_type in SHARED_PREFIX_MODELS and full
+        # These stretch the rotary angles with the length of what runs, so a prefix would not be the same alone.
+        stretches = (getattr(config, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope")
+        self.shares_prefix = config.model_type in SHARED_PREFIX_MODELS and full and not stretches
         self._layers = _decoder_layers(model)
         self._compiled = False
         if self.shares_prefix:

@@ -209,6 +209,12 @@ class Training:
         """
         self.config = config or TrainConfig()
         self.task, self.name, self.folder = task, name, folder
+        found = task.num_virtual_tokens if task.template.has_soft_prompt else 0
+        if found != self.config.num_virtual_tokens:
+            raise ConfigError(
+                f"the task's template holds {found} virtual tokens, but {self.config.num_virtual_tokens} are to be "
+                "learned; give Task and TrainConfig the same num_virtual_tokens, and the template a {soft_prompt}"
+            )
         self._base_digest = task.lm.weights_digest()
         examples, held_out = _split(train, validation, self.config)
         self._data = _describe(train, validation, len(examples), len(held_out))
