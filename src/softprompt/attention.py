@@ -227,6 +227,7 @@ def _attention(
     scaling: float | None = None,
     prefix_layer: tuple[torch.Tensor, torch.Tensor] | None = None,
     prefix_rows: torch.Tensor | None = None,
+    keep: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Transformers' attention call: with a floating-point mask ``[B, 1, T, P + S]`` it is ours, else ``sdpa``'s."""
@@ -235,6 +236,8 @@ def _attention(
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if keep is not None:
+        keep.append((key, value))
     if prefix_layer is None:
         return attend(query, key, value, attention_mask, factor), None
     prefix_key, prefix_value = prefix_layer
@@ -248,7 +251,7 @@ def _attention(
 
 
 def _pick_layer(index: int) -> Any:
-    """A forward pre-hook that turns ``prefix=PrefixKV`` into this layer's ``prefix_layer=(keys, values)``."""
+    """A forward pre-hook that hands a layer its own part of ``prefix`` (``PrefixKV``) and its own list in ``keep``."""
 
     def hook(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -256,6 +259,8 @@ def _pick_layer(index: int) -> Any:
         prefix = kwargs.pop("prefix", None)
         if prefix is not None:
             kwargs["prefix_layer"] = (prefix.keys[index], prefix.values[index])
+        if kwargs.get("keep") is not None:
+            kwargs["keep"] = kwargs["keep"][index]
         return args, kwargs
 
     return hook

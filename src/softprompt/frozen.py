@@ -28,7 +28,7 @@ from softprompt.template import SOFT
 SHARED_PREFIX_MODELS = frozenset({"gpt2", "gpt_neox", "llama", "mistral", "opt", "qwen2", "qwen3"})
 """Model types whose shared-prefix computation is tested against concatenation; others take the concatenation path."""
 
-MAX_TOKENS = 1024
+MAX_TOKENS = 2048
 """Tokens in one micro-batch, padding included: enough for matrix products near their peak, little enough for memory."""
 
 
@@ -187,24 +187,21 @@ class FrozenLM:
         Returns:
             Keys and values ``[1, H_kv, len, D]`` of every layer.
         """
-        from transformers import DynamicCache
-
-        cache: Any = DynamicCache()
         embedded = self._embed(list(ids) or [0], vectors)
+        kept: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in self._layers]
         blocked = torch.full((len(embedded), len(embedded)), torch.finfo(self.dtype).min)
         mask = blocked.triu(1).to(self.device, self.dtype)
-        with self._eager():
-            self.model.base_model(
-                inputs_embeds=embedded[None],
-                attention_mask=mask[None, None],
-                position_ids=torch.arange(len(embedded), device=self.device)[None],
-                past_key_values=cache,
-                use_cache=True,
-            )
+        self.model.base_model(
+            inputs_embeds=embedded[None],
+            attention_mask=mask[None, None],
+            position_ids=torch.arange(len(embedded), device=self.device)[None],
+            use_cache=False,
+            keep=kept,
+        )
         length = embedded.shape[0] if ids else 0  # of an empty prefix only the shape is taken, from a throw-away token
         return PrefixKV(
-            keys=tuple(layer.keys[:, :, :length] for layer in cache.layers),
-            values=tuple(layer.values[:, :, :length] for layer in cache.layers),
+            keys=tuple(layer[0][0][:, :, :length] for layer in kept),
+            values=tuple(layer[0][1][:, :, :length] for layer in kept),
             lengths=(length,),
         )
 
@@ -297,7 +294,7 @@ class FrozenLM:
         requests: Sequence[Request],
         soft_prompts: Sequence[torch.Tensor] = (),
         *,
-        max_tokens: int = 4 * MAX_TOKENS,
+        max_tokens: int = 2 * MAX_TOKENS,
     ) -> torch.Tensor:
         """Log-probabilities of each request's words; every request may use another soft prompt.
 
@@ -435,8 +432,8 @@ class FrozenLM:
     def compile_layers(self) -> None:
         """Compiles the decoder layers for training (``torch.compile``, dynamic shapes); evaluation stays as it is.
 
-        All layers share one compiled graph. The first stays uncompiled: its input needs no gradient, which would
-        make it a second graph, and half of the compile time, for one layer.
+        All layers share two compiled graphs, for the prefix and for the rows. The first layer stays uncompiled: its
+        input needs no gradient, which would make it another graph, and much of the compile time, for one layer.
         """
         if not self._compiled:
             for layer in self._layers[1:]:
