@@ -130,7 +130,7 @@ def peak_memory(options: argparse.Namespace, side: str) -> int:
     """Bytes of peak resident memory above the loaded model, in a process of its own."""
     command = [sys.executable, __file__, "--memory-of", side, "--data", options.data, "--base", options.base]
     command += ["--num-virtual-tokens", str(options.num_virtual_tokens), "--batch-size", str(options.batch_size)]
-    command += ["--dtype", options.dtype, "--steps", "3", "--warmup", "2", "--compile", options.compile]
+    command += ["--dtype", options.dtype, "--steps", "2", "--warmup", "1", "--compile", options.compile]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return int(done.stdout.strip().splitlines()[-1])
 

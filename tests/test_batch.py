@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -87,7 +88,7 @@ def test_the_exact_positions_that_are_read() -> None:
     assert batch.last.tolist() == [2, 0]
     assert batch.prefix_rows is not None
     assert batch.prefix_rows.tolist() == [1, 0]
-    read = list(zip(batch.read_rows.tolist(), batch.read_columns.tolist(), strict=True))
+    read = list(zip(batch.read_lines.tolist(), batch.read_columns.tolist(), strict=True))
     assert read == [(0, 2), (0, 3), (0, 4), (1, 0)]
     steps = zip(batch.step_read.tolist(), batch.step_token.tolist(), batch.step_slot.tolist(), strict=True)
     # row 0: 7, 8 and 9 for its word 0; 7 and 6 for its word 1; row 1: 5 for its word 0
@@ -95,8 +96,32 @@ def test_the_exact_positions_that_are_read() -> None:
     seen = [["".join("x" if s else "." for s in token) for token in row] for row in batch.sees.tolist()]
     assert seen == [
         ["xxxxx....", "xxxxxx...", "xxxxxxx..", "xxxxxxxx.", "xxxxxxxxx"],
-        ["xx..x....", "xx..xx...", "xx..xxx..", "xx..xxxx.", "xx..xxxxx"],
+        ["xx..x....", "xx..x....", "xx..x....", "xx..x....", "xx..x...."],  # what padding sees does not matter
     ]
+
+
+def test_rows_of_one_prefix_share_a_line_and_do_not_see_each_other() -> None:
+    batch = collate([Row((11,), ((7, 8),)), Row((21, 22, 23), ((5,),))], (1,), CPU)
+    assert batch.ids.tolist() == [[21, 22, 23, 11, 7]]  # the longer row comes first
+    assert batch.positions.tolist() == [[1, 2, 3, 1, 2]]
+    assert batch.size == 2
+    assert batch.last.tolist() == [3, 2]
+    seen = ["".join("x" if s else "." for s in token) for token in batch.sees[0].tolist()]
+    assert seen == ["xx....", "xxx...", "xxxx..", "x...x.", "x...xx"]
+    steps = zip(batch.step_read.tolist(), batch.step_token.tolist(), batch.step_slot.tolist(), strict=True)
+    assert list(steps) == [(0, 5, 1), (1, 7, 0), (2, 8, 0)]
+    assert collate([Row((11,)), Row((21,), prefix=1)], (1, 1), CPU).ids.tolist() == [[11], [21]]
+
+
+@given(st.lists(st.lists(st.integers(2, 300), min_size=1, max_size=70), min_size=1, max_size=9), st.randoms())
+@settings(max_examples=25, deadline=None)
+def test_packing_changes_no_score(texts: list[list[int]], draw: random.Random) -> None:
+    lm = tiny("llama")
+    several = (((60,), (61, 62, 63), (61, 64)), ((60, 61),), ((9,), (8, 7)))
+    rows = [Row(tuple(text), draw.choice(several)) for text in texts]
+    prefix = lm.prefix_kv((3, 4, 5), None)
+    packed, apart = (lm.score_batch(collate(rows, (3,), CPU, pack=pack), prefix) for pack in (True, False))
+    torch.testing.assert_close(packed, apart, rtol=1e-5, atol=2e-5)
 
 
 def test_one_prefix_for_all_rows_is_not_gathered() -> None:

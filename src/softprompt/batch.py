@@ -83,22 +83,27 @@ class Row:
         return len(self.ids) + len(build_trie(self.words).tokens)
 
 
+LINE = 128
+"""Tokens in a line of a batch into which rows are packed: longer ones cost more attention, shorter ones more
+padding."""
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Rows as tensors, padded on the right.
+    """Rows as tensors of ``B`` lines, each holding one row or several that share a prefix, padded on the right.
 
     Attributes:
         ids: int64 ``[B, T]``.
-        positions: int64 ``[B, T]``, counted from the start of the whole sequence, prefix included.
-        sees: bool ``[B, T, W + T]``: the row's token may look at that token of its prefix (padded to width ``W``) or
-            of the row.
-        prefix_rows: int64 ``[B]``, the prefix of each row; None if all rows share prefix 0.
-        last: int64 ``[B]``, column of the last token of ``Row.ids``.
-        read_rows, read_columns: int64 ``[M]``, the places whose hidden states are read.
+        positions: int64 ``[B, T]``, counted from the start of a row's whole sequence, prefix included.
+        sees: bool ``[B, T, W + T]``: the token may look at that token of its prefix (padded to width ``W``) or of its
+            line; never at another row's.
+        prefix_rows: int64 ``[B]``, the prefix of each line; None if all lines share prefix 0.
+        last: int64 ``[rows]``, column of the last token of ``Row.ids``.
+        read_lines, read_columns: int64 ``[M]``, the places whose hidden states are read.
         step_read, step_token, step_slot: int64 ``[S]``: step ``s`` reads place ``step_read[s]``, predicts
             ``step_token[s]`` and counts for word ``step_slot[s] % num_words`` of row ``step_slot[s] // num_words``.
         num_words: the most words that a row has.
-        word_counts: int64 ``[B]``, how many words each row has.
+        word_counts: int64 ``[rows]``, how many words each row has.
     """
 
     ids: torch.Tensor
@@ -106,7 +111,7 @@ class Batch:
     sees: torch.Tensor
     prefix_rows: torch.Tensor | None
     last: torch.Tensor
-    read_rows: torch.Tensor
+    read_lines: torch.Tensor
     read_columns: torch.Tensor
     step_read: torch.Tensor
     step_token: torch.Tensor
@@ -116,39 +121,68 @@ class Batch:
 
     @property
     def size(self) -> int:
-        """``B``."""
-        return int(self.ids.shape[0])
+        """How many rows there are."""
+        return len(self.word_counts)
 
 
-def collate(rows: Sequence[Row], prefix_lengths: Sequence[int], device: torch.device) -> Batch:
-    """Pads ``rows`` into one batch.
+def _pack(rows: Sequence[Row]) -> list[list[int]]:
+    """Lines of rows with the same prefix, the longest row first into the first line with room (first-fit
+    decreasing)."""
+    lengths = [row.length for row in rows]
+    one_prefix = len({row.prefix for row in rows}) == 1
+    capacity = max(*lengths, LINE) if one_prefix and len(rows) > 1 else max(lengths)
+    lines: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(rows)), key=lambda i: (-lengths[i], i)):
+        for number, line in enumerate(lines):
+            if room[number] >= lengths[index] and rows[line[0]].prefix == rows[index].prefix:
+                line.append(index)
+                room[number] -= lengths[index]
+                break
+        else:
+            lines.append([index])
+            room.append(capacity - lengths[index])
+    return lines
+
+
+def collate(rows: Sequence[Row], prefix_lengths: Sequence[int], device: torch.device, *, pack: bool = True) -> Batch:
+    """Lays ``rows`` out as one batch.
 
     Args:
         rows: at least one.
         prefix_lengths: tokens in each shared prefix that ``Row.prefix`` may name; ``(0,)`` where there is none.
         device: where the tensors shall lie.
+        pack: several rows may share a line; False: row ``i`` is line ``i``.
     """
     tries = [build_trie(row.words) for row in rows]
-    width, length = max(prefix_lengths), max(row.length for row in rows)
-    ids = np.zeros((len(rows), length), dtype=np.int64)
-    positions = np.zeros((len(rows), length), dtype=np.int64)
-    sees = np.zeros((len(rows), length, width + length), dtype=bool)
-    causal = np.tril(np.ones((length, length), dtype=bool))
+    lines = _pack(rows) if pack else [[index] for index in range(len(rows))]
+    width, length = max(prefix_lengths), max(sum(rows[i].length for i in line) for line in lines)
+    ids = np.zeros((len(lines), length), dtype=np.int64)
+    positions = np.zeros((len(lines), length), dtype=np.int64)
+    sees = np.zeros((len(lines), length, width + length), dtype=bool)
+    last = np.zeros(len(rows), dtype=np.int64)
     num_words = max(trie.num_words for trie in tries)
     reads: dict[tuple[int, int], int] = {}
     steps: list[tuple[int, int, int]] = []
-    for r, (row, trie) in enumerate(zip(rows, tries, strict=True)):
-        n, end, start = len(row.ids), row.length, prefix_lengths[row.prefix]
-        ids[r, :end] = row.ids + trie.tokens
-        positions[r, :n] = np.arange(start, start + n)
-        positions[r, n:end] = np.asarray(trie.depths, dtype=np.int64) + (start + n - 1)
-        sees[r, :, :start] = True
-        own = sees[r, :, width:]
-        own[:] = causal  # for padding too: a token that saw nothing would make its softmax undefined
-        own[n:end, n:end] = trie.sees
-        for node, token, word in trie.steps:
-            place = (r, n + node)
-            steps.append((reads.setdefault(place, len(reads)), token, r * num_words + word))
+    for number, line in enumerate(lines):
+        start, begin = prefix_lengths[rows[line[0]].prefix], 0
+        sees[number, :, :start] = True
+        for index in line:
+            row, trie = rows[index], tries[index]
+            own, end = begin + len(row.ids), begin + row.length
+            ids[number, begin:end] = row.ids + trie.tokens
+            positions[number, begin:own] = np.arange(start, start + len(row.ids))
+            positions[number, own:end] = np.asarray(trie.depths, dtype=np.int64) + (start + len(row.ids) - 1)
+            columns = sees[number, :, width:]
+            columns[begin:own, begin:own] = np.tri(len(row.ids), dtype=bool)
+            columns[own:end, begin:own] = True
+            columns[own:end, own:end] = trie.sees
+            last[index] = own - 1
+            for node, token, word in trie.steps:
+                place = (number, own + node)
+                steps.append((reads.setdefault(place, len(reads)), token, index * num_words + word))
+            begin = end
+        sees[number, begin:, width] = True  # padding: a token that saw nothing would make its softmax undefined
 
     def tensor(values: object) -> torch.Tensor:
         return torch.as_tensor(np.asarray(values, dtype=np.int64), device=device)
@@ -160,9 +194,9 @@ def collate(rows: Sequence[Row], prefix_lengths: Sequence[int], device: torch.de
         ids=tensor(ids),
         positions=tensor(positions),
         sees=torch.from_numpy(sees).to(device),
-        prefix_rows=None if shared else tensor([row.prefix for row in rows]),
-        last=tensor([len(row.ids) - 1 for row in rows]),
-        read_rows=tensor(read[:, 0]),
+        prefix_rows=None if shared else tensor([rows[line[0]].prefix for line in lines]),
+        last=tensor(last),
+        read_lines=tensor(read[:, 0]),
         read_columns=tensor(read[:, 1]),
         step_read=tensor(step[:, 0]),
         step_token=tensor(step[:, 1]),
@@ -177,7 +211,8 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
     Args:
         lengths: tokens of each row.
-        max_tokens: the most tokens, padding included, in one group; a longer row stands alone.
+        max_tokens: the most tokens in one group, counting each row as long as the group's longest; a longer row stands
+            alone.
 
     Returns:
         Indices into ``lengths``, each exactly once.

@@ -213,7 +213,7 @@ class FrozenLM:
             ``W`` words.
         """
         hidden = self._hidden(batch, prefix)
-        logits = self._logits(hidden[batch.read_rows, batch.read_columns])
+        logits = self._logits(hidden[batch.read_lines, batch.read_columns])
         picked = logits[batch.step_read, batch.step_token] - logits.logsumexp(dim=-1)[batch.step_read]
         scores = torch.zeros(batch.size * batch.num_words, device=self.device).index_add(0, batch.step_slot, picked)
         absent = torch.arange(batch.num_words, device=self.device) >= batch.word_counts[:, None]
@@ -387,7 +387,7 @@ class FrozenLM:
         from transformers import DynamicCache
 
         rows, prefix = self._rows(requests, soft_prompts)
-        batch = collate(rows, prefix.lengths, self.device)
+        batch = collate(rows, prefix.lengths, self.device, pack=False)
         cache = DynamicCache()
         hidden = self._hidden(batch, prefix, cache)
         numbers = torch.arange(batch.size, device=self.device)
