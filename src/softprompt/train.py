@@ -25,7 +25,7 @@ from softprompt.prompt import SoftPrompt, initial_vectors, library_versions
 from softprompt.task import Task
 
 COMPILE_PAYS_FROM = 1e14
-"""Floating-point operations of a run from which compiling is faster: it costs about 40 s and saves about a third of
+"""Floating-point operations of a run from which compiling is faster: it costs 15 to 25 s and saves about a third of
 a step."""
 
 
