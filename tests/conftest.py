@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from softprompt import artifact
 from softprompt.config import TrainConfig
 from softprompt.data import Dataset, Example
 from softprompt.frozen import FrozenLM
+from softprompt.prompt import SoftPrompt
 from softprompt.task import Task
 from softprompt.template import Template, Verbalizer
 
@@ -194,3 +198,105 @@ def spawn() -> Iterator[Callable[..., Any]]:
             return process
 
         yield start
+
+
+# --- the command line, in process, with a tiny model on disk ---------------------------------------
+
+GOOD = ("a stirring , funny film", "one of the best movies of the year")
+BAD = ("the plot is thin", "a dull , badly written mess")
+
+
+@dataclass(frozen=True)
+class Ran:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The one object on stdout; anything else there fails."""
+        return json.loads(self.out)
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("bases") / "tiny"
+    make_model("llama").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The store's folder; the current folder holds data files."""
+    monkeypatch.setenv("SOFTPROMPT_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    write_labels(tmp_path / "train.jsonl", 40)
+    write_labels(tmp_path / "test.jsonl", 12)
+    return tmp_path / "home"
+
+
+def write_labels(path: Path, rows: int, words: tuple[str, str] = ("positive", "negative")) -> None:
+    texts = [(GOOD, BAD)[i % 2][i % 3 % 2] for i in range(rows)]
+    lines = [json.dumps({"input": f"{text} {i}", "target": words[i % 2]}) for i, text in enumerate(texts)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_texts(path: Path, rows: int) -> None:
+    lines = [json.dumps({"input": f"film {i}", "target": f"it was {i} stars"}) for i in range(rows)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+@pytest.fixture
+def run(home: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    def run(*arguments: str) -> Ran:
+        from softprompt.cli import main
+
+        capsys.readouterr()
+        code = main(arguments)
+        out, err = capsys.readouterr()
+        return Ran(code, out, err)
+
+    return run
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake must be told before a model is loaded."""
+
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(FrozenLM, "load", load)
+
+
+def is_refused(ran: Ran, sentence: str) -> None:
+    assert ran == Ran(2, "", f"error: {sentence}\n")
+
+
+QUICK = ("--dtype", "fp32", "--device", "cpu", "--steps", "8", "--eval-every", "4", "--checkpoint-every", "2")
+
+
+@pytest.fixture
+def train(run: Run, base: str) -> Run:
+    """``softprompt train`` with the tiny model and few steps."""
+    return lambda *arguments: run("train", *arguments, "--base", base, *QUICK)
+
+
+@pytest.fixture
+def stored(home: Path) -> SoftPrompt:
+    """A soft prompt ``films`` of some other base model."""
+    soft_prompt = SoftPrompt(
+        vectors=torch.ones(2, 4),
+        name="films",
+        base="some-base",
+        base_fingerprint="ab" * 32,
+        tokenizer_fingerprint="cd" * 32,
+        template="{soft_prompt}{input}\nAnswer: {target}",
+        verbalizer={"negative": ("negative",), "positive": ("positive",)},
+    )
+    artifact.save(soft_prompt, home / "films.safetensors")
+    return soft_prompt
