@@ -108,6 +108,15 @@ def duration(seconds: float) -> str:
     return f"{minutes:,} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
+def amount(number: float, unit: str = "") -> str:
+    """``11.5 k`` or, with the unit ``B``, ``269 MB``: three digits at most, in steps of 1,000."""
+    number, power = float(f"{number:.3g}"), 0
+    while abs(number) >= 1000 and power < 4:
+        number, power = number / 1000, power + 1
+    prefix = ("", "k", "M", "G" if unit else "B", "T")[power]
+    return f"{number:.3g} {prefix}{unit}".strip()
+
+
 def shortened(text: str, width: int) -> str:
     """The text on one line of at most ``width`` characters."""
     line = " ".join(text.split())
