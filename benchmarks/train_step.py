@@ -27,10 +27,10 @@ import torch
 from softprompt.batch import Row
 from softprompt.data import read_dataset
 from softprompt.frozen import FrozenLM, Request
+from softprompt.objective import Objective
 from softprompt.prompt import initial_vectors
 from softprompt.task import Task
 from softprompt.template import DEFAULT_TEMPLATE, SOFT, Template
-from softprompt.train import Objective
 
 Batches = list[list[Request]]
 

@@ -116,6 +116,36 @@ def test_the_file_is_what_the_docstring_says(path: Path) -> None:
     assert digest == hashlib.sha256(canonical + raw).hexdigest()
 
 
+def make_prefix(vectors: torch.Tensor | None = None, **changes: Any) -> SoftPrompt:
+    """A trained KV prefix ``[P, L, 2, H_kv, D]``."""
+    if vectors is None:
+        vectors = torch.randn(3, 4, 2, 1, 5, generator=torch.Generator().manual_seed(0))
+    return make(vectors, **({"parametrisation": "prefix"} | changes))
+
+
+def test_a_kv_prefix_round_trip(path: Path) -> None:
+    original = make_prefix()
+    save(original, path)
+    loaded = load(path)
+    assert equal(loaded, original)
+    assert loaded.num_virtual_tokens == 3
+    assert loaded.sizes == {"num_virtual_tokens": 3, "num_layers": 4, "num_kv_heads": 1, "head_dim": 5}
+    document = document_of(path)
+    assert document["schema_version"] == 1
+    assert {key: document.get(key) for key in loaded.sizes} == loaded.sizes
+    assert "hidden_size" not in document
+    raw = path.read_bytes()[-3 * 4 * 2 * 5 * 4 :]
+    np.testing.assert_array_equal(np.frombuffer(raw, "<f4").reshape(3, 4, 2, 1, 5), original.vectors.numpy())
+
+
+def test_files_of_release_0_1_0_are_read_and_written_bit_for_bit(path: Path) -> None:
+    """Its digest of this soft prompt, which covers every bit of document and numbers."""
+    original = make(torch.arange(24, dtype=torch.float32).reshape(3, 8) / 7, training={"steps": 400})
+    save(original, path)
+    assert document_of(path)["digest"] == "513c96c01d91504d887f1f5d20e7b8eb067e7ae257433bda07189830ff14106d"
+    assert equal(load(path), original)
+
+
 def test_equal_soft_prompts_give_equal_files(tmp_path: Path) -> None:
     original = make()
     reordered = make(
@@ -398,6 +428,29 @@ def test_a_tensor_that_is_not_the_one_described(
     assert sentence(path) == (f"{path} is not a sound soft prompt: expected {expected}, found {found}; {SENTENCE_END}")
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected", "found"),
+    [
+        ({}, "the tensor 'soft_prompt' as F32 [3, 4, 2, 1, 5]", "F32 [3, 4, 2, 5, 1]"),
+        ({"num_layers": 5}, "the tensor 'soft_prompt' as F32 [3, 5, 2, 1, 5]", "F32 [3, 4, 2, 5, 1]"),
+        ({"num_kv_heads": 0}, "a complete document in the header", "no positive number under 'num_kv_heads'"),
+        ({"head_dim": None}, "a complete document in the header", "no positive number under 'head_dim'"),
+        ({"parametrisation": "plain"}, "a complete document in the header", "no positive number under 'hidden_size'"),
+        (
+            {"parametrisation": "plain", "hidden_size": 8},
+            "the tensor 'soft_prompt' as F32 [3, 8]",
+            "F32 [3, 4, 2, 5, 1]",
+        ),
+    ],
+)
+def test_a_kv_prefix_that_is_not_the_one_described(
+    path: Path, changes: dict[str, Any], expected: str, found: str
+) -> None:
+    save(make_prefix(), path)
+    write_document(path, document_of(path) | changes, {"soft_prompt": torch.ones(3, 4, 2, 5, 1)})
+    assert sentence(path) == (f"{path} is not a sound soft prompt: expected {expected}, found {found}; {SENTENCE_END}")
+
+
 def test_a_header_beyond_the_cap_is_not_parsed(path: Path) -> None:
     save(make(), path)
     document = document_of(path) | {"padding": "x" * MAX_HEADER_BYTES}
@@ -424,6 +477,24 @@ def test_a_header_beyond_the_cap_is_not_parsed(path: Path) -> None:
             {"vectors": torch.ones(0, 8)},
             "The soft prompt 'sst2' should be float32 [P, H] with P and H of at least 1, but is float32 [0, 8]; "
             "convert it before saving.",
+        ),
+        *[
+            (
+                {"vectors": torch.ones(shape), "parametrisation": "prefix"},
+                "The soft prompt 'sst2' should be float32 [P, L, 2, H_kv, D] with P, L, H_kv and D of at least 1, "
+                f"but is float32 {shape}; convert it before saving.",
+            )
+            for shape in ([3, 8], [3, 4, 3, 1, 5], [3, 4, 2, 0, 5])
+        ],
+        (
+            {"vectors": torch.ones(3, 4, 2, 1, 5)},
+            "The soft prompt 'sst2' should be float32 [P, H] with P and H of at least 1, but is float32 "
+            "[3, 4, 2, 1, 5]; convert it before saving.",
+        ),
+        (
+            {"vectors": torch.full((1, 1, 2, 1, 1), float("nan")), "parametrisation": "prefix"},
+            "The soft prompt 'sst2' should hold finite numbers, but 2 of its 2 are not; "
+            "tune it again with a lower learning rate.",
         ),
         (
             {"vectors": torch.tensor([[1.0, float("nan"), float("-inf")]])},
@@ -545,6 +616,16 @@ BASE: Mapping[str, Any] = {
 def test_the_same_base_under_any_id_is_accepted() -> None:
     check_base(make(), **BASE)
     check_base(make(), **{**BASE, "base": "/models/SmolLM2-135M"})
+
+
+def test_a_kv_prefix_goes_by_its_fingerprint() -> None:
+    check_base(make_prefix(), **{**BASE, "hidden_size": 16})
+    with pytest.raises(BaseModelError) as caught:
+        check_base(make_prefix(), **{**BASE, "base": "gpt2", "base_fingerprint": "0" * 64})
+    assert str(caught.value) == (
+        "The soft prompt 'sst2' was tuned on the base model 'smollm2-135m' (fingerprint abababababab), but the one "
+        "loaded is 'gpt2' (fingerprint 000000000000); load 'smollm2-135m', or tune a new soft prompt on 'gpt2'."
+    )
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ def message(**options: Any) -> str:
             ({name: 0}, f"{name} must be at least 1, not 0")
             for name in (
                 "num_virtual_tokens",
+                "starts",
                 "batch_size",
                 "steps",
                 "eval_every",
@@ -34,6 +35,13 @@ def message(**options: Any) -> str:
             )
         ],
         *[({name: -1}, f"{name} must be at least 0, not -1") for name in ("patience", "weight_decay", "clip", "seed")],
+        (
+            {"parametrisation": "lora"},
+            "parametrisation must be one of plain, residual, superpos, mlp, prefix, not 'lora'",
+        ),
+        ({"average": 1.0}, "average must be in [0, 1), not 1.0"),
+        ({"average": -0.1}, "average must be in [0, 1), not -0.1"),
+        ({"average": math.nan}, "average must be in [0, 1), not nan"),
         ({"loss": "mse"}, "loss must be one of auto, lm, labels, not 'mse'"),
         ({"optimizer": "sgd"}, "optimizer must be one of adamw, adafactor, not 'sgd'"),
         ({"schedule": "step"}, "schedule must be one of linear, cosine, constant, not 'step'"),

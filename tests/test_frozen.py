@@ -17,10 +17,10 @@ from conftest import ALL, SHARED, make_model, make_tokenizer, plain, plain_logpr
 from softprompt.data import Example
 from softprompt.errors import ConfigError
 from softprompt.frozen import FrozenLM, Request, Sampling
+from softprompt.objective import Objective
 from softprompt.prompt import initial_vectors
 from softprompt.task import Task
 from softprompt.template import SOFT, Template, Verbalizer
-from softprompt.train import Objective
 
 TEXTS = ("a stirring film", "dull", "one of the best movies of the year , and a very funny one")
 LABELS = Verbalizer({"good": ("very good", "great", "good"), "bad": ("very bad", "awful"), "so": ("very",)})

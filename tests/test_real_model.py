@@ -11,10 +11,10 @@ from torch.nn import functional
 
 from softprompt.data import Example
 from softprompt.frozen import FrozenLM, Request, Sampling
+from softprompt.objective import Objective
 from softprompt.prompt import initial_vectors
 from softprompt.task import Task
 from softprompt.template import DEFAULT_TEMPLATE, SOFT, Template, Verbalizer
-from softprompt.train import Objective
 
 TEXTS = ("a stirring , funny and finally transporting film", "dull .", "it never lets go of its one good idea")
 EXAMPLES = [

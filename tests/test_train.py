@@ -17,10 +17,11 @@ from softprompt.config import DEFAULT_STEPS, TrainConfig, preset
 from softprompt.data import Dataset, Example
 from softprompt.errors import ConfigError, DataError
 from softprompt.frozen import FrozenLM, Request
+from softprompt.objective import Objective
 from softprompt.prompt import initial_vectors
 from softprompt.task import Task
 from softprompt.template import Template, Verbalizer
-from softprompt.train import Objective, Training, learning_rate, make_optimizer
+from softprompt.train import Training, learning_rate, make_optimizer
 
 
 def run(config: TrainConfig, *, kind: str = "llama", rows: int = 30, **options: Any) -> Training:

@@ -5,6 +5,9 @@ document: ``schema_version``, ``num_virtual_tokens`` (P), ``hidden_size`` (H), e
 by its own name (the verbalizer as pairs, since the order of its labels counts), and ``digest``. The digest is the
 SHA-256 of the document without it (sorted keys, no spaces, ASCII), followed by the tensor's bytes (little-endian, row
 by row): a flipped bit anywhere is noticed. Equal soft prompts give equal files.
+
+Where ``parametrisation`` is ``prefix``, the tensor is a trained KV prefix ``[P, L, 2, H_kv, D]``, and ``num_layers``
+(L), ``num_kv_heads`` (H_kv) and ``head_dim`` (D) stand in the place of ``hidden_size``.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
 from softprompt.errors import ArtifactError, BaseModelError, StoreError
-from softprompt.prompt import SoftPrompt
+from softprompt.prompt import SoftPrompt, size_names
 
 SCHEMA_VERSION = 1
 SUFFIX = ".safetensors"
@@ -62,10 +65,10 @@ def save(soft_prompt: SoftPrompt, path: Path) -> None:
     """Writes ``soft_prompt`` to ``path``, in place of what was there, atomically.
 
     Raises:
-        ArtifactError: the vectors are not finite float32 ``[P, H]`` with P, H ≥ 1, or a field has no JSON form.
+        ArtifactError: the vectors are not finite float32 of their parametrisation's shape, or a field has no JSON form.
         StoreError: the folder cannot be written, or is full; a file that was there before is unchanged.
     """
-    content = _encode(soft_prompt)
+    content = encode(soft_prompt)
     try:
         with atomic_writer(path) as file:
             file.write(content)
@@ -79,7 +82,7 @@ def save(soft_prompt: SoftPrompt, path: Path) -> None:
 
 
 def load(path: Path) -> SoftPrompt:
-    """Reads what :func:`save` wrote; vectors float32 ``[P, H]`` on the CPU.
+    """Reads what :func:`save` wrote; vectors float32 on the CPU.
 
     Sequences inside ``training``, ``data`` and ``metrics`` come back as lists, as JSON has it.
 
@@ -100,7 +103,8 @@ def load(path: Path) -> SoftPrompt:
             if list(opened.keys()) != [_TENSOR]:
                 _refuse(path, f"the one tensor '{_TENSOR}'", f"the tensors {sorted(opened.keys())}")
             stored = opened.get_slice(_TENSOR)
-            shape = [document["num_virtual_tokens"], document["hidden_size"]]
+            sizes = [document[name] for name in size_names(document["parametrisation"])]
+            shape = [*sizes[:2], 2, *sizes[2:]] if sizes[2:] else sizes
             if stored.get_dtype() != "F32" or stored.get_shape() != shape:
                 found = f"{stored.get_dtype()} {stored.get_shape()}"
                 _refuse(path, f"the tensor '{_TENSOR}' as F32 {shape}", found)
@@ -128,12 +132,12 @@ def check_base(
         base: id of the loaded base model.
         base_fingerprint: hex digest of its configuration and weights.
         tokenizer_fingerprint: hex digest of its tokenizer.
-        hidden_size: its embedding width H.
+        hidden_size: its embedding width H, which a trained KV prefix does not show; its fingerprint does.
 
     Raises:
         BaseModelError: width, weights or tokenizer differ.
     """
-    width = int(soft_prompt.vectors.shape[1])
+    width = soft_prompt.sizes.get("hidden_size", hidden_size)
     if width != hidden_size:
         tuned, loaded = f"width {width}", f"width {hidden_size}"
     elif soft_prompt.base_fingerprint != base_fingerprint:
@@ -150,13 +154,21 @@ def check_base(
     )
 
 
-def _encode(soft_prompt: SoftPrompt) -> bytes:
-    """The whole file."""
+def encode(soft_prompt: SoftPrompt) -> bytes:
+    """The whole file, as :func:`save` writes it.
+
+    Raises:
+        ArtifactError: as for :func:`save`.
+    """
     vectors = soft_prompt.vectors.detach().cpu().contiguous()
     name = soft_prompt.name
-    if vectors.ndim != 2 or vectors.numel() == 0 or vectors.dtype != torch.float32:
+    if soft_prompt.parametrisation == "prefix":
+        sound, form = vectors.ndim == 5 and vectors.shape[2] == 2, "[P, L, 2, H_kv, D] with P, L, H_kv and D"
+    else:
+        sound, form = vectors.ndim == 2, "[P, H] with P and H"
+    if not sound or vectors.numel() == 0 or vectors.dtype != torch.float32:
         raise ArtifactError(
-            f"The soft prompt '{name}' should be float32 [P, H] with P and H of at least 1, but is "
+            f"The soft prompt '{name}' should be float32 {form} of at least 1, but is "
             f"{str(vectors.dtype).removeprefix('torch.')} {list(vectors.shape)}; convert it before saving."
         )
     if not torch.isfinite(vectors).all():
@@ -166,10 +178,8 @@ def _encode(soft_prompt: SoftPrompt) -> bytes:
         )
     verbalizer = soft_prompt.verbalizer
     fields = {key: getattr(soft_prompt, key) for key in (*_TEXTS, *_MAPPINGS, "metrics")}
-    fields |= {
+    fields |= soft_prompt.sizes | {
         "schema_version": SCHEMA_VERSION,
-        "num_virtual_tokens": vectors.shape[0],
-        "hidden_size": vectors.shape[1],
         "verbalizer": None if verbalizer is None else list(verbalizer.items()),
     }
     try:
@@ -252,7 +262,7 @@ def _fault(document: Mapping[str, Any]) -> str | None:
     verbalizer = document.get("verbalizer")
     if verbalizer is not None and not (isinstance(verbalizer, list) and all(map(_is_label_with_words, verbalizer))):
         return "no pairs of a label and its words under 'verbalizer'"
-    for key in ("num_virtual_tokens", "hidden_size"):
+    for key in size_names(document["parametrisation"]):
         if type(document.get(key)) is not int or document[key] < 1:
             return f"no positive number under '{key}'"
     return None

@@ -1,11 +1,10 @@
 """What a training writes down to go on after a kill: tensors as safetensors, everything else as JSON in the same
-file's header."""
+file's header, with a digest over both."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,70 +13,101 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
+from softprompt.artifact import atomic_writer
 from softprompt.errors import StoreError
 
 FILE = "checkpoint.safetensors"
 LOG = "log.jsonl"
+SCHEMA_VERSION = 1
 _KEY = "softprompt_checkpoint"
+
+Slots = dict[str, dict[str, Any]]
+"""An optimizer's memory: index of a parameter → slot → tensor or JSON value."""
+
+
+def slots_of(optimizer: torch.optim.Optimizer) -> Slots:
+    """What ``optimizer`` remembers of its parameters, to be saved."""
+    return {str(index): slots for index, slots in optimizer.state_dict()["state"].items()}
+
+
+def give_slots(optimizer: torch.optim.Optimizer, slots: Slots) -> None:
+    """Makes ``optimizer``, of the same kind and parameters, remember what was saved."""
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": {int(index): held for index, held in slots.items()}, "param_groups": groups})
 
 
 def save(
-    folder: Path, tensors: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+    folder: Path, tensors: Mapping[str, torch.Tensor], optimizers: Mapping[str, Slots], state: Mapping[str, Any]
 ) -> None:
     """Writes a checkpoint, whole or not at all.
 
     Args:
-        folder: exists.
-        tensors: by name; not ``optimizer.*``.
-        optimizer: of one parameter.
+        folder: is made if it is missing.
+        tensors: by name; not ``optimizer/*``.
+        optimizers: name, without ``/`` → memory.
         state: JSON values.
 
     Raises:
         StoreError: the folder cannot be written or the disk is full; the earlier checkpoint stays.
     """
-    slots: dict[str, Any] = next(iter(optimizer.state_dict()["state"].values()), {})
-    held = {f"optimizer.{name}": value for name, value in slots.items() if isinstance(value, torch.Tensor)}
-    plain = {name: value for name, value in slots.items() if not isinstance(value, torch.Tensor)}
-    document = json.dumps({"state": state, "optimizer": plain})
-    flat = {name: value.detach().cpu().contiguous() for name, value in (dict(tensors) | held).items()}
-    scratch = None
+    flat = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    plain: dict[str, Slots] = {}
+    for name, memory in optimizers.items():
+        plain[name] = {index: {} for index in memory}
+        for index, slots in memory.items():
+            for slot, value in slots.items():
+                if isinstance(value, torch.Tensor):
+                    flat[f"optimizer/{name}/{index}/{slot}"] = value.detach().cpu().contiguous()
+                else:
+                    plain[name][index][slot] = value
+    document = {"schema_version": SCHEMA_VERSION, "state": state, "optimizers": plain}
+    text = json.dumps(document | {"digest": _digest(document, flat)})
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{FILE}-", delete=False) as file:
-            scratch = Path(file.name)
-            file.write(to_bytes(flat, metadata={_KEY: document}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, folder / FILE)
+        with atomic_writer(folder / FILE) as file:
+            file.write(to_bytes(flat, metadata={_KEY: text}))
     except OSError as error:
-        if scratch is not None:
-            scratch.unlink(missing_ok=True)
         raise StoreError(
             f"the checkpoint in {folder} cannot be written: {error.strerror or error}; free some space there and resume"
         ) from error
 
 
-def load(folder: Path, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Reads a checkpoint and fills ``optimizer``, which must be of the same kind and parameter shape.
+def load(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Slots], dict[str, Any]]:
+    """Reads a checkpoint.
 
     Returns:
-        The tensors and the state that were given to ``save``.
+        The tensors, the optimizers' memories and the state that were given to ``save``.
 
     Raises:
-        StoreError: the file is damaged.
+        StoreError: the file is damaged, or of another release.
     """
     path = folder / FILE
     try:
         with safe_open(path, "pt") as file:
             document = json.loads(file.metadata()[_KEY])
-            state, slots = dict(document["state"]), dict(document["optimizer"])
+            version, digest = document.get("schema_version"), document.pop("digest", None)
+            if version != SCHEMA_VERSION:
+                raise StoreError(
+                    f"the checkpoint {path} has schema version {version}, but this release of softprompt goes on from "
+                    f"{SCHEMA_VERSION}; finish the run with the release that began it, or start anew without --resume"
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        if _digest(document, tensors) != digest:
+            raise ValueError("its content is not what was written")
+    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise StoreError(f"the checkpoint {path} is damaged ({error}); start anew without --resume") from error
-    for name in [name for name in tensors if name.startswith("optimizer.")]:
-        slots[name.removeprefix("optimizer.")] = tensors.pop(name)
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": {0: slots} if slots else {}, "param_groups": groups})
-    return tensors, state
+    optimizers: dict[str, Slots] = document["optimizers"]
+    for key in [key for key in tensors if key.startswith("optimizer/")]:
+        _, name, index, slot = key.split("/")
+        optimizers[name][index][slot] = tensors.pop(key)
+    return tensors, optimizers, document["state"]
+
+
+def _digest(document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def trim_log(path: Path, step: int) -> None:
@@ -92,6 +122,12 @@ def trim_log(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError):  # a line cut in two by the kill
             break
-    scratch = path.with_name(f".{path.name}-trimmed")
-    scratch.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(scratch, path)
+    with atomic_writer(path) as file:
+        file.write("".join(line + "\n" for line in kept).encode())
+
+
+def tidy(folder: Path) -> None:
+    """Removes what a kill in the middle of writing left behind."""
+    for name in (FILE, LOG):
+        for path in folder.glob(f".{name}*"):
+            path.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ INITS = ("auto", "random", "vocab", "text", "labels")
 LOSSES = ("auto", "lm", "labels")
 OPTIMIZERS = ("adamw", "adafactor")
 SCHEDULES = ("linear", "cosine", "constant")
+PARAMETRISATIONS = ("plain", "residual", "superpos", "mlp", "prefix")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,12 @@ class TrainConfig:
             where there is an ``init_text``; where there are labels, the text ``Options: a, b, c.`` if it fits in P
             tokens, else ``labels``; ``vocab`` for free text.
         init_text: text for ``init="text"``, repeated or cut to P tokens.
+        parametrisation: what is learned (see ``parametrisation.py``): ``plain``, the vectors themselves;
+            ``residual``, ``superpos`` or ``mlp``, numbers that are folded into vectors after training; ``prefix``, keys
+            and values for every layer, a soft prompt of another kind with a larger file.
+        starts: how many runs, each with another initialisation and order of the data, do the first tenth of the steps;
+            the best on the validation rows goes on (successive halving of one round, Jamieson and Talwalkar 2016).
+            With init ``auto``, further starts take ``labels`` or ``vocab``, which are drawn.
         loss: ``lm`` (cross-entropy of all target tokens over the whole vocabulary), ``labels`` (cross-entropy over
             the labels' scores), or ``auto``: ``labels`` where there are labels that are cheap to score, else ``lm``.
         optimizer: ``adamw`` or ``adafactor``.
@@ -35,6 +42,9 @@ class TrainConfig:
         schedule: how it falls afterwards: ``linear`` or ``cosine`` to 0, or ``constant``.
         clip: the most that the gradient's norm may be, in loss per embedding RMS; larger ones are scaled down; 0 for
             no clipping.
+        average: decay of an exponential moving average of the soft prompt over the steps, in [0, 1), which is validated
+            and kept in place of the current one (Polyak and Juditsky 1992); 0 for none. It is
+            ``min(average, (1 + t) / (10 + t))`` at step ``t``, so that the start is soon forgotten.
         batch_size: examples a step.
         steps: optimizer steps; None: see ``epochs``.
         epochs: passes over the training data; None, with ``steps`` None too: as many steps as ``DEFAULT_STEPS``.
@@ -50,6 +60,8 @@ class TrainConfig:
     num_virtual_tokens: int = 20
     init: str = "auto"
     init_text: str | None = None
+    parametrisation: str = "plain"
+    starts: int = 1
     loss: str = "auto"
     optimizer: str = "adamw"
     lr: float = 0.3
@@ -57,6 +69,7 @@ class TrainConfig:
     warmup: float = 0.05
     schedule: str = "linear"
     clip: float = 1.0
+    average: float = 0.0
     batch_size: int = 16
     steps: int | None = None
     epochs: float | None = None
@@ -84,6 +97,7 @@ class TrainConfig:
 
         return [
             at_least("num_virtual_tokens", 1),
+            at_least("starts", 1),
             at_least("batch_size", 1),
             at_least("steps", 1),
             at_least("eval_every", 1),
@@ -94,12 +108,14 @@ class TrainConfig:
             at_least("weight_decay", 0),
             at_least("clip", 0),
             at_least("seed", 0),
+            one_of("parametrisation", PARAMETRISATIONS),
             one_of("loss", LOSSES),
             one_of("optimizer", OPTIMIZERS),
             one_of("schedule", SCHEDULES),
             one_of("compile", ("auto", "on", "off")),
             (0 < self.lr < 1000, f"lr must be above 0 and below 1000 embedding RMS, not {self.lr}"),
             (0 <= self.warmup < 1, f"warmup must be a share of the steps in [0, 1), not {self.warmup}"),
+            (0 <= self.average < 1, f"average must be in [0, 1), not {self.average}"),
             (self.epochs is None or 0 < self.epochs < 1e6, f"epochs must be above 0 and finite, not {self.epochs}"),
             (self.seed < 2**32, f"seed must be below 2**32, not {self.seed}"),
             (self.steps is None or self.epochs is None, "steps and epochs exclude each other; give one of them"),

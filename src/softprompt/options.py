@@ -59,14 +59,18 @@ def with_line_ends(text: str) -> str:
     return text.replace("\\n", "\n")
 
 
+def lasting(base: str) -> str:
+    """The base model's id, a path on this machine by its full name, so that it is found again from another folder."""
+    path = Path(base).expanduser()
+    return str(path.resolve()) if base != DEFAULT_BASE and path.exists() else base
+
+
 def load_base_model(base: str, dtype: str, device: str, trust_remote_code: bool) -> FrozenLM:
-    """Loads a base model, a path on this machine by its full name, so that it is found again from another folder.
+    """Loads a base model.
 
     Raises:
         BaseModelError: it cannot be found or read.
         ConfigError: an unknown dtype or device.
     """
-    path = Path(base).expanduser()
-    lasting = str(path.resolve()) if base != DEFAULT_BASE and path.exists() else base
     with stderr.status(f"loading {base}"):
-        return FrozenLM.load(lasting, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        return FrozenLM.load(lasting(base), dtype=dtype, device=device, trust_remote_code=trust_remote_code)

@@ -1,4 +1,5 @@
-"""A soft prompt: ``P`` vectors of the base model's embedding width, and what one must know to use them."""
+"""A soft prompt: ``P`` vectors of the base model's embedding width, or a trained KV prefix, and what one must know to
+use it."""
 
 from __future__ import annotations
 
@@ -17,17 +18,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SoftPrompt:
-    """``P`` virtual tokens and their papers (Lester et al. 2021, §2).
+    """``P`` virtual tokens and their papers (Lester et al. 2021, §2; for a KV prefix Li and Liang 2021, §4).
 
     Attributes:
-        vectors: float32 ``[P, H]`` on the CPU, finite. Row ``i`` is virtual token ``i``.
+        vectors: float32 ``[P, H]`` on the CPU, finite; row ``i`` is virtual token ``i``. Of a trained KV prefix
+            ``[P, L, 2, H_kv, D]``: for each virtual token the keys (after any rotary embedding) and values of every
+            layer.
         name: what the user calls it.
         base: id of the base model it was tuned on (``smollm2-135m``, a hub id or a path).
         base_fingerprint: hex digest of that model's configuration and weights (``FrozenLM.fingerprint``).
         tokenizer_fingerprint: hex digest of its tokenizer (``FrozenLM.tokenizer_fingerprint``).
         template: text of the ``Template`` it was tuned with.
         verbalizer: label → words, or None for free-text targets.
-        parametrisation: what it was folded from; ``"plain"`` for free vectors.
+        parametrisation: what it was folded from; ``"plain"`` for free vectors, ``"prefix"`` for a trained KV prefix.
         training: the training configuration and what came of it (steps, seconds, tokens), JSON values only.
         data: fingerprints and row counts of the training and validation data, JSON values only.
         metrics: one dict a metric: ``{"split", "metric", "value", "stderr", "n"}``.
@@ -53,6 +56,19 @@ class SoftPrompt:
     def num_virtual_tokens(self) -> int:
         """``P``."""
         return int(self.vectors.shape[0])
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of ``vectors`` by name."""
+        shape = self.vectors.shape
+        return dict(zip(size_names(self.parametrisation), (*shape[:2], *shape[3:]), strict=True))
+
+
+def size_names(parametrisation: str) -> tuple[str, ...]:
+    """What the sizes of a soft prompt's numbers are called; the 2 for keys and values goes without a name."""
+    if parametrisation == "prefix":
+        return ("num_virtual_tokens", "num_layers", "num_kv_heads", "head_dim")
+    return ("num_virtual_tokens", "hidden_size")
 
 
 FREQUENT_TOKENS = 5000
@@ -88,9 +104,9 @@ def initial_vectors(
     Raises:
         ConfigError: an unknown ``init``, ``labels`` without labels, or ``text`` that is empty.
     """
-    generator = torch.Generator().manual_seed(seed)
     table = lm.embedding.detach()
     if init == "random":
+        generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(num_virtual_tokens, lm.hidden_size, generator=generator)
         return noise * lm.embedding_rms
     if init == "text":
@@ -101,17 +117,22 @@ def initial_vectors(
         return table[picked].float().cpu()
     if init not in ("vocab", "labels"):
         raise ConfigError(f"init must be random, vocab, text or labels, not {init!r}")
-    special = set(lm.tokenizer.all_special_ids)
-    frequent = [t for t in range(min(table.shape[0], FREQUENT_TOKENS + len(special))) if t not in special]
-    order = torch.randperm(len(frequent), generator=generator).tolist()
-    drawn = [frequent[order[i % len(order)]] for i in range(num_virtual_tokens)]
-    vectors = table[drawn].float().cpu()
+    drawn = frequent_tokens(lm, seed)
+    vectors = table[[drawn[i % len(drawn)] for i in range(num_virtual_tokens)]].float().cpu()
     if init == "labels":
         if not label_words:
             raise ConfigError("init labels needs class labels; give --labels, or another init")
         for row, word in zip(range(num_virtual_tokens), label_words, strict=False):
             vectors[row] = table[list(word)].float().mean(dim=0).cpu()
     return vectors
+
+
+def frequent_tokens(lm: FrozenLM, seed: int) -> list[int]:
+    """The first ``FREQUENT_TOKENS`` of the vocabulary that are not special, in a seeded random order."""
+    special = set(lm.tokenizer.all_special_ids)
+    frequent = [t for t in range(min(len(lm.embedding), FREQUENT_TOKENS + len(special))) if t not in special]
+    order = torch.randperm(len(frequent), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [frequent[i] for i in order]
 
 
 def library_versions() -> dict[str, str]:

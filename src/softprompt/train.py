@@ -15,14 +15,16 @@ from typing import Any
 import torch
 
 from softprompt import checkpoint
-from softprompt.attention import PrefixKV
-from softprompt.batch import Row, collate, micro_batches
+from softprompt.batch import Row
 from softprompt.config import DEFAULT_STEPS, TrainConfig
 from softprompt.data import Dataset, Example, check_targets
 from softprompt.errors import ConfigError, DataError, StoreError
-from softprompt.frozen import MAX_TOKENS, FrozenLM, Request
+from softprompt.frozen import SHARED_PREFIX_MODELS, FrozenLM
+from softprompt.objective import Objective
+from softprompt.parametrisation import Parametrisation, parametrise
 from softprompt.prompt import SoftPrompt, initial_vectors, library_versions
 from softprompt.task import Task
+from softprompt.template import SOFT
 
 COMPILE_PAYS_FROM = 1e14
 """Floating-point operations of a run from which compiling is faster: it costs 15 to 25 s and saves about a third of
@@ -56,82 +58,10 @@ class Step:
     improved: bool = False
 
 
-@dataclass(frozen=True)
-class Objective:
-    """The loss of examples as requests, and how to get its gradient by the path that serves them.
-
-    Attributes:
-        lm: the frozen base model.
-        labels: for the loss over labels, label index of each word; None for the loss of all target tokens.
-        max_tokens: the most tokens, padding included, in one micro-batch.
-    """
-
-    lm: FrozenLM
-    labels: torch.Tensor | None = None
-    max_tokens: int = MAX_TOKENS
-
-    def loss(self, scores: torch.Tensor, gold: Sequence[int]) -> torch.Tensor:
-        """Sum over rows of the negative log-probability of the gold word or label.
-
-        Args:
-            scores: float32 ``[B, W]``, log-probabilities of words.
-            gold: ``B`` indices, of a word or, for the loss over labels, of a label.
-        """
-        if self.labels is not None:
-            scores = torch.stack(
-                [scores[:, self.labels == k].logsumexp(1) for k in range(int(self.labels.max()) + 1)], dim=1
-            )
-            scores = scores.log_softmax(dim=1)
-        return -scores.gather(1, torch.tensor(gold, device=scores.device)[:, None]).sum()
-
-    def weight(self, requests: Sequence[Request]) -> int:
-        """By what the summed loss is divided: target tokens, or examples for the loss over labels."""
-        return len(requests) if self.labels is not None else sum(len(r.words[0]) for r in requests)
-
-    def backward(self, requests: Sequence[Request], gold: Sequence[int], vectors: torch.Tensor) -> tuple[float, int]:
-        """Adds the gradient of the mean loss to ``vectors.grad``; returns the mean loss and the tokens computed.
-
-        With a shared prefix it goes in two stages. The prefix runs once; micro-batches of rows send their gradients
-        into its detached keys and values, where they add up in fp32. One backward pass then carries the sum to
-        ``vectors``.
-
-        Args:
-            requests: a whole batch, all with the same shared prefix.
-            gold: as for ``loss``.
-            vectors: float32 ``[P, H]``, requires grad.
-        """
-        weight = self.weight(requests)
-        if not (self.lm.shares_prefix and all(r.shares_prefix for r in requests)):
-            return self._backward_concatenated(requests, gold, vectors, weight)
-        first = requests[0]
-        prefix = self.lm.prefix_kv(first.ids[: first.shared], vectors)
-        graph = (*prefix.keys, *prefix.values)
-        leaves = [tensor.detach().float().requires_grad_() for tensor in graph]
-        rows = [Row(r.ids[r.shared :], r.words) for r in requests]
-        total = 0.0
-        for group in micro_batches([row.length for row in rows], self.max_tokens):
-            parts = [leaf.to(self.lm.dtype) for leaf in leaves]
-            half = len(parts) // 2
-            shared = PrefixKV(tuple(parts[:half]), tuple(parts[half:]), prefix.lengths)
-            batch = collate([rows[i] for i in group], prefix.lengths, self.lm.device)
-            loss = self.loss(self.lm.score_batch(batch, shared), [gold[i] for i in group]) / weight
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-        gradients = [leaf.grad.to(tensor.dtype) for leaf, tensor in zip(leaves, graph, strict=True)]  # type: ignore[union-attr]
-        torch.autograd.backward(graph, gradients)
-        return total, prefix.lengths[0] + sum(row.length for row in rows)
-
-    def _backward_concatenated(
-        self, requests: Sequence[Request], gold: Sequence[int], vectors: torch.Tensor, weight: int
-    ) -> tuple[float, int]:
-        total, width = 0.0, vectors.shape[0]
-        lengths = [sum(len(r.ids) - 1 + width + len(word) for word in r.words) for r in requests]
-        for group in micro_batches(lengths, self.max_tokens):
-            scores = self.lm.score_concatenated([requests[i] for i in group], [vectors])
-            loss = self.loss(scores, [gold[i] for i in group]) / weight
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-        return total, sum(lengths)
+def can_compile(lm: FrozenLM) -> bool:
+    """Whether compiling the decoder layers of ``lm`` is known to work and to help here."""
+    compiler = any(shutil.which(name) for name in ("g++", "c++", "clang++"))
+    return lm.shares_prefix and lm.device.type == "cpu" and compiler
 
 
 def learning_rate(config: TrainConfig, step: int, total: int) -> float:
@@ -144,16 +74,16 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
     return config.lr * shape
 
 
-def make_optimizer(config: TrainConfig, vectors: torch.Tensor) -> torch.optim.Optimizer:
+def make_optimizer(config: TrainConfig, *tensors: torch.Tensor) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019), or Adafactor (Shazeer and Stern 2018) without parameter scaling as in
     Lester et al. 2021."""
     if config.optimizer == "adamw":
-        return torch.optim.AdamW([vectors], lr=config.lr, weight_decay=config.weight_decay)
+        return torch.optim.AdamW(tensors, lr=config.lr, weight_decay=config.weight_decay)
     from transformers import optimization
 
     adafactor: Any = optimization.Adafactor
     return adafactor(  # type: ignore[no-any-return]
-        [vectors],
+        tensors,
         lr=config.lr,
         decay_rate=-0.8,
         weight_decay=config.weight_decay,
@@ -163,11 +93,42 @@ def make_optimizer(config: TrainConfig, vectors: torch.Tensor) -> torch.optim.Op
     )
 
 
+@dataclass(eq=False)
+class _Learner:
+    """What one start learns.
+
+    Attributes:
+        number: 0 for the first start.
+        form: what is learned.
+        optimizer: of its tensors.
+        average: float32, the moving average of the soft prompt's numbers; None where none is asked for.
+        found: the validation after its short run; None before, and where there is only one start.
+    """
+
+    number: int
+    form: Parametrisation
+    optimizer: torch.optim.Optimizer
+    average: torch.Tensor | None
+    found: dict[str, Any] | None = None
+
+    @torch.no_grad()
+    def numbers(self) -> torch.Tensor:
+        """The soft prompt as it is now, float32."""
+        return self.form.fold() * self.form.unit
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that must be saved, besides the optimizer's memory."""
+        return self.form.tensors | ({} if self.average is None else {"average": self.average})
+
+
 class Training:
     """One run of tuning. Iterate over it to train, then ask for ``result()``; that works after an interruption too.
 
     The learned numbers are kept in units of the embedding table's RMS, so that learning rate, clipping and Adam's
-    epsilon mean the same for every base model.
+    epsilon mean the same for every base model (``parametrisation.py``).
+
+    With several starts, each does the first tenth of the steps and is validated; the best of them goes on with its
+    optimizer. They count as steps of one run.
 
     Attributes:
         config: its settings.
@@ -198,14 +159,16 @@ class Training:
                 ``config.validation_rows``).
             config: defaults if None.
             name: name of the soft prompt.
-            start: float ``[P, H]`` to start from instead of ``config.init``.
+            start: float ``[P, H]``, or for a KV prefix ``[P, L, 2, H_kv, D]``, to start from instead of
+                ``config.init``.
             folder: where checkpoints and ``log.jsonl`` are kept; None keeps none.
             resume: go on from the checkpoint in ``folder``, if there is one.
 
         Raises:
             DataError: too few rows.
-            ConfigError: an initialisation that does not fit, or a checkpoint of a run with other settings or data.
-            StoreError: ``folder`` cannot be written.
+            ConfigError: an initialisation that does not fit, a KV prefix for a base model or template that cannot
+                have one, or a checkpoint of a run with other settings or data.
+            StoreError: ``folder`` cannot be written, or its checkpoint is damaged.
         """
         self.config = config or TrainConfig()
         self.task, self.name, self.folder = task, name, folder
@@ -216,7 +179,7 @@ class Training:
                 "learned; give Task and TrainConfig the same num_virtual_tokens, and the template a {soft_prompt}"
             )
         self._base_digest = task.lm.weights_digest()
-        examples, held_out = _split(train, validation, self.config)
+        examples, held_out = split_rows(train, validation, self.config)
         self._data = _describe(train, validation, len(examples), len(held_out))
         if task.verbalizer is not None:
             check_targets(train, task.labels)
@@ -228,20 +191,25 @@ class Training:
             self._objective = Objective(task.lm)
             self._requests = [task.target_request(e) for e in examples]
             self._gold = [0] * len(examples)
+        if self.config.parametrisation == "prefix":
+            self._require_shared_prefix()
         self.truncated = sum(request.truncated for request in self._requests)
         self._validator = task.validator(held_out)
         self._best: dict[str, Any] | None = None
         self._validations: list[dict[str, Any]] = []
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.stopped: str = ""
-        self.total = self._planned_steps()
+        self._planned = self._planned_steps()
+        self._probe = max(1, self._planned // 10) if self.config.starts > 1 else 0
+        self._probing = self._probe * self.config.starts
+        self.total = self._planned + max(0, self._probing - self._probe)
         self.compiled = self._should_compile()
 
-        self._unit = task.lm.embedding_rms
-        self._vectors = (self._initial(start) / self._unit).requires_grad_()
-        self._good = self._vectors.detach().clone()
+        self._start = start
+        self._learner = self._begin(0)
+        self._leader: _Learner | None = None  # the best of several starts so far
+        self._good = self._learner.numbers()
         self._best_vectors = self._good.clone()
-        self._optimizer = make_optimizer(self.config, self._vectors)
         self._open_folder(resume)
 
     def __iter__(self) -> Iterator[Step]:
@@ -268,44 +236,86 @@ class Training:
     def _advance(self) -> Step:
         """One optimizer step, with a validation when it is due."""
         began = time.perf_counter()
-        chosen = self._batch(self.step)
+        learner, place = self._learner, self._place()
+        form = learner.form
+        chosen = self._batch(place)
         requests = [self._requests[i] for i in chosen]
-        scaled = (self._vectors.detach() * self._unit).requires_grad_()
-        loss, tokens = self._objective.backward(requests, [self._gold[i] for i in chosen], scaled)
-        assert scaled.grad is not None
-        self._vectors.grad = scaled.grad * self._unit
-        norm = float(self._vectors.grad.norm())
-        lr = learning_rate(self.config, self.step, self.total)
+        folded = form.fold()
+        numbers = (folded.detach() * form.unit).requires_grad_()
+        loss, tokens = self._objective.backward(requests, [self._gold[i] for i in chosen], numbers)
+        assert numbers.grad is not None
+        learner.optimizer.zero_grad()
+        torch.autograd.backward(folded, numbers.grad * form.unit)
+        norm = math.hypot(*(float(tensor.grad.norm()) for tensor in form.tensors.values() if tensor.grad is not None))
+        lr = learning_rate(self.config, place, self._planned)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return Step(self.step + 1, self.total, loss, lr, norm, tokens, time.perf_counter() - began)
         if self.config.clip:
-            torch.nn.utils.clip_grad_norm_([self._vectors], self.config.clip)
-        for group in self._optimizer.param_groups:
+            torch.nn.utils.clip_grad_norm_(form.tensors.values(), self.config.clip)
+        for group in learner.optimizer.param_groups:
             group["lr"] = lr
-        self._good = self._vectors.detach().clone()  # its loss is finite; what the step makes of it, may not have one
-        self._optimizer.step()
+        self._good = numbers.detach()  # its loss is finite; what the step makes of it, may not have one
+        learner.optimizer.step()
+        if learner.average is not None:
+            decay = min(self.config.average, (2 + place) / (11 + place))
+            learner.average.lerp_(learner.numbers(), 1 - decay)
         self.step += 1
         seconds = time.perf_counter() - began
         self.seconds += seconds
         self.tokens += tokens
         step = Step(self.step, self.total, loss, lr, norm, tokens, seconds)
-        if self.step % self.config.eval_every == 0 or self.step == self.total:
+        tried = self.step <= self._probing and place + 1 == self._probe
+        if (place + 1) % self.config.eval_every == 0 or self.step == self.total or tried:
             step = self._validate(step)
+        if tried:
+            self._compare_starts()
         return step
 
     def _validate(self, step: Step) -> Step:
-        """Scores the current vectors on the validation rows and keeps them if they are the best so far."""
-        current = self._vectors.detach().clone()
-        found = {"step": self.step, **self._validator(current * self._unit)}
-        improved = math.isfinite(found["loss"]) and (self._best is None or _better(found, self._best))
+        """Scores the current soft prompt, or its average, on the validation rows and keeps it if it is the best."""
+        average = self._learner.average
+        current = self._learner.numbers() if average is None else average.clone()
+        found = {"step": self.step, **self._validator(current)}
+        improved = math.isfinite(found["loss"]) and (self._best is None or better(found, self._best))
         if improved:
             self._best, self._best_vectors = found, current
         self._validations.append(found)
-        best_step = 0 if self._best is None else self._best["step"]
-        waited = sum(past["step"] > best_step for past in self._validations)
+        since = max(self._probing, 0 if self._best is None else self._best["step"])
+        waited = sum(past["step"] > since for past in self._validations)
         if self.config.patience and waited >= self.config.patience and self.step < self.total:
             self.stopped = "early"
         return replace(step, validation=found, improved=improved)
+
+    # --- several starts ---------------------------------------------------------------------------
+
+    def _place(self) -> int:
+        """The next step's place in the schedule of its start, from 0."""
+        return self.step % self._probe if self.step < self._probing else self.step - (self.total - self._planned)
+
+    def _begin(self, number: int) -> _Learner:
+        """The start of that number, before its first step."""
+        first = self._requests[0].ids
+        form = parametrise(
+            self.task.lm,
+            self.config.parametrisation,
+            self._initial(number),
+            seed=self.config.seed + number,
+            before=first[: first.index(SOFT)],
+        )
+        learner = _Learner(number, form, make_optimizer(self.config, *form.tensors.values()), None)
+        learner.average = learner.numbers() if self.config.average else None
+        return learner
+
+    def _compare_starts(self) -> None:
+        """After a start's last step: keeps it if it is the best so far; begins the next, or goes on with the best."""
+        tried, leader = self._learner, self._leader
+        tried.found = found = self._validations[-1]
+        if math.isfinite(found["loss"]) and (leader is None or better(found, leader.found or {})):
+            leader = tried
+        if self.step < self._probing:
+            self._learner, self._leader = self._begin(tried.number + 1), leader
+        else:
+            self._learner, self._leader = leader or tried, None
 
     def result(self) -> SoftPrompt:
         """The best soft prompt so far; before any validation, the last one whose loss was finite.
@@ -319,19 +329,22 @@ class Training:
         if best is not None:
             metrics = [{"split": "validation", **metric} for metric in best["metrics"]]
         return SoftPrompt(
-            vectors=((self._best_vectors if best is not None else self._good) * self._unit).cpu(),
+            vectors=(self._best_vectors if best is not None else self._good).cpu(),
             name=self.name,
             base=lm.name,
             base_fingerprint=lm.fingerprint,
             tokenizer_fingerprint=lm.tokenizer_fingerprint,
             template=self.task.template.text,
             verbalizer=None if self.task.verbalizer is None else dict(self.task.verbalizer.words),
+            parametrisation=self.config.parametrisation,
             training={
                 **self.config.as_dict(),
                 "loss": "lm" if self._objective.labels is None else "labels",
                 "steps_done": self.step,
                 "best_step": self.step if best is None else best["step"],
                 "stopped": self.stopped or "interrupted",
+                "start": self._learner.number,
+                "trainable_parameters": sum(tensor.numel() for tensor in self._learner.form.tensors.values()),
                 "tokens": self.tokens,
                 "train_seconds": round(self.seconds, 3),
                 "dtype": str(lm.dtype).removeprefix("torch."),
@@ -359,7 +372,6 @@ class Training:
             return False
         if self.config.compile == "on":
             return True
-        compiler = any(shutil.which(name) for name in ("g++", "c++", "clang++"))
         tokens = (
             sum(Row(r.ids[r.shared :], r.words).length for r in self._requests)
             / len(self._requests)
@@ -367,12 +379,34 @@ class Training:
         )
         body = lm.num_parameters - lm.embedding.numel()
         operations = 4 * body * (tokens + self.config.num_virtual_tokens) * self.total  # forward and input gradient
-        return compiler and lm.device.type == "cpu" and operations >= COMPILE_PAYS_FROM
+        return can_compile(lm) and operations >= COMPILE_PAYS_FROM
 
-    def _initial(self, start: torch.Tensor | None) -> torch.Tensor:
-        lm, config = self.task.lm, self.config
+    def _require_shared_prefix(self) -> None:
+        lm, text = self.task.lm, self.task.template.text
+        if not lm.shares_prefix:
+            raise ConfigError(
+                f"the parametrisation prefix needs a base model with a shared prefix "
+                f"({', '.join(sorted(SHARED_PREFIX_MODELS))}, all without a sliding window), but {lm.name} has none; "
+                "choose another base model or parametrisation"
+            )
+        if not all(request.shares_prefix for request in self._requests):
+            raise ConfigError(
+                f"the parametrisation prefix needs {{soft_prompt}} before every input field, and no empty input, but "
+                f"the template is {text!r}; move {{soft_prompt}} to the front, or choose another parametrisation"
+            )
+
+    def _initial(self, number: int) -> torch.Tensor:
+        """What the start of that number begins with: float32 ``[P, H]`` or ``[P, L, 2, H_kv, D]``."""
+        lm, config, start = self.task.lm, self.config, self._start
         if start is not None:
-            expected = (config.num_virtual_tokens, lm.hidden_size)
+            expected: tuple[int, ...] = (config.num_virtual_tokens, lm.hidden_size)
+            if start.dim() == 5:
+                if config.parametrisation != "prefix":
+                    raise ConfigError(
+                        "the soft prompt to start from is a trained KV prefix, which only the parametrisation prefix "
+                        f"can go on from, not {config.parametrisation}; choose that, or another start"
+                    )
+                expected = (config.num_virtual_tokens, *lm.kv_shape)
             if tuple(start.shape) != expected:
                 raise ConfigError(
                     f"the soft prompt to start from has shape {list(start.shape)}, but {list(expected)} is needed; "
@@ -380,25 +414,25 @@ class Training:
                 )
             return start.detach().float().cpu().clone().to(lm.device)
         words, init, text = self.task.label_words(), config.init, config.init_text
-        if init == "auto" and text is None and words:
+        if init == "auto" and text is None and words and number == 0:
             options = f"Options: {', '.join(self.task.labels)}.\n"
             if len(lm.tokenizer(options, add_special_tokens=False).input_ids) <= config.num_virtual_tokens:
                 text = options
         if init == "auto":
-            init = "text" if text else "labels" if words else "vocab"
+            init = "text" if text and number == 0 else "labels" if words else "vocab"
         vectors = initial_vectors(
-            lm, config.num_virtual_tokens, init=init, seed=config.seed, text=text, label_words=words
+            lm, config.num_virtual_tokens, init=init, seed=config.seed + number, text=text, label_words=words
         )
         return vectors.to(lm.device)
 
     def _batch(self, step: int) -> list[int]:
-        """Indices of the examples of step ``step``, from the seed alone: consecutive parts of each epoch's
+        """Indices of the examples of a start's step ``step``, from its seed alone: consecutive parts of each epoch's
         permutation."""
-        count, size = len(self._requests), self.config.batch_size
+        count, size, seed = len(self._requests), self.config.batch_size, self.config.seed + self._learner.number
         chosen: list[int] = []
         while len(chosen) < size:
             epoch, offset = divmod(step * size + len(chosen), count)
-            generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
             order = torch.randperm(count, generator=generator).tolist()
             chosen += order[offset : offset + size - len(chosen)]
         return chosen
@@ -422,6 +456,7 @@ class Training:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.tidy(self.folder)
             if resume and (self.folder / checkpoint.FILE).exists():
                 self._load()
             else:
@@ -440,16 +475,20 @@ class Training:
     def _save(self) -> None:
         if self.folder is None:
             return
-        tensors = {"vectors": self._vectors.detach(), "good": self._good, "best": self._best_vectors}
+        tensors = {"good": self._good, "best": self._best_vectors}
+        learners = {"learner": self._learner} | ({} if self._leader is None else {"leader": self._leader})
+        for role, learner in learners.items():
+            tensors |= {f"{role}/{name}": tensor for name, tensor in learner.tensors().items()}
         checkpoint.save(
             self.folder,
             tensors,
-            self._optimizer,
+            {role: checkpoint.slots_of(learner.optimizer) for role, learner in learners.items()},
             {
                 "identity": self._identity(),
                 "step": self.step,
                 "seconds": self.seconds,
                 "tokens": self.tokens,
+                "starts": {role: [learner.number, learner.found] for role, learner in learners.items()},
                 "best": self._best,
                 "validations": self._validations,
                 "stopped": self.stopped,
@@ -459,7 +498,7 @@ class Training:
 
     def _load(self) -> None:
         assert self.folder is not None
-        tensors, state = checkpoint.load(self.folder, self._optimizer)
+        tensors, optimizers, state = checkpoint.load(self.folder)
         ours = self._identity()
         differing = [key for key in ours if state["identity"].get(key) != ours[key]]
         if differing:
@@ -467,10 +506,16 @@ class Training:
                 f"the checkpoint in {self.folder} is of a run with other {', '.join(differing)}; "
                 "resume with the same settings and data, or start anew without --resume"
             )
-        with torch.no_grad():
-            self._vectors.copy_(tensors["vectors"])
-        self._good = tensors["good"].to(self._vectors.device)
-        self._best_vectors = tensors["best"].to(self._vectors.device)
+        began = {role: self._begin(number) for role, (number, _) in state["starts"].items()}
+        for role, learner in began.items():
+            with torch.no_grad():
+                for name, tensor in learner.tensors().items():
+                    tensor.copy_(tensors[f"{role}/{name}"])
+            checkpoint.give_slots(learner.optimizer, optimizers[role])
+            learner.found = state["starts"][role][1]
+        self._learner, self._leader = began["learner"], began.get("leader")
+        self._good = tensors["good"].to(self.task.lm.device)
+        self._best_vectors = tensors["best"].to(self.task.lm.device)
         self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
         self._best, self._validations = state["best"], state["validations"]
         self.stopped, self.compiled = state["stopped"], state["compiled"]
@@ -487,7 +532,7 @@ class Training:
             raise self._unwritable(error) from error
 
 
-def _split(
+def split_rows(
     train: Dataset, validation: Dataset | None, config: TrainConfig
 ) -> tuple[Sequence[Example], Sequence[Example]]:
     """Training and validation examples; without validation data, a seeded tenth of the training data is held back."""
@@ -516,6 +561,6 @@ def _describe(train: Dataset, validation: Dataset | None, rows: int, held_out: i
     }
 
 
-def _better(found: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
+def better(found: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
     """A higher value, or the same value at a lower loss."""
     return (found["value"], -found["loss"]) > (best["value"], -best["loss"])

@@ -14,7 +14,16 @@ import typer
 
 from softprompt import artifact, checkpoint
 from softprompt.base import DEFAULT_BASE
-from softprompt.config import DEFAULT_STEPS, INITS, LOSSES, OPTIMIZERS, PRESETS, SCHEDULES, TrainConfig
+from softprompt.config import (
+    DEFAULT_STEPS,
+    INITS,
+    LOSSES,
+    OPTIMIZERS,
+    PARAMETRISATIONS,
+    PRESETS,
+    SCHEDULES,
+    TrainConfig,
+)
 from softprompt.config import preset as published
 from softprompt.data import Dataset, check_targets, infer_labels, read_dataset
 from softprompt.errors import ConfigError, StoreError, TemplateError, TrainingError
@@ -65,6 +74,8 @@ def train_command(
     num_virtual_tokens: Annotated[int | None, _learn("How many vectors to learn.", _D.num_virtual_tokens)] = None,
     init: Annotated[str | None, _learn(f"{', '.join(INITS)}, or a soft prompt's name or path.", _D.init)] = None,
     init_text: Annotated[str | None, _learn("Text to start from.")] = None,
+    parametrisation: Annotated[str | None, _learn(f"{', '.join(PARAMETRISATIONS)}.", _D.parametrisation)] = None,
+    starts: Annotated[int | None, _learn("Short runs of which the best goes on.", _D.starts)] = None,
     loss: Annotated[str | None, _learn(f"{', '.join(LOSSES)}.", _D.loss)] = None,
     steps: Annotated[int | None, _learn("Optimizer steps.", DEFAULT_STEPS)] = None,
     epochs: Annotated[float | None, _learn("Passes over TRAIN, instead of steps.")] = None,
@@ -75,6 +86,9 @@ def train_command(
     warmup: Annotated[float | None, _learn("Share of the steps.", _D.warmup)] = None,
     clip: Annotated[float | None, _learn("The most that the gradient's norm may be; 0: any.", _D.clip)] = None,
     weight_decay: Annotated[float | None, _learn("Decoupled, a factor of lr.", _D.weight_decay)] = None,
+    average: Annotated[
+        float | None, _learn("Decay of the soft prompt's average over steps; 0: none.", _D.average)
+    ] = None,
     eval_every: Annotated[int | None, _learn("Steps between validations.", _D.eval_every)] = None,
     patience: Annotated[int | None, _learn("Validations without gain to stop after; 0: never.", _D.patience)] = None,
     validation_rows: Annotated[int | None, _learn("The most validation rows to use.", _D.validation_rows)] = None,
@@ -103,9 +117,9 @@ def train_command(
     began = time.perf_counter()
     place = Place.of(name, out, overwrite=overwrite, resume=resume)
     config, start = _configuration(context.params, place.store)
-    form = None if template in ("default", "chat") else _template(template)
+    form = None if template in ("default", "chat") else template_from(template)
     names = ("input",) if form is None else form.fields
-    rows, held_out, verbalizer = _read(train, validation, labels, names, input_field, target_field)
+    rows, held_out, verbalizer = read_task(train, validation, labels, names, input_field, target_field)
     lm = load_base_model(base, dtype, device, trust_remote_code)
     if start is not None:
         Task.of(lm, start)  # refuses vectors of another base model: they mean nothing here
@@ -204,7 +218,12 @@ def _configuration(parameters: dict[str, Any], store: Store) -> tuple[TrainConfi
     return (TrainConfig(**given) if recipe is None else published(recipe, **given)), start
 
 
-def _template(text: str) -> Template:
+def template_from(text: str) -> Template:
+    """A user's template, ``\\n`` in it being a line end.
+
+    Raises:
+        TemplateError: it breaks the rules, or has no place for a soft prompt.
+    """
     template = Template(with_line_ends(text))
     if not template.has_soft_prompt:
         raise TemplateError(
@@ -214,7 +233,7 @@ def _template(text: str) -> Template:
     return template
 
 
-def _read(
+def read_task(
     train: str, validation: str | None, labels: str | None, names: Sequence[str], input_field: str | None, target: str
 ) -> tuple[Dataset, Dataset | None, Verbalizer | None]:
     """Training and validation data and their labels; without ``labels``, targets that look like labels are."""
