@@ -133,7 +133,8 @@ def test_default_sampling(llama: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> N
     assert default_sampling(task) == Sampling(max_new_tokens=room // 2)
     assert default_sampling(Task(llama, task.template, None, 3, 3 + fixed + 21)) == Sampling(max_new_tokens=10)
     assert default_sampling(Task(llama, task.template, None, 3, 5)) == Sampling(max_new_tokens=1)
-    assert default_sampling(task.without_soft_prompt()) == Sampling(max_new_tokens=(room + 3) // 2, stop=("\n",))
+    bare = Sampling(max_new_tokens=(room + 3) // 2, stop=("\n",), skip_blank=True)
+    assert default_sampling(task.without_soft_prompt()) == bare
 
     used: list[Sampling] = []
 

@@ -34,7 +34,8 @@ class Query:
     Attributes:
         task: template and verbalizer, bound to the base model.
         example: its input text; a target is not looked at.
-        vectors: float ``[P, H]``, the soft prompt; None for a template without one.
+        vectors: float ``[P, H]``, the soft prompt, or ``[P, L, 2, H_kv, D]``, a trained KV prefix; None for a template
+            without one.
 
     Raises:
         ConfigError: the vectors are missing, are not wanted, or have another shape than the task's soft prompt.
@@ -46,8 +47,10 @@ class Query:
 
     def __post_init__(self) -> None:
         task = self.task
-        wanted = [task.num_virtual_tokens, task.lm.hidden_size] if task.template.has_soft_prompt else None
         found = None if self.vectors is None else list(self.vectors.shape)
+        kv = found is not None and len(found) == 5 and task.lm.shares_prefix
+        a_token = task.lm.kv_shape if kv else (task.lm.hidden_size,)
+        wanted = [task.num_virtual_tokens, *a_token] if task.template.has_soft_prompt else None
         if found != wanted:
             raise ConfigError(
                 f"The template {task.template.text!r} needs {_shape(wanted)}, but {_shape(found)} was given; "
@@ -87,11 +90,12 @@ def default_sampling(task: Task) -> Sampling:
     """Greedy, up to 128 tokens, but at most half of what soft prompt and template leave of the sequence.
 
     A tuned soft prompt has learned to end its answer. Without one, the base model would often go on with another
-    question: there the answer ends with its line.
+    question: there the answer is the first line that is not blank.
     """
-    stop = () if task.template.has_soft_prompt else ("\n",)
+    tuned = task.template.has_soft_prompt
     room = task.max_length - task.num_virtual_tokens - task.encoder.num_fixed
-    return Sampling(max_new_tokens=max(1, min(128, room // 2)), stop=stop)
+    most = max(1, min(128, room // 2))
+    return Sampling(max_new_tokens=most, stop=() if tuned else ("\n",), skip_blank=not tuned)
 
 
 def predict(
@@ -267,6 +271,14 @@ def evaluate(
         found["perplexity"] = measures.perplexity(nll, tokens)
         truncated = truncated if writes else cut
     return Evaluation(tuple(found[name] for name in names), tuple(answers), truncated)
+
+
+def headline(dataset: Dataset, predictions: Sequence[Prediction], labels: Sequence[str]) -> Metric:
+    """The first metric of answers that are there already: accuracy with labels, BLEU without."""
+    if labels:
+        gold = [str(example.target) for example in dataset.examples]
+        return measures.accuracy([prediction.text for prediction in predictions], gold)
+    return _text_metrics(dataset, predictions, ("bleu",))["bleu"]
 
 
 def choose_metrics(names: Sequence[str] | None, *, labels: bool) -> tuple[str, ...]:

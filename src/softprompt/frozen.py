@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,11 +23,15 @@ from softprompt.base import (
     weights_digest,
 )
 from softprompt.batch import Batch, Row, Tokens, collate, micro_batches
+from softprompt.decoding import Continuation, Decoder, RowKV, Writer
 from softprompt.errors import ConfigError
 from softprompt.template import SOFT
 
 SHARED_PREFIX_MODELS = frozenset({"gpt2", "gpt_neox", "llama", "mistral", "opt", "qwen2", "qwen3"})
 """Model types whose shared-prefix computation is tested against concatenation; others take the concatenation path."""
+
+PrefixOf = Callable[[Tokens, torch.Tensor | None], PrefixKV]
+"""``FrozenLM.prefix_kv``, or what keeps its results."""
 
 MAX_TOKENS = 2048
 """Tokens in one micro-batch, padding included: enough for matrix products near their peak, little enough for memory."""
@@ -65,6 +70,7 @@ class Sampling:
         temperature: 0 takes the most probable token; above, logits are divided by it and a token is drawn.
         top_p: draw from the smallest set of tokens that holds this probability, in (0, 1].
         stop: strings that end the text; they are cut off.
+        skip_blank: leave out blanks and line ends at the beginning, so that no stop string is found there.
         seed: request ``i`` draws with a generator of its own, seeded with ``seed + i``, so that its text does not
             depend on its neighbours.
     """
@@ -73,6 +79,7 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
+    skip_blank: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -166,6 +173,13 @@ class FrozenLM:
         """``H``, the width of a token embedding."""
         return int(self.embedding.shape[1])
 
+    @cached_property
+    def kv_shape(self) -> tuple[int, ...]:
+        """``(L, 2, H_kv, D)``, the shape of a virtual token of a trained KV prefix; only with ``shares_prefix``."""
+        with torch.no_grad(), self._eager():
+            keys = self.prefix_kv((), None).keys
+        return len(keys), 2, keys[0].shape[1], keys[0].shape[3]
+
     @property
     def num_parameters(self) -> int:
         """How many weights the base model has, shared ones counted once."""
@@ -182,21 +196,35 @@ class FrozenLM:
 
         Args:
             ids: the prefix's token ids, ``SOFT`` where ``vectors`` stand; may be empty.
-            vectors: float ``[P, H]``; None if ``ids`` holds no ``SOFT``.
+            vectors: float ``[P, H]``, or a trained KV prefix ``[P, L, 2, H_kv, D]``, which stands at ``SOFT`` as it is:
+                tokens before it do not see it, those behind it do; None if ``ids`` holds no ``SOFT``.
 
         Returns:
             Keys and values ``[1, H_kv, len, D]`` of every layer.
         """
+        if vectors is None or vectors.dim() == 2 or SOFT not in ids:
+            return self._run_prefix(ids, vectors)
+        place = list(ids).index(SOFT)
+        layers = vectors.to(self.device, self.dtype).permute(1, 2, 3, 0, 4)  # [L, 2, H_kv, P, D]
+        trained = PrefixKV(tuple(layers[:, :1]), tuple(layers[:, 1:]), (len(vectors),))
+        known = _in_a_row(self._run_prefix(ids[:place], None), trained) if place else trained
+        behind = ids[place + 1 :]
+        return _in_a_row(known, self._run_prefix(behind, None, known)) if behind else known
+
+    def _run_prefix(self, ids: Sequence[int], vectors: torch.Tensor | None, before: PrefixKV | None = None) -> PrefixKV:
+        """Keys and values of ``ids``, which see those of ``before``."""
         embedded = self._embed(list(ids) or [0], vectors)
+        start = 0 if before is None else before.width
         kept: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in self._layers]
-        blocked = torch.full((len(embedded), len(embedded)), torch.finfo(self.dtype).min)
-        mask = blocked.triu(1).to(self.device, self.dtype)
+        blocked = torch.full((len(embedded), start + len(embedded)), torch.finfo(self.dtype).min)
+        mask = blocked.triu(start + 1).to(self.device, self.dtype)
         self.model.base_model(
             inputs_embeds=embedded[None],
             attention_mask=mask[None, None],
-            position_ids=torch.arange(len(embedded), device=self.device)[None],
+            position_ids=torch.arange(start, start + len(embedded), device=self.device)[None],
             use_cache=False,
             keep=kept,
+            prefix=before,
         )
         length = embedded.shape[0] if ids else 0  # of an empty prefix only the shape is taken, from a throw-away token
         return PrefixKV(
@@ -219,7 +247,7 @@ class FrozenLM:
         absent = torch.arange(batch.num_words, device=self.device) >= batch.word_counts[:, None]
         return scores.view(batch.size, batch.num_words).masked_fill(absent, -torch.inf)
 
-    def _hidden(self, batch: Batch, prefix: PrefixKV, cache: Any = None) -> torch.Tensor:
+    def _hidden(self, batch: Batch, prefix: PrefixKV) -> torch.Tensor:
         """Hidden states ``[B, T, H]`` of the rows after the last layer's norm."""
         mask = torch.zeros(batch.sees.shape, dtype=self.dtype, device=self.device)
         mask.masked_fill_(~batch.sees, torch.finfo(self.dtype).min)
@@ -228,8 +256,7 @@ class FrozenLM:
             inputs_embeds=embedded,
             attention_mask=mask[:, None],
             position_ids=batch.positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
+            use_cache=False,
             prefix=prefix,
             prefix_rows=batch.prefix_rows,
         )
@@ -237,6 +264,31 @@ class FrozenLM:
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.model.get_output_embeddings()(hidden).float()  # type: ignore[no-any-return]
+
+    def next_logits(self, kv: RowKV, embedded: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """Runs the next tokens of every row behind those in ``kv``, and appends them there.
+
+        Args:
+            kv: the rows so far, ``B`` of them.
+            embedded: ``[B, T, H]``, padded on the right.
+            counts: how many of the ``T`` tokens are each row's own, at least one.
+
+        Returns:
+            float32 ``[B, V]``, the logits after each row's last token.
+        """
+        columns = kv.extend(counts, embedded.shape[1])
+        mask = torch.zeros((*columns.shape, kv.width), dtype=self.dtype)
+        mask.masked_fill_(torch.arange(kv.width) > columns[..., None], torch.finfo(self.dtype).min)
+        own = torch.tensor(counts)
+        padding = torch.arange(embedded.shape[1]) >= own[:, None]
+        out = self.model.base_model(
+            inputs_embeds=embedded,
+            attention_mask=mask[:, None].to(self.device),
+            position_ids=columns.masked_fill(padding, 0).to(self.device),
+            past_key_values=kv,
+            use_cache=True,
+        )
+        return self._logits(out.last_hidden_state[torch.arange(len(own)), own - 1])
 
     # --- the concatenation path: the reference, and what serves every other architecture ----------
 
@@ -256,7 +308,7 @@ class FrozenLM:
         rows = [
             self._embed((*requests[r].ids, *word[:-1]), _prompt_of(requests[r], soft_prompts)) for r, _, word in places
         ]
-        logprobs = self._run_whole(rows).log_softmax(dim=-1)
+        logprobs = self.run_whole(rows).log_softmax(dim=-1)
         width = max(len(request.words) for request in requests)
         scores: list[list[torch.Tensor | float]] = [[-torch.inf] * width for _ in requests]
         for i, (r, w, word) in enumerate(places):
@@ -265,7 +317,7 @@ class FrozenLM:
             scores[r][w] = logprobs[i, columns, torch.tensor(word, device=self.device)].sum()
         return torch.stack([torch.stack([torch.as_tensor(s, device=self.device) for s in row]) for row in scores])
 
-    def _run_whole(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    def run_whole(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
         """Logits float32 ``[B, T, V]`` of embedded sequences, padded on the right, by the model's own forward."""
         embedded = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
         lengths = torch.tensor([row.shape[0] for row in rows], device=self.device)
@@ -282,6 +334,11 @@ class FrozenLM:
             pieces.append(nn.functional.embedding(tokens, self.embedding))
             if place < len(ids):
                 assert vectors is not None, "a request with a soft prompt's place names its soft prompt"
+                if vectors.dim() != 2:
+                    raise ConfigError(
+                        "A trained KV prefix must stand before all input, which may not be empty, in a base model with "
+                        f"a shared prefix ({', '.join(sorted(SHARED_PREFIX_MODELS))}); use a plain soft prompt."
+                    )
                 pieces.append(vectors.to(self.device, self.dtype))
             start = place + 1
         return torch.cat(pieces)
@@ -295,13 +352,16 @@ class FrozenLM:
         soft_prompts: Sequence[torch.Tensor] = (),
         *,
         max_tokens: int = 2 * MAX_TOKENS,
+        prefix_of: PrefixOf | None = None,
     ) -> torch.Tensor:
         """Log-probabilities of each request's words; every request may use another soft prompt.
 
         Args:
             requests: each with at least one word.
-            soft_prompts: float ``[P_k, H]`` each; ``Request.prompt`` points into them.
+            soft_prompts: float ``[P_k, H]`` each, or trained KV prefixes ``[P_k, L, 2, H_kv, D]``; ``Request.prompt``
+                points into them.
             max_tokens: the most tokens, padding included, in one forward pass.
+            prefix_of: where prefixes come from; by default each is computed once for each forward pass.
 
         Returns:
             float32 ``[N, W]`` on the CPU, natural logarithm, summed over a word's tokens; ``-inf`` beyond a request's
@@ -313,7 +373,7 @@ class FrozenLM:
             members = [requests[i] for i in group]
             with self._eager():
                 if self.shares_prefix and members[0].shares_prefix:
-                    rows, prefix = self._rows(members, soft_prompts)
+                    rows, prefix = self._rows(members, soft_prompts, prefix_of or self.prefix_kv)
                     part = self.score_batch(collate(rows, prefix.lengths, self.device), prefix)
                 else:
                     part = self.score_concatenated(members, soft_prompts)
@@ -331,7 +391,9 @@ class FrozenLM:
             for group in micro_batches(lengths, max_tokens):
                 yield [chosen[i] for i in group]
 
-    def _rows(self, requests: Sequence[Request], soft_prompts: Sequence[torch.Tensor]) -> tuple[list[Row], PrefixKV]:
+    def _rows(
+        self, requests: Sequence[Request], soft_prompts: Sequence[torch.Tensor], prefix_of: PrefixOf
+    ) -> tuple[list[Row], PrefixKV]:
         """Rows and the prefixes they point at, each prefix computed once."""
         index: dict[tuple[Tokens, int | None], int] = {}
         rows, prefixes = [], []
@@ -339,7 +401,7 @@ class FrozenLM:
             key = (request.ids[: request.shared], request.prompt)
             if key not in index:
                 index[key] = len(index)
-                prefixes.append(self.prefix_kv(key[0], _prompt_of(request, soft_prompts)))
+                prefixes.append(prefix_of(key[0], _prompt_of(request, soft_prompts)))
             rows.append(Row(request.ids[request.shared :], request.words, index[key]))
         return rows, stack_prefixes(prefixes)
 
@@ -356,7 +418,7 @@ class FrozenLM:
 
         Args:
             requests: what to continue; their ``words`` are ignored.
-            soft_prompts: float ``[P_k, H]`` each; ``Request.prompt`` points into them.
+            soft_prompts: as for ``score``.
             sampling: greedy, 64 tokens, by default.
             batch_size: the most requests in one forward pass.
 
@@ -364,68 +426,53 @@ class FrozenLM:
             One result a request, in order.
         """
         sampling = sampling or Sampling()
-        results: dict[int, Generated] = {}
-        for shares in (True, False):
-            chosen = [i for i, r in enumerate(requests) if (self.shares_prefix and r.shares_prefix) == shares]
-            chosen.sort(key=lambda i: -len(requests[i].ids))
-            for start in range(0, len(chosen), batch_size):
-                group = chosen[start : start + batch_size]
-                members = [Request(requests[i].ids, requests[i].shared, (), requests[i].prompt) for i in group]
-                writers = [_Writer(self, sampling, sampling.seed + i) for i in group]
-                with self._eager():
-                    if shares:
-                        self._decode(members, soft_prompts, writers)
-                    else:
-                        self._decode_whole(members, soft_prompts, writers)
-                results.update({i: writer.result() for i, writer in zip(group, writers, strict=True)})
-        return [results[i] for i in range(len(requests))]
+        prefixes: dict[tuple[Tokens, int], PrefixKV] = {}
 
-    def _decode(
-        self, requests: Sequence[Request], soft_prompts: Sequence[torch.Tensor], writers: Sequence[_Writer]
-    ) -> None:
-        """Token by token over cached keys and values, all rows at once; a finished row leaves the batch."""
-        from transformers import DynamicCache
+        def prefix_of(ids: Tokens, vectors: torch.Tensor | None) -> PrefixKV:
+            key = (ids, id(vectors))
+            if key not in prefixes:
+                prefixes[key] = self.prefix_kv(ids, vectors)
+            return prefixes[key]
 
-        rows, prefix = self._rows(requests, soft_prompts)
-        batch = collate(rows, prefix.lengths, self.device, pack=False)
-        cache = DynamicCache()
-        hidden = self._hidden(batch, prefix, cache)
-        numbers = torch.arange(batch.size, device=self.device)
-        logits = self._logits(hidden[numbers, batch.last])
-        sees, positions = batch.sees[numbers, batch.last][:, None], batch.positions[numbers, batch.last][:, None]
-        prefix_rows, active = batch.prefix_rows, list(writers)
-        while True:
-            tokens = [writer.take(row) for writer, row in zip(active, logits, strict=True)]
-            keep = [i for i, writer in enumerate(active) if not writer.done]
-            if not keep:
-                return
-            if len(keep) < len(active):
-                chosen = torch.tensor(keep, device=self.device)
-                cache.batch_select_indices(chosen)
-                sees, positions = sees[chosen], positions[chosen]
-                prefix_rows = None if prefix_rows is None else prefix_rows[chosen]
-                active, tokens = [active[i] for i in keep], [tokens[i] for i in keep]
-            sees = nn.functional.pad(sees, (0, 1), value=True)
-            positions = positions + 1
-            step = _decoding_batch(torch.tensor(tokens, device=self.device)[:, None], positions, sees, prefix_rows)
-            logits = self._logits(self._hidden(step, prefix, cache)[:, 0])
+        writers = [Writer(self, sampling, sampling.seed + i) for i in range(len(requests))]
+        waiting = sorted(range(len(requests)), key=lambda i: len(requests[i].ids))
+        decoder = Decoder(self)
+        with self._eager():
+            while waiting or len(decoder):
+                joining = [waiting.pop() for _ in range(min(len(waiting), batch_size - len(decoder)))]
+                decoder.join(
+                    [
+                        self.continuation(requests[i], _prompt_of(requests[i], soft_prompts), writers[i], prefix_of)
+                        for i in joining
+                    ]
+                )
+                decoder.step()
+        if any(writer.finish == "error" for writer in writers):
+            raise ConfigError(f"The base model's scores are not numbers in {self.dtype}; load it with dtype fp32.")
+        return [Generated(writer.text, tuple(writer.ids), writer.finish) for writer in writers]
 
-    def _decode_whole(
-        self, requests: Sequence[Request], soft_prompts: Sequence[torch.Tensor], writers: Sequence[_Writer]
-    ) -> None:
-        """Token by token, running whole sequences again for each: slow, and right for every architecture."""
-        active = [
-            (writer, self._embed(r.ids, _prompt_of(r, soft_prompts)))
-            for writer, r in zip(writers, requests, strict=True)
-        ]
-        while active:
-            logits = self._run_whole([row for _, row in active])
-            going = []
-            for i, (writer, row) in enumerate(active):
-                token = writer.take(logits[i, row.shape[0] - 1])
-                if not writer.done:
-                    going.append((writer, torch.cat([row, self._embed([token], None)])))
-            active = going
+    def continuation(
+        self,
+        request: Request,
+        vectors: torch.Tensor | None,
+        writer: Writer,
+        prefix_of: PrefixOf,
+    ) -> Continuation:
+        """A request as a row for a ``Decoder``.
+
+        Args:
+            request: what to continue; its ``words`` and ``prompt`` are not looked at.
+            vectors: the request's soft prompt, or None.
+            writer: writes the continuation.
+            prefix_of: where its prefix comes from.
+        """
+        if not self.shares_prefix:
+            embedded = self._embed(request.ids, vectors)
+            return Continuation(writer, embedded, None, len(embedded) + writer.max_new_tokens)
+        shared = min(request.shared, len(request.ids) - 1)
+        prefix = prefix_of(request.ids[:shared], vectors)
+        embedded = self._embed(request.ids[shared:], vectors)
+        return Continuation(writer, embedded, prefix, prefix.width + len(embedded) + writer.max_new_tokens)
 
     # --- compilation ------------------------------------------------------------------------------
 
@@ -451,62 +498,18 @@ class FrozenLM:
         return torch.compiler.set_stance("force_eager") if self._compiled else contextlib.nullcontext()
 
 
-class _Writer:
-    """One continuation in the making: picks tokens, knows when to stop."""
+def _in_a_row(first: PrefixKV, second: PrefixKV) -> PrefixKV:
+    """One prefix from two, the second behind the first."""
 
-    def __init__(self, lm: FrozenLM, sampling: Sampling, seed: int) -> None:
-        self.lm, self.sampling = lm, sampling
-        self.ids: list[int] = []
-        self.text = ""
-        self.finish = ""
-        self.generator = torch.Generator().manual_seed(seed)
+    def join(one: tuple[torch.Tensor, ...], two: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.cat(pair, dim=2) for pair in zip(one, two, strict=True))
 
-    @property
-    def done(self) -> bool:
-        return bool(self.finish)
-
-    def take(self, logits: torch.Tensor) -> int:
-        """Chooses the next token from float32 ``[V]`` logits."""
-        token = self._choose(logits)
-        if token in _end_tokens(self.lm):
-            self.finish = "stop"
-            return token
-        self.ids.append(token)
-        self.text = self.lm.tokenizer.decode(self.ids, skip_special_tokens=True)
-        cuts = [at for at in (self.text.find(stop) for stop in self.sampling.stop if stop) if at >= 0]
-        if cuts:
-            self.text, self.finish = self.text[: min(cuts)], "stop"
-        elif len(self.ids) >= self.sampling.max_new_tokens:
-            self.finish = "length"
-        return token
-
-    def _choose(self, logits: torch.Tensor) -> int:
-        if self.sampling.temperature == 0:
-            return int(logits.argmax())
-        probabilities, order = (logits.cpu() / self.sampling.temperature).softmax(dim=-1).sort(descending=True)
-        probabilities[probabilities.cumsum(dim=0) - probabilities >= self.sampling.top_p] = 0  # nucleus sampling
-        return int(order[torch.multinomial(probabilities, 1, generator=self.generator)])
-
-    def result(self) -> Generated:
-        return Generated(self.text, tuple(self.ids), self.finish)
-
-
-def _end_tokens(lm: FrozenLM) -> set[int]:
-    configured = getattr(getattr(lm.model, "generation_config", None), "eos_token_id", None)
-    ends = configured if isinstance(configured, list) else [configured]
-    return {token for token in (*ends, lm.tokenizer.eos_token_id) if token is not None}
+    lengths = (first.width + second.width,)
+    return PrefixKV(join(first.keys, second.keys), join(first.values, second.values), lengths)
 
 
 def _prompt_of(request: Request, soft_prompts: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return None if request.prompt is None else soft_prompts[request.prompt]
-
-
-def _decoding_batch(
-    ids: torch.Tensor, positions: torch.Tensor, sees: torch.Tensor, prefix_rows: torch.Tensor | None
-) -> Batch:
-    """A batch of one token a row, with nothing to score."""
-    none = ids.new_empty(0)
-    return Batch(ids, positions, sees, prefix_rows, none, none, none, none, none, none, 0, none)
 
 
 def _embedding_table(model: Any) -> torch.Tensor:
