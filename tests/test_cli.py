@@ -355,7 +355,7 @@ def test_ctrl_c_elsewhere(run: Run, stored: SoftPrompt, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("at", [0, 5])
 def test_a_loss_that_is_not_finite(at: int, run: Run, train: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from softprompt.train import Objective
+    from softprompt.objective import Objective
 
     real = Objective.backward
     calls: list[int] = []

@@ -292,6 +292,45 @@ def test_a_hard_prompt_takes_the_soft_prompts_place(tokenizer: PreTrainedTokeniz
     assert empty.encode(example, **options).ids == tuple(id for id in with_soft if id != SOFT)
 
 
+SHOT_VALUES = st.fixed_dictionaries({name: st.text(st.sampled_from("xy {}\n"), max_size=4) for name in ("input", "_1")})
+
+
+@settings(deadline=None)
+@given(
+    pieces=st.lists(LITERAL | st.sampled_from([("field", "input"), ("field", "_1"), ("soft", "")]), max_size=5),
+    shots=st.lists(st.tuples(SHOT_VALUES, st.text(st.sampled_from("st{} "), max_size=3)), max_size=3),
+    hard=st.text(st.sampled_from("ab {}\n"), max_size=4),
+)
+def test_shots_are_the_same_template_filled_in_and_a_blank_line_after_each(
+    pieces: list[tuple[str, str]], shots: list[tuple[dict[str, str], str]], hard: str
+) -> None:
+    first_soft = pieces.index(("soft", "")) if ("soft", "") in pieces else None
+    parts = [part for i, part in enumerate(pieces) if part[0] != "soft" or i == first_soft]
+    template = Template(written([*parts, ("field", "input")]))
+    # str.format is the oracle; the hard prompt is where the first of all these texts has its soft prompt
+    texts = []
+    for number, (values, target) in enumerate([*shots, ({"input": "A", "_1": "U"}, "T")]):
+        texts.append(template.text.format(soft_prompt=hard if number == 0 else "", target=target, **values))
+    long = template.with_shots(shots)
+    assert long.has_soft_prompt == template.has_soft_prompt
+    assert long.fields == template.fields
+    sequence = encoded(long.replace_soft_prompt(hard).text, BPE, "T", input="A", _1="U")
+    assert decoded(BPE, sequence.ids + sequence.target_ids) == "\n\n".join(texts)
+    assert template.with_shots([]) == template
+
+
+def test_shots_are_a_shared_prefix_and_a_chat_models_turns_stay_turns() -> None:
+    tokenizer = byte_level(eos_token="<|im_end|>", chat_template=CHAT)
+    template = chat_template(tokenizer).with_shots([({"input": "good"}, "positive"), ({"input": "a <b"}, "x")])
+    sequence = encoded(template.text, tokenizer, input="the film")
+    turn, soft = bare(tokenizer, "<|im_start|>")[0], sequence.ids.index(SOFT)
+    assert [sequence.ids[: sequence.shared].count(turn), sequence.ids.count(turn)] == [5, 6]
+    assert decoded(tokenizer, sequence.ids[:soft]) == "<|im_start|>user\n"
+    assert decoded(tokenizer, sequence.ids[soft:]).startswith(
+        "good<|im_end|>\n<|im_start|>assistant {json: {}}\npositive"
+    )
+
+
 def test_eos_follows_the_target_where_it_is_asked_for() -> None:
     encoder = Template("{input} {target}").bind(BPE)
     assert encoder.target_ids("good", append_eos=True) == (*bare(BPE, " good"), BPE.eos_token_id)

@@ -22,6 +22,9 @@ import typer
 
 from softprompt import __version__, artifact, demo
 from softprompt.base import DEFAULT_BASE
+from softprompt.cli_compare import compare_command
+from softprompt.cli_inspect import harden_command, inspect_command
+from softprompt.cli_serve import serve_command
 from softprompt.config import TrainConfig
 from softprompt.data import Example, check_targets, read_dataset
 from softprompt.errors import ConfigError, DataError, SoftPromptError, StoreError
@@ -80,6 +83,10 @@ app = typer.Typer(
 )
 
 
+SEVERAL = ("--bases", "--methods", "--prompts")
+"""Options that may be followed by several values."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -90,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # other libraries' notes to programmers
-            app(arguments, prog_name="softprompt")
+            app(_spread(sys.argv[1:] if arguments is None else arguments), prog_name="softprompt")
         code = 0
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else 1
@@ -102,6 +109,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = f"{error.filename} " if error.filename else ""
         code = _fail(f"{place}cannot be read or written: {error.strerror or error}; check the disk and permissions")
     return code if _flushed() else 1
+
+
+def _spread(arguments: Sequence[str]) -> list[str]:
+    """``--bases A B`` → ``--bases A --bases B``, for the options that take several values, as people write them."""
+    spread: list[str] = []
+    option, count = "", 0
+    for argument in arguments:
+        if argument.startswith("-"):
+            option, count = (argument if argument in SEVERAL else ""), 0
+        elif option:
+            count += 1
+            if count > 1:
+                spread.append(option)
+        spread.append(argument)
+    return spread
 
 
 def _fail(sentence: str) -> int:
@@ -139,6 +161,10 @@ def _root(
 
 
 app.command("train")(train_command)
+app.command("compare")(compare_command)
+app.command("inspect")(inspect_command)
+app.command("harden")(harden_command)
+app.command("serve")(serve_command)
 
 
 # --- evaluate and predict ------------------------------------------------------------------------
@@ -424,8 +450,7 @@ def show_command(name: Name, as_json: Json = False) -> None:
     document = {
         "path": str(path),
         "bytes": path.stat().st_size,
-        "num_virtual_tokens": soft_prompt.num_virtual_tokens,
-        "hidden_size": int(soft_prompt.vectors.shape[1]),
+        **soft_prompt.sizes,
         **{field.name: getattr(soft_prompt, field.name) for field in fields(SoftPrompt) if field.name != "vectors"},
     }
     if as_json:

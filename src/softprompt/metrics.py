@@ -164,22 +164,43 @@ def bleu(predicted: Sequence[str], references: Sequence[Sequence[str]]) -> Metri
     Raises:
         DataError: no rows, unequal lengths, or a row whose references are none or not a list of strings.
     """
+    counts = _bleu_counts(predicted, references)
+    return _bootstrapped("bleu", _bleu_scores(counts), len(counts))
+
+
+def paired_bleu(a: Sequence[str], b: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, float, float]:
+    """BLEU of ``a`` minus BLEU of ``b`` with its 95 % bootstrap interval, rows resampled in pairs (Koehn 2004).
+
+    Raises:
+        DataError: as for :func:`bleu`.
+    """
+    difference = _bleu_scores(_bleu_counts(a, references)) - _bleu_scores(_bleu_counts(b, references))
+    metric = _bootstrapped("difference", difference, len(references))
+    return metric.value, metric.low, metric.high
+
+
+def _bleu_counts(predicted: Sequence[str], references: Sequence[Sequence[str]]) -> NDArray[np.float64]:
+    """``[n, 10]``: lengths, matching and all n-grams of each row, which add up to the corpus's."""
     _check_references("bleu", predicted, references)
     from sacrebleu import BLEU
 
-    # Row by row the score is not used, only the counts that add up to the corpus's; so references need no padding.
-    # effective_order and force keep sacrebleu from warning about scores of single sentences and tokenized text.
+    # effective_order and force keep sacrebleu from warning about scores of single sentences and tokenized text
     scorer = BLEU(effective_order=True, force=True)
     rows = [scorer.sentence_score(answer, several) for answer, several in zip(predicted, references, strict=True)]
-    counts = np.array([[row.sys_len, row.ref_len, *row.counts, *row.totals] for row in rows], dtype=np.float64)
-    order = scorer.max_ngram_order
+    return np.array([[row.sys_len, row.ref_len, *row.counts, *row.totals] for row in rows], dtype=np.float64)
+
+
+def _bleu_scores(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The corpus's BLEU, and that of ``BOOTSTRAP_DRAWS`` resamples of its rows, the same for each equal ``n``."""
+    from sacrebleu import BLEU
 
     def score(sums: list[int]) -> float:
-        correct, total = sums[2 : 2 + order], sums[2 + order :]
-        return float(BLEU.compute_bleu(correct, total, sums[0], sums[1], smooth_method="exp").score)
+        length, reference, grams = sums[0], sums[1], sums[2:]
+        half = len(grams) // 2
+        return float(BLEU.compute_bleu(grams[:half], grams[half:], length, reference, smooth_method="exp").score)
 
     samples = [counts.sum(axis=0), *_resampled_sums(counts, BOOTSTRAP_DRAWS, BOOTSTRAP_SEED)]
-    return _bootstrapped("bleu", np.array([score(sums.astype(int).tolist()) for sums in samples]), len(rows))
+    return np.array([score(sums.astype(int).tolist()) for sums in samples])
 
 
 def perplexity(row_nll: Sequence[float], row_tokens: Sequence[int]) -> Metric:

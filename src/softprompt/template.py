@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -91,6 +91,29 @@ class Template:
         The hard text is literal text from here on and is tokenized as one piece with the literal text beside it.
         """
         parts = (_Part("text", hard_text) if part.kind == "soft" else part for part in self._parts)
+        return Template("".join(map(_written, parts)))
+
+    def with_shots(self, shots: Sequence[tuple[Mapping[str, str], str]]) -> Template:
+        """The template behind worked examples of itself, a blank line after each; the hard prompt of few-shot learning.
+
+        The examples are literal text from here on, so that they are a shared prefix and a chat model's turns stay its
+        turns. The joined text is tokenized as one piece: at the borders of fields its tokens may differ from those of
+        a row. The soft prompt's place, if there is one, moves to the first example.
+
+        Args:
+            shots: each an example's fields and its target.
+        """
+        parts: list[_Part] = []
+        for number, (fields, target) in enumerate(shots):
+            for part in self._parts:
+                if part.kind == "field":
+                    parts.append(_Part("text", fields[part.value]))
+                elif part.kind == "target":
+                    parts.append(_Part("text", target))
+                elif part.kind == "text" or number == 0:
+                    parts.append(part)
+            parts.append(_Part("text", "\n\n"))
+        parts += [part for part in self._parts if part.kind != "soft" or not shots]
         return Template("".join(map(_written, parts)))
 
     def bind(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:

@@ -1,0 +1,160 @@
+"""``softprompt compare``: options → a plan, checked before a model is loaded → cells, a table and a report."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from softprompt import plots, report
+from softprompt.base import DEFAULT_BASE
+from softprompt.compare import METHODS, Comparison, Plan, cut
+from softprompt.data import check_targets, read_dataset
+from softprompt.errors import ConfigError, DataError
+from softprompt.frozen import FrozenLM
+from softprompt.options import (
+    Device,
+    Dtype,
+    InputField,
+    Json,
+    TargetField,
+    Trust,
+    data_option,
+    lasting,
+    model_option,
+    option,
+    with_line_ends,
+)
+from softprompt.terminal import duration, number, stderr, stdout
+from softprompt.tune import read_task, template_from
+
+_run = partial(option, panel="The comparison")
+
+
+def compare_command(
+    train: Annotated[str, typer.Argument(metavar="TRAIN", help="JSONL, CSV, TSV, Parquet or hf:DATASET.")],
+    validation: Annotated[str, data_option("Rows that every method chooses by.")],
+    test: Annotated[str, data_option("Rows that are reported, and looked at for nothing else.")],
+    out: Annotated[Path, _run("The folder for results, soft prompts and report; a comparison goes on there.")],
+    methods: Annotated[list[str] | None, _run(f"Some of {', '.join(METHODS)}.", "all that fit")] = None,
+    instruction: Annotated[list[str] | None, _run("A hard prompt; repeatable, the best on validation counts.")] = None,
+    instructions: Annotated[Path | None, _run("A file of hard prompts: one a line, or a JSON list.")] = None,
+    seeds: Annotated[int, _run("Seeds of each method that draws something.", 1)] = 1,
+    budget: Annotated[str, _run("Time to learn for each cell: 90s, 10m, 1h.", "10m")] = "10m",
+    test_rows: Annotated[int | None, _run("The most test rows, a seeded choice.", "all")] = None,
+    task: Annotated[str | None, _run("The task's name in the results.", "as TRAIN")] = None,
+    template: Annotated[
+        str, data_option("default, or text with {soft_prompt}, fields and {target}; \\n: line end.", "default")
+    ] = "default",
+    labels: Annotated[
+        str | None, data_option("a,b or a=word|word,b=word or a .json file; none: free text.", "as TRAIN looks")
+    ] = None,
+    input_field: InputField = None,
+    target_field: TargetField = "target",
+    bases: Annotated[list[str] | None, model_option("Frozen models: aliases, hub ids, folders.", DEFAULT_BASE)] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Measure soft prompts against prompt engineering, LoRA and fine-tuning on your own data.
+
+    Every cell (base model, method, seed) is kept as it finishes: the same command goes on where it was stopped.
+
+    \b
+    softprompt compare train.jsonl --validation dev.jsonl --test test.jsonl --out report
+    softprompt compare train.jsonl --validation dev.jsonl --test test.jsonl --out report \\
+        --methods zero-shot soft-prompt full-fine-tuning --seeds 3 --budget 15m
+    """
+    with plots.style():  # without matplotlib, say so now rather than after hours
+        pass
+    form = None if template == "default" else template_from(template)
+    fields = ("input",) if form is None else form.fields
+    rows, held_out, verbalizer = read_task(train, validation, labels, fields, input_field, target_field)
+    assert held_out is not None  # it was asked for
+    tested = read_dataset(test, fields=fields, input_field=input_field, target_field=target_field)
+    if verbalizer is not None:
+        check_targets(tested, verbalizer.labels)
+    plan = Plan(
+        task=task or _task_name(train),
+        train=rows,
+        validation=held_out,
+        test=cut(tested, test_rows),
+        template=form,
+        verbalizer=verbalizer,
+        bases=tuple(dict.fromkeys(bases or (DEFAULT_BASE,))),
+        methods=tuple(dict.fromkeys(methods or ())),
+        seeds=seeds,
+        budget=seconds(budget),
+        instructions=tuple(map(with_line_ends, (*(instruction or ()), *_instructions(instructions)))),
+    )
+
+    with stderr.status("") as line:
+        comparison = Comparison(
+            plan,
+            out,
+            lambda base: FrozenLM.load(lasting(base), dtype=dtype, device=device, trust_remote_code=trust_remote_code),
+            notice=lambda text: line.update(f"{plan.task}: {doing} · {text}"),
+        )
+        todo = comparison.todo()
+        if len(comparison.cells) and todo:
+            stderr.print(f"going on: {len(todo)} cells are left to run")
+        for place, key in enumerate(todo, start=1):
+            doing = f"cell {place} of {len(todo)}, {key.method}, seed {key.seed}, {Path(key.base).name}"
+            line.update(f"{plan.task}: {doing}")
+            began = time.perf_counter()
+            cell = comparison.run(key)
+            took = duration(time.perf_counter() - began)
+            if cell["status"] == "done":
+                found = f"{cell['metric']} {number(cell['metric'], cell['value'])}"
+                stderr.print(f"{place:>3}/{len(todo)}  {key.method}, seed {key.seed}: {found}, in {took}")
+            else:
+                stderr.print(f"{place:>3}/{len(todo)}  {key.method}, seed {key.seed} failed: {cell['reason']}")
+    wanted = [cell for cell in comparison.cells if cell["base"] in plan.bases and cell["method"] in plan.methods]
+    report.write(comparison.cells, out)
+    if as_json:
+        print(json.dumps({"out": str(out), "cells": wanted}, allow_nan=False))
+        return
+    stdout.print(report.table(wanted))
+    stdout.print(f"results: {out / 'results.json'}, report: {out / 'report.html'}")
+
+
+def seconds(text: str) -> float:
+    """``90s``, ``10m``, ``1.5h`` or plain seconds.
+
+    Raises:
+        ConfigError: something else.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", text)
+    if found is None:
+        raise ConfigError(f"Expected a time such as 90s, 10m or 1h for --budget, found {text!r}; write one.")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def _instructions(path: Path | None) -> list[str]:
+    """The texts of a JSON list, or the lines of any other file that are not blank."""
+    if path is None:
+        return []
+    try:
+        text = path.read_text("utf-8")
+        found = json.loads(text) if path.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror or error}; check the path of --instructions."
+        ) from error
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not found or not all(isinstance(one, str) and one.strip() for one in found):
+        raise DataError(f"{path}: expected hard prompts, one a line or a JSON list of texts, found none; write some.")
+    return found
+
+
+def _task_name(train: str) -> str:
+    """The file's name, or its folder's where the file is called after its split."""
+    path = Path(train.removeprefix("hf:"))
+    return path.parent.name if path.stem.startswith("train") and path.parent.name else path.stem

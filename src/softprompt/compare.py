@@ -1,0 +1,436 @@
+"""The same task by every method: same rows, same template, same scoring, same time to learn.
+
+A comparison is a list of cells, one for each base model, method and seed. Each is written down as it finishes, with its
+predictions, so that a comparison that was stopped goes on where it was, and cells can be added later.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import random
+import re
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from softprompt import artifact, classical, finetune, hardprompt, methods, metrics
+from softprompt.artifact import atomic_writer
+from softprompt.data import Dataset
+from softprompt.errors import ConfigError, SoftPromptError
+from softprompt.evaluate import Prediction, headline
+from softprompt.frozen import FrozenLM, Request
+from softprompt.methods import Learned, Method, Problem
+from softprompt.prompt import SoftPrompt, library_versions
+from softprompt.template import Template, Verbalizer, default_template
+
+METHODS: dict[str, Method] = {
+    **hardprompt.METHODS,
+    **classical.METHODS,
+    "peft-prompt-tuning": finetune.METHODS["peft-prompt-tuning"],
+    **methods.METHODS,
+    "lora": finetune.METHODS["lora"],
+    "full-fine-tuning": finetune.METHODS["full-fine-tuning"],
+}
+"""Every method by name, in the order in which they run and are shown."""
+SEEDED = ("few-shot", "few-shot-calibrated", "peft-prompt-tuning", "soft-prompt", "prefix", "lora", "full-fine-tuning")
+"""Methods that draw something, which run once for every seed."""
+NEEDS_LABELS = ("tf-idf", "soft-prompt-ensemble", "soft-prompt-majority")
+OURS = "soft-prompt"
+"""The method that all others are compared with."""
+
+LATENCY_ROWS = {True: 20, False: 5}
+"""Requests timed one by one, with labels and for free text."""
+PLAIN_PASSAGES, PLAIN_TOKENS = 24, 256
+"""How much plain text forgetting is measured on."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared, and on what.
+
+    Attributes:
+        task: its name in the results.
+        train, validation, test: rows with targets; only the test rows are reported.
+        template: with ``{soft_prompt}``; None: the default one for labels or free text.
+        verbalizer: label → words; None for free text.
+        bases: ids of base models.
+        methods: names from ``METHODS``.
+        seeds: methods that draw something run with the seeds 0 to ``seeds - 1``.
+        budget: seconds that each cell may learn for, all choices included.
+        instructions: hard prompts for ``instruction`` and ``few-shot``.
+
+    Raises:
+        ConfigError: a method that does not exist or does not fit, or a number out of range.
+    """
+
+    task: str
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    template: Template | None = None
+    verbalizer: Verbalizer | None = None
+    bases: tuple[str, ...] = ("smollm2-135m",)
+    methods: tuple[str, ...] = ()
+    seeds: int = 1
+    budget: float = 600.0
+    instructions: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.budget > 0:
+            raise ConfigError(f"The budget must be above 0 seconds, not {self.budget}; give for instance 10m.")
+        if self.seeds < 1:
+            raise ConfigError(f"At least 1 seed is needed, not {self.seeds}; give --seeds 1 or more.")
+        if not self.methods:
+            object.__setattr__(self, "methods", tuple(filter(self._fits, METHODS)))
+        for method in self.methods:
+            if method not in METHODS:
+                raise ConfigError(f"A method must be one of {', '.join(METHODS)}, not {method!r}; choose one.")
+            if not self._fits(method):
+                raise ConfigError(
+                    f"The method {method!r} cannot be compared here: {self._lacks(method)}; leave it out."
+                )
+
+    def _lacks(self, method: str) -> str:
+        """What a method needs that is not there; empty if it can run."""
+        if self.verbalizer is None and (method in NEEDS_LABELS or method.endswith("-calibrated")):
+            return "the targets are free text, and it needs labels"
+        if method.startswith("instruction") and not self.instructions:
+            return "it needs --instruction or --instructions"
+        if method in methods.OF_SEVERAL_SEEDS and self.seeds < 2:
+            return "it needs the soft prompts of at least 2 seeds"
+        return ""
+
+    def _fits(self, method: str) -> bool:
+        return not self._lacks(method)
+
+    @property
+    def form(self) -> Template:
+        """The template in use."""
+        return self.template or default_template(self.verbalizer is not None)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What all cells of one folder have in common."""
+        words = None if self.verbalizer is None else {k: list(v) for k, v in self.verbalizer.words.items()}
+        content = {
+            "template": self.form.text,
+            "labels": words,
+            "train": self.train.fingerprint,
+            "validation": self.validation.fingerprint,
+            "test": self.test.fingerprint,
+            "test_rows": len(self.test.examples),
+            "budget": self.budget,
+            "instructions": list(self.instructions),
+        }
+        return {key: _digest(value) if key in ("instructions", "labels") else value for key, value in content.items()}
+
+
+@dataclass(frozen=True, order=True)
+class Key:
+    """Which cell."""
+
+    base: str
+    method: str
+    seed: int
+
+    @property
+    def file_name(self) -> str:
+        """A name for the cell's own files."""
+        base = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(self.base).name)
+        return f"{base}.{self.method}.{self.seed}"
+
+
+class Comparison:
+    """The cells of a plan in a folder: those that are done, and those to be run.
+
+    Attributes:
+        plan: what is compared.
+        folder: holds ``results.json``, ``predictions/`` and ``soft-prompts/``.
+        cells: what is known so far, in the order of the methods, as JSON values.
+    """
+
+    def __init__(
+        self, plan: Plan, folder: Path, load: Callable[[str], FrozenLM], notice: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """Opens a folder, which may hold earlier cells of the same task.
+
+        Args:
+            plan: what to compare.
+            folder: made if it is not there.
+            load: loads a base model by its id, anew each time.
+            notice: is told what is being done, in a few words.
+
+        Raises:
+            ConfigError: the folder holds results of another task, other data or another budget.
+        """
+        self.plan, self.folder, self._load, self._notice = plan, folder, load, notice
+        self._loaded: tuple[str, FrozenLM, float] | None = None
+        self.cells: list[dict[str, Any]] = _read_cells(folder / "results.json")
+        for cell in self.cells:
+            theirs = {"task": cell["task"], **cell["identity"]}
+            ours = {"task": plan.task, **plan.identity}
+            if differing := [key for key in ours if theirs.get(key) != ours[key]]:
+                raise ConfigError(
+                    f"The folder {folder} holds results of a comparison with other {', '.join(differing)}; "
+                    f"choose another --out, or repeat that comparison's options."
+                )
+
+    def todo(self) -> list[Key]:
+        """The plan's cells that are not done, in the order in which to run them."""
+        plan = self.plan
+        wanted = [
+            Key(base, method, seed)
+            for base in plan.bases
+            for method in plan.methods
+            for seed in range(plan.seeds if method in SEEDED else 1)
+        ]
+        done = {_key(cell) for cell in self.cells if cell["status"] == "done"}
+        return [key for key in wanted if key not in done]
+
+    def run(self, key: Key) -> dict[str, Any]:
+        """Runs one cell, keeps what came of it, and returns it.
+
+        What goes wrong inside a method makes a cell with status ``failed`` and its reason; the next try runs it again.
+        """
+        lm, perplexity = self._base(key.base)
+        try:
+            cell = self._measured(key, lm, perplexity)
+        except (SoftPromptError, RuntimeError, MemoryError) as error:  # a model may be too large for this machine
+            reason = str(error) or type(error).__name__
+            cell = {"status": "failed", "reason": " ".join(reason.split())[:300], "value": None}
+        cell = {"task": self.plan.task, "method": key.method, "base": key.base, "seed": key.seed, **cell}
+        cell |= {"budget_seconds": self.plan.budget, "identity": self.plan.identity, "versions": library_versions()}
+        self.cells = [other for other in self.cells if _key(other) != key] + [cell]
+        order = {method: place for place, method in enumerate(METHODS)}
+        self.cells.sort(key=lambda one: (one["base"], order[one["method"]], one["seed"]))
+        self._compare_with_ours()
+        _write_json(self.folder / "results.json", self.cells)
+        return cell
+
+    def _base(self, base: str) -> tuple[FrozenLM, float]:
+        """A base model and its perplexity on plain text; one is held at a time."""
+        if self._loaded is None or self._loaded[0] != base:
+            self._loaded = None
+            gc.collect()
+            lm = self._load(base)
+            self._loaded = (base, lm, plain_perplexity(lm))
+        return self._loaded[1:]
+
+    def _measured(self, key: Key, lm: FrozenLM, before: float) -> dict[str, Any]:
+        plan, method = self.plan, METHODS[key.method]
+        problem = Problem(
+            lm=lm,
+            fresh=lambda: self._load(key.base),
+            template=plan.form,
+            verbalizer=plan.verbalizer,
+            train=plan.train,
+            validation=plan.validation,
+            seed=key.seed,
+            budget=plan.budget,
+            instructions=plan.instructions,
+            notice=self._notice,
+            siblings=tuple(self._soft_prompts(key.base)) if key.method in methods.OF_SEVERAL_SEEDS else (),
+        )
+        with peak_memory(lm) as peak:
+            began = time.perf_counter()
+            learned = method(problem)
+            seconds = time.perf_counter() - began
+            self._notice("answering the test rows")
+            predictions = learned.answer(plan.test.examples, self._rows_done)
+        metric = headline(plan.test, predictions, problem.labels)
+        _write_json(self.folder / "predictions" / f"{key.file_name}.json", [_plain(one) for one in predictions])
+        if learned.soft_prompt is not None:
+            artifact.save(
+                replace(learned.soft_prompt, name=key.file_name),
+                self.folder / "soft-prompts" / f"{key.file_name}{artifact.SUFFIX}",
+            )
+        if key.method in methods.OF_SEVERAL_SEEDS:  # what its members took
+            seconds += sum(cell["train_seconds"] for cell in self.cells if _is_member(cell, key))
+        self._notice("measuring latency and forgetting")
+        after = before if learned.adapted is None else plain_perplexity(learned.adapted)
+        return {
+            "status": "done",
+            "reason": None,
+            **metric.as_dict(),
+            "base_parameters": lm.num_parameters,
+            "trainable_parameters": learned.trainable_parameters,
+            "bytes": learned.bytes,
+            "train_seconds": round(seconds, 1),
+            "peak_memory_bytes": peak[0] + (lm_bytes(lm) if learned.adapted is None else 0),
+            "latency_ms": round(self._latency(learned), 2),
+            "forgetting": {"before": before, "after": after, "ratio": after / before},
+            "validation": learned.validation,
+            "chosen": dict(learned.chosen),
+            "curve": [dict(point) for point in learned.curve],
+            "threads": torch.get_num_threads(),
+            "dtype": str(lm.dtype).removeprefix("torch."),
+        }
+
+    def _rows_done(self, done: int, total: int) -> None:
+        self._notice(f"answering the test rows, {done:,} of {total:,}")
+
+    def _latency(self, learned: Learned) -> float:
+        """Median milliseconds of a request on its own."""
+        rows = self.plan.test.examples[: LATENCY_ROWS[self.plan.verbalizer is not None] + 1]
+        times = []
+        for example in rows:
+            began = time.perf_counter()
+            learned.answer([example], None)
+            times.append(1000 * (time.perf_counter() - began))
+        return statistics.median(times[1:] or times)  # the first one warms up
+
+    def _soft_prompts(self, base: str) -> Iterator[SoftPrompt]:
+        for seed in range(self.plan.seeds):
+            path = self.folder / "soft-prompts" / f"{Key(base, OURS, seed).file_name}{artifact.SUFFIX}"
+            if path.exists():
+                yield artifact.load(path)
+
+    def _compare_with_ours(self) -> None:
+        """Gives every cell its difference to the soft prompt of the same base and seed, or else of seed 0."""
+        ours = {(cell["base"], cell["seed"]): cell for cell in self.cells if cell["method"] == OURS}
+        for cell in self.cells:
+            peer = ours.get((cell["base"], cell["seed"])) or ours.get((cell["base"], 0))
+            cell["difference"] = None
+            if peer is None or cell is peer or cell["status"] != "done" or peer["status"] != "done":
+                continue
+            cell["difference"] = self._difference(_key(cell), _key(peer))
+
+    def _difference(self, one: Key, other: Key) -> dict[str, float] | None:
+        """What ``one`` scores above ``other`` on the test rows, with its paired bootstrap interval."""
+        answers = [self._answers(key) for key in (one, other)]
+        if None in answers:
+            return None
+        first, second = ([str(a) for a in several or ()] for several in answers)
+        rows = self.plan.test.examples
+        if self.plan.verbalizer is not None:
+            hits = [
+                [float(answer == row.target) for answer, row in zip(several, rows, strict=True)]
+                for several in (first, second)
+            ]
+            value, low, high = metrics.paired_bootstrap(*hits)
+        else:
+            references = [row.references or (str(row.target),) for row in rows]
+            value, low, high = metrics.paired_bleu(first, second, references)
+        return {"value": value, "low": low, "high": high}
+
+    def _answers(self, key: Key) -> list[str] | None:
+        path = self.folder / "predictions" / f"{key.file_name}.json"
+        return [row["text"] for row in json.loads(path.read_text("utf-8"))] if path.exists() else None
+
+
+def cut(dataset: Dataset, rows: int | None, seed: int = 0) -> Dataset:
+    """A seeded choice of at most ``rows`` rows, in their order."""
+    if rows is None or len(dataset.examples) <= rows:
+        return dataset
+    chosen = sorted(random.Random(seed).sample(range(len(dataset.examples)), rows))
+    return replace(
+        dataset,
+        examples=tuple(dataset.examples[i] for i in chosen),
+        fingerprint=_digest([dataset.fingerprint, rows, seed]),
+    )
+
+
+# --- what a cell measures besides its score -------------------------------------------------------
+
+
+@contextmanager
+def peak_memory(lm: FrozenLM) -> Iterator[list[int]]:
+    """A list whose only number, after the block, is the most bytes held above those at its start.
+
+    Of the process, looked at every 20 ms; on a CUDA device, of the device's own count.
+    """
+    gc.collect()
+    found = [0]
+    if lm.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(lm.device)
+        before = torch.cuda.memory_allocated(lm.device)
+        yield found
+        found[0] = torch.cuda.max_memory_allocated(lm.device) - before
+        return
+    process, done = psutil.Process(), threading.Event()
+    before = process.memory_info().rss
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            found[0] = max(found[0], process.memory_info().rss - before)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        watcher.join()
+
+
+def lm_bytes(lm: FrozenLM) -> int:
+    """Bytes of the weights in memory, shared ones counted once."""
+    return sum(weight.nbytes for weight in lm.model.parameters())
+
+
+def plain_text() -> str:
+    """English prose that is on every machine with Python: the language's own reference manual."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
+def plain_perplexity(lm: FrozenLM, passages: int = PLAIN_PASSAGES, length: int = PLAIN_TOKENS) -> float:
+    """Perplexity of plain text, ``passages`` of ``length`` tokens each: what it is before and after tells how much of
+    its language a model has forgotten."""
+    length = min(length, lm.window)
+    tokens = lm.tokenizer(plain_text(), add_special_tokens=False, verbose=False).input_ids
+    starts = range(0, len(tokens) - length, max(1, (len(tokens) - length) // passages))[:passages]
+    requests = [Request((tokens[i],), 0, (tuple(tokens[i + 1 : i + length]),)) for i in starts]
+    nll = -lm.score(requests)[:, 0]
+    return float((nll.sum() / (len(requests) * (length - 1))).exp())
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def _key(cell: Mapping[str, Any]) -> Key:
+    return Key(cell["base"], cell["method"], cell["seed"])
+
+
+def _is_member(cell: Mapping[str, Any], key: Key) -> bool:
+    return (cell["base"], cell["method"], cell["status"]) == (key.base, OURS, "done")
+
+
+def _plain(prediction: Prediction) -> dict[str, Any]:
+    return {"text": prediction.text, "logprobs": prediction.logprobs and dict(prediction.logprobs)}
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _write_json(path: Path, document: object) -> None:
+    with atomic_writer(path) as file:
+        file.write(json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1).encode() + b"\n")
+
+
+def _read_cells(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    try:
+        cells = json.loads(path.read_text("utf-8"))
+        if not (isinstance(cells, list) and all(isinstance(cell["identity"], dict) for cell in cells)):
+            raise ValueError
+        for cell in cells:
+            _key(cell), cell["status"], cell["task"]
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"Expected a comparison's results in {path}, found something else; choose another --out."
+        ) from error
+    return cells

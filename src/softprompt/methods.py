@@ -1,0 +1,221 @@
+"""What every way of adapting a base model is given, what it hands back, and the soft prompt's own way.
+
+All methods see the same rows, template and labels, and have the same time. Hard prompts are in ``hardprompt.py``, ways
+that change weights in ``finetune.py``; ``compare.py`` runs and measures them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from softprompt import artifact
+from softprompt.config import DEFAULT_STEPS, TrainConfig
+from softprompt.data import Dataset, Example
+from softprompt.errors import ConfigError
+from softprompt.evaluate import Prediction, Progress, Query, headline, predict
+from softprompt.frozen import FrozenLM
+from softprompt.prompt import SoftPrompt
+from softprompt.task import Task
+from softprompt.template import Template, Verbalizer
+from softprompt.train import Training
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a method is to learn, and from what.
+
+    Attributes:
+        lm: the base model, which no method may change.
+        fresh: loads another copy of it, which a method may change.
+        template: with a place for the soft prompt; other methods put their hard text, or nothing, there.
+        verbalizer: label → words; None for free text.
+        train: rows to learn from.
+        validation: rows to choose by.
+        seed: seeds whatever the method draws.
+        budget: seconds for learning, all choices included.
+        instructions: the user's hard prompts.
+        notice: is told what is being done, in a few words.
+        siblings: the soft prompts of all seeds, for what is made of several.
+        began: clock time at which the budget began to run.
+    """
+
+    lm: FrozenLM
+    fresh: Callable[[], FrozenLM]
+    template: Template
+    verbalizer: Verbalizer | None
+    train: Dataset
+    validation: Dataset
+    seed: int
+    budget: float
+    instructions: tuple[str, ...] = ()
+    notice: Callable[[str], None] = lambda _: None
+    siblings: tuple[SoftPrompt, ...] = ()
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The label set; empty for free text."""
+        return () if self.verbalizer is None else self.verbalizer.labels
+
+    @property
+    def seconds_left(self) -> float:
+        """What is left of the budget; below 0 when it is spent."""
+        return self.budget - (time.perf_counter() - self.began)
+
+    def task(self, hard_text: str = "", lm: FrozenLM | None = None) -> Task:
+        """The task with hard text, or nothing, in the soft prompt's place, on ``lm`` or the base model."""
+        lm = lm or self.lm
+        return Task(lm, self.template.replace_soft_prompt(hard_text), self.verbalizer, 0, lm.window)
+
+    def score(self, dataset: Dataset, predictions: Sequence[Prediction]) -> float:
+        """The headline metric: accuracy for labels, BLEU for free text; higher is better."""
+        return headline(dataset, predictions, self.labels).value
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a method made of the training and validation rows.
+
+    Attributes:
+        answer: the predictions for rows whose targets are not looked at.
+        trainable_parameters: how many numbers were learned.
+        bytes: what must be kept for the task, the base model not counted.
+        chosen: what was chosen on the validation rows, JSON values (``{"lr": 1e-4}``, ``{"k": 8}``).
+        validation: the headline metric there, if it was computed.
+        curve: for plots, in order: ``{"seconds", "step", "value", "loss"}`` on the validation rows.
+        adapted: the changed copy of the base model; None if the base model itself is used, unchanged.
+        soft_prompt: what was tuned, to be kept.
+    """
+
+    answer: Callable[[Sequence[Example], Progress | None], list[Prediction]]
+    trainable_parameters: int
+    bytes: int
+    chosen: Mapping[str, Any] = field(default_factory=dict)
+    validation: float | None = None
+    curve: tuple[Mapping[str, float], ...] = ()
+    adapted: FrozenLM | None = None
+    soft_prompt: SoftPrompt | None = None
+
+
+Method = Callable[[Problem], Learned]
+
+
+# --- the soft prompt's own way ------------------------------------------------------------------------------------
+
+
+def soft_prompt(problem: Problem, parametrisation: str = "plain") -> Learned:
+    """A soft prompt tuned with the default settings, in fewer steps where the budget does not last for all."""
+    config = TrainConfig(seed=problem.seed, parametrisation=parametrisation)
+    task = Task(problem.lm, problem.template, problem.verbalizer, config.num_virtual_tokens, problem.lm.window)
+    problem.notice("timing a step")
+    training = Training(task, problem.train, problem.validation, _within_budget(problem, task, config))
+    curve = []
+    for step in training:
+        if step.number % 10 == 0:
+            problem.notice(f"step {step.number:,} of {step.total:,}, loss {step.loss:.3f}")
+        if step.validation is not None:
+            seconds = problem.budget - problem.seconds_left
+            value, loss = step.validation["value"], step.validation["loss"]
+            curve.append({"seconds": round(seconds, 1), "step": step.number, "value": value, "loss": loss})
+        if problem.seconds_left < 0:
+            break
+    found = training.result()
+    return Learned(
+        answer=lambda examples, progress: predict(
+            [Query(task, example, found.vectors) for example in examples], progress=progress
+        ),
+        trainable_parameters=found.vectors.numel(),
+        bytes=len(artifact.encode(found)),
+        chosen={"steps": found.training["steps_done"], "best_step": found.training["best_step"]},
+        validation=found.metrics[0]["value"] if found.metrics else None,
+        curve=tuple(curve),
+        soft_prompt=found,
+    )
+
+
+def _within_budget(problem: Problem, task: Task, config: TrainConfig) -> TrainConfig:
+    """The settings with as many of the default steps as fit into what is left of the budget, by timing three."""
+    probe = Training(task, problem.train, problem.validation, replace(config, steps=3, eval_every=1_000, compile="off"))
+    began, seconds = time.perf_counter(), []
+    for step in probe:
+        seconds.append(step.seconds)
+        if problem.seconds_left < 0:
+            return replace(config, steps=1)
+    validation = time.perf_counter() - began - sum(seconds)
+    a_step = min(seconds) + validation / config.eval_every
+    steps = max(1, min(DEFAULT_STEPS, int((problem.seconds_left - validation) / a_step)))
+    return replace(config, steps=steps, eval_every=max(1, min(config.eval_every, steps // 5)))
+
+
+def _of_several(problem: Problem, decide: Callable[[torch.Tensor], torch.Tensor]) -> Learned:
+    """The answers of all seeds' soft prompts, from one batch, made into one.
+
+    Args:
+        problem: holds them as ``siblings``.
+        decide: probabilities float64 ``[S, N, labels]`` of S soft prompts → ``[N, labels]``, which sum to 1.
+
+    Raises:
+        ConfigError: fewer than 2 soft prompts.
+    """
+    members = problem.siblings
+    if len(members) < 2:
+        raise ConfigError(
+            f"An ensemble needs the soft prompts of at least 2 seeds, found {len(members)}; run them first."
+        )
+    tasks = [Task.of(problem.lm, member) for member in members]
+
+    def answer(examples: Sequence[Example], progress: Progress | None) -> list[Prediction]:
+        queries = [
+            Query(task, example, member.vectors)
+            for example in examples
+            for task, member in zip(tasks, members, strict=True)
+        ]
+        found = predict(queries, progress=progress)
+        logprobs = torch.tensor([list((one.logprobs or {}).values()) for one in found], dtype=torch.float64)
+        together = decide(logprobs.exp().view(len(examples), len(members), -1).transpose(0, 1))
+        return [
+            Prediction(
+                problem.labels[int(row.argmax())],
+                dict(zip(problem.labels, row.clamp_min(1e-12).log().tolist(), strict=True)),
+                None,
+                one.truncated,
+            )
+            for row, one in zip(together, found[:: len(members)], strict=True)
+        ]
+
+    return Learned(
+        answer=answer,
+        trainable_parameters=sum(member.vectors.numel() for member in members),
+        bytes=sum(len(artifact.encode(member)) for member in members),
+        chosen={"soft_prompts": len(members)},
+    )
+
+
+def ensemble(problem: Problem) -> Learned:
+    """The mean probability of all seeds' soft prompts."""
+    return _of_several(problem, lambda each: each.mean(dim=0))
+
+
+def majority(problem: Problem) -> Learned:
+    """The label that most seeds' soft prompts give; among equals, the more probable (Lester et al. 2021, §6)."""
+
+    def decide(each: torch.Tensor) -> torch.Tensor:
+        votes = torch.nn.functional.one_hot(each.argmax(dim=2), each.shape[2]).double()
+        return (votes.mean(dim=0) + 1e-6 * each.mean(dim=0)) / (1 + 1e-6)
+
+    return _of_several(problem, decide)
+
+
+METHODS: dict[str, Method] = {
+    "soft-prompt": soft_prompt,
+    "soft-prompt-ensemble": ensemble,
+    "soft-prompt-majority": majority,
+    "prefix": partial(soft_prompt, parametrisation="prefix"),
+}
+OF_SEVERAL_SEEDS = ("soft-prompt-ensemble", "soft-prompt-majority")

@@ -1,0 +1,103 @@
+"""``softprompt compare`` on the command line: the whole way, going on, and mistakes before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from conftest import Run, is_refused, write_labels, write_texts
+
+DATA = ("train.jsonl", "--validation", "dev.jsonl", "--test", "test.jsonl", "--out", "report")
+QUICK = ("--dtype", "fp32", "--device", "cpu", "--budget", "1s")
+
+
+@pytest.fixture(autouse=True)
+def dev(home: Path, tmp_path: Path) -> None:
+    write_labels(tmp_path / "dev.jsonl", 10)
+
+
+def test_the_whole_way(run: Run, base: str, tmp_path: Path) -> None:
+    compared = run("compare", *DATA, *QUICK, "--methods", "zero-shot", "soft-prompt", "--bases", base, "--json")
+    assert compared.code == 0, compared.err
+    assert [(cell["method"], cell["status"]) for cell in compared.json["cells"]] == [
+        ("zero-shot", "done"),
+        ("soft-prompt", "done"),
+    ]
+    folder = tmp_path / "report"
+    assert json.loads((folder / "results.json").read_text()) == compared.json["cells"]
+    assert "soft-prompt" in (folder / "report.html").read_text()
+    # the soft prompt that was tuned is there to be used, and gives the score that was reported
+    name = f"report/soft-prompts/{Path(base).name}.soft-prompt.0.safetensors"
+    found = run("evaluate", name, "test.jsonl", "--dtype", "fp32", "--metric", "accuracy", "--json")
+    assert found.json["value"] == compared.json["cells"][1]["value"]
+
+    again = run("compare", *DATA, *QUICK, "--methods", "zero-shot", "soft-prompt", "tf-idf", "--bases", base)
+    assert again.code == 0
+    assert "going on: 1 cell" in again.err
+    assert [line.split(",")[0].split()[-1] for line in again.err.splitlines() if line.strip().startswith("1/1")] == [
+        "tf-idf"
+    ]
+    assert "tf-idf" in again.out
+    assert "zero-shot" in again.out
+
+
+def test_a_failed_cell_is_told_and_the_rest_goes_on(
+    run: Run, base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from softprompt import compare
+
+    def fails(problem: object) -> None:
+        raise MemoryError("not enough of it")
+
+    monkeypatch.setitem(compare.METHODS, "zero-shot", fails)
+    ran = run("compare", *DATA, *QUICK, "--methods", "zero-shot", "tf-idf", "--bases", base)
+    assert ran.code == 0
+    assert "1/2  zero-shot, seed 0 failed: not enough of it" in ran.err
+    assert "2/2  tf-idf, seed 0: accuracy" in ran.err
+    assert "not enough of it" in (tmp_path / "report" / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--budget", "soon"), "Expected a time such as 90s, 10m or 1h for --budget, found 'soon'; write one."),
+        (("--seeds", "0"), "At least 1 seed is needed, not 0; give --seeds 1 or more."),
+        (
+            ("--methods", "instruction"),
+            "The method 'instruction' cannot be compared here: it needs --instruction or --instructions; leave it out.",
+        ),
+        (
+            ("--instructions", "none.txt"),
+            "none.txt cannot be read: No such file or directory; check the path of --instructions.",
+        ),
+        (
+            ("--instructions", "empty.json"),
+            "empty.json: expected hard prompts, one a line or a JSON list of texts, found none; write some.",
+        ),
+    ],
+)
+def test_mistakes(run: Run, options: tuple[str, ...], sentence: str) -> None:
+    Path("empty.json").write_text("[]")
+    is_refused(run("compare", *DATA, *options), sentence)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_target_of_the_test_rows_that_is_no_label(run: Run) -> None:
+    write_labels(Path("test.jsonl"), 3, ("positive", "neutral"))
+    is_refused(
+        run("compare", *DATA),
+        'test.jsonl:2: expected one of the labels "negative", "positive", found "neutral"; '
+        "correct this row, or give all labels with --labels.",
+    )
+
+
+def test_free_text(run: Run, base: str) -> None:
+    for name, rows in (("train", 20), ("dev", 6), ("test", 6)):
+        write_texts(Path(f"{name}.jsonl"), rows)
+    ran = run("compare", *DATA, *QUICK, "--methods", "zero-shot", "soft-prompt", "--bases", base, "--json")
+    assert ran.code == 0, ran.err
+    assert [cell["metric"] for cell in ran.json["cells"]] == ["bleu", "bleu"]
+    assert [cell["n"] for cell in ran.json["cells"]] == [6, 6]

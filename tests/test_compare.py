@@ -1,0 +1,308 @@
+"""Comparisons with made-up methods: what is kept, what runs again, what is measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import TOY_LABELS, TOY_TEMPLATE, make_model, make_tokenizer, plain_logprobs, tiny, toy
+from softprompt import compare, metrics
+from softprompt.cli import _spread
+from softprompt.cli_compare import seconds
+from softprompt.compare import Comparison, Key, Plan, cut, peak_memory, plain_perplexity
+from softprompt.data import Dataset, Example
+from softprompt.errors import ConfigError, TrainingError
+from softprompt.evaluate import Prediction, Progress
+from softprompt.frozen import FrozenLM
+from softprompt.methods import Learned, Method, Problem
+
+RAN: list[tuple[str, int]] = []
+
+
+def says(labels: Sequence[str], name: str = "", adapted: FrozenLM | None = None) -> Method:
+    """A method that answers row ``i`` of any data with ``labels[i]``, again and again."""
+
+    def method(problem: Problem) -> Learned:
+        RAN.append((name, problem.seed))
+
+        def answer(examples: Sequence[Example], progress: Progress | None) -> list[Prediction]:
+            return [
+                Prediction(labels[i % len(labels)], {"negative": -1.0, "positive": -0.5}, None, False)
+                for i in range(len(examples))
+            ]
+
+        return Learned(answer, 7, 9, {"k": 2}, 0.5, ({"seconds": 1.0, "step": 1, "value": 0.5, "loss": 1.0},), adapted)
+
+    return method
+
+
+def fails(problem: Problem) -> Learned:
+    RAN.append(("fails", problem.seed))
+    raise TrainingError("It does not learn.")
+
+
+def stops(problem: Problem) -> Learned:
+    raise KeyboardInterrupt
+
+
+@pytest.fixture(autouse=True)
+def made_up(monkeypatch: pytest.MonkeyPatch) -> dict[str, Method]:
+    RAN.clear()
+    made: dict[str, Method] = {
+        "zero-shot": says(["negative"], "zero-shot"),
+        "soft-prompt": says(["negative", "positive", "positive"], "soft-prompt"),
+        "lora": fails,
+    }
+    monkeypatch.setattr(compare, "METHODS", made)
+    return made
+
+
+def plan(**options: Any) -> Plan:
+    settings: dict[str, Any] = {
+        "task": "toy",
+        "train": toy(20, 1),
+        "validation": toy(10, 2),
+        "test": toy(30, 3),
+        "template": TOY_TEMPLATE,
+        "verbalizer": TOY_LABELS,
+        "bases": ("tiny",),
+    }
+    return Plan(**settings | options)
+
+
+def comparison(folder: Path, **options: Any) -> Comparison:
+    return Comparison(plan(**options), folder, lambda _: tiny("llama"))
+
+
+def run_all(found: Comparison) -> list[dict[str, Any]]:
+    return [found.run(key) for key in found.todo()]
+
+
+def test_cells_are_measured_and_kept(tmp_path: Path) -> None:
+    found = comparison(tmp_path, seeds=2)
+    assert found.todo() == [
+        Key("tiny", "zero-shot", 0),
+        Key("tiny", "soft-prompt", 0),
+        Key("tiny", "soft-prompt", 1),
+        Key("tiny", "lora", 0),
+        Key("tiny", "lora", 1),
+    ]
+    run_all(found)
+    cells = json.loads((tmp_path / "results.json").read_text())
+    assert cells == found.cells
+    first = cells[0]
+    gold = [example.target for example in toy(30, 3).examples]
+    assert first["value"] == pytest.approx(gold.count("negative") / 30)
+    assert (first["task"], first["method"], first["base"], first["seed"]) == ("toy", "zero-shot", "tiny", 0)
+    assert (first["metric"], first["n"], first["status"], first["reason"]) == ("accuracy", 30, "done", None)
+    assert (first["trainable_parameters"], first["bytes"], first["chosen"]) == (7, 9, {"k": 2})
+    assert first["base_parameters"] == tiny("llama").num_parameters
+    assert first["forgetting"]["ratio"] == 1
+    assert first["peak_memory_bytes"] >= compare.lm_bytes(tiny("llama"))
+    assert first["latency_ms"] >= 0
+    failed = cells[-1]
+    assert (failed["method"], failed["status"], failed["reason"]) == ("lora", "failed", "It does not learn.")
+
+
+def test_differences_are_paired(tmp_path: Path) -> None:
+    found = comparison(tmp_path)
+    run_all(found)
+    zero, soft = found.cells[:2]
+    gold = [example.target for example in toy(30, 3).examples]
+    theirs = [float(target == "negative") for target in gold]
+    ours = [float(target == ("negative", "positive", "positive")[i % 3]) for i, target in enumerate(gold)]
+    value, low, high = metrics.paired_bootstrap(theirs, ours)
+    assert zero["difference"] == {"value": value, "low": low, "high": high}
+    assert value == pytest.approx(np.mean(theirs) - np.mean(ours))
+    assert soft["difference"] is None
+
+
+def test_finished_cells_do_not_run_again_and_failed_ones_do(tmp_path: Path, made_up: dict[str, Method]) -> None:
+    run_all(comparison(tmp_path))
+    assert RAN == [("zero-shot", 0), ("soft-prompt", 0), ("fails", 0)]
+    RAN.clear()
+    made_up["lora"] = says(["positive"], "lora")
+    again = comparison(tmp_path, seeds=2)
+    run_all(again)
+    assert RAN == [("soft-prompt", 1), ("lora", 0), ("lora", 1)]
+    assert [(cell["method"], cell["seed"]) for cell in again.cells] == [
+        ("zero-shot", 0),
+        ("soft-prompt", 0),
+        ("soft-prompt", 1),
+        ("lora", 0),
+        ("lora", 1),
+    ]
+    assert {cell["status"] for cell in again.cells} == {"done"}
+    assert comparison(tmp_path, seeds=2).todo() == []
+
+
+def test_an_interruption_loses_the_cell_at_hand_only(tmp_path: Path, made_up: dict[str, Method]) -> None:
+    made_up["lora"] = stops
+    found = comparison(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run_all(found)
+    assert [key.method for key in comparison(tmp_path).todo()] == ["lora"]
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"test": toy(31, 3)}, "test, test_rows"),
+        ({"budget": 5.0}, "budget"),
+        ({"task": "other", "train": toy(21, 1)}, "task, train"),
+        ({"instructions": ("Good or bad?",)}, "instructions"),
+    ],
+)
+def test_a_folder_is_of_one_comparison(tmp_path: Path, options: dict[str, Any], what: str) -> None:
+    run_all(comparison(tmp_path))
+    before = (tmp_path / "results.json").read_bytes()
+    with pytest.raises(ConfigError) as caught:
+        comparison(tmp_path, **options)
+    assert str(caught.value) == (
+        f"The folder {tmp_path} holds results of a comparison with other {what}; "
+        f"choose another --out, or repeat that comparison's options."
+    )
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '[{"task": "x"}]', "\udcff"])
+def test_something_else_in_the_folder_is_left_alone(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "results.json"
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ConfigError) as caught:
+        comparison(tmp_path)
+    assert str(caught.value) == (
+        f"Expected a comparison's results in {path}, found something else; choose another --out."
+    )
+
+
+def test_a_plan_says_what_does_not_fit() -> None:
+    mistakes: list[tuple[dict[str, Any], str]] = [
+        ({"methods": ("magic",)}, "A method must be one of zero-shot, soft-prompt, lora, not 'magic'; choose one."),
+        ({"budget": 0.0}, "The budget must be above 0 seconds, not 0.0; give for instance 10m."),
+        ({"seeds": 0}, "At least 1 seed is needed, not 0; give --seeds 1 or more."),
+    ]
+    for options, sentence in mistakes:
+        with pytest.raises(ConfigError) as caught:
+            plan(**options)
+        assert str(caught.value) == sentence
+
+
+def test_methods_that_do_not_fit(made_up: dict[str, Method]) -> None:
+    for name in ("tf-idf", "zero-shot-calibrated", "instruction", "soft-prompt-ensemble"):
+        made_up[name] = fails
+    free: dict[str, Any] = {"verbalizer": None, "template": None}
+    assert plan(**free).methods == ("zero-shot", "soft-prompt", "lora")
+    for options, method, lack in [
+        (free, "tf-idf", "the targets are free text, and it needs labels"),
+        (free, "zero-shot-calibrated", "the targets are free text, and it needs labels"),
+        ({}, "instruction", "it needs --instruction or --instructions"),
+        ({}, "soft-prompt-ensemble", "it needs the soft prompts of at least 2 seeds"),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            plan(methods=(method,), **options)
+        assert str(caught.value) == f"The method {method!r} cannot be compared here: {lack}; leave it out."
+    assert "soft-prompt-ensemble" in plan(seeds=2).methods
+    assert "instruction" in plan(instructions=("Good or bad?",)).methods
+
+
+def test_free_text_is_compared_by_bleu(tmp_path: Path, made_up: dict[str, Method]) -> None:
+    made_up["zero-shot"], made_up["soft-prompt"] = says(["the film is a film"]), says(["the plot is thin"])
+    rows = tuple(Example({"input": str(i)}, "the plot is thin", where=f"t:{i}") for i in range(12))
+    test = Dataset(rows, "t", "t")
+    found = comparison(tmp_path, verbalizer=None, test=test, methods=("zero-shot", "soft-prompt"))
+    zero, soft = run_all(found)
+    assert (zero["metric"], soft["value"]) == ("bleu", pytest.approx(100))
+    assert found.cells[0]["difference"]["value"] == pytest.approx(zero["value"] - 100)
+
+
+# --- what a cell measures besides its score --------------------------------------------------------
+
+
+def test_perplexity_of_plain_text_against_transformers() -> None:
+    lm = tiny("llama")
+    tokens = lm.tokenizer(compare.plain_text(), add_special_tokens=False, verbose=False).input_ids
+    length, passages = 16, 3
+    gap = (len(tokens) - length) // passages
+    nll = []
+    for start in (0, gap, 2 * gap):
+        ids = tokens[start : start + length]
+        logprobs = plain_logprobs("llama", ids)
+        nll += [-float(logprobs[i, ids[i + 1]]) for i in range(length - 1)]
+    assert plain_perplexity(lm, passages, length) == pytest.approx(math.exp(np.mean(nll)), rel=1e-4)
+
+
+def test_forgetting_is_measured_on_the_changed_copy(tmp_path: Path, made_up: dict[str, Method]) -> None:
+    model = make_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3)
+    changed = FrozenLM(model, make_tokenizer(), name="changed", dtype="fp32", device="cpu")
+    made_up["lora"] = says(["positive"], adapted=changed)
+    cell = comparison(tmp_path, methods=("lora",)).run(Key("tiny", "lora", 0))
+    before, after = plain_perplexity(tiny("llama")), plain_perplexity(changed)
+    assert cell["forgetting"] == {"before": before, "after": after, "ratio": after / before}
+    assert after > 1.1 * before
+
+
+def test_peak_memory_sees_what_was_held() -> None:
+    held = 64 << 20
+    with peak_memory(tiny("llama")) as peak:
+        filled = torch.ones(held // 4)
+        until = torch.ones(1)
+        for _ in range(20):  # some time passes
+            until = until + filled[:1_000_000].sum()
+        del filled
+    assert held * 0.9 < peak[0] < held * 2
+
+
+@given(st.integers(1, 40), st.integers(0, 5))
+def test_a_cut_is_a_seeded_choice_in_order(rows: int, seed: int) -> None:
+    data = toy(30, 3)
+    some = cut(data, rows, seed)
+    assert len(some.examples) == min(rows, 30)
+    places = [data.examples.index(example) for example in some.examples]
+    assert places == sorted(set(places))
+    assert some == cut(data, rows, seed)
+    assert (some.fingerprint == data.fingerprint) == (rows >= 30)
+    assert replace(some, examples=()) != replace(cut(data, rows, seed + 1), examples=()) or rows >= 30
+
+
+# --- the command line ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("90", 90), ("90s", 90), (" 1.5 m ", 90), ("10m", 600), ("2h", 7200), ("0.5h", 1800)]
+)
+def test_times(text: str, value: float) -> None:
+    assert seconds(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "m", "-3", "1d", "1m30s", "ten", "1e3"])
+def test_no_times(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        seconds(text)
+    assert str(caught.value) == f"Expected a time such as 90s, 10m or 1h for --budget, found {text!r}; write one."
+
+
+WORDS = st.sampled_from(["train.jsonl", "a", "b", "10m"])
+FLAGS = st.sampled_from(["--json", "--budget", "--seeds=2"])
+
+
+@given(WORDS, st.lists(WORDS, min_size=1, max_size=4), FLAGS, WORDS)
+def test_several_values_after_an_option(first: str, values: list[str], flag: str, last: str) -> None:
+    repeated = [part for value in values for part in ("--bases", value)]
+    assert _spread(["compare", first, "--bases", *values, flag, last]) == ["compare", first, *repeated, flag, last]
+
+
+def test_an_option_without_a_value_stays_for_the_parser() -> None:
+    assert _spread(["compare", "--methods", "--seeds", "2"]) == ["compare", "--methods", "--seeds", "2"]

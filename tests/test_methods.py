@@ -1,0 +1,131 @@
+"""The soft prompt's own methods, against evaluation by hand and votes counted apart."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import TOY_LABELS, TOY_TEMPLATE, tiny, toy
+from softprompt import methods
+from softprompt.config import DEFAULT_STEPS, TrainConfig
+from softprompt.errors import ConfigError
+from softprompt.evaluate import Query, evaluate, predict
+from softprompt.frozen import FrozenLM
+from softprompt.methods import Learned, Problem
+from softprompt.prompt import SoftPrompt
+from softprompt.task import Task
+
+
+def problem(lm: FrozenLM, **options: Any) -> Problem:
+    settings: dict[str, Any] = {
+        "lm": lm,
+        "fresh": lambda: pytest.fail("another copy of the base model was loaded"),
+        "template": TOY_TEMPLATE,
+        "verbalizer": TOY_LABELS,
+        "train": toy(60, 1),
+        "validation": toy(20, 2),
+        "seed": 0,
+        "budget": 60.0,
+    }
+    return Problem(**settings | options)
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings of at most 40 steps."""
+    monkeypatch.setattr(methods, "DEFAULT_STEPS", 40)
+
+
+@pytest.mark.usefixtures("short")
+def test_a_soft_prompt_is_what_training_makes_of_the_defaults(llama: FrozenLM) -> None:
+    learned = methods.soft_prompt(problem(llama))
+    found = learned.soft_prompt
+    assert found is not None
+    assert (found.training["lr"], found.num_virtual_tokens) == (TrainConfig().lr, TrainConfig().num_virtual_tokens)
+    assert learned.chosen["steps"] == found.training["steps_done"] == 40
+    assert learned.trainable_parameters == 20 * llama.hidden_size
+    test = toy(30, 3)
+    by_hand = evaluate(Task.of(llama, found), found.vectors, test)
+    answers = learned.answer(test.examples, None)
+    assert [a.text for a in answers] == [a.text for a in by_hand.predictions]
+    assert [point["step"] for point in learned.curve] == [8, 16, 24, 32, 40]
+    assert learned.validation == max(point["value"] for point in learned.curve)
+
+
+def test_a_small_budget_is_kept(llama: FrozenLM) -> None:
+    began = time.perf_counter()
+    learned = methods.soft_prompt(problem(llama, budget=1.5))
+    assert 1 <= learned.chosen["steps"] < DEFAULT_STEPS
+    assert time.perf_counter() - began < 15  # a machine ten times slower than its own probe would still pass
+
+
+@pytest.mark.usefixtures("short")
+def test_no_budget_at_all_still_gives_a_soft_prompt(llama: FrozenLM) -> None:
+    assert methods.soft_prompt(problem(llama, budget=1e-9)).chosen["steps"] == 1
+
+
+def siblings(lm: FrozenLM, count: int) -> tuple[SoftPrompt, ...]:
+    made = methods.soft_prompt(problem(lm, budget=1e-9)).soft_prompt
+    assert made is not None
+    draws = torch.Generator().manual_seed(5)
+    return tuple(
+        replace(made, vectors=made.vectors + torch.randn(made.vectors.shape, generator=draws)) for _ in range(count)
+    )
+
+
+def test_an_ensemble_gives_the_mean_probability(llama: FrozenLM) -> None:
+    members, examples = siblings(llama, 3), toy(12, 4).examples
+    learned = methods.ensemble(problem(llama, siblings=members))
+    each = [
+        [answer.probabilities for answer in predict([Query(Task.of(llama, one), row, one.vectors) for row in examples])]
+        for one in members
+    ]
+    for row, answer in enumerate(learned.answer(examples, None)):
+        assert answer.probabilities is not None
+        for label, probability in answer.probabilities.items():
+            mean = sum((several[row] or {})[label] for several in each) / 3
+            assert probability == pytest.approx(mean, abs=1e-6)
+    assert learned.trainable_parameters == 3 * members[0].vectors.numel()
+
+
+@given(
+    st.lists(
+        st.lists(st.tuples(*[st.floats(0.01, 1)] * 3), min_size=4, max_size=4),  # 4 rows, 3 labels
+        min_size=2,
+        max_size=6,
+    )
+)
+def test_a_majority_is_counted(numbers: list[list[tuple[float, float, float]]]) -> None:
+    each = torch.tensor(numbers, dtype=torch.float64)
+    each = each / each.sum(dim=2, keepdim=True)
+    decided: list[torch.Tensor] = []
+
+    def of_several(_: Problem, decide: Any) -> Learned:
+        decided.append(decide(each))
+        return Learned(lambda *_: [], 0, 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(methods, "_of_several", of_several)
+        methods.majority(problem(tiny("llama")))
+    for row in range(4):
+        votes = Counter(int(one[row].argmax()) for one in each)
+        most = max(votes.values())
+        winner = int(decided[0][row].argmax())
+        assert votes[winner] == most
+        equals = [label for label, count in votes.items() if count == most]
+        mean = each[:, row].mean(dim=0)
+        assert mean[winner] == pytest.approx(max(float(mean[label]) for label in equals))
+        assert float(decided[0][row].sum()) == pytest.approx(1)
+
+
+def test_an_ensemble_of_one_is_refused(llama: FrozenLM) -> None:
+    with pytest.raises(ConfigError) as caught:
+        methods.ensemble(problem(llama, siblings=siblings(llama, 1)))
+    assert str(caught.value) == ("An ensemble needs the soft prompts of at least 2 seeds, found 1; run them first.")
