@@ -130,7 +130,7 @@ def soft_prompt(problem: Problem, parametrisation: str = "plain") -> Learned:
         answer=lambda examples, progress: predict(
             [Query(task, example, found.vectors) for example in examples], progress=progress
         ),
-        trainable_parameters=found.vectors.numel(),
+        trainable_parameters=found.training["trainable_parameters"],
         bytes=len(artifact.encode(found)),
         chosen={"steps": found.training["steps_done"], "best_step": found.training["best_step"]},
         validation=found.metrics[0]["value"] if found.metrics else None,
