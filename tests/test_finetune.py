@@ -360,15 +360,18 @@ def test_the_rate_is_chosen_by_short_runs(clock: Clock, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Tuner, "run", spy)
     learned = METHODS["full-fine-tuning"](problem(budget=203.0, began=clock.now))
-    assert [(lr, validations) for lr, _, validations in runs] == [(1e-5, 1), (3e-5, 1), (1e-4, 1), (1e-4, 16)]
+    low, middle, high = finetune.FULL_RATES
+    assert [(lr, validations) for lr, _, validations in runs] == [(low, 1), (middle, 1), (high, 1), (high, 16)]
     assert [seconds for _, seconds, _ in runs[:3]] == pytest.approx([202 / 15] * 3)
     assert runs[3][1] == pytest.approx(202 * 0.8, abs=3)
-    assert learned.chosen["lr"] == 1e-4
+    assert learned.chosen["lr"] == high
     assert learned.validation == 0.9
     assert learned.chosen["best_step"] == learned.curve[1]["step"]
 
 
-@pytest.mark.parametrize(("name", "middle"), [("full-fine-tuning", 3e-5), ("lora", 1e-3)])
+@pytest.mark.parametrize(
+    ("name", "middle"), [("full-fine-tuning", finetune.FULL_RATES[1]), ("lora", finetune.LORA_RATES[1])]
+)
 def test_without_time_to_try_it_is_the_middle_rate(name: str, middle: float, clock: Clock) -> None:
     learned = METHODS[name](problem(budget=30.0, began=clock.now))
     assert learned.chosen["lr"] == middle

@@ -203,6 +203,7 @@ class Comparison:
         What goes wrong inside a method makes a cell with status ``failed`` and its reason; the next try runs it again.
         """
         lm, perplexity = self._base(key.base)
+        torch.compiler.reset()  # it keeps few graphs of a function; beyond, layers would run uncompiled without a word
         try:
             cell = self._measured(key, lm, perplexity)
         except (SoftPromptError, RuntimeError, MemoryError) as error:  # a model may be too large for this machine
