@@ -255,14 +255,14 @@ def test_forgetting_is_measured_on_the_changed_copy(tmp_path: Path, made_up: dic
 
 
 def test_peak_memory_sees_what_was_held() -> None:
-    held = 64 << 20
+    held = 256 << 20
     with peak_memory(tiny("llama")) as peak:
         filled = torch.ones(held // 4)
         until = torch.ones(1)
         for _ in range(20):  # some time passes
             until = until + filled[:1_000_000].sum()
         del filled
-    assert held * 0.9 < peak[0] < held * 2
+    assert held * 0.75 < peak[0] < held * 2  # what others gave back meanwhile counts against it
 
 
 @given(st.integers(1, 40), st.integers(0, 5))

@@ -111,8 +111,8 @@ def prefix(length: int, start: float, layers: int = 2) -> PrefixKV:
 def test_rows_keep_their_columns_while_others_come_and_go() -> None:
     """Arithmetic apart: row ``i``'s token in column ``t`` is the number ``1000 * i + t``."""
     kv = RowKV()
-    starts = {0: 5, 1: 0, 2: 130}
-    kv.add([prefix(length, 1000 * i) for i, length in starts.items()], [20, 9, 140])
+    starts = {0: 5, 1: 0, 2: 30}
+    kv.add([prefix(length, 1000 * i) for i, length in starts.items()], 1)
     expected = {i: [1000 * i + t for t in range(length)] for i, length in starts.items()}
     slots = [0, 1, 2]
 
@@ -129,7 +129,9 @@ def test_rows_keep_their_columns_while_others_come_and_go() -> None:
         for layer in range(2):
             found, negated = kv.update(keys, -keys, layer)
             assert found.shape == (len(slots), 3, kv.width, 4)
+            assert found.is_contiguous()
             assert torch.equal(found, -negated)
+            assert bool(found.isfinite().all())
         for slot, count in zip(slots, counts, strict=True):
             expected[slot] += [1000 * slot + t for t in range(len(expected[slot]), len(expected[slot]) + count)]
         for place, slot in enumerate(slots):
@@ -138,26 +140,43 @@ def test_rows_keep_their_columns_while_others_come_and_go() -> None:
             assert kv.row(place).lengths == (len(expected[slot]),)
 
     run([1, 1, 1])
-    run([2, 4, 1])
+    assert kv.width == 32
+    run([2, 4, 1])  # laid out anew, wider
+    assert kv.width == 64
     kv.remove(0)  # the last takes its slot
     slots[0] = slots.pop()
     run([1, 1])
-    kv.add([prefix(3, 3000)], [2000])  # a longer one: laid out anew
-    expected[3] = [3000, 3001, 3002]
+    kv.add([prefix(300, 3000)], 1)  # a longer one
+    expected[3] = list(range(3000, 3300))
     slots.append(3)
+    assert kv.width == 320
     run([1, 2, 3])
     kv.remove(2)
     slots.pop()
-    run([1, 1])
+    run([1, 1])  # narrower again
+    assert kv.width == 64
+    many = [prefix(2, 1000 * i) for i in range(4, 14)]
+    kv.add(many, 1)
+    expected |= {i: [1000 * i, 1000 * i + 1] for i in range(4, 14)}
+    slots += range(4, 14)
+    run([1] * 12)
 
 
-def test_memory_follows_the_rows_that_are_there() -> None:
-    kv = RowKV()
-    kv.add([prefix(3, 0)], [4000])
-    assert kv._layers[0][0].shape == (8, 3, 4096, 4)  # columns in steps of 128, rows of 8
-    kv.remove(0)
-    kv.add([prefix(3, 0)] * 20, [100] * 20)
-    assert kv._layers[0][0].shape == (24, 3, 128, 4)
+def test_a_row_leaves_nothing_behind_that_harms_the_next_in_its_slot() -> None:
+    """A weight of 0 times a NaN would be a NaN."""
+    for leaves_first in (True, False):
+        kv = RowKV()
+        bad = prefix(20, 0)
+        kv.add([PrefixKV(tuple(t * torch.nan for t in bad.keys), bad.values, bad.lengths), prefix(3, 0)], 1)
+        if leaves_first:
+            kv.remove(0)
+            kv.add([prefix(2, 0)], 1)
+        else:
+            kv.add([prefix(2, 0)], 1)
+            kv.remove(0)
+        kv.extend([1] * 2, 1)
+        found, _ = kv.update(torch.ones(2, 3, 1, 4), torch.ones(2, 3, 1, 4), 0)
+        assert bool(found.isfinite().all())
 
 
 # --- what a row writes ---------------------------------------------------------------------------------------

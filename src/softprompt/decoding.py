@@ -55,7 +55,6 @@ class Writer:
         ids: the tokens so far, the end-of-sequence token not included.
         count: how many tokens were picked, the end-of-sequence token included.
         text: the text so far, whole characters only, cut before a stop string.
-        max_new_tokens: the most tokens it takes.
         finish: empty, or ``stop`` (end-of-sequence or a stop string), ``length``, or ``error`` (the model's scores
             are not numbers).
     """
@@ -76,7 +75,6 @@ class Writer:
         self.count = 0
         self.text = ""
         self.finish = ""
-        self.max_new_tokens = sampling.max_new_tokens
         self._sampling = sampling
         self._top_logprobs = top_logprobs
         self._lead = lead
@@ -107,7 +105,7 @@ class Writer:
         if self._top_logprobs is not None:
             self._noted.append(self._note(logits, token, self._top_logprobs))
         self._grow(self._characters.push(token))
-        if not self.done and len(self.ids) >= self.max_new_tokens:
+        if not self.done and len(self.ids) >= self._sampling.max_new_tokens:
             self._end("length")
         return token
 
@@ -204,34 +202,39 @@ class RowKV:
     """Keys and values of rows of any lengths in every layer; stands where transformers expects its cache.
 
     Token ``t`` of row ``i``, counted from the start of its prefix, is column ``t`` of slot ``i``. What lies behind a
-    row's last token is stale and no token looks at it.
+    row's last token is stale and no token looks at it; it is finite, since its weight of 0 must not meet a NaN.
 
     Attributes:
         lengths: tokens of each row.
-        width: columns that the current pass looks at.
+        width: columns of a slot. A pass looks at all of them: matrix products of a part would copy it first.
     """
 
     def __init__(self) -> None:
         self.lengths: list[int] = []
         self.width = 0
-        self._rooms: list[int] = []
-        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []  # [R, H_kv, S, D] each
+        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []  # [R, H_kv, width, D] each
         self._places: Any = None  # index of the current pass's tokens in them
 
-    def add(self, starts: Sequence[PrefixKV], rooms: Sequence[int]) -> None:
+    def add(self, starts: Sequence[PrefixKV], ahead: int) -> None:
         """Rows that begin with the tokens of ``starts`` (one row each), behind those that are there.
 
         Args:
             starts: copied.
-            rooms: the most tokens that each row will ever have.
+            ahead: tokens of each row in the next pass.
         """
-        self._rooms += rooms
-        self._reserve(starts[0])
+        rows, longest = len(self.lengths) + len(starts), max(*self.lengths, *(start.width for start in starts), 0)
+        if not self._layers:
+            self._layers = [
+                (key.new_empty(0, key.shape[1], 0, key.shape[3]), value.new_empty(0, value.shape[1], 0, value.shape[3]))
+                for key, value in zip(starts[0].keys, starts[0].values, strict=True)
+            ]
+        if rows > len(self._layers[0][0]) or longest + ahead > self.width:
+            self._lay_out(rows, longest + ahead)
         for start in starts:
             slot, length = len(self.lengths), start.width
             for (keys, values), key, value in zip(self._layers, start.keys, start.values, strict=True):
-                keys[slot, :, :length] = key[0]
-                values[slot, :, :length] = value[0]
+                keys[slot, :, :length], keys[slot, :, length:] = key[0], 0
+                values[slot, :, :length], values[slot, :, length:] = value[0], 0
             self.lengths.append(length)
 
     def row(self, index: int) -> PrefixKV:
@@ -245,15 +248,12 @@ class RowKV:
 
     def remove(self, index: int) -> None:
         """Takes a row out; the last row takes its slot."""
-        last = len(self.lengths) - 1
-        if index != last:
-            length = self.lengths[last]
+        last = self.lengths.pop()
+        if index < len(self.lengths):
+            self.lengths[index] = last
             for layer in self._layers:
                 for tensor in layer:
-                    tensor[index, :, :length] = tensor[last, :, :length]
-        self.lengths[index], self._rooms[index] = self.lengths[last], self._rooms[last]
-        self.lengths.pop()
-        self._rooms.pop()
+                    tensor[index] = tensor[len(self.lengths)]
 
     def extend(self, counts: Sequence[int], tokens: int) -> torch.Tensor:
         """Makes place for a pass over ``tokens`` tokens a row, of which row ``i`` keeps the first ``counts[i]``.
@@ -261,8 +261,10 @@ class RowKV:
         Returns:
             int64 ``[B, tokens]`` on the CPU, the column of each token.
         """
+        needed = max(self.lengths) + tokens
+        if needed > self.width or 2 * _rounded(needed, 32) <= self.width:
+            self._lay_out(len(counts), needed)
         columns = torch.tensor(self.lengths)[:, None] + torch.arange(tokens)
-        self.width = max(self.lengths) + tokens
         device = self._layers[0][0].device
         self._places = (torch.arange(len(counts), device=device)[:, None], slice(None), columns.to(device))
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
@@ -276,32 +278,25 @@ class RowKV:
         keys, values = self._layers[layer]
         keys[self._places] = key.transpose(1, 2)
         values[self._places] = value.transpose(1, 2)
-        return keys[:rows, :, : self.width], values[:rows, :, : self.width]
+        return keys[:rows], values[:rows]
 
     def get_seq_length(self, layer: int = 0) -> int:
         """Transformers asks it where positions are not given; ours are."""
         return self.width
 
-    def _reserve(self, like: PrefixKV) -> None:
-        """Lays the slots out anew if one more row or a longer one does not fit."""
-        rows, columns = len(self._rooms), max(self._rooms)
-        held = self._layers[0][0].shape if self._layers else (0, 0, 0)
-        if rows <= held[0] and columns <= held[2]:
-            return
-        rows, columns = _rounded(rows, 8), _rounded(columns, 128)  # so that it is not done for every row that joins
+    def _lay_out(self, rows: int, columns: int) -> None:
+        """New slots, a few more than ``rows`` and a few columns wider, so that it is seldom done."""
+        rows, columns = _rounded(rows, 8), _rounded(columns, 32)
+        kept = min(columns, self.width)
 
-        def anew(index: int, of: int, start: torch.Tensor) -> torch.Tensor:
-            # Zeros: what no token looks at is multiplied by a weight of 0, which must not meet a NaN.
-            tensor = start.new_zeros((rows, start.shape[1], columns, start.shape[3]))
-            if self.lengths:
-                old, width = self._layers[index][of], max(self.lengths)
-                tensor[: len(self.lengths), :, :width] = old[: len(self.lengths), :, :width]
-            return tensor
+        def anew(tensor: torch.Tensor) -> torch.Tensor:
+            new = tensor.new_empty((rows, tensor.shape[1], columns, tensor.shape[3]))
+            old = tensor[: len(self.lengths)]
+            new[: len(old), :, :kept], new[: len(old), :, kept:] = old[:, :, :kept], 0
+            return new
 
-        self._layers = [
-            (anew(index, 0, key), anew(index, 1, value))
-            for index, (key, value) in enumerate(zip(like.keys, like.values, strict=True))
-        ]
+        self._layers = [(anew(keys), anew(values)) for keys, values in self._layers]
+        self.width = columns
 
 
 def _rounded(number: int, unit: int) -> int:
@@ -316,14 +311,12 @@ class Continuation:
         writer: what becomes of it.
         embedded: ``[T, H]``, the tokens that have not been run yet, at least one; without a prefix, the whole sequence.
         prefix: keys and values of the tokens before; None for a model that runs whole sequences.
-        room: the most tokens it will ever have, prefix included.
         token: the last token that was picked.
     """
 
     writer: Writer
     embedded: torch.Tensor
     prefix: PrefixKV | None
-    room: int
     token: int = -1
 
 
@@ -362,21 +355,18 @@ class Decoder:
         gone = {id(row) for row in rows}
         for index in reversed(range(len(self._running))):
             if id(self._running[index]) in gone:
-                self._remove(index)
+                _remove(self._running, self._kv, index)
         for members, kv in list(self._joining):
             for index in reversed(range(len(members))):
                 if id(members[index]) in gone:
-                    kv.remove(index)
-                    members[index] = members[-1]
-                    members.pop()
+                    _remove(members, kv, index)
         self._joining = deque((members, kv) for members, kv in self._joining if members)
         self._whole = [row for row in self._whole if id(row) not in gone]
 
     def _begin(self, rows: list[Continuation]) -> None:
         prefixes = [row.prefix for row in rows if row.prefix is not None]
         kv = RowKV()
-        widest = max(prefix.width for prefix in prefixes) + max(len(row.embedded) for row in rows)
-        kv.add(prefixes, [widest] * len(rows))
+        kv.add(prefixes, min(CHUNK, max(len(row.embedded) for row in rows)))
         for row in rows:
             row.prefix = None  # its copy is in use now
         self._joining.append((rows, kv))
@@ -390,7 +380,7 @@ class Decoder:
         self._take(rows, self._lm.next_logits(self._kv, embedded, [1] * len(rows)))
         for index in reversed(range(len(rows))):
             if rows[index].writer.done:
-                self._remove(index)
+                _remove(self._running, self._kv, index)
         return rows
 
     def _read(self) -> list[Continuation]:
@@ -407,10 +397,15 @@ class Decoder:
             self._joining.append((rows, kv))
             return []
         self._take(rows, logits)
-        going = [index for index, row in enumerate(rows) if not row.writer.done]
-        if going:
-            self._kv.add([kv.row(index) for index in going], [rows[index].room for index in going])
-            self._running += [rows[index] for index in going]
+        going = list(rows)
+        for index in reversed(range(len(rows))):
+            if rows[index].writer.done:
+                _remove(going, kv, index)
+        if going and self._running:
+            self._kv.add([kv.row(index) for index in range(len(going))], 1)
+        elif going:
+            self._kv = kv
+        self._running += going
         return rows
 
     def _decode_whole(self) -> list[Continuation]:
@@ -429,7 +424,10 @@ class Decoder:
         for row, of_row in zip(rows, logits, strict=True):
             row.token = row.writer.take(of_row)
 
-    def _remove(self, index: int) -> None:
-        self._kv.remove(index)
-        self._running[index] = self._running[-1]
-        self._running.pop()
+
+def _remove(rows: list[Continuation], kv: RowKV, index: int) -> None:
+    """Takes a row out; the last takes its place."""
+    kv.remove(index)
+    last = rows.pop()
+    if index < len(rows):
+        rows[index] = last

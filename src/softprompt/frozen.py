@@ -467,12 +467,10 @@ class FrozenLM:
             prefix_of: where its prefix comes from.
         """
         if not self.shares_prefix:
-            embedded = self._embed(request.ids, vectors)
-            return Continuation(writer, embedded, None, len(embedded) + writer.max_new_tokens)
+            return Continuation(writer, self._embed(request.ids, vectors), None)
         shared = min(request.shared, len(request.ids) - 1)
         prefix = prefix_of(request.ids[:shared], vectors)
-        embedded = self._embed(request.ids[shared:], vectors)
-        return Continuation(writer, embedded, prefix, prefix.width + len(embedded) + writer.max_new_tokens)
+        return Continuation(writer, self._embed(request.ids[shared:], vectors), prefix)
 
     # --- compilation ------------------------------------------------------------------------------
 

@@ -1,0 +1,147 @@
+"""``softprompt serve``: options → engine, catalog and server, until a signal ends it."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+from softprompt import artifact
+from softprompt.base import DEFAULT_BASE
+from softprompt.engine import Engine, Limits
+from softprompt.errors import ConfigError
+from softprompt.options import Device, Dtype, Trust, flag, load_base_model, model_option, option
+from softprompt.store import Store
+from softprompt.terminal import stdout
+
+_L = Limits()
+_door = partial(option, panel="Who may ask")
+_limit = partial(option, panel="Limits")
+
+log = logging.getLogger("softprompt.server")
+
+
+def serve_command(
+    prompts: Annotated[
+        list[str] | None, option("Names in the store or paths; all: the store's of this base model.", "all")
+    ] = None,
+    watch: Annotated[bool, flag("--watch", "Follow what is added to, changed in and removed from the store.")] = False,
+    host: Annotated[str, _door("The address to listen on.", "127.0.0.1")] = "127.0.0.1",
+    port: Annotated[int, _door("0: any that is free.", 8000, min=0, max=65535, metavar="<int>")] = 8000,
+    api_key: Annotated[
+        str | None,
+        _door(
+            "What clients must send as Bearer token; better given as $SOFTPROMPT_API_KEY.", envvar="SOFTPROMPT_API_KEY"
+        ),
+    ] = None,
+    allow_loading: Annotated[
+        bool, flag("--allow-loading", "Let clients load and unload soft prompts.", panel="Who may ask")
+    ] = False,
+    max_rows: Annotated[int, _limit("The most requests in one forward pass.", _L.rows)] = _L.rows,
+    max_tokens: Annotated[
+        int, _limit("Tokens of keys and values: rows times the longest; one request's most.", _L.tokens)
+    ] = _L.tokens,
+    max_waiting: Annotated[int, _limit("Requests that wait; more get 503.", _L.waiting)] = _L.waiting,
+    time_limit: Annotated[float, _limit("Seconds that a request may take.", _L.seconds)] = _L.seconds,
+    prefix_cache: Annotated[int, _limit("MiB of computed prefixes to keep.", _L.prefix_bytes >> 20)] = (
+        _L.prefix_bytes >> 20
+    ),
+    base: Annotated[
+        str | None, model_option("The frozen model.", f"that of the first of --prompts, else {DEFAULT_BASE}")
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Serve the base model and soft prompts on it over OpenAI's API; a request's model names the soft prompt.
+
+    Requests of different soft prompts share each forward pass. SIGTERM: what has begun is finished.
+
+    \b
+    softprompt serve
+    softprompt serve --prompts sst2 news --port 8080 --watch
+    curl localhost:8000/v1/classify -H 'Content-Type: application/json' \\
+        -d '{"model": "sst2", "input": "a stirring film"}'
+    """
+    try:
+        import uvicorn
+
+        from softprompt import server, telemetry
+        from softprompt.catalog import Catalog
+    except ImportError as error:
+        raise ConfigError(
+            f'Serving needs the library {error.name}, which is not installed; pip install "softprompt[serve]".'
+        ) from error
+    limits = Limits(
+        rows=max_rows, tokens=max_tokens, waiting=max_waiting, seconds=time_limit, prefix_bytes=prefix_cache << 20
+    )
+    if api_key is not None and not api_key.strip():
+        raise ConfigError("The API key is blank; give another one, or none to let anyone ask.")
+    store = Store()
+    chosen = None if prompts is None or "all" in prompts else {_name(one): store.find(one) for one in prompts}
+    first = next(iter(chosen.values())) if chosen else None
+    listener = _bound(host, port)
+    lm = load_base_model(
+        base or (artifact.load(first).base if first else DEFAULT_BASE), dtype, device, trust_remote_code
+    )
+
+    telemetry.log_as_json()
+    catalog = Catalog(lm, store, limits.window(lm))
+    if chosen is None:
+        server.report(catalog.sync())
+    for name, path in (chosen or {}).items():
+        catalog.load(name, path)
+    if api_key is None and not _is_local(host):
+        log.warning(f"no API key: anyone who reaches {host} may use this server; set one with --api-key")
+    app = server.create_app(
+        Engine(lm, limits),
+        catalog,
+        api_key=api_key,
+        allow_loading=allow_loading,
+        watch=watch,
+        only=chosen and set(chosen),
+    )
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        lifespan="on",
+        ws="none",
+        timeout_graceful_shutdown=int(limits.seconds) + 5,
+    )
+    # uvicorn drains on SIGTERM and then raises it again, which would end us with 143
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    listener.listen(2048)
+    shown = f"[{host}]" if ":" in host else host
+    stdout.print(f"listening on http://{shown}:{listener.getsockname()[1]}")
+    stdout.file.flush()
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _name(name_or_path: str) -> str:
+    """What a soft prompt is called in requests: its name, or the name of its file."""
+    return Path(name_or_path).name.removesuffix(artifact.SUFFIX)
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket of this address, before the model is loaded: so that a port that is taken is known at once."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"Expected a free address, found {host}:{port}, which cannot be listened on: {error.strerror or error}; "
+            f"choose another --host or --port."
+        ) from error
+    return listener
+
+
+def _is_local(host: str) -> bool:
+    return host == "localhost" or host == "::1" or host.startswith("127.")
