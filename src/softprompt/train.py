@@ -93,6 +93,20 @@ def make_optimizer(config: TrainConfig, *tensors: torch.Tensor) -> torch.optim.O
     )
 
 
+def first_vectors(task: Task, config: TrainConfig, number: int = 0) -> torch.Tensor:
+    """What the start of that number begins with by the rule ``config.init``: float32 ``[P, H]`` on the CPU."""
+    lm, words, init, text = task.lm, task.label_words(), config.init, config.init_text
+    if init == "auto" and text is None and words and number == 0:
+        options = f"Options: {', '.join(task.labels)}.\n"
+        if len(lm.tokenizer(options, add_special_tokens=False).input_ids) <= config.num_virtual_tokens:
+            text = options
+    if init == "auto":
+        init = "text" if text and number == 0 else "labels" if words else "vocab"
+    return initial_vectors(
+        lm, config.num_virtual_tokens, init=init, seed=config.seed + number, text=text, label_words=words
+    )
+
+
 @dataclass(eq=False)
 class _Learner:
     """What one start learns.
@@ -413,17 +427,7 @@ class Training:
                     "set num_virtual_tokens to its length and use it with a base model of its width"
                 )
             return start.detach().float().cpu().clone().to(lm.device)
-        words, init, text = self.task.label_words(), config.init, config.init_text
-        if init == "auto" and text is None and words and number == 0:
-            options = f"Options: {', '.join(self.task.labels)}.\n"
-            if len(lm.tokenizer(options, add_special_tokens=False).input_ids) <= config.num_virtual_tokens:
-                text = options
-        if init == "auto":
-            init = "text" if text and number == 0 else "labels" if words else "vocab"
-        vectors = initial_vectors(
-            lm, config.num_virtual_tokens, init=init, seed=config.seed + number, text=text, label_words=words
-        )
-        return vectors.to(lm.device)
+        return first_vectors(self.task, config, number).to(lm.device)
 
     def _batch(self, step: int) -> list[int]:
         """Indices of the examples of a start's step ``step``, from its seed alone: consecutive parts of each epoch's

@@ -1,0 +1,477 @@
+"""An inspection as a whole: everything that is known of a soft prompt, the answers that it gives, and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from softprompt import ablation, behaviour
+from softprompt.ablation import AsText, Change, Cut, Difference, WhatMatters
+from softprompt.behaviour import Attention, Continuation, Labels
+from softprompt.data import Dataset
+from softprompt.errors import ConfigError
+from softprompt.evaluate import Progress
+from softprompt.inspect_figures import share, shown
+from softprompt.inspection import (
+    WAYWARD,
+    Map,
+    Neighbours,
+    Norms,
+    Word,
+    neighbours,
+    norms,
+    plain,
+    plane,
+    starting_vectors,
+    words,
+)
+from softprompt.metrics import Metric
+from softprompt.prompt import SoftPrompt
+from softprompt.task import Task
+from softprompt.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    pass
+
+ATTENTION_ROWS = 16
+"""The most rows of the data that attention is averaged over, besides the texts that are given."""
+
+Bar = Callable[[str], AbstractContextManager[Progress]]
+"""Gives a progress bar of that name."""
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What is known of one soft prompt.
+
+    Attributes:
+        soft_prompt: it.
+        vocabulary_size: V.
+        near: its nearest tokens.
+        added: the nearest tokens of what training added to its start; None if the start is not known.
+        words: the verbalizer's words in it; empty for free text.
+        norms: norms and drift.
+        map: a plane.
+        source: where the rows come from; None without data, and then all that follows is None or empty.
+        matters, cuts, readings: what each virtual token is worth, fewer of them, and it read as text.
+        labels: the answers with and without it; None for free text.
+        attention: that it is paid; None also if the model does not give it.
+        continuations: of the texts that were given.
+    """
+
+    soft_prompt: SoftPrompt
+    vocabulary_size: int
+    near: Neighbours
+    added: Neighbours | None
+    words: tuple[Word, ...]
+    norms: Norms
+    map: Map
+    source: str | None = None
+    matters: WhatMatters | None = None
+    cuts: tuple[Cut, ...] = ()
+    readings: tuple[AsText, ...] = ()
+    labels: Labels | None = None
+    attention: Attention | None = None
+    continuations: tuple[Continuation, ...] = ()
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """P."""
+        return self.soft_prompt.num_virtual_tokens
+
+    @property
+    def names(self) -> list[str]:
+        """What each virtual token is called by: its nearest token by cosine."""
+        return [reading.cosine[0].text for reading in self.near.readings]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "name": self.soft_prompt.name,
+            "base": self.soft_prompt.base,
+            "num_virtual_tokens": self.num_virtual_tokens,
+            "warning": WAYWARD,
+            "answers": [{"question": question, "answer": answer} for question, answer in answers(self)],
+            "nearest": self.near.as_dict(),
+            "added": None if self.added is None else self.added.as_dict(),
+            "words": plain(self.words),
+            "norms": self.norms.as_dict(),
+            "map": self.map.as_dict(),
+            "source": self.source,
+            "matters": None if self.matters is None else self.matters.as_dict(),
+            "cuts": plain(self.cuts),
+            "readings": plain(self.readings),
+            "labels": plain(self.labels),
+            "attention": plain(self.attention),
+            "continuations": plain(self.continuations),
+        }
+
+
+def require_vectors(soft_prompt: SoftPrompt) -> None:
+    """Refuses a trained KV prefix, which has no embeddings to be read.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if soft_prompt.vectors.dim() != 2:
+        raise ConfigError(
+            f"Reading a soft prompt needs vectors of the embedding width, but '{soft_prompt.name}' is a trained KV "
+            f"prefix, which has none; inspect one of another parametrisation."
+        )
+
+
+def inspect(soft_prompt: SoftPrompt, task: Task, dataset: Dataset | None, texts: Sequence[str], bar: Bar) -> Report:
+    """Looks at a soft prompt from every side.
+
+    Args:
+        soft_prompt: of vectors ``[P, H]``.
+        task: its own.
+        dataset: rows with targets to score with, at least 2; None for the views that need no forward pass.
+        texts: input texts to go on from, and to measure attention on.
+        bar: gives a progress bar.
+
+    Raises:
+        ConfigError: it is a KV prefix, or texts are given for a template with several fields.
+    """
+    require_vectors(soft_prompt)
+    examples = behaviour.examples_of(task, texts) if texts else ()
+    vectors, vocabulary = soft_prompt.vectors, Vocabulary.of(task.lm)
+    start, about_start = starting_vectors(task, soft_prompt)
+    near, *added = neighbours(vocabulary, vectors, *([] if start is None else [vectors - start]))
+    report: dict[str, Any] = {
+        "soft_prompt": soft_prompt,
+        "vocabulary_size": vocabulary.size,
+        "near": near,
+        "added": added[0] if added else None,
+        "words": words(vectors, vocabulary, _label_words(task), start=start),
+        "norms": norms(vectors, vocabulary, start, about_start=about_start),
+        "map": plane(vectors, vocabulary, start),
+    }
+    if dataset is not None:
+        with bar("reading as text") as progress:
+            readings = ablation.as_text(task, vectors, vocabulary, dataset, start=start, progress=progress)
+        with bar("leaving out") as progress:
+            matters = ablation.what_matters(task, vectors, dataset, progress=progress)
+        with bar("cutting") as progress:
+            cuts = ablation.cuts(task, vectors, dataset, matters, progress=progress)
+        report |= {"source": dataset.source, "readings": readings, "matters": matters, "cuts": cuts}
+        if task.verbalizer is not None:
+            with bar("with and without") as progress:
+                report["labels"] = behaviour.label_shift(task, vectors, dataset, progress=progress)
+    if examples or dataset is not None:
+        looked_at = (*examples, *(() if dataset is None else dataset.examples[:ATTENTION_ROWS]))
+        report["attention"] = behaviour.attention(task, vectors, looked_at, start=start)
+        report["continuations"] = behaviour.next_tokens(task, vectors, examples)
+    return Report(**report)
+
+
+def _label_words(task: Task) -> dict[str, tuple[int, ...]]:
+    """Every word of the verbalizer with its tokens as the template places them."""
+    if task.verbalizer is None:
+        return {}
+    listed = [word for of_label in task.verbalizer.words.values() for word in of_label]
+    return dict(zip(listed, task.words, strict=True))
+
+
+# --- numbers for people --------------------------------------------------------------------------
+
+
+def percent(metric: Metric) -> str:
+    """``92.5 % [88.1, 95.4]``."""
+    return f"{100 * metric.value:.1f} % [{100 * metric.low:.1f}, {100 * metric.high:.1f}]"
+
+
+def points(found: Difference) -> str:
+    """``−47.5 points [−62.0, −30.1]``."""
+    return _minus(f"{100 * found.value:+.1f} points [{100 * found.low:+.1f}, {100 * found.high:+.1f}]")
+
+
+def nats(found: Difference) -> str:
+    """``+0.089 nats [+0.021, +0.170]``."""
+    return _minus(f"{found.value:+.3f} nats [{found.low:+.3f}, {found.high:+.3f}]")
+
+
+def value(change: Change) -> str:
+    """Accuracy, or for free text the mean loss, with its interval."""
+    if change.score is not None:
+        return percent(change.score)
+    return f"{change.loss.value:.3f} nats [{change.loss.low:.3f}, {change.loss.high:.3f}]"
+
+
+def lost(change: Change) -> str:
+    """What that is against the whole soft prompt."""
+    return nats(change.loss_change) if change.score_change is None else points(change.score_change)
+
+
+def chance(q: float) -> str:
+    """``q = 0.012``, ``q < 0.001``."""
+    return f"q = {q:.3f}" if q >= 0.001 else "q < 0.001"
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")
+
+
+def _and(parts: Sequence[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
+
+
+# --- the answers ---------------------------------------------------------------------------------
+
+
+def answers(report: Report) -> list[tuple[str, str]]:
+    """What the inspection says, as questions and answers with numbers, intervals and nulls."""
+    found = [
+        ("Does it lie near words?", _near_words(report)),
+        ("Do the label words persist?", _label_words_persist(report)),
+        ("What is left of the start, and what did training add?", _since_start(report)),
+        ("Which virtual tokens matter most?", _most_important(report)),
+        ("How many of them are needed?", _needed(report)),
+        ("What is lost when it is read as text?", _lost_as_text(report)),
+        ("What does it change?", _changes(report)),
+    ]
+    return [(question, answer) for question, answer in found if answer]
+
+
+def _near_words(report: Report) -> str:
+    near = report.near
+    answer = (
+        f"{near.significant} of {report.num_virtual_tokens} virtual tokens lie nearer to a token of the vocabulary "
+        f"than random vectors of the same norm and profile do (false discovery rate {share(near.level)}, "
+        f"{near.draws:,} draws)."
+    )
+    if near.groups:
+        groups = "; ".join(
+            f"{', '.join(map(str, group))} around {shown(report.names[group[0]])}" for group in near.groups
+        )
+        answer += f" Those that share most of their neighbours: {groups}."
+    return answer
+
+
+def _label_words_persist(report: Report) -> str:
+    if not report.words:
+        return ""
+    there = [word for word in report.words if word.significant]
+    answer = f"{len(there)} of {len(report.words)} label words stand out in a virtual token above the null"
+    if there:
+        best = sorted(there, key=lambda word: -word.excess)[:6]
+        parts = [
+            f"{shown(word.text)} in virtual token {word.virtual_token} (neighbour no. {word.rank:,} of "
+            f"{report.vocabulary_size:,}, excess {word.excess:.1f} σ, {chance(word.q)})"
+            for word in best
+        ]
+        answer += f": {_and(parts)}" + (", to name the strongest." if len(there) > len(best) else ".")
+    else:
+        answer += "."
+    begun = [word for word in there if word.at_start]
+    if any(word.at_start is not None for word in there):
+        answer += (
+            f" Of these, {len(begun)} stand where training started from the same word: it was kept, not found."
+            if begun
+            else " None stands where training started from it."
+        )
+    return answer
+
+
+def _since_start(report: Report) -> str:
+    moved, added = report.norms.moved, report.added
+    if added is None:
+        return f"Not known: {report.norms.start}."
+    kept = sum(each.kept for each in moved)
+    first = sum(each.rank == 1 for each in moved)
+    mean = sum(each.cosine for each in moved) / len(moved)
+    random = sum(each.random_cosine for each in moved) / len(moved)
+    answer = (
+        f"The start can still be told from {kept} of {len(moved)} virtual tokens, and is the nearest token of {first}. "
+        f"Their mean cosine with it is {mean:.2f}; steps of the same lengths in random directions would leave "
+        f"{random:.2f}."
+    )
+    towards = [reading.stands_out.text for reading in added.readings if reading.significant]
+    answer += f" What training added lies near a token in {len(towards)} of {len(moved)}"
+    return answer + (f": {', '.join(map(shown, dict.fromkeys(towards)))}." if towards else ".")
+
+
+def _most_important(report: Report) -> str:
+    matters = report.matters
+    if matters is None:
+        return ""
+    parts = [
+        f"{i} near {shown(report.names[i])} ({nats(matters.tokens[i].left_out.loss_change)}; replaced by the mean "
+        f"{nats(matters.tokens[i].replaced.loss_change)}; among the first {ablation.TOP} in "
+        f"{share(matters.tokens[i].top_share)} of resamples)"
+        for i in matters.top
+    ]
+    count = sum(token.significant for token in matters.tokens)
+    return (
+        f"By the loss without them: {_and(parts)}. On {matters.n} rows the loss changes significantly without {count} "
+        f"of {report.num_virtual_tokens} (false discovery rate {share(matters.level)})."
+    )
+
+
+def _needed(report: Report) -> str:
+    if report.matters is None or not report.cuts:
+        return ""
+    parts = [f"{cut.k}: {value(cut.best)} and {value(cut.first)}" for cut in report.cuts]
+    return (
+        f"With only the k that matter most, and with only the first k, it reaches: for k = {'; '.join(parts)}; "
+        f"with all {report.num_virtual_tokens}: {value(report.matters.full)}."
+    )
+
+
+def _lost_as_text(report: Report) -> str:
+    if not report.readings:
+        return ""
+    of_name = {reading.name: reading.change for reading in report.readings}
+    typed = next(reading for reading in report.readings if reading.name.endswith("typed as text"))
+    random = [reading.change for reading in report.readings if reading.name.startswith("random")]
+    bare = of_name["no soft prompt"]
+    return (
+        f"The soft prompt reaches {value(of_name['soft prompt'])}; its nearest tokens typed as text reach "
+        f"{value(typed.change)}, a change of {lost(typed.change)}. For comparison: no soft prompt {value(bare)}; "
+        f"random tokens {'; '.join(value(change) for change in random)}. The text is {shown(typed.text, 300)}."
+    )
+
+
+def _changes(report: Report) -> str:
+    labels = report.labels
+    if labels is None:
+        return ""
+    largest = max(labels.with_it, key=lambda label: abs(labels.with_it[label] - labels.without[label]))
+    return (
+        f"Accuracy goes from {percent(labels.accuracy_without)} to {percent(labels.accuracy_with)}, "
+        f"{points(labels.gained)}: {labels.changed} of {labels.n} answers change, {labels.mended} are mended and "
+        f"{labels.broken} broken. The mean probability of {shown(largest)} goes from {labels.without[largest]:.2f} to "
+        f"{labels.with_it[largest]:.2f}; its true share is {labels.gold[largest]:.2f}."
+    )
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def nearest_table(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Each virtual token's neighbours beside the null's."""
+    columns = ["", "nearest by cosine", ">cosine", ">random", "by distance", "by dot product", "stands out"]
+    columns += [">excess σ", ">q"]
+    rows = []
+    for i, reading in enumerate(report.near.readings):
+        out = reading.stands_out
+        rows.append(
+            [
+                str(i),
+                " ".join(shown(near.text, 16) for near in reading.cosine),
+                f"{reading.cosine[0].value:.2f}",
+                f"{reading.random['cosine']:.2f}",
+                f"{shown(reading.euclidean[0].text, 16)} {reading.euclidean[0].value:.2f} "
+                f"(random {reading.random['euclidean']:.2f})",
+                f"{shown(reading.dot[0].text, 16)} {reading.dot[0].value:.1f} (random {reading.random['dot']:.1f})",
+                shown(out.text, 16) if reading.significant else "–",
+                f"{out.value:.1f}",
+                f"{reading.q:.3f}",
+            ]
+        )
+    return columns, rows
+
+
+def words_table(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Where each label word is found."""
+    columns = [
+        "word",
+        ">virtual token",
+        ">cosine",
+        ">neighbour no.",
+        ">excess σ",
+        ">q",
+        "above the null",
+        "started there",
+    ]
+    rows = [
+        [
+            shown(word.text),
+            str(word.virtual_token),
+            f"{word.cosine:.2f}",
+            f"{word.rank:,}",
+            f"{word.excess:.1f}",
+            f"{word.q:.3f}",
+            _yes(word.significant),
+            "not known" if word.at_start is None else _yes(word.at_start),
+        ]
+        for word in report.words
+    ]
+    return columns, rows
+
+
+def _yes(fact: bool) -> str:
+    return "yes" if fact else "no"
+
+
+def moved_table(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Norm and drift of each virtual token."""
+    columns = ["", "start", ">norm at start", ">norm", ">distance", ">cosine with start", ">by a random step"]
+    columns += [">start is neighbour no.", "kept", "training moved it towards"]
+    rows = []
+    for i, moved in enumerate(report.norms.moved):
+        assert report.added is not None  # both need the start
+        towards = report.added.readings[i]
+        rows.append(
+            [
+                str(i),
+                "no token" if moved.start is None else shown(moved.start.text, 16),
+                f"{moved.start_norm:.2f}",
+                f"{report.norms.norms[i]:.2f}",
+                f"{moved.distance:.2f}",
+                f"{moved.cosine:.2f}",
+                f"{moved.random_cosine:.2f}",
+                f"{moved.rank:,}",
+                _yes(moved.kept),
+                f"{shown(towards.stands_out.text, 16)} {chance(towards.q)}" if towards.significant else "–",
+            ]
+        )
+    return columns, rows
+
+
+def matters_table(report: Report, most: int | None = None) -> tuple[list[str], list[list[str]]]:
+    """What each virtual token is worth, the most costly first."""
+    assert report.matters is not None
+    columns = ["", "near", ">loss: left out", ">q", f">top {ablation.TOP}", ">accuracy: left out"]
+    columns += [">loss: the mean in its place"]
+    rows = []
+    for i in report.matters.order[:most]:
+        token = report.matters.tokens[i]
+        score = token.left_out.score_change
+        rows.append(
+            [
+                str(i),
+                shown(report.names[i], 16),
+                nats(token.left_out.loss_change),
+                f"{token.q:.3f}",
+                f"{share(token.top_share)}",
+                "–" if score is None else points(score),
+                nats(token.replaced.loss_change),
+            ]
+        )
+    return columns, rows
+
+
+def readings_table(readings: Sequence[AsText]) -> tuple[list[str], list[list[str]]]:
+    """What the soft prompt reads as is worth."""
+    columns = ["", ">score [95 %]", ">change [95 %]"]
+    rows = [[each.name, value(each.change), lost(each.change) if i else ""] for i, each in enumerate(readings)]
+    if readings[0].change.score is not None:  # else the loss is the score
+        columns.append(">loss, nats")
+        rows = [[*row, f"{each.change.loss.value:.3f}"] for row, each in zip(rows, readings, strict=True)]
+    return columns, rows
+
+
+def continuation_table(found: Continuation) -> tuple[list[str], list[list[str]]]:
+    """The next tokens after a text, and the labels' probabilities."""
+    rows = [
+        [f"{shown(a, 20)} {p:.3f}", f"{shown(b, 20)} {q:.3f}"]
+        for (a, p), (b, q) in zip(found.with_it, found.without, strict=True)
+    ]
+    if found.labels_with is not None and found.labels_without is not None:
+        for label, probability in found.labels_with.items():
+            rows.append([f"label {label}: {probability:.3f}", f"label {label}: {found.labels_without[label]:.3f}"])
+        rows.append([f"any label word: {found.on_labels_with:.3f}", f"any label word: {found.on_labels_without:.3f}"])
+    return ["next token with the soft prompt", "without"], rows
