@@ -135,6 +135,21 @@ def test_mixed_jobs_get_the_answers_of_one_at_a_time(kind: str) -> None:
         assert ticket.submitted <= ticket.started <= ticket.first
 
 
+def test_a_trained_kv_prefix_is_served_beside_plain_soft_prompts(llama: FrozenLM) -> None:
+    prompts = [soft(4), 0.3 * torch.randn(6, *llama.kv_shape, generator=torch.Generator().manual_seed(3))]
+    requests = [Request((3, SOFT, 4, 60, 61, 62 + i), 3, ((70,), (71, 72)), i % 2) for i in range(6)]
+    sampling = Sampling(max_new_tokens=7)
+    with running(llama) as engine:
+        inbox = Inbox()
+        engine.submit([job(r, prompts, s) for r in requests for s in (sampling, None)], inbox)
+        events = inbox.until_done(12)
+    for index, request in enumerate(requests):
+        assert text_of(events[2 * index]) == llama.generate([request], prompts, sampling)[0].text
+        (scores,) = events[2 * index + 1]
+        assert isinstance(scores, Scores)
+        torch.testing.assert_close(torch.tensor(scores.logprobs), llama.score([request], prompts)[0])
+
+
 def test_jobs_of_several_threads_are_all_answered(llama: FrozenLM) -> None:
     requests, prompts = mixed(llama)
     expected = [llama.generate([r], prompts, Sampling(max_new_tokens=5))[0].text for r in requests]
