@@ -34,7 +34,7 @@ def vectors() -> torch.Tensor:
 def searched(monkeypatch: pytest.MonkeyPatch, rows: Dataset = ROWS, patience: int = 3, **options: Any) -> Hardened:
     monkeypatch.setattr(module, "PATIENCE", patience)
     task = toy_task(tiny("llama"), ROWS, LENGTH)
-    return harden(task, vectors(), Vocabulary.of(tiny("llama")), rows, budget=60, **options)
+    return harden(task, vectors(), Vocabulary.of(tiny("llama")), rows, budget=1e6, **options)
 
 
 def test_the_text_is_worth_what_is_reported_on_rows_that_the_search_did_not_see(
@@ -138,7 +138,7 @@ def test_free_text_can_be_hardened(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Dataset(tuple(Example({"input": f"film {i}"}, "very good", where=f"t:{i}") for i in range(8)), "t", "t")
     task = Task(lm, TOY_TEMPLATE, None, LENGTH, lm.window)
     monkeypatch.setattr(module, "PATIENCE", 4)
-    found = harden(task, vectors(), Vocabulary.of(lm), rows, budget=60)
+    found = harden(task, vectors(), Vocabulary.of(lm), rows, budget=1e6)
     assert found.search_loss[1] <= found.search_loss[0]
     assert found.readings[0].change.score is None
 

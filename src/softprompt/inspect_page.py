@@ -138,7 +138,9 @@ def _near(page: Page, report: Report, picture: Any) -> None:
 def _start(page: Page, report: Report, picture: Any) -> None:
     found = report.norms
     page.heading("Norms, and the way from the start")
-    page.paragraph(f"The start: {found.start}.")
+    tokens = [each.start.text for each in found.moved if each.start is not None]
+    reads = f"; it reads {shown(''.join(tokens), 300)}" if 0 < len(tokens) == len(found.moved) else ""
+    page.paragraph(f"The start: {found.start}{reads}.")
     picture(
         "norms",
         figures.norms(found),
@@ -153,7 +155,7 @@ def _start(page: Page, report: Report, picture: Any) -> None:
             "not hold on to. The last column reads the difference between the virtual token and its start in the same "
             "way as the virtual tokens above."
         )
-        page.table(*moved_table(report), strong=[i for i, each in enumerate(found.moved) if each.kept])
+        page.table(*moved_table(report))
 
 
 def _importance(page: Page, report: Report, picture: Any) -> None:

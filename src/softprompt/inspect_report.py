@@ -210,6 +210,11 @@ def chance(q: float) -> str:
     return f"q = {q:.3f}" if q >= 0.001 else "q < 0.001"
 
 
+def _small(q: float) -> str:
+    """The same in a table."""
+    return f"{q:.3f}" if q >= 0.001 else "< 0.001"
+
+
 def _minus(text: str) -> str:
     return text.replace("-", "−")
 
@@ -368,7 +373,7 @@ def nearest_table(report: Report) -> tuple[list[str], list[list[str]]]:
                 f"{shown(reading.dot[0].text, 16)} {reading.dot[0].value:.1f} (random {reading.random['dot']:.1f})",
                 shown(out.text, 16) if reading.significant else "–",
                 f"{out.value:.1f}",
-                f"{reading.q:.3f}",
+                _small(reading.q),
             ]
         )
     return columns, rows
@@ -393,7 +398,7 @@ def words_table(report: Report) -> tuple[list[str], list[list[str]]]:
             f"{word.cosine:.2f}",
             f"{word.rank:,}",
             f"{word.excess:.1f}",
-            f"{word.q:.3f}",
+            _small(word.q),
             _yes(word.significant),
             "not known" if word.at_start is None else _yes(word.at_start),
         ]
@@ -409,7 +414,7 @@ def _yes(fact: bool) -> str:
 def moved_table(report: Report) -> tuple[list[str], list[list[str]]]:
     """Norm and drift of each virtual token."""
     columns = ["", "start", ">norm at start", ">norm", ">distance", ">cosine with start", ">by a random step"]
-    columns += [">start is neighbour no.", "kept", "training moved it towards"]
+    columns += [">neighbour no.", "kept", "moved towards"]
     rows = []
     for i, moved in enumerate(report.norms.moved):
         assert report.added is not None  # both need the start
@@ -445,7 +450,7 @@ def matters_table(report: Report, most: int | None = None) -> tuple[list[str], l
                 str(i),
                 shown(report.names[i], 16),
                 nats(token.left_out.loss_change),
-                f"{token.q:.3f}",
+                _small(token.q),
                 f"{share(token.top_share)}",
                 "–" if score is None else points(score),
                 nats(token.replaced.loss_change),
