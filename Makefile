@@ -9,8 +9,9 @@ BIN := .venv/bin
 demo: .venv/core.stamp
 	$(BIN)/softprompt demo
 
+# One thread: the models are tiny, and tests that run several processes would make their threads wait for each other.
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test-slow: .venv/dev.stamp
 	$(BIN)/python -m pytest -m slow
