@@ -125,6 +125,28 @@ def test_predictions_do_not_depend_on_how_rows_are_cut_into_chunks(
     assert predict([]) == []
 
 
+def test_a_prefix_is_computed_once_for_all_chunks(llama: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["softprompt.evaluate"], "ROWS_AT_ONCE", 2)
+    computed: list[int] = []
+    prefix_kv = FrozenLM.prefix_kv
+
+    def counted(lm: FrozenLM, ids: Any, soft: torch.Tensor | None) -> Any:
+        computed.append(0 if soft is None else len(soft))
+        return prefix_kv(lm, ids, soft)
+
+    monkeypatch.setattr(FrozenLM, "prefix_kv", counted)
+    labels, text = label_task(llama), text_task(llama)
+    four, three = vectors(llama, 4, 1), vectors(llama, 3, 3)
+    rows = [Example({"input": text}, None) for text in TEXTS]
+    queries = [Query(labels, row, four) for row in rows] + [Query(text, row, three) for row in rows]
+    predict(queries)
+    assert sorted(computed) == [3, 4]
+    kept = llama.kept_prefixes(2)
+    one_at_a_time = [predict([query], prefix_of=kept)[0] for query in queries]
+    assert sorted(computed) == [3, 3, 4, 4]
+    assert [answer.text for answer in one_at_a_time] == [answer.text for answer in predict(queries)]
+
+
 def test_default_sampling(llama: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
     task = text_task(llama)
     fixed = len(llama.tokenizer(" Then:").input_ids)
@@ -138,7 +160,9 @@ def test_default_sampling(llama: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> N
 
     used: list[Sampling] = []
 
-    def generate(requests: list[Request], soft_prompts: list[torch.Tensor], sampling: Sampling) -> list[Generated]:
+    def generate(
+        requests: list[Request], soft_prompts: list[torch.Tensor], sampling: Sampling, **more: Any
+    ) -> list[Generated]:
         used.append(sampling)
         return [Generated(" an answer \n", (1, 2), "stop")] * len(requests)
 
@@ -211,7 +235,7 @@ def test_text_metrics_compare_stripped_answers_with_the_references(
 ) -> None:
     answers = iter([" very good \n", "a bad film", "nothing like it"])
     monkeypatch.setattr(
-        llama, "generate", lambda requests, *_: [Generated(next(answers), (1,), "stop") for _ in requests]
+        llama, "generate", lambda requests, *_, **__: [Generated(next(answers), (1,), "stop") for _ in requests]
     )
     examples = (
         Example({"input": "a"}, "very good", (), "test.jsonl:1"),
@@ -312,7 +336,8 @@ def test_rows_without_a_target_or_with_a_foreign_one_are_refused(llama: FrozenLM
 
 def test_scores_that_are_not_numbers_are_refused(llama: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
     task, soft = label_task(llama), vectors(llama, 4, 1)
-    monkeypatch.setattr(llama, "score", lambda requests, _: torch.full((len(requests), len(task.words)), torch.nan))
+    width = len(task.words)
+    monkeypatch.setattr(llama, "score", lambda requests, *_, **__: torch.full((len(requests), width), torch.nan))
     assert sentence(ConfigError, lambda: predict([Query(task, Example({"input": "a"}, None), soft)])) == (
         "The base model's scores are not numbers in torch.float32; load it with dtype fp32."
     )

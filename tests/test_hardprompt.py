@@ -18,7 +18,7 @@ from conftest import TOY_LABELS, TOY_TEMPLATE, tiny, toy
 from softprompt import hardprompt
 from softprompt.data import Dataset, Example
 from softprompt.errors import ConfigError, DataError, TemplateError
-from softprompt.evaluate import Prediction, Progress, Query, evaluate, predict
+from softprompt.evaluate import Prediction, Query, evaluate, predict
 from softprompt.frozen import Sampling
 from softprompt.hardprompt import METHODS, few_shot, few_shot_nearest, instruction, zero_shot
 from softprompt.methods import Learned, Problem
@@ -101,12 +101,10 @@ class Planted:
             self.now += seconds(text)
             return Prediction(said, logprobs, None, False)
 
-        def planted(
-            queries: Sequence[Query], *, sampling: Sampling | None = None, progress: Progress | None = None
-        ) -> list[Prediction]:
+        def planted(queries: Sequence[Query], **options: Any) -> list[Prediction]:
             if all(id(query.example) in rows for query in queries):
                 return [answer(query) for query in queries]
-            return predict(queries, sampling=sampling, progress=progress)
+            return predict(queries, **options)
 
         patch.setattr(hardprompt, "predict", planted)
         patch.setattr(time, "perf_counter", lambda: self.now)

@@ -11,7 +11,7 @@ import torch
 from softprompt import metrics as measures
 from softprompt.data import Dataset, Example, check_targets
 from softprompt.errors import ConfigError, DataError
-from softprompt.frozen import FrozenLM, Request, Sampling
+from softprompt.frozen import FrozenLM, PrefixOf, Request, Sampling
 from softprompt.metrics import Metric
 from softprompt.task import Task
 
@@ -20,6 +20,8 @@ LABEL_METRICS = ("accuracy", "macro_f1", "mcc", "log_loss")
 TEXT_METRICS = ("bleu", "rouge_l", "exact_match", "token_f1", "perplexity")
 """What free text is measured by; the first is the headline."""
 
+KEPT_PREFIXES = 64
+"""Soft prompts, or hard ones, whose keys and values are kept from one batch to the next."""
 ROWS_AT_ONCE = 128
 """Rows between two reports of progress; inside, they are sorted by length."""
 
@@ -104,6 +106,7 @@ def predict(
     sampling: Sampling | None = None,
     normalise: bool = False,
     progress: Progress | None = None,
+    prefix_of: PrefixOf | None = None,
 ) -> list[Prediction]:
     """Answers queries that may differ in soft prompt, template and labels, in shared batches of one base model.
 
@@ -112,6 +115,7 @@ def predict(
         sampling: for free text; None: ``default_sampling`` of each query's task.
         normalise: divide each word's log-probability by its number of tokens.
         progress: is told how far it is.
+        prefix_of: where prefixes come from; by default ``FrozenLM.kept_prefixes``, for as long as this call lasts.
 
     Returns:
         One prediction a query, in order. The same query gives the same greedy answer in any company.
@@ -127,11 +131,17 @@ def predict(
         job = None if query.task.verbalizer is not None else sampling or default_sampling(query.task)
         jobs.setdefault(job, []).append(index)
     answers: dict[int, Prediction] = {}
+    if queries and prefix_of is None:
+        prefix_of = _lm(queries).kept_prefixes(KEPT_PREFIXES)
     for job, members in jobs.items():
         for start, chunk in _chunks(members):
             part = [queries[i] for i in chunk]
             # the seed goes on as if the rows were not cut into chunks
-            found = _write(part, replace(job, seed=job.seed + start)) if job else _classify(part, normalise)
+            found = (
+                _write(part, replace(job, seed=job.seed + start), prefix_of)
+                if job
+                else _classify(part, normalise, prefix_of)
+            )
             answers.update(zip(chunk, found, strict=True))
             if progress is not None:
                 progress(len(answers), len(queries))
@@ -158,9 +168,9 @@ def _requests(
     return requests, soft_prompts
 
 
-def _classify(queries: Sequence[Query], normalise: bool) -> list[Prediction]:
+def _classify(queries: Sequence[Query], normalise: bool, prefix_of: PrefixOf | None) -> list[Prediction]:
     requests, soft_prompts = _requests(queries, lambda query, place: query.task.label_request(query.example, place))
-    scores = _lm(queries).score(requests, soft_prompts)
+    scores = _lm(queries).score(requests, soft_prompts, prefix_of=prefix_of)
     by_task: dict[int, list[int]] = {}
     for row, query in enumerate(queries):
         by_task.setdefault(id(query.task), []).append(row)
@@ -177,11 +187,11 @@ def _classify(queries: Sequence[Query], normalise: bool) -> list[Prediction]:
     return [found[row] for row in range(len(queries))]
 
 
-def _write(queries: Sequence[Query], sampling: Sampling) -> list[Prediction]:
+def _write(queries: Sequence[Query], sampling: Sampling, prefix_of: PrefixOf | None) -> list[Prediction]:
     requests, soft_prompts = _requests(
         queries, lambda query, place: query.task.open_request(query.example, sampling.max_new_tokens, place)
     )
-    written = _lm(queries).generate(requests, soft_prompts, sampling)
+    written = _lm(queries).generate(requests, soft_prompts, sampling, prefix_of=prefix_of)
     return [
         Prediction(answer.text.strip(), None, answer.finish, request.truncated)
         for answer, request in zip(written, requests, strict=True)

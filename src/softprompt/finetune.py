@@ -397,9 +397,10 @@ def peft_prompt_tuning(problem: Problem) -> Learned:
         if step % 10 == 0:
             problem.notice(f"step {step:,} of {total:,}, loss {float(loss.detach()):.3f}")
     vectors = model.get_prompt_embedding_to_save("default").float()
+    kept = problem.lm.kept_prefixes(1)
 
     def answer(examples: Sequence[Example], progress: Progress | None) -> list[Prediction]:
-        return predict([Query(task, example, vectors) for example in examples], progress=progress)
+        return predict([Query(task, example, vectors) for example in examples], progress=progress, prefix_of=kept)
 
     return Learned(answer, vectors.numel(), vectors.nbytes, chosen={"steps": step})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -233,6 +233,11 @@ class FrozenLM:
             lengths=(length,),
         )
 
+    def kept_prefixes(self, most: int | None) -> PrefixOf:
+        """``prefix_kv`` without gradient that keeps its last ``most`` results, or all; vectors are told apart by
+        identity."""
+        return lru_cache(most)(torch.no_grad()(self.prefix_kv))
+
     def score_batch(self, batch: Batch, prefix: PrefixKV) -> torch.Tensor:
         """Log-probabilities of each row's words; differentiable in ``prefix``.
 
@@ -413,6 +418,7 @@ class FrozenLM:
         sampling: Sampling | None = None,
         *,
         batch_size: int = 32,
+        prefix_of: PrefixOf | None = None,
     ) -> list[Generated]:
         """Continues each request; every request may use another soft prompt.
 
@@ -421,19 +427,13 @@ class FrozenLM:
             soft_prompts: as for ``score``.
             sampling: greedy, 64 tokens, by default.
             batch_size: the most requests in one forward pass.
+            prefix_of: where prefixes come from; by default each is computed once.
 
         Returns:
             One result a request, in order.
         """
         sampling = sampling or Sampling()
-        prefixes: dict[tuple[Tokens, int], PrefixKV] = {}
-
-        def prefix_of(ids: Tokens, vectors: torch.Tensor | None) -> PrefixKV:
-            key = (ids, id(vectors))
-            if key not in prefixes:
-                prefixes[key] = self.prefix_kv(ids, vectors)
-            return prefixes[key]
-
+        prefix_of = prefix_of or self.kept_prefixes(None)
         writers = [Writer(self, sampling, sampling.seed + i) for i in range(len(requests))]
         waiting = sorted(range(len(requests)), key=lambda i: len(requests[i].ids))
         decoder = Decoder(self)

@@ -361,7 +361,8 @@ def _is_cut(query: Query, sampling: Sampling) -> bool:
 def _answer(problem: Problem, prompt: _Prompt, calibrate: bool) -> Answer:
     """The predictions behind a hard prompt; free text as the bare template gives it room."""
     _check_labels(problem, calibrate)
-    run = partial(predict, sampling=default_sampling(problem.task()))
+    kept = problem.lm.kept_prefixes(1 if prompt.shared else NEAREST_AT_ONCE)
+    run = partial(predict, sampling=default_sampling(problem.task()), prefix_of=kept)
     fields = problem.template.fields
     if prompt.shared:
         neutral = _content_free(prompt.ask(problem.train.examples[0]), fields) if calibrate else []

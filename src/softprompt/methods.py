@@ -126,9 +126,10 @@ def soft_prompt(problem: Problem, parametrisation: str = "plain") -> Learned:
         if problem.seconds_left < 0:
             break
     found = training.result()
+    kept = problem.lm.kept_prefixes(1)
     return Learned(
         answer=lambda examples, progress: predict(
-            [Query(task, example, found.vectors) for example in examples], progress=progress
+            [Query(task, example, found.vectors) for example in examples], progress=progress, prefix_of=kept
         ),
         trainable_parameters=found.training["trainable_parameters"],
         bytes=len(artifact.encode(found)),
@@ -169,6 +170,7 @@ def _of_several(problem: Problem, decide: Callable[[torch.Tensor], torch.Tensor]
             f"An ensemble needs the soft prompts of at least 2 seeds, found {len(members)}; run them first."
         )
     tasks = [Task.of(problem.lm, member) for member in members]
+    kept = problem.lm.kept_prefixes(len(members))
 
     def answer(examples: Sequence[Example], progress: Progress | None) -> list[Prediction]:
         queries = [
@@ -176,7 +178,7 @@ def _of_several(problem: Problem, decide: Callable[[torch.Tensor], torch.Tensor]
             for example in examples
             for task, member in zip(tasks, members, strict=True)
         ]
-        found = predict(queries, progress=progress)
+        found = predict(queries, progress=progress, prefix_of=kept)
         logprobs = torch.tensor([list((one.logprobs or {}).values()) for one in found], dtype=torch.float64)
         together = decide(logprobs.exp().view(len(examples), len(members), -1).transpose(0, 1))
         return [
