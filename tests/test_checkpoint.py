@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import TOY_LABELS, TOY_TEMPLATE, scripted, tiny, toy, toy_task, train_settings
-from softprompt import checkpoint
+from softprompt import checkpoint, history
 from softprompt.config import TrainConfig
 from softprompt.errors import ConfigError, StoreError
 from softprompt.objective import Objective
@@ -128,14 +128,15 @@ def test_a_number_that_is_another_is_noticed_by_the_digest(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("document", "version"), [({"schema_version": 2}, "2"), ({"state": {}, "optimizer": {}}, None)]
+    ("document", "version"),
+    [({"schema_version": 1}, "1"), ({"schema_version": 3}, "3"), ({"state": {}, "optimizer": {}}, None)],
 )
 def test_a_checkpoint_of_another_release_is_named(document: dict[str, Any], version: str, tmp_path: Path) -> None:
     metadata = {"softprompt_checkpoint": json.dumps(document)}
     save_file({"vectors": torch.zeros(4, 6)}, tmp_path / checkpoint.FILE, metadata)
     assert damaged(tmp_path) == (
         f"the checkpoint {tmp_path / checkpoint.FILE} has schema version {version}, but this release of softprompt "
-        "goes on from 1; finish the run with the release that began it, or start anew without --resume"
+        "goes on from 2; finish the run with the release that began it, or start anew without --resume"
     )
 
 
@@ -177,8 +178,8 @@ def test_a_cut_or_changed_header_is_named(tmp_path: Path) -> None:
         {"other": "1"},
         {"softprompt_checkpoint": "no json"},
         {"softprompt_checkpoint": "[]"},
-        {"softprompt_checkpoint": '{"schema_version": 1}'},
-        {"softprompt_checkpoint": '{"schema_version": 1, "state": {}, "optimizers": 3, "digest": ""}'},
+        {"softprompt_checkpoint": '{"schema_version": 2}'},
+        {"softprompt_checkpoint": '{"schema_version": 2, "state": {}, "optimizers": 3, "digest": ""}'},
     ],
 )
 def test_a_foreign_file_is_named(metadata: dict[str, str] | None, tmp_path: Path) -> None:
@@ -252,6 +253,12 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return log
 
 
+def kept_history(folder: Path) -> bytes | None:
+    """The history's file; None if there is none."""
+    path = folder / history.FILE
+    return path.read_bytes() if path.exists() else None
+
+
 def outcome(training: Training) -> dict[str, Any]:
     """Everything about a result but wall times."""
     made = training.result()
@@ -285,6 +292,12 @@ def test_stopped_after_any_step_it_goes_on_to_the_same_end(
         list(again)
         assert outcome(again) == outcome(whole)
         assert lines(folder) == lines(tmp_path / "whole")
+        assert kept_history(folder) == kept_history(tmp_path / "whole")
+    kept = [(0, 0), (0, 5), (0, 10), (0, 12)]
+    if options.get("parametrisation") == "prefix":
+        assert kept_history(tmp_path / "whole") is None
+    else:
+        assert sorted(history.load(tmp_path / "whole")) == kept
 
 
 @pytest.mark.parametrize("kind", ["plain", "superpos", "prefix"])
@@ -305,6 +318,11 @@ def test_several_starts_stopped_after_any_step_go_on_to_the_same_end(kind: str, 
         list(again)
         assert outcome(again) == outcome(whole)
         assert lines(folder) == lines(tmp_path / "whole")
+        assert kept_history(folder) == kept_history(tmp_path / "whole")
+    if kind != "prefix":
+        assert [key for key in sorted(history.load(tmp_path / "whole")) if key[1] <= 6] == [
+            (start, step) for start in range(3) for step in (2 * start, 2 * start + 2)
+        ]
 
 
 def test_the_log_has_a_line_for_every_step(tmp_path: Path) -> None:
@@ -474,4 +492,6 @@ def test_killed_at_random_moments_and_resumed_is_never_killed(
     assert process.exitcode == 0
     assert (killed / "result.json").read_text() == (whole / "result.json").read_text()
     assert lines(killed) == lines(whole)
+    assert kept_history(killed) == kept_history(whole)
+    assert (kept_history(whole) is None) == (options.get("parametrisation") == "prefix")
     assert not list(killed.glob(".*"))

@@ -201,6 +201,53 @@ def test_free_text_is_measured_by_its_loss(run: Run, trained: tuple[SoftPrompt, 
     assert found["words"] == []
 
 
+def test_the_way_over_the_training_is_found_in_its_run_folder(run: Run, train: Run, home: Path) -> None:
+    assert train("train.jsonl", "--name", "films", "--num-virtual-tokens", "4").code == 0
+    lines = lines_of(run("inspect", "films", "--out", "report", *FP32))
+    assert "How did it get there?" in lines
+    (head,) = (i for i, line in enumerate(lines) if line.split()[:3] == ["step", "drift", "largest"])
+    assert [line.split()[0] for line in lines[head + 1 : head + 4]] == ["0", "4", "8"]
+    assert sum(line.rstrip().endswith("kept") for line in lines[head + 1 : head + 4]) == 1
+    assert [line for line in lines if len(line) > 100] == []
+    folder = home.parent / "report"
+    assert (folder / "drift.png").read_bytes().startswith(b"\x89PNG")
+    assert "How did it get there?" in (folder / "report.html").read_text("utf-8")
+    assert "| step | drift | largest |" in (folder / "card.md").read_text("utf-8")
+    found = run("inspect", "films", "--json", *FP32).json
+    assert [point["step"] for point in found["drift"]["points"]] == [0, 4, 8]
+    by_path = run("inspect", str(home / "films.safetensors"), "--json", *FP32).json
+    assert by_path["drift"] == found["drift"]
+
+    runs = home / ".runs"
+    (runs / "films").rename(home.parent / "kept")
+    missing = run("inspect", "films", "--json", *FP32)
+    assert (missing.json["drift"], missing.err) == (None, "")
+    answer = {each["question"]: each["answer"] for each in missing.json["answers"]}["How did it get there?"]
+    assert answer == (
+        "Not known: the run folder of its training was not found, which keeps the vectors of each validation; where "
+        "there is one, name it with --run."
+    )
+    assert run("inspect", "films", "--run", "kept", "--json", *FP32).json["drift"] == found["drift"]
+
+
+def test_the_history_of_another_training_is_not_taken(
+    run: Run, train: Run, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train("train.jsonl", "--out", "a.safetensors", "--num-virtual-tokens", "4").code == 0
+    assert run("inspect", "a.safetensors", "--json", *FP32).json["drift"] is not None
+    soft_prompt = artifact.load(home.parent / "a.safetensors")
+    artifact.save(replace(soft_prompt, vectors=2 * soft_prompt.vectors), home.parent / "a.safetensors")
+    ran = run("inspect", "a.safetensors", "--json", *FP32)
+    sentence = "The history in a.safetensors.run is of another training: the vectors of 'a' are nowhere in it."
+    assert (ran.json["drift"], ran.err) == (None, f"warning: {sentence}\n")
+    monkeypatch.setattr(FrozenLM, "load", None)  # told before a model is loaded
+    is_refused(run("inspect", "a.safetensors", "--run", "a.safetensors.run"), sentence)
+    is_refused(
+        run("inspect", "a.safetensors", "--run", "nowhere"),
+        "There is no training's history in nowhere; expected the file history.safetensors of a run folder there.",
+    )
+
+
 # --- several, and the store ----------------------------------------------------------------------
 
 
@@ -277,7 +324,7 @@ def test_mistakes_are_one_sentence_before_the_model_is_loaded(tuned: Run, home: 
     )
     is_refused(
         tuned("inspect", "one", "two", "--data", "test.jsonl"),
-        "--data and --text go with a single soft prompt; name one, or leave them out.",
+        "--data, --text and --run go with a single soft prompt; name one, or leave them out.",
     )
     write_labels(home.parent / "other.jsonl", 6, ("good", "bad"))
     is_refused(

@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ import torch
 from conftest import ALL, TOY_TEMPLATE, plain_score, scripted, tiny, toy, toy_task, train_settings
 from softprompt.config import DEFAULT_STEPS, TrainConfig, preset
 from softprompt.data import Dataset, Example
+from softprompt.drift import way_of
 from softprompt.errors import ConfigError, DataError
 from softprompt.frozen import FrozenLM, Request
+from softprompt.inspection import starting_vectors
 from softprompt.objective import Objective
 from softprompt.prompt import initial_vectors
 from softprompt.task import Task
@@ -223,12 +226,64 @@ def test_a_start_of_ones_own(llama: FrozenLM) -> None:
     training = Training(toy_task(llama, data), data, data, train_settings(), start=start)
     torch.testing.assert_close(training.result().vectors, start)
     assert training.result().training["stopped"] == "interrupted"
+    assert training.result().training["init"] == "given"
+    assert starting_vectors(training.task, training.result()) == (
+        None,
+        "its record names the start 'given', which is no rule",
+    )
+    named = Training(toy_task(llama, data), data, data, train_settings(init="sst2"), start=start)
+    assert named.result().training["init"] == "sst2"
     with pytest.raises(ConfigError) as error:
         Training(toy_task(llama, data), data, data, train_settings(), start=torch.zeros(5, 32))
     assert str(error.value) == (
         "the soft prompt to start from has shape [5, 32], but [6, 32] is needed; "
         "set num_virtual_tokens to its length and use it with a base model of its width"
     )
+
+
+def test_a_run_from_one_start_is_not_resumed_from_another(llama: FrozenLM, tmp_path: Path) -> None:
+    data = toy(10, 0)
+
+    def made(value: float | None) -> Training:
+        start = None if value is None else torch.full((6, 32), value)
+        task, config = toy_task(llama, data), train_settings(checkpoint_every=1)
+        return Training(task, data, data, config, start=start, folder=tmp_path, resume=True)
+
+    next(iter(made(0.01)))
+    assert made(0.01).step == 1
+    for other in (0.02, None):
+        with pytest.raises(ConfigError) as error:
+            made(other)
+        assert str(error.value) == (
+            f"the checkpoint in {tmp_path} is of a run with other start; "
+            "resume with the same settings and data, or start anew without --resume"
+        )
+
+
+@pytest.mark.parametrize("stop", [3, None])
+def test_the_start_on_record_is_the_one_that_the_best_vectors_came_from(
+    stop: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two starts of 2 steps: the first has the best validation midway, the second the better one at its end, and goes
+    on; or the run is interrupted while the second is tried."""
+    script = [(0.9, 1.0), (0.5, 1.0), (0.6, 1.0), (0.6, 0.9), *[(0.1, 1.0)] * 18]
+    seen = scripted(monkeypatch, script)
+    data = toy(20, 0)
+    config = train_settings(steps=20, eval_every=1, starts=2, init="vocab", seed=7)
+    training = Training(toy_task(tiny("llama"), data), data, data, config, folder=tmp_path)
+    for step in training:
+        if step.number == stop:
+            break
+    made = training.result()
+    assert (made.training["start"], made.training["best_step"]) == (0, 1)
+    assert torch.equal(made.vectors, seen[0])
+    start, about = starting_vectors(training.task, made)
+    assert about == "made again from the training record: init vocab, seed 7"
+    assert start is not None
+    way = way_of(made, tmp_path)
+    assert list(way) == [0, 1, 2]
+    torch.testing.assert_close(way[0], start, rtol=1e-5, atol=1e-6)
+    assert torch.equal(way[2], seen[1])
 
 
 # --- which rows when -----------------------------------------------------------------------------------------

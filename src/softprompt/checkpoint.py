@@ -13,12 +13,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
+from softprompt import history
 from softprompt.artifact import atomic_writer
 from softprompt.errors import StoreError
 
 FILE = "checkpoint.safetensors"
 LOG = "log.jsonl"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _KEY = "softprompt_checkpoint"
 
 Slots = dict[str, dict[str, Any]]
@@ -128,6 +129,6 @@ def trim_log(path: Path, step: int) -> None:
 
 def tidy(folder: Path) -> None:
     """Removes what a kill in the middle of writing left behind."""
-    for name in (FILE, LOG):
+    for name in (FILE, LOG, history.FILE):
         for path in folder.glob(f".{name}*"):
             path.unlink(missing_ok=True)

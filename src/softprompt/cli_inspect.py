@@ -17,14 +17,18 @@ from softprompt import inspect_page
 from softprompt.cli_compare import seconds
 from softprompt.compare import cut
 from softprompt.data import Dataset, check_targets, read_dataset
-from softprompt.errors import ConfigError, DataError
+from softprompt.drift import Way, way_of
+from softprompt.errors import ConfigError, DataError, StoreError
 from softprompt.harden import Hardened, harden
+from softprompt.history import FILE as HISTORY
 from softprompt.inspect_figures import share, shown
 from softprompt.inspect_page import pairs_table
 from softprompt.inspect_report import (
+    DRIFT,
     Report,
     answers,
     continuation_table,
+    drift_table,
     inspect,
     matters_table,
     nats,
@@ -57,6 +61,10 @@ from softprompt.vocabulary import Vocabulary
 WIDTH = 100
 """Columns that the terminal view fits into."""
 MOST_LINES = 100
+NO_WAY = (
+    "the run folder of its training was not found, which keeps the vectors of each validation; where there is one, "
+    "name it with --run"
+)
 
 Rows = Annotated[int, data_option("The most rows to score, a seeded choice.", 200, min=2)]
 
@@ -70,6 +78,9 @@ def inspect_command(
     data: Annotated[str | None, data_option("Rows with targets, for all that needs the model.")] = None,
     rows: Rows = 200,
     text: Annotated[list[str] | None, option("Show what follows this input text. Repeatable.")] = None,
+    run: Annotated[
+        Path | None, data_option("The run folder of its training, for the way it took.", "the store's")
+    ] = None,
     out: Annotated[Path | None, option("Write report.html, card.md, report.json and figures to this folder.")] = None,
     input_field: InputField = None,
     target_field: TargetField = "target",
@@ -100,15 +111,16 @@ def inspect_command(
     for soft_prompt in chosen.values():
         require_vectors(soft_prompt)
     if len(chosen) > 1:
-        if data is not None or text:
-            raise ConfigError("--data and --text go with a single soft prompt; name one, or leave them out.")
+        if data is not None or text or run is not None:
+            raise ConfigError("--data, --text and --run go with a single soft prompt; name one, or leave them out.")
         _compare(chosen, base, model, out, as_json)
         return
-    (soft_prompt,) = chosen.values()
+    ((name, soft_prompt),) = chosen.items()
+    way = _way(store, name, soft_prompt, run)
     dataset = None if data is None else _read(soft_prompt, data, rows, input_field, target_field)
     lm = load_base_model(base or soft_prompt.base, *model)
     with stderr.status("looking"):
-        report = inspect(soft_prompt, Task.of(lm, soft_prompt), dataset, text or (), rows_bar)
+        report = inspect(soft_prompt, Task.of(lm, soft_prompt), dataset, text or (), rows_bar, way, NO_WAY)
     if out is not None:
         written = inspect_page.write(report, out)
         stderr.print(f"written: {', '.join(map(str, written[:2]))} and {len(written) - 2} more")
@@ -116,6 +128,22 @@ def inspect_command(
         print(json.dumps(report.as_dict(), allow_nan=False))
     else:
         _show(report)
+
+
+def _way(store: Store, name: str, soft_prompt: SoftPrompt, run: Path | None) -> Way | None:
+    """The soft prompt's way over its training, from the folder given, or the one where the training kept it."""
+    if run is not None:
+        return way_of(soft_prompt, run)
+    path = store.find(name)
+    stored = path.parent == store.home and path.stem in store.names()
+    folder = store.run_folder(path.stem) if stored else Path(f"{path}.run")
+    if not (folder / HISTORY).is_file():
+        return None
+    try:
+        return way_of(soft_prompt, folder)
+    except StoreError as error:
+        stderr.print(f"warning: {error}")
+        return None
 
 
 def _read(soft_prompt: SoftPrompt, source: str, rows: int, input_field: str | None, target_field: str) -> Dataset:
@@ -142,6 +170,9 @@ def _show(report: Report) -> None:
         _wrapped(answer, "  ")
     stdout.print()
     _print(_tokens_table(report))
+    if report.drift is not None:
+        _section(DRIFT)
+        _print(_table(*drift_table(report.drift), {}))
     if report.matters is not None:
         _section("What matters: the change of loss and accuracy, the most costly first")
         columns, rows = matters_table(report, most=10)

@@ -9,6 +9,7 @@ import numpy as np
 
 from softprompt.ablation import TOP, AsText, Cut, Difference, WhatMatters
 from softprompt.behaviour import Attention, Labels
+from softprompt.drift import Drift
 from softprompt.inspection import Map, Neighbours, Norms
 from softprompt.metrics import Metric
 from softprompt.plots import GREY, INK, PALE, PALETTE, style
@@ -120,6 +121,37 @@ def norms(found: Norms) -> Figure:
         band = f"embedding table: median {found.table[0.5]:.1f}, 90 % in the grey band"
         axes.set_title(band, fontsize=8, fontweight="normal", color=GREY)
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
+    return figure
+
+
+def drift(found: Drift) -> Figure:
+    """The way from the start over the steps of the training."""
+    from matplotlib.ticker import MaxNLocator
+
+    steps, kept = [point.step for point in found.points], found.kept
+    with style():
+        figure, (far, cosine, tokens) = _canvas(3.0, 3, gridspec_kw={"wspace": 0.3})
+        for each in zip(*(point.drift for point in found.points), strict=True):
+            far.plot(steps, each, color=GREY, linewidth=0.5, alpha=0.6)
+        far.plot(steps, [point.mean_drift for point in found.points], "o-", color=OURS, markersize=3, label="mean")
+        far.set_title("drift, in RMS of the table", fontsize=9)
+        cosine.plot(steps, [p.cosine for p in found.points], "o-", color=OURS, markersize=3, label="with the start")
+        cosine.plot(steps, [p.random_cosine for p in found.points], "--", color=INK, label="by random steps")
+        cosine.set_title("mean cosine with the start", fontsize=9)
+        as_kept, as_at_start = [p.as_kept for p in found.points], [p.as_at_start for p in found.points]
+        tokens.plot(steps, as_kept, "o-", color=OURS, markersize=3, label="as in the kept one")
+        tokens.plot(
+            steps, as_at_start, "s-", color=OTHER, markerfacecolor="none", markersize=5, label="as at the start"
+        )
+        tokens.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        tokens.set_title("nearest token, of how many", fontsize=9)
+        tokens.set_ylim(0, len(kept.drift) * 1.05)
+        for axes in (far, cosine, tokens):
+            axes.axvline(kept.step, color=INK, linewidth=0.8, linestyle=":")
+            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            axes.set_xlabel("step")
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=7.5)
+        far.set_ylim(bottom=0)
     return figure
 
 

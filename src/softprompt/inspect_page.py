@@ -11,11 +11,14 @@ from softprompt import inspect_figures as figures
 from softprompt import plots
 from softprompt.artifact import atomic_writer
 from softprompt.behaviour import Continuation
+from softprompt.drift import Drift
 from softprompt.inspect_figures import share, shown
 from softprompt.inspect_report import (
+    DRIFT,
     Report,
     answers,
     continuation_table,
+    drift_table,
     matters_table,
     moved_table,
     nearest_table,
@@ -156,6 +159,22 @@ def _start(page: Page, report: Report, picture: Any) -> None:
             "way as the virtual tokens above."
         )
         page.table(*moved_table(report))
+    if report.drift is not None:
+        picture(
+            "drift",
+            figures.drift(report.drift),
+            "The way from the start. Left: how far each virtual token was, thin, and their mean. Middle: their mean "
+            "cosine with the start, beside what steps of the same lengths in random directions would leave. Right: how "
+            "many had the nearest token that they started with, and the one that they have in the soft prompt that was "
+            "kept. The dotted line is where that one was taken.",
+            "Drift, cosine with the start and nearest tokens over the steps of the training.",
+        )
+        page.paragraph(f"{DRIFT}{_left_out(report.drift)}")
+        page.table(*drift_table(report.drift), strong=[i for i, p in enumerate(report.drift.points) if p.kept])
+
+
+def _left_out(drift: Drift) -> str:
+    return f" {drift.left_out} validations between them are not shown." if drift.left_out else ""
 
 
 def _importance(page: Page, report: Report, picture: Any) -> None:
@@ -259,7 +278,8 @@ def _map(page: Page, report: Report, picture: Any) -> None:
         "map",
         figures.plane(report.map, named),
         f"All vectors at length 1, in the plane of the two strongest principal axes of virtual tokens and vocabulary "
-        f"together. It shows {share(report.map.shown)} of the virtual tokens' spread and "
+        f"together; they are fitted to the virtual tokens, which spreads those more than the random vectors. It shows "
+        f"{share(report.map.shown)} of the virtual tokens' spread and "
         f"{share(report.map.shown_vocabulary)} of the vocabulary's: what is near here need not be near.",
         "Virtual tokens among the vocabulary, their start, and random vectors like them.",
     )
@@ -297,6 +317,8 @@ def card(report: Report) -> str:
     ]
     for question, answer in answers(report):
         lines += [f"**{question}** {_markdown(answer)}", ""]
+    if report.drift is not None:
+        lines += [f"{DRIFT}{_left_out(report.drift)}", "", *_markdown_table(*drift_table(report.drift))]
     if report.readings:
         lines += _markdown_table(*readings_table(report.readings))
     if report.matters is not None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
 
 from softprompt import ablation, behaviour
 from softprompt.ablation import AsText, Change, Cut, Difference, WhatMatters
 from softprompt.behaviour import Attention, Continuation, Labels
 from softprompt.data import Dataset
+from softprompt.drift import Drift, Way, drift
 from softprompt.errors import ConfigError
 from softprompt.evaluate import Progress
 from softprompt.inspect_figures import share, shown
@@ -32,11 +35,15 @@ from softprompt.prompt import SoftPrompt
 from softprompt.task import Task
 from softprompt.vocabulary import Vocabulary
 
-if TYPE_CHECKING:
-    pass
-
 ATTENTION_ROWS = 16
 """The most rows of the data that attention is averaged over, besides the texts that are given."""
+
+DRIFT = (
+    "Over the validations of the training: the RMS of the difference from the start, in RMS of the embedding table, on "
+    "average over virtual tokens and the largest; their mean norm; their mean cosine with the start, and what steps of "
+    "the same lengths in random directions would leave; and how many have the nearest token that they had at the "
+    "start, and that they have in the soft prompt that was kept."
+)
 
 Bar = Callable[[str], AbstractContextManager[Progress]]
 """Gives a progress bar of that name."""
@@ -53,7 +60,10 @@ class Report:
         added: the nearest tokens of what training added to its start; None if the start is not known.
         words: the verbalizer's words in it; empty for free text.
         norms: norms and drift.
+        start: float32 ``[P, H]``, what training started from; None if it is not known.
         map: a plane.
+        drift: the way from the start over the validations of the training; None if it is not known.
+        about_drift: why it is not known; empty if it is, or was not looked for.
         source: where the rows come from; None without data, and then all that follows is None or empty.
         matters, cuts, readings: what each virtual token is worth, fewer of them, and it read as text.
         labels: the answers with and without it; None for free text.
@@ -68,6 +78,9 @@ class Report:
     words: tuple[Word, ...]
     norms: Norms
     map: Map
+    start: torch.Tensor | None = None
+    drift: Drift | None = None
+    about_drift: str = ""
     source: str | None = None
     matters: WhatMatters | None = None
     cuts: tuple[Cut, ...] = ()
@@ -99,6 +112,7 @@ class Report:
             "words": plain(self.words),
             "norms": self.norms.as_dict(),
             "map": self.map.as_dict(),
+            "drift": None if self.drift is None else self.drift.as_dict(),
             "source": self.source,
             "matters": None if self.matters is None else self.matters.as_dict(),
             "cuts": plain(self.cuts),
@@ -122,7 +136,52 @@ def require_vectors(soft_prompt: SoftPrompt) -> None:
         )
 
 
-def inspect(soft_prompt: SoftPrompt, task: Task, dataset: Dataset | None, texts: Sequence[str], bar: Bar) -> Report:
+def inspect_vectors(
+    soft_prompt: SoftPrompt, task: Task, vocabulary: Vocabulary, way: Way | None = None, about_way: str = ""
+) -> Report:
+    """Looks at a soft prompt with the embedding table alone.
+
+    Args:
+        soft_prompt: of vectors ``[P, H]``.
+        task: its own.
+        vocabulary: of its base model.
+        way: its way over the training, if known.
+        about_way: why it is not, if it was looked for.
+
+    Raises:
+        ConfigError: it is a KV prefix.
+    """
+    require_vectors(soft_prompt)
+    vectors = soft_prompt.vectors
+    start, about_start = starting_vectors(task, soft_prompt)
+    if way is not None:
+        begun = next(iter(way.values()))
+        if start is None or not torch.allclose(start, begun, rtol=1e-3, atol=1e-4):
+            start, about_start = begun, "as the run folder of its training has it"
+    near, *added = neighbours(vocabulary, vectors, *([] if start is None else [vectors - start]))
+    return Report(
+        soft_prompt=soft_prompt,
+        vocabulary_size=vocabulary.size,
+        near=near,
+        added=added[0] if added else None,
+        words=words(vectors, vocabulary, _label_words(task), start=start),
+        norms=norms(vectors, vocabulary, start, about_start=about_start),
+        map=plane(vectors, vocabulary, start),
+        drift=None if way is None else drift(way, soft_prompt, vocabulary),
+        about_drift=about_way if way is None else "",
+        start=start,
+    )
+
+
+def inspect(
+    soft_prompt: SoftPrompt,
+    task: Task,
+    dataset: Dataset | None,
+    texts: Sequence[str],
+    bar: Bar,
+    way: Way | None = None,
+    about_way: str = "",
+) -> Report:
     """Looks at a soft prompt from every side.
 
     Args:
@@ -131,6 +190,7 @@ def inspect(soft_prompt: SoftPrompt, task: Task, dataset: Dataset | None, texts:
         dataset: rows with targets to score with, at least 2; None for the views that need no forward pass.
         texts: input texts to go on from, and to measure attention on.
         bar: gives a progress bar.
+        way, about_way: as for ``inspect_vectors``.
 
     Raises:
         ConfigError: it is a KV prefix, or texts are given for a template with several fields.
@@ -138,17 +198,8 @@ def inspect(soft_prompt: SoftPrompt, task: Task, dataset: Dataset | None, texts:
     require_vectors(soft_prompt)
     examples = behaviour.examples_of(task, texts) if texts else ()
     vectors, vocabulary = soft_prompt.vectors, Vocabulary.of(task.lm)
-    start, about_start = starting_vectors(task, soft_prompt)
-    near, *added = neighbours(vocabulary, vectors, *([] if start is None else [vectors - start]))
-    report: dict[str, Any] = {
-        "soft_prompt": soft_prompt,
-        "vocabulary_size": vocabulary.size,
-        "near": near,
-        "added": added[0] if added else None,
-        "words": words(vectors, vocabulary, _label_words(task), start=start),
-        "norms": norms(vectors, vocabulary, start, about_start=about_start),
-        "map": plane(vectors, vocabulary, start),
-    }
+    report = inspect_vectors(soft_prompt, task, vocabulary, way, about_way)
+    start, found = report.start, dict[str, Any]()
     if dataset is not None:
         with bar("reading as text") as progress:
             readings = ablation.as_text(task, vectors, vocabulary, dataset, start=start, progress=progress)
@@ -156,15 +207,15 @@ def inspect(soft_prompt: SoftPrompt, task: Task, dataset: Dataset | None, texts:
             matters = ablation.what_matters(task, vectors, dataset, progress=progress)
         with bar("cutting") as progress:
             cuts = ablation.cuts(task, vectors, dataset, matters, progress=progress)
-        report |= {"source": dataset.source, "readings": readings, "matters": matters, "cuts": cuts}
+        found |= {"source": dataset.source, "readings": readings, "matters": matters, "cuts": cuts}
         if task.verbalizer is not None:
             with bar("with and without") as progress:
-                report["labels"] = behaviour.label_shift(task, vectors, dataset, progress=progress)
+                found["labels"] = behaviour.label_shift(task, vectors, dataset, progress=progress)
     if examples or dataset is not None:
         looked_at = (*examples, *(() if dataset is None else dataset.examples[:ATTENTION_ROWS]))
-        report["attention"] = behaviour.attention(task, vectors, looked_at, start=start)
-        report["continuations"] = behaviour.next_tokens(task, vectors, examples)
-    return Report(**report)
+        found["attention"] = behaviour.attention(task, vectors, looked_at, start=start)
+        found["continuations"] = behaviour.next_tokens(task, vectors, examples)
+    return replace(report, **found)
 
 
 def _label_words(task: Task) -> dict[str, tuple[int, ...]]:
@@ -232,6 +283,7 @@ def answers(report: Report) -> list[tuple[str, str]]:
         ("Does it lie near words?", _near_words(report)),
         ("Do the label words persist?", _label_words_persist(report)),
         ("What is left of the start, and what did training add?", _since_start(report)),
+        ("How did it get there?", _way(report)),
         ("Which virtual tokens matter most?", _most_important(report)),
         ("How many of them are needed?", _needed(report)),
         ("What is lost when it is read as text?", _lost_as_text(report)),
@@ -296,6 +348,22 @@ def _since_start(report: Report) -> str:
     towards = [reading.stands_out.text for reading in added.readings if reading.significant]
     answer += f" What training added lies near a token in {len(towards)} of {len(moved)}"
     return answer + (f": {', '.join(map(shown, dict.fromkeys(towards)))}." if towards else ".")
+
+
+def _way(report: Report) -> str:
+    if report.drift is None:
+        return f"Not known: {report.about_drift}." if report.about_drift else ""
+    points, kept, count = report.drift.points, report.drift.kept, report.num_virtual_tokens
+    until = points[: points.index(kept) + 1]
+    half = next(point.step for point in until if point.mean_drift >= kept.mean_drift / 2)
+    changing = [i for i, point in enumerate(until) if point.as_kept < count]
+    settled = until[changing[-1] + 1 if changing else 0].step
+    return (
+        f"The vectors that were kept, those after step {kept.step:,}, are on average {kept.mean_drift:.2f} RMS of the "
+        f"embedding table from their start, the farthest {kept.largest_drift:.2f}; half of that was reached by step "
+        f"{half:,}. The nearest token is that of the start for {kept.as_at_start} of {count}; from step {settled:,} "
+        f"to there it did not change any more."
+    )
 
 
 def _most_important(report: Report) -> str:
@@ -433,6 +501,26 @@ def moved_table(report: Report) -> tuple[list[str], list[list[str]]]:
                 f"{shown(towards.stands_out.text, 16)} {chance(towards.q)}" if towards.significant else "–",
             ]
         )
+    return columns, rows
+
+
+def drift_table(found: Drift) -> tuple[list[str], list[list[str]]]:
+    """The way from the start, a row for each validation."""
+    columns = [">step", ">drift", ">largest", ">norm", ">cosine", ">random", ">token as at start", ">as kept", ""]
+    rows = [
+        [
+            f"{point.step:,}",
+            f"{point.mean_drift:.2f}",
+            f"{point.largest_drift:.2f}",
+            f"{point.norm:.2f}",
+            f"{point.cosine:.2f}",
+            f"{point.random_cosine:.2f}",
+            str(point.as_at_start),
+            str(point.as_kept),
+            "kept" if point.kept else "start" if i == 0 else "",
+        ]
+        for i, point in enumerate(found.points)
+    ]
     return columns, rows
 
 

@@ -16,10 +16,12 @@ import torch
 
 from softprompt import checkpoint
 from softprompt.batch import Row
-from softprompt.config import DEFAULT_STEPS, TrainConfig
+from softprompt.config import DEFAULT_STEPS, INITS, TrainConfig
 from softprompt.data import Dataset, Example, check_targets
 from softprompt.errors import ConfigError, DataError, StoreError
 from softprompt.frozen import SHARED_PREFIX_MODELS, FrozenLM
+from softprompt.history import FILE as HISTORY
+from softprompt.history import History
 from softprompt.objective import Objective
 from softprompt.parametrisation import Parametrisation, parametrise
 from softprompt.prompt import SoftPrompt, initial_vectors, library_versions
@@ -175,7 +177,7 @@ class Training:
             name: name of the soft prompt.
             start: float ``[P, H]``, or for a KV prefix ``[P, L, 2, H_kv, D]``, to start from instead of
                 ``config.init``.
-            folder: where checkpoints and ``log.jsonl`` are kept; None keeps none.
+            folder: where checkpoints, ``log.jsonl`` and the history of the vectors are kept; None keeps none.
             resume: go on from the checkpoint in ``folder``, if there is one.
 
         Raises:
@@ -211,6 +213,7 @@ class Training:
         self._validator = task.validator(held_out)
         self._best: dict[str, Any] | None = None
         self._validations: list[dict[str, Any]] = []
+        self._history = History(folder)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.stopped: str = ""
         self._planned = self._planned_steps()
@@ -289,11 +292,12 @@ class Training:
         """Scores the current soft prompt, or its average, on the validation rows and keeps it if it is the best."""
         average = self._learner.average
         current = self._learner.numbers() if average is None else average.clone()
-        found = {"step": self.step, **self._validator(current)}
+        found = {"step": self.step, "start": self._learner.number, **self._validator(current)}
         improved = math.isfinite(found["loss"]) and (self._best is None or better(found, self._best))
         if improved:
             self._best, self._best_vectors = found, current
         self._validations.append(found)
+        self._history.add(self._learner.number, self.step, current)
         since = max(self._probing, 0 if self._best is None else self._best["step"])
         waited = sum(past["step"] > since for past in self._validations)
         if self.config.patience and waited >= self.config.patience and self.step < self.total:
@@ -318,6 +322,7 @@ class Training:
         )
         learner = _Learner(number, form, make_optimizer(self.config, *form.tensors.values()), None)
         learner.average = learner.numbers() if self.config.average else None
+        self._history.add(number, number * self._probe, learner.numbers())
         return learner
 
     def _compare_starts(self) -> None:
@@ -353,11 +358,12 @@ class Training:
             parametrisation=self.config.parametrisation,
             training={
                 **self.config.as_dict(),
+                "init": "given" if self._start is not None and self.config.init in INITS else self.config.init,
                 "loss": "lm" if self._objective.labels is None else "labels",
                 "steps_done": self.step,
                 "best_step": self.step if best is None else best["step"],
                 "stopped": self.stopped or "interrupted",
-                "start": self._learner.number,
+                "start": self._learner.number if best is None else best["start"],
                 "trainable_parameters": sum(tensor.numel() for tensor in self._learner.form.tensors.values()),
                 "tokens": self.tokens,
                 "train_seconds": round(self.seconds, 3),
@@ -448,8 +454,10 @@ class Training:
         settings = self.config.as_dict()
         labels = [self.task.labels, self.task.words, self.task.label_of_word]
         content = [self.task.template.text, labels, self.task.lm.fingerprint, str(self.task.lm.dtype)]
+        start = None if self._start is None else self._start.detach().float().cpu().contiguous().numpy().tobytes()
         return {
             **settings,
+            "start": None if start is None else hashlib.sha256(start).hexdigest(),
             "total": self.total,
             "task": hashlib.sha256(json.dumps(content).encode()).hexdigest(),
             "data": self._data,
@@ -464,7 +472,7 @@ class Training:
             if resume and (self.folder / checkpoint.FILE).exists():
                 self._load()
             else:
-                for name in (checkpoint.FILE, checkpoint.LOG):
+                for name in (checkpoint.FILE, checkpoint.LOG, HISTORY):
                     (self.folder / name).unlink(missing_ok=True)
                 (self.folder / checkpoint.LOG).touch()
         except OSError as error:
@@ -523,6 +531,10 @@ class Training:
         self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
         self._best, self._validations = state["best"], state["validations"]
         self.stopped, self.compiled = state["stopped"], state["compiled"]
+        self._history.resume(self.step)
+        if self._best is not None:  # it may have been thinned out since
+            self._history.add(self._best["start"], self._best["step"], self._best_vectors)
+        self._history.write(self._validations, self._best)
         checkpoint.trim_log(self.folder / checkpoint.LOG, self.step)
 
     def _log(self, step: Step) -> None:
@@ -532,6 +544,8 @@ class Training:
         try:
             with open(self.folder / checkpoint.LOG, "a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
+            if step.validation is not None:
+                self._history.write(self._validations, self._best)
         except OSError as error:
             raise self._unwritable(error) from error
 

@@ -141,7 +141,7 @@ class Place:
     Attributes:
         name: what it is called.
         path: its file.
-        folder: what the run leaves behind: checkpoint and log.
+        folder: what the run leaves behind: checkpoint, log and history.
         store: the store, even if ``path`` is elsewhere.
         replaces: whether a file that is there already may go.
     """
