@@ -91,6 +91,15 @@ def test_the_whole_way(run: Run, train: Run, home: Path, base: str) -> None:
     assert run("list", "--json").json["soft_prompts"] == []
 
 
+def test_the_best_of_several_prompt_lengths_is_stored(run: Run, train: Run) -> None:
+    document = train("train.jsonl", "--name", "films", "--lengths", "3,30", "--json").json
+    assert document["num_virtual_tokens"] in (20, 3, 30)
+    assert document["steps"] == 10  # one of each length, and seven more of the best
+    shown = run("show", "films", "--json").json
+    assert shown["num_virtual_tokens"] == document["num_virtual_tokens"]
+    assert shown["training"]["lengths"] == [3, 30]
+
+
 def test_people_read_a_summary(train: Run, home: Path, base: str) -> None:
     ran = train("train.jsonl", "--name", "films")
     path = home / "films.safetensors"

@@ -68,6 +68,9 @@ MISTAKES: dict[tuple[str, ...], str] = {
         'foreign.jsonl:1: expected one of the labels "negative", "positive", found "neutral"; correct this row, '
         "or give all labels with --labels."
     ),
+    ("train", "train.jsonl", "--name", "x", "--lengths", "5,many"): (
+        "--lengths must be whole numbers with commas between them, for instance 5,50, not '5,many'."
+    ),
     ("evaluate", "nothing", "test.jsonl"): (
         "There is no soft prompt 'nothing' in HOME: the first names are 'films'; see `softprompt list`."
     ),

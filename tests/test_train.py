@@ -286,6 +286,44 @@ def test_the_start_on_record_is_the_one_that_the_best_vectors_came_from(
     assert torch.equal(way[2], seen[1])
 
 
+def test_prompt_lengths_are_tried_as_runs_of_their_own_and_the_best_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of P = 3, 5 and 2, two steps each; 5 is made the best, and goes on as a run with that P alone."""
+    data, lm = toy(20, 0), tiny("llama")
+    settings: dict[str, Any] = {"steps": 20, "eval_every": 2, "init": "vocab", "patience": 0}
+
+    def trained(**options: Any) -> tuple[list[float], Training]:
+        config = train_settings(**settings, **options)
+        task = toy_task(lm, data, config.longest)
+        training = Training(task, data, data, config)
+        return [step.loss for step in training], training
+
+    alone = {length: trained(num_virtual_tokens=length) for length in (2, 3, 5)}
+    monkeypatch.setattr("softprompt.train.better", lambda one, other: one["start"] == 1 or other["start"] != 1)
+    losses, training = trained(num_virtual_tokens=3, lengths=(5, 2))
+    assert losses[:6] == [*alone[3][0][:2], *alone[5][0][:2], *alone[2][0][:2]]
+    assert losses[6:] == alone[5][0][2:]
+    made = training.result()
+    assert made.num_virtual_tokens == 5
+    assert torch.equal(made.vectors, alone[5][1].result().vectors)
+    start, about = starting_vectors(training.task, made)
+    assert about == "made again from the training record: init vocab, seed 0"
+    assert start is not None
+    assert torch.equal(start, initial_vectors(lm, 5, init="vocab", seed=0))
+
+
+def test_several_starts_of_several_lengths() -> None:
+    config = TrainConfig(num_virtual_tokens=4, starts=2, lengths=(8, 6))
+    assert (config.tries, config.longest) == (6, 8)
+    assert [config.start(number) for number in range(6)] == [(4, 0), (8, 0), (6, 0), (4, 1), (8, 1), (6, 1)]
+    assert TrainConfig(**config.as_dict()) == config
+    with pytest.raises(ConfigError, match=r"^lengths must be at least 1, not 0$"):
+        TrainConfig(lengths=(5, 0))
+    data = toy(20, 0)
+    with pytest.raises(ConfigError) as error:
+        Training(toy_task(tiny("llama"), data), data, config=train_settings(lengths=(2,)), start=torch.zeros(4, 8))
+    assert str(error.value) == ("other lengths cannot be tried from a soft prompt to start from; leave one of them out")
+
+
 # --- which rows when -----------------------------------------------------------------------------------------
 
 

@@ -32,6 +32,8 @@ class TrainConfig:
         starts: how many runs, each with another initialisation and order of the data, do the first tenth of the steps;
             the best on the validation rows goes on (successive halving of one round, Jamieson and Talwalkar 2016).
             With init ``auto``, further starts take ``labels`` or ``vocab``, which are drawn.
+        lengths: other numbers of virtual tokens to try, as starts of their own beside those of ``num_virtual_tokens``:
+            prompt-length search. The best on the validation rows goes on, so P may come out as any of them.
         loss: ``lm`` (cross-entropy of all target tokens over the whole vocabulary), ``labels`` (cross-entropy over
             the labels' scores), or ``auto``: ``labels`` where there are labels that are cheap to score, else ``lm``.
         optimizer: ``adamw`` or ``adafactor``.
@@ -62,6 +64,7 @@ class TrainConfig:
     init_text: str | None = None
     parametrisation: str = "plain"
     starts: int = 1
+    lengths: tuple[int, ...] = ()
     loss: str = "auto"
     optimizer: str = "adamw"
     lr: float = 0.3
@@ -82,6 +85,7 @@ class TrainConfig:
     compile: str = "auto"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "lengths", tuple(self.lengths))
         faults = [sentence for ok, sentence in self._checks() if not ok]
         if faults:
             raise ConfigError("; ".join(faults))
@@ -98,6 +102,10 @@ class TrainConfig:
         return [
             at_least("num_virtual_tokens", 1),
             at_least("starts", 1),
+            (
+                all(each >= 1 for each in self.lengths),
+                f"lengths must be at least 1, not {min(self.lengths, default=1)}",
+            ),
             at_least("batch_size", 1),
             at_least("steps", 1),
             at_least("eval_every", 1),
@@ -126,9 +134,24 @@ class TrainConfig:
             ),
         ]
 
+    @property
+    def tries(self) -> int:
+        """How many short runs there are in all; 1: the one run is the whole one."""
+        return self.starts * (1 + len(self.lengths))
+
+    @property
+    def longest(self) -> int:
+        """The largest P that is tried."""
+        return max(self.num_virtual_tokens, *self.lengths, 0)
+
+    def start(self, number: int) -> tuple[int, int]:
+        """P of the start of that number, and which of the starts of that P it is, from 0."""
+        draw, place = divmod(number, 1 + len(self.lengths))
+        return (self.num_virtual_tokens, *self.lengths)[place], draw
+
     def as_dict(self) -> dict[str, Any]:
         """JSON values by field name."""
-        return asdict(self)
+        return {**asdict(self), "lengths": list(self.lengths)}
 
 
 DEFAULT_STEPS = 800

@@ -102,7 +102,8 @@ def load(folder: Path) -> Entries:
                 if not vectors.isfinite().all():
                     raise ValueError(f"{name} is not finite")
                 entries[int(match[1]), int(match[2])] = vectors
-        if len({vectors.shape for vectors in entries.values()}) != 1:
+        shapes = {(start, vectors.shape) for (start, _), vectors in entries.items()}
+        if not entries or len(shapes) != len({start for start, _ in shapes}):
             raise ValueError("its vectors have not all one shape")
     except (SafetensorError, OSError, ValueError) as error:
         raise StoreError(

@@ -339,16 +339,16 @@ def starting_vectors(task: Task, soft_prompt: SoftPrompt) -> tuple[torch.Tensor 
     if record.get("init") not in INITS:
         init = record.get("init")
         return None, f"its record names the start {init!r}, which is no rule" if init else "its record does not say"
-    names = ("num_virtual_tokens", "init", "init_text", "seed", "start")
-    if not all(name in record for name in names[:-1]) or ("start" not in record and record.get("starts", 1) != 1):
+    names = ("num_virtual_tokens", "init", "init_text", "seed")
+    if not all(name in record for name in names) or ("start" not in record and record.get("starts", 1) != 1):
         return None, f"its record of the start {record['init']!r} is incomplete"
-    *settings, number = (record.get(name, 0) for name in names)
+    number = record.get("start", 0)
     try:
-        config = TrainConfig(**dict(zip(names, settings, strict=False)))
+        config = TrainConfig(**{name: record[name] for name in names}, lengths=record.get("lengths", ()))
         vectors = first_vectors(task, config, number)
     except (ConfigError, TypeError) as error:
         return None, f"its record of the start {record['init']!r} cannot be followed ({error})"
-    described = f"init {config.init}, seed {config.seed + number}"
+    described = f"init {config.init}, seed {config.seed + config.start(number)[1]}"
     return vectors, f"made again from the training record: {described}"
 
 

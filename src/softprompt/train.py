@@ -98,15 +98,14 @@ def make_optimizer(config: TrainConfig, *tensors: torch.Tensor) -> torch.optim.O
 def first_vectors(task: Task, config: TrainConfig, number: int = 0) -> torch.Tensor:
     """What the start of that number begins with by the rule ``config.init``: float32 ``[P, H]`` on the CPU."""
     lm, words, init, text = task.lm, task.label_words(), config.init, config.init_text
-    if init == "auto" and text is None and words and number == 0:
+    length, draw = config.start(number)
+    if init == "auto" and text is None and words and draw == 0:
         options = f"Options: {', '.join(task.labels)}.\n"
-        if len(lm.tokenizer(options, add_special_tokens=False).input_ids) <= config.num_virtual_tokens:
+        if len(lm.tokenizer(options, add_special_tokens=False).input_ids) <= length:
             text = options
     if init == "auto":
-        init = "text" if text and number == 0 else "labels" if words else "vocab"
-    return initial_vectors(
-        lm, config.num_virtual_tokens, init=init, seed=config.seed + number, text=text, label_words=words
-    )
+        init = "text" if text and draw == 0 else "labels" if words else "vocab"
+    return initial_vectors(lm, length, init=init, seed=config.seed + draw, text=text, label_words=words)
 
 
 @dataclass(eq=False)
@@ -169,7 +168,7 @@ class Training:
         """Prepares a run.
 
         Args:
-            task: what to learn; its number of virtual tokens is ``config``'s.
+            task: what to learn; its number of virtual tokens is the largest that ``config`` tries.
             train: at least one example with a target.
             validation: for choosing the best checkpoint; None holds a tenth of ``train`` back (at most
                 ``config.validation_rows``).
@@ -188,10 +187,12 @@ class Training:
         """
         self.config = config or TrainConfig()
         self.task, self.name, self.folder = task, name, folder
+        if start is not None and self.config.lengths:
+            raise ConfigError("other lengths cannot be tried from a soft prompt to start from; leave one of them out")
         found = task.num_virtual_tokens if task.template.has_soft_prompt else 0
-        if found != self.config.num_virtual_tokens:
+        if found != self.config.longest:
             raise ConfigError(
-                f"the task's template holds {found} virtual tokens, but {self.config.num_virtual_tokens} are to be "
+                f"the task's template holds {found} virtual tokens, but {self.config.longest} are to be "
                 "learned; give Task and TrainConfig the same num_virtual_tokens, and the template a {soft_prompt}"
             )
         self._base_digest = task.lm.weights_digest()
@@ -217,8 +218,8 @@ class Training:
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.stopped: str = ""
         self._planned = self._planned_steps()
-        self._probe = max(1, self._planned // 10) if self.config.starts > 1 else 0
-        self._probing = self._probe * self.config.starts
+        self._probe = max(1, self._planned // 10) if self.config.tries > 1 else 0
+        self._probing = self._probe * self.config.tries
         self.total = self._planned + max(0, self._probing - self._probe)
         self.compiled = self._should_compile()
 
@@ -398,7 +399,7 @@ class Training:
             * self.config.batch_size
         )
         body = lm.num_parameters - lm.embedding.numel()
-        operations = 4 * body * (tokens + self.config.num_virtual_tokens) * self.total  # forward and input gradient
+        operations = 4 * body * (tokens + self.config.longest) * self.total  # forward and input gradient
         return can_compile(lm) and operations >= COMPILE_PAYS_FROM
 
     def _require_shared_prefix(self) -> None:
@@ -419,14 +420,15 @@ class Training:
         """What the start of that number begins with: float32 ``[P, H]`` or ``[P, L, 2, H_kv, D]``."""
         lm, config, start = self.task.lm, self.config, self._start
         if start is not None:
-            expected: tuple[int, ...] = (config.num_virtual_tokens, lm.hidden_size)
+            length, _ = config.start(number)
+            expected: tuple[int, ...] = (length, lm.hidden_size)
             if start.dim() == 5:
                 if config.parametrisation != "prefix":
                     raise ConfigError(
                         "the soft prompt to start from is a trained KV prefix, which only the parametrisation prefix "
                         f"can go on from, not {config.parametrisation}; choose that, or another start"
                     )
-                expected = (config.num_virtual_tokens, *lm.kv_shape)
+                expected = (length, *lm.kv_shape)
             if tuple(start.shape) != expected:
                 raise ConfigError(
                     f"the soft prompt to start from has shape {list(start.shape)}, but {list(expected)} is needed; "
@@ -438,7 +440,8 @@ class Training:
     def _batch(self, step: int) -> list[int]:
         """Indices of the examples of a start's step ``step``, from its seed alone: consecutive parts of each epoch's
         permutation."""
-        count, size, seed = len(self._requests), self.config.batch_size, self.config.seed + self._learner.number
+        count, size = len(self._requests), self.config.batch_size
+        seed = self.config.seed + self.config.start(self._learner.number)[1]
         chosen: list[int] = []
         while len(chosen) < size:
             epoch, offset = divmod(step * size + len(chosen), count)

@@ -76,6 +76,7 @@ def train_command(
     init_text: Annotated[str | None, _learn("Text to start from.")] = None,
     parametrisation: Annotated[str | None, _learn(f"{', '.join(PARAMETRISATIONS)}.", _D.parametrisation)] = None,
     starts: Annotated[int | None, _learn("Short runs of which the best goes on.", _D.starts)] = None,
+    lengths: Annotated[str | None, _learn("Other numbers of virtual tokens to try so, a,b,c.")] = None,
     loss: Annotated[str | None, _learn(f"{', '.join(LOSSES)}.", _D.loss)] = None,
     steps: Annotated[int | None, _learn("Optimizer steps.", DEFAULT_STEPS)] = None,
     epochs: Annotated[float | None, _learn("Passes over TRAIN, instead of steps.")] = None,
@@ -124,7 +125,7 @@ def train_command(
     if start is not None:
         Task.of(lm, start)  # refuses vectors of another base model: they mean nothing here
     form = form or (chat_template(lm.tokenizer) if template == "chat" else default_template(verbalizer is not None))
-    task = Task(lm, form, verbalizer, config.num_virtual_tokens, config.max_length or lm.window)
+    task = Task(lm, form, verbalizer, config.longest, config.max_length or lm.window)
     vectors = None if start is None else start.vectors
     with stderr.status("preparing"):
         training = Training(
@@ -199,6 +200,8 @@ def _configuration(parameters: dict[str, Any], store: Store) -> tuple[TrainConfi
     """The run's settings, and the soft prompt to start from if ``--init`` names one."""
     names = [field.name for field in fields(TrainConfig)]
     given = {name: parameters[name] for name in names if parameters[name] is not None}
+    if "lengths" in given:
+        given["lengths"] = _lengths(given["lengths"])
     start, init = None, given.get("init", "auto")
     if init not in INITS:
         try:
@@ -216,6 +219,15 @@ def _configuration(parameters: dict[str, Any], store: Store) -> tuple[TrainConfi
             )
     recipe = parameters["preset"]
     return (TrainConfig(**given) if recipe is None else published(recipe, **given)), start
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(length) for length in text.split(","))
+    except ValueError as error:
+        raise ConfigError(
+            f"--lengths must be whole numbers with commas between them, for instance 5,50, not {text!r}."
+        ) from error
 
 
 def template_from(text: str) -> Template:
