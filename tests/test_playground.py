@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -18,7 +19,9 @@ pytest.importorskip("playwright.sync_api", reason="the page needs playwright to 
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from serving import Running, fill, make_lm, serving, slowed, soft_prompt
+from softprompt import artifact
 from softprompt.engine import Limits
+from softprompt.inspection import WAYWARD
 from softprompt.store import Store
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -318,6 +321,74 @@ def test_many_soft_prompts_are_searched_and_many_labels_folded(page: Page, serve
         path.unlink()
 
 
+# --- inside a soft prompt ----------------------------------------------------------------------------------------
+
+
+def test_inside_a_soft_prompt_is_what_the_server_says(page: Page, server: Running) -> None:
+    """Planted words are read back; the norms' bars and the map are those of the answer."""
+    lm = server.lm
+    planted = soft_prompt(lm, "planted", "{soft_prompt}{input} {target}", {"a": ("very",), "b": ("no",)}, length=3)
+    tokens = lm.tokenizer(" great film", add_special_tokens=False).input_ids[:2]
+    planted.vectors[:2] = 3 * lm.embedding[tokens].detach()
+    path = server.catalog.store.home / "planted.bin"
+    artifact.save(planted, path)
+    server.catalog.load("planted", path)
+    try:
+        visit(page, server, "sst2")
+        page.get_by_role("button", name="Look inside planted").click()
+        expect(page.locator("#looked")).to_be_focused()
+        expect(page.locator("#rows tr")).to_have_count(3)
+        found = server.http.get("/v1/soft_prompts/planted/inspection").json()
+        assert page.locator("#looked").inner_text() == "Inside planted"
+        assert page.locator("#looking").inner_text() == found["warning"] == WAYWARD
+        assert page.locator("#sayings h4").all_inner_texts() == [each["question"] for each in found["answers"]]
+        assert page.locator("#sayings p").all_inner_texts() == [each["answer"] for each in found["answers"]]
+        norms = found["norms"]["norms"]
+        most = max(*norms, found["norms"]["table"]["0.95"])
+        for i, row in enumerate(page.locator("#rows tr").all()):
+            reading = found["nearest"]["readings"][i]
+            near, chance, norm = row.locator("td").all()
+            texts = [json.loads(text.replace("\xa0", " ")) for text in near.locator("code").all_inner_texts()]
+            assert texts == [each["text"] for each in reading["cosine"][:3]]
+            assert near.locator(".facts").inner_text() == (
+                f"cosine {reading['cosine'][0]['value']:.2f}, random {reading['random']['cosine']:.2f}"
+            )
+            assert chance.inner_text().startswith("yes: " if reading["significant"] else "no")
+            assert chance.locator(".facts").inner_text() == f"{reading['stands_out']['value']:.1f} σ"
+            assert norm.inner_text().strip() == f"{norms[i]:.2f}"
+            bar, track = norm.locator(".bar").bounding_box(), norm.locator(".track").bounding_box()
+            assert bar is not None
+            assert track is not None
+            assert bar["width"] / track["width"] == pytest.approx(norms[i] / most, abs=0.02)
+        significant = [i for i, each in enumerate(found["nearest"]["readings"]) if each["significant"]]
+        assert {0, 1} <= set(significant)
+        assert [each["cosine"][0]["token"] for each in found["nearest"]["readings"][:2]] == tokens
+        assert [each for each in page.locator("#numbers text").all_text_contents() if each] == [*map(str, significant)]
+        path_of = "(name) => document.querySelector('#map .' + name).getAttribute('d').split('M').slice(1)"
+        for name, points in (("token", "vocabulary"), ("virtual", "virtual"), ("cross", "random"), ("way", "start")):
+            assert len(page.evaluate(path_of, name)) == len(found["map"][points])
+        x, y = page.evaluate(path_of, "virtual")[1].removesuffix("h0").split(" ")
+        assert [float(x), -float(y)] == pytest.approx(found["map"]["virtual"][1])
+
+        page.get_by_role("button", name="Look inside sst2").click()  # another takes its place
+        expect(page.locator("#rows tr")).to_have_count(7)
+        page.get_by_role("button", name="Close").focus()
+        page.keyboard.press("Enter")
+        assert not page.locator("#inside").is_visible()
+        expect(page.locator("#listed")).to_be_focused()
+    finally:
+        server.catalog.unload("planted")
+        path.unlink()
+
+
+def test_why_there_is_nothing_to_see_inside_is_told(page: Page, server: Running) -> None:
+    visit(page, server, "sst2")
+    page.route("**/v1/soft_prompts/sst2/inspection", lambda route: route.abort())
+    page.get_by_role("button", name="Look inside sst2").click()
+    expect(page.locator("#looking")).to_have_text("No answer came from the server; see whether it still runs.")
+    assert not page.locator("#views").is_visible()
+
+
 # --- mistakes ----------------------------------------------------------------------------------------------------
 
 
@@ -429,6 +500,7 @@ def test_the_keyboard_alone_is_enough(page: Page, server: Running) -> None:
         "refresh",
         "model-0",
         "Unload sst2",
+        "Look inside sst2",
         "Load a soft prompt",
         "name",
         "path",
@@ -461,6 +533,8 @@ def test_text_stands_out_from_its_ground(page: Page, server: Running, scheme: An
     page.emulate_media(color_scheme=scheme)
     visit(page, server, "sst2", "write", "nli")
     page.locator("summary").first.click()
+    page.get_by_role("button", name="Look inside sst2").click()
+    expect(page.locator("#rows tr")).to_have_count(7)
     page.get_by_label("At most tokens").fill("4")
     run(page, input=TEXT)  # nli's fields are empty: an error is shown
     assert page.locator(".pane .wrong").count() == 2
@@ -476,6 +550,8 @@ def test_a_narrow_screen_is_not_scrolled_sideways(page: Page, server: Running) -
     page.set_viewport_size({"width": 320, "height": 700})
     visit(page, server, "odd", "nli", "write")
     page.locator("summary").first.click()
+    page.get_by_role("button", name="Look inside sst2").click()
+    expect(page.locator("#rows tr")).to_have_count(7)
     page.get_by_label("At most tokens").fill("60")
     run(page, input="x" * 40, premise="a", hypothesis="b")
     assert page.evaluate("document.documentElement.scrollWidth") == 320

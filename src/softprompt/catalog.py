@@ -85,6 +85,7 @@ class Model:
         vectors: the soft prompt on the CPU in the base model's dtype; None for the base model.
         content: hex digest of all that its answers depend on, the base model apart; empty for the base model.
         path: the file it was read from; None for the base model.
+        soft_prompt: what the file held; None for the base model.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Model:
     vectors: torch.Tensor | None = None
     content: str = ""
     path: Path | None = None
+    soft_prompt: SoftPrompt | None = None
 
     @cached_property
     def raw(self) -> Task:
@@ -253,16 +255,20 @@ class Catalog:
         store: where soft prompts are found by name.
     """
 
-    def __init__(self, lm: FrozenLM, store: Store, window: int) -> None:
+    def __init__(
+        self, lm: FrozenLM, store: Store, window: int, *, check: Callable[[Model], None] | None = None
+    ) -> None:
         """Serves the base model alone.
 
         Args:
             lm: the base model.
             store: where soft prompts are found by name.
             window: the most tokens of one request.
+            check: sees each soft prompt before it is served, and raises ``ConfigError`` where it cannot be.
         """
         self.store = store
         self._window = window
+        self._check = check
         self._lm = copy.copy(lm)
         self._lm.tokenizer = copy.deepcopy(lm.tokenizer)
         self._models: dict[str, Model] = {}
@@ -297,6 +303,7 @@ class Catalog:
             ArtifactError: the file is not a sound soft prompt.
             BaseModelError: it was tuned on another base model.
             TemplateError: its template does not fit the base model.
+            ConfigError: what computes here cannot serve it.
         """
         if name == self.base.name:
             raise StoreError(f"The name '{name}' is the base model's; serve the soft prompt under another name.")
@@ -319,7 +326,9 @@ class Catalog:
             "content_hash": content,
         }
         vectors = soft_prompt.vectors.to(self._lm.dtype)
-        model = Model(name, self._lm, self._window, card, task, vectors, content, path)
+        model = Model(name, self._lm, self._window, card, task, vectors, content, path, soft_prompt)
+        if self._check is not None:
+            self._check(model)
         self._models[name] = model
         return model
 

@@ -1,0 +1,71 @@
+"""What a server shows of the inside of its soft prompts: the views that need the embedding table alone."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import Any
+
+from softprompt.catalog import Model
+from softprompt.errors import SoftPromptError
+from softprompt.frozen import FrozenLM
+from softprompt.inspect_report import inspect_vectors
+from softprompt.openai_api import ApiError
+from softprompt.prompt import SoftPrompt
+from softprompt.task import Task
+from softprompt.vocabulary import Vocabulary
+
+MOST = 64
+"""Soft prompts whose views are kept, about 0.2 MB each."""
+
+_VIEWS = ("base", "num_virtual_tokens", "warning", "answers", "nearest", "added", "words", "norms", "map")
+
+
+class Inspector:
+    """Looks at soft prompts in a thread of its own, one at a time, each content once."""
+
+    def __init__(self, lm: FrozenLM) -> None:
+        """Prepares to look; the embedding table is first read when somebody asks.
+
+        Args:
+            lm: the base model; its tokenizer is copied, since one is not made for several threads.
+        """
+        self._lm = copy.copy(lm)
+        self._lm.tokenizer = copy.deepcopy(lm.tokenizer)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="inspector")
+        self._found: dict[str, dict[str, Any]] = {}
+
+    def close(self) -> None:
+        """Ends when what it looks at is done."""
+        self._thread.shutdown(cancel_futures=True)
+
+    async def views(self, model: Model) -> dict[str, Any]:
+        """JSON values: what ``softprompt inspect --json`` says without a model.
+
+        Raises:
+            ApiError: 400, it is the base model or a trained KV prefix.
+        """
+        if model.soft_prompt is None:
+            raise ApiError(400, f"Expected a soft prompt, found the base model {model.name!r}.", param="name")
+        loop = asyncio.get_running_loop()
+        try:
+            views = await loop.run_in_executor(self._thread, self._look, model.soft_prompt, model.content)
+        except SoftPromptError as error:
+            raise ApiError(400, str(error), param="name") from error
+        return {"id": model.name, "object": "soft_prompt.inspection", "content_hash": model.content, **views}
+
+    def _look(self, soft_prompt: SoftPrompt, content: str) -> dict[str, Any]:
+        key = content + json.dumps(soft_prompt.training, sort_keys=True)  # by that record the start is made again
+        if key not in self._found:
+            report = inspect_vectors(soft_prompt, Task.of(self._lm, soft_prompt), self._vocabulary).as_dict()
+            while len(self._found) >= MOST:
+                del self._found[next(iter(self._found))]
+            self._found[key] = {name: report[name] for name in _VIEWS}
+        return self._found[key]
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary.of(self._lm)
