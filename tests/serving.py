@@ -6,9 +6,10 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from softprompt.frozen import FrozenLM
 from softprompt.prompt import SoftPrompt
 from softprompt.server import create_app
 from softprompt.store import Store
+from softprompt.upstream import Upstreams, check_model
 
 CHAT = (
     "{% for message in messages %}"
@@ -106,7 +108,8 @@ class Running:
 
     Attributes:
         url: where.
-        engine, catalog: its own.
+        engine: its own ``Engine``, or ``Upstreams``.
+        catalog: its own.
         lm: another copy of its base model, to compare with.
         http: a client.
         openai: OpenAI's client, without retries.
@@ -114,7 +117,7 @@ class Running:
     """
 
     url: str
-    engine: Engine
+    engine: Any
     catalog: Catalog
     lm: FrozenLM
     http: httpx.Client
@@ -147,14 +150,29 @@ class Running:
 
 @contextmanager
 def serving(
-    folder: Path, *, limits: Limits | None = None, api_key: str | None = None, **options: Any
+    folder: Path,
+    *,
+    limits: Limits | None = None,
+    api_key: str | None = None,
+    upstreams: Sequence[str] = (),
+    load: Callable[[], FrozenLM] = make_lm,
+    **options: Any,
 ) -> Iterator[Running]:
-    """Serves the soft prompts of a store, which is filled if it is empty; options are ``create_app``'s."""
-    lm, store = make_lm(), Store(folder)
+    """Serves the soft prompts of a store, which is filled if it is empty; options are ``create_app``'s.
+
+    With ``upstreams``, servers at these URLs compute; ``load`` gives the base model.
+    """
+    lm, store = load(), Store(folder)
     if not store.names():
         fill(store, lm)
-    engine = Engine(lm, limits)
-    catalog = Catalog(lm, store, engine.limits.window(lm))
+    engine: Engine | Upstreams
+    if upstreams:
+        lm.keep_embedding_only()
+        engine = Upstreams(lm, upstreams, limits)
+        catalog = Catalog(lm, store, engine.window, check=partial(check_model, 16))
+    else:
+        engine = Engine(lm, limits)
+        catalog = Catalog(lm, store, engine.limits.window(lm))
     assert all(error is None for _, error in catalog.sync())
     app = create_app(engine, catalog, api_key=api_key, **options)
     listener = socket.create_server(("127.0.0.1", 0))
@@ -176,6 +194,6 @@ def serving(
             httpx.Client(base_url=url, headers=headers, timeout=60) as http,
             OpenAI(base_url=f"{url}/v1", api_key=api_key or "none", max_retries=0, timeout=60) as openai,
         ):
-            yield Running(url, engine, catalog, make_lm(), http, openai, stop)
+            yield Running(url, engine, catalog, load(), http, openai, stop)
     finally:
         stop()

@@ -12,10 +12,11 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from softprompt import openai_api as api
-from softprompt.engine import Busy, Closed, Engine, Event, Failure, Job, Piece, Scores
+from softprompt.engine import Backend, Event, Failure, Job, Piece, Refused, Scores
 from softprompt.openai_api import ApiError
 from softprompt.telemetry import Metrics
 
+_STATUS = {"timeout": 504, "no_upstream": 503, "upstream": 502, "error": 500}
 _Result = TypeVar("_Result")
 
 
@@ -26,7 +27,7 @@ class ClientGone(Exception):
 class Answers:
     """Jobs in the engine, as the event loop sees them."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, jobs: Sequence[Job]) -> None:
+    def __init__(self, engine: Backend, metrics: Metrics, jobs: Sequence[Job]) -> None:
         """Submits the jobs.
 
         Raises:
@@ -46,10 +47,8 @@ class Answers:
 
         try:
             self._tickets = engine.submit(jobs, notify)
-        except Busy as error:
-            raise ApiError(503, str(error), code="overloaded") from error
-        except Closed as error:
-            raise ApiError(503, str(error), code="shutting_down") from error
+        except Refused as error:
+            raise ApiError(503, str(error), code=error.code) from error
         self._open = dict(enumerate(self._tickets))
         self._counts = [0] * len(jobs)
 
@@ -57,13 +56,14 @@ class Answers:
         """Each job's index and event, until all are done.
 
         Raises:
-            ApiError: 504, the time is over; 500, it failed.
+            ApiError: 504, the time is over; 503 or 502, a server behind this one is not there or failed; 500, this
+                one did.
         """
         while self._open:
             index, event = await self._events.get()
             if isinstance(event, Failure):
                 self._end(index, event.reason)
-                raise ApiError(504 if event.reason == "timeout" else 500, event.message, code=event.reason)
+                raise ApiError(_STATUS[event.reason], event.message, code=event.reason)
             if isinstance(event, Piece):
                 self._counts[index] = event.count
             if isinstance(event, Scores) or event.finish:

@@ -83,7 +83,7 @@ app = typer.Typer(
 )
 
 
-SEVERAL = ("--bases", "--methods", "--prompts")
+SEVERAL = ("--bases", "--methods", "--prompts", "--upstream")
 """Options that may be followed by several values."""
 
 

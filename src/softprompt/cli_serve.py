@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import socket
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from softprompt import artifact
 from softprompt.base import DEFAULT_BASE
-from softprompt.engine import Engine, Limits
+from softprompt.engine import Backend, Engine, Limits
 from softprompt.errors import ConfigError
 from softprompt.options import Device, Dtype, Trust, flag, load_base_model, model_option, option
 from softprompt.store import Store
@@ -20,6 +22,7 @@ from softprompt.terminal import stdout
 _L = Limits()
 _door = partial(option, panel="Who may ask")
 _limit = partial(option, panel="Limits")
+_upstream = partial(option, panel="Servers elsewhere")
 
 log = logging.getLogger("softprompt.server")
 
@@ -40,7 +43,7 @@ def serve_command(
     allow_loading: Annotated[
         bool, flag("--allow-loading", "Let clients load and unload soft prompts.", panel="Who may ask")
     ] = False,
-    max_rows: Annotated[int, _limit("The most requests in one forward pass.", _L.rows)] = _L.rows,
+    max_rows: Annotated[int, _limit("The most requests in one forward pass, or at one upstream.", _L.rows)] = _L.rows,
     max_tokens: Annotated[
         int, _limit("Tokens of keys and values: rows times the longest; one request's most.", _L.tokens)
     ] = _L.tokens,
@@ -52,6 +55,20 @@ def serve_command(
     base: Annotated[
         str | None, model_option("The frozen model.", f"that of the first of --prompts, else {DEFAULT_BASE}")
     ] = None,
+    backend: Annotated[str, _upstream("What computes: local, or vllm for servers elsewhere.", "local")] = "local",
+    upstream: Annotated[
+        list[str] | None, _upstream("URLs of vLLM servers of the base model, started with --enable-prompt-embeds.")
+    ] = None,
+    upstream_api_key: Annotated[
+        str | None,
+        _upstream(
+            "What they want as Bearer token; better given as $SOFTPROMPT_UPSTREAM_API_KEY.",
+            envvar="SOFTPROMPT_UPSTREAM_API_KEY",
+        ),
+    ] = None,
+    block_size: Annotated[
+        int, _upstream("Their --block-size: a warning says which soft prompts do not fill it.", 16, min=1)
+    ] = 16,
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: Trust = False,
@@ -63,6 +80,7 @@ def serve_command(
     \b
     softprompt serve
     softprompt serve --prompts sst2 news --port 8080 --watch
+    softprompt serve --backend vllm --upstream http://gpu1:8000 http://gpu2:8000
     curl localhost:8000/v1/classify -H 'Content-Type: application/json' \\
         -d '{"model": "sst2", "input": "a stirring film"}'
     """
@@ -71,6 +89,9 @@ def serve_command(
 
         from softprompt import server, telemetry
         from softprompt.catalog import Catalog
+
+        if backend == "vllm":
+            from softprompt.upstream import Upstreams, check_model
     except ImportError as error:
         raise ConfigError(
             f'Serving needs the library {error.name}, which is not installed; pip install "softprompt[serve]".'
@@ -80,16 +101,25 @@ def serve_command(
     )
     if api_key is not None and not api_key.strip():
         raise ConfigError("The API key is blank; give another one, or none to let anyone ask.")
+    _check_upstreams(backend, upstream)
     store = Store()
     chosen = None if prompts is None or "all" in prompts else {_name(one): store.find(one) for one in prompts}
     first = next(iter(chosen.values())) if chosen else None
     listener = _bound(host, port)
+    if backend == "vllm":  # only embeds: vLLM rounds to its own dtype, and twice would be once too often
+        dtype, device = ("fp32" if dtype == "auto" else dtype), "cpu"
     lm = load_base_model(
         base or (artifact.load(first).base if first else DEFAULT_BASE), dtype, device, trust_remote_code
     )
 
     telemetry.log_as_json()
-    catalog = Catalog(lm, store, limits.window(lm))
+    upstreams: Backend | None = None
+    if backend == "vllm":
+        lm.keep_embedding_only()
+        upstreams = Upstreams(lm, upstream or (), limits, api_key=upstream_api_key)
+        catalog = Catalog(lm, store, upstreams.window, check=partial(check_model, block_size))
+    else:
+        catalog = Catalog(lm, store, limits.window(lm))
     if chosen is None:
         server.report(catalog.sync())
     for name, path in (chosen or {}).items():
@@ -97,7 +127,7 @@ def serve_command(
     if api_key is None and not _is_local(host):
         log.warning(f"no API key: anyone who reaches {host} may use this server; set one with --api-key")
     app = server.create_app(
-        Engine(lm, limits),
+        upstreams or Engine(lm, limits),
         catalog,
         api_key=api_key,
         allow_loading=allow_loading,
@@ -121,6 +151,17 @@ def serve_command(
     stdout.print(f"listening on http://{shown}:{listener.getsockname()[1]}")
     stdout.file.flush()
     uvicorn.Server(config).run(sockets=[listener])
+
+
+def _check_upstreams(backend: str, upstream: Sequence[str] | None) -> None:
+    if backend not in ("local", "vllm"):
+        raise ConfigError(f"--backend must be local or vllm, not {backend!r}")
+    if (backend == "vllm") != bool(upstream):
+        found = "none" if backend == "vllm" else "some without it"
+        raise ConfigError(f"Expected URLs of vLLM servers as --upstream with --backend vllm, found {found}; give both.")
+    for url in upstream or ():
+        if not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", url):
+            raise ConfigError(f"Expected a URL such as http://host:8000 as --upstream, found {url!r}; correct it.")
 
 
 def _name(name_or_path: str) -> str:

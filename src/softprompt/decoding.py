@@ -57,6 +57,7 @@ class Writer:
         text: the text so far, whole characters only, cut before a stop string.
         finish: empty, or ``stop`` (end-of-sequence or a stop string), ``length``, or ``error`` (the model's scores
             are not numbers).
+        ends: the end-of-sequence tokens.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Writer:
         self._top_logprobs = top_logprobs
         self._lead = lead
         self._stops = tuple(stop for stop in sampling.stop if stop)
-        self._ends = _end_tokens(lm)
+        self.ends = _end_tokens(lm)
         self._tokenizer = lm.tokenizer
         self._characters = _Characters(lm.tokenizer)
         self._generator = torch.Generator().manual_seed(seed)
@@ -97,17 +98,27 @@ class Writer:
             self.finish = "error"
             return int(likeliest)
         token = int(likeliest) if self._sampling.temperature == 0 else self._draw(logits)
+        noted = self._top_logprobs is not None and token not in self.ends
+        self.put(token, self._note(logits, token, self._top_logprobs or 0) if noted else None)
+        return token
+
+    def put(self, token: int, note: TokenLogprob | None) -> None:
+        """Appends a token that was chosen.
+
+        Args:
+            token: its id.
+            note: what to note beside it; not looked at if it ends the text.
+        """
         self.count += 1
-        if token in self._ends:
+        if token in self.ends:
             self._end("stop")
-            return token
+            return
         self.ids.append(token)
-        if self._top_logprobs is not None:
-            self._noted.append(self._note(logits, token, self._top_logprobs))
+        if note is not None:
+            self._noted.append(note)
         self._grow(self._characters.push(token))
         if not self.done and len(self.ids) >= self._sampling.max_new_tokens:
             self._end("length")
-        return token
 
     def release(self) -> tuple[str, tuple[TokenLogprob, ...]]:
         """The text since the last call that no stop string can take back any more, and the tokens noted since then."""
@@ -136,8 +147,12 @@ class Writer:
     def _note(self, logits: torch.Tensor, token: int, top: int) -> TokenLogprob:
         logprobs = logits.log_softmax(dim=-1)
         values, ids = logprobs.topk(min(top, len(logprobs)))
-        texts = [self._tokenizer.decode([id]) for id in (token, *ids.tolist())]
-        return TokenLogprob(texts[0], float(logprobs[token]), tuple(zip(texts[1:], values.tolist(), strict=True)))
+        return self.note(token, float(logprobs[token]), list(zip(ids.tolist(), values.tolist(), strict=True)))
+
+    def note(self, token: int, logprob: float, top: Sequence[tuple[int, float]]) -> TokenLogprob:
+        """A token and others by id as what is told of them, each with its log-probability."""
+        others = tuple((self._tokenizer.decode([id]), value) for id, value in top)
+        return TokenLogprob(self._tokenizer.decode([token]), logprob, others)
 
     def _grow(self, piece: str) -> None:
         if piece and self._lead:

@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 
@@ -115,7 +116,7 @@ class Failure:
     """Why a job will not be done.
 
     Attributes:
-        reason: ``timeout`` or ``error``.
+        reason: ``timeout``, ``error``, or ``upstream``: the server that was to compute it failed.
         message: one sentence.
     """
 
@@ -126,12 +127,35 @@ class Failure:
 Event = Piece | Scores | Failure
 
 
-class Busy(Exception):
+CLOSED = "The server is shutting down; send the request to another one."
+
+
+class Refused(Exception):
+    """No job is taken now.
+
+    Attributes:
+        code: what a program can tell the reason by.
+    """
+
+    code = ""
+
+
+class Busy(Refused):
     """As many requests wait as may."""
 
+    code = "overloaded"
 
-class Closed(Exception):
+
+class Closed(Refused):
     """The engine takes no more requests."""
+
+    code = "shutting_down"
+
+
+class NoUpstream(Refused):
+    """None of the servers that are to compute answers."""
+
+    code = "no_upstream"
 
 
 @dataclass(eq=False)
@@ -141,6 +165,7 @@ class Ticket:
     Attributes:
         job: the job.
         notify: called by the engine's thread with each event.
+        on_cancel: called by whoever cancels it.
         submitted: when it came.
         started: when it left the line.
         first: when its first token, or its scores, were there.
@@ -149,6 +174,7 @@ class Ticket:
 
     job: Job
     notify: Callable[[Event], None]
+    on_cancel: Callable[[], None] = lambda: None
     submitted: float = field(default_factory=time.monotonic)
     started: float | None = None
     first: float | None = None
@@ -158,11 +184,43 @@ class Ticket:
     def cancel(self) -> None:
         """Nobody waits for it any more: no event will be told, and its row is free from the next pass on."""
         self.cancelled = True
+        self.on_cancel()
+
+    def tell(self, event: Event) -> None:
+        """Hands an event over, if anybody waits for it."""
+        if self.cancelled:
+            return
+        try:
+            self.notify(event)
+        except Exception as error:  # who asked has gone, which must not harm the others
+            log.error("an answer could not be handed over", exc_info=error)
+            self.cancel()
 
     @property
     def room(self) -> int:
         """The most tokens that its row will have."""
         return self.job.prompt_tokens + (0 if self.job.sampling is None else self.job.sampling.max_new_tokens)
+
+
+def tickets_of(jobs: Sequence[Job], notify: Callable[[int, Event], None]) -> list[Ticket]:
+    """A ticket for each job, whose events go to ``notify`` with the job's index."""
+
+    def teller(index: int) -> Callable[[Event], None]:
+        return lambda event: notify(index, event)
+
+    return [Ticket(job, teller(index)) for index, job in enumerate(jobs)]
+
+
+def check_room(waiting: int, more: int, limits: Limits) -> None:
+    """Raises ``Busy`` if ``more`` requests cannot wait beside those that do."""
+    if waiting + more > limits.waiting:
+        raise Busy(f"{waiting} requests wait already, of {limits.waiting} that may; try again in a moment.")
+
+
+def too_long(limits: Limits) -> Failure:
+    """The time of a request is over."""
+    sentence = f"The request took longer than {limits.seconds:g} s; ask for less, or try again later."
+    return Failure("timeout", sentence)
 
 
 class FairQueue:
@@ -199,6 +257,30 @@ class FairQueue:
                 self._lines[task] = kept
             else:
                 del self._lines[task]
+
+
+class CacheCounts(Protocol):
+    """What a cache of prefixes tells of itself: bytes held, and tokens asked for and found."""
+
+    nbytes: int
+    queries: int
+    hits: int
+
+
+class Backend(Protocol):
+    """What answers the jobs of a server: an ``Engine`` here, or servers elsewhere (``upstream.Upstreams``)."""
+
+    limits: Limits
+
+    @property
+    def prefixes(self) -> CacheCounts: ...
+    @property
+    def running(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    def check(self) -> None: ...
+    def submit(self, jobs: Sequence[Job], notify: Callable[[int, Event], None]) -> list[Ticket]: ...
+    def close(self) -> None: ...
 
 
 class PrefixCache:
@@ -304,6 +386,11 @@ class Engine:
         """Whether the engine takes jobs."""
         return self._thread.is_alive() and not self._closing
 
+    def check(self) -> None:
+        """Raises ``Closed`` if the engine takes no jobs any more."""
+        if not self.alive:
+            raise Closed(CLOSED)
+
     def submit(self, jobs: Sequence[Job], notify: Callable[[int, Event], None]) -> list[Ticket]:
         """Takes all of the jobs, or none.
 
@@ -316,18 +403,10 @@ class Engine:
             Busy: too many would wait.
             Closed: the engine is closing.
         """
-
-        def teller(index: int) -> Callable[[Event], None]:
-            return lambda event: notify(index, event)
-
-        tickets = [Ticket(job, teller(index)) for index, job in enumerate(jobs)]
+        tickets = tickets_of(jobs, notify)
         with self._changed:
-            if not self.alive:
-                raise Closed("The server is shutting down; send the request to another one.")
-            if self.waiting + len(jobs) > self.limits.waiting:
-                raise Busy(
-                    f"{self.waiting} requests wait already, of {self.limits.waiting} that may; try again in a moment."
-                )
+            self.check()
+            check_room(self.waiting, len(jobs), self.limits)
             for ticket in tickets:
                 (self._to_score if ticket.job.sampling is None else self._to_write).push(ticket)
             self._changed.notify()
@@ -365,8 +444,7 @@ class Engine:
 
         def keep(ticket: Ticket) -> bool:
             if not ticket.cancelled and ticket.submitted < latest:
-                sentence = f"The request took longer than {self.limits.seconds:g} s; ask for less, or try again later."
-                self._tell(ticket, Failure("timeout", sentence))
+                ticket.tell(too_long(self.limits))
                 ticket.cancel()
             return not ticket.cancelled
 
@@ -431,7 +509,7 @@ class Engine:
             for ticket, row in zip(tickets, scores.tolist(), strict=True):
                 ticket.first = now
                 found = tuple(row[: len(ticket.job.request.words)])
-                self._tell(ticket, _no_numbers(self.lm) if any(map(_is_nan, found)) else Scores(found))
+                ticket.tell(_no_numbers(self.lm) if any(map(_is_nan, found)) else Scores(found))
         finally:
             self._scoring = 0
 
@@ -473,25 +551,16 @@ class Engine:
         if writer.done:
             del self._rows[row]
         if writer.finish == "error":
-            self._tell(ticket, _no_numbers(self.lm))
+            ticket.tell(_no_numbers(self.lm))
         elif writer.done or ticket.job.stream:
             text, tokens = writer.release()
             if text or writer.done:
-                self._tell(ticket, Piece(text, tokens, writer.count, writer.finish))
+                ticket.tell(Piece(text, tokens, writer.count, writer.finish))
 
     def _fail(self, tickets: Sequence[Ticket], error: Exception) -> None:
         log.error("a forward pass failed", exc_info=error)
         for ticket in tickets:
-            self._tell(ticket, Failure("error", "The server failed to compute the answer; its log says why."))
-
-    def _tell(self, ticket: Ticket, event: Event) -> None:
-        if ticket.cancelled:
-            return
-        try:
-            ticket.notify(event)
-        except Exception as error:  # who asked has gone, which must not harm the others
-            log.error("an answer could not be handed over", exc_info=error)
-            ticket.cancel()
+            ticket.tell(Failure("error", "The server failed to compute the answer; its log says why."))
 
 
 def _is_nan(value: float) -> bool:

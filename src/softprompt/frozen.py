@@ -185,6 +185,11 @@ class FrozenLM:
         """How many weights the base model has, shared ones counted once."""
         return sum(p.numel() for p in self.model.parameters())
 
+    def keep_embedding_only(self) -> None:
+        """Frees every weight but the embedding table: what is left embeds sequences, and computes nothing."""
+        self.embedding = self.embedding.clone()  # the weight itself may be a view into the model's whole file
+        self.model.to("meta")
+
     def weights_digest(self) -> str:
         """Hex digest of every bit of every weight in memory; no training may change it."""
         return weights_digest(self.model)
@@ -213,7 +218,7 @@ class FrozenLM:
 
     def _run_prefix(self, ids: Sequence[int], vectors: torch.Tensor | None, before: PrefixKV | None = None) -> PrefixKV:
         """Keys and values of ``ids``, which see those of ``before``."""
-        embedded = self._embed(list(ids) or [0], vectors)
+        embedded = self.embed(list(ids) or [0], vectors)
         start = 0 if before is None else before.width
         kept: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in self._layers]
         blocked = torch.full((len(embedded), start + len(embedded)), torch.finfo(self.dtype).min)
@@ -311,7 +316,7 @@ class FrozenLM:
         """
         places = [(r, w, word) for r, request in enumerate(requests) for w, word in enumerate(request.words)]
         rows = [
-            self._embed((*requests[r].ids, *word[:-1]), _prompt_of(requests[r], soft_prompts)) for r, _, word in places
+            self.embed((*requests[r].ids, *word[:-1]), _prompt_of(requests[r], soft_prompts)) for r, _, word in places
         ]
         logprobs = self.run_whole(rows).log_softmax(dim=-1)
         width = max(len(request.words) for request in requests)
@@ -331,7 +336,7 @@ class FrozenLM:
             out = self.model(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
         return out.logits.float()  # type: ignore[no-any-return]
 
-    def _embed(self, ids: Sequence[int], vectors: torch.Tensor | None) -> torch.Tensor:
+    def embed(self, ids: Sequence[int], vectors: torch.Tensor | None) -> torch.Tensor:
         """Embeddings ``[T, H]`` of ``ids`` in the model's dtype, with ``vectors`` in the place of ``SOFT``."""
         pieces, start = [], 0
         for place in [i for i, token in enumerate(ids) if token == SOFT] + [len(ids)]:
@@ -467,10 +472,10 @@ class FrozenLM:
             prefix_of: where its prefix comes from.
         """
         if not self.shares_prefix:
-            return Continuation(writer, self._embed(request.ids, vectors), None)
+            return Continuation(writer, self.embed(request.ids, vectors), None)
         shared = min(request.shared, len(request.ids) - 1)
         prefix = prefix_of(request.ids[:shared], vectors)
-        return Continuation(writer, self._embed(request.ids[shared:], vectors), prefix)
+        return Continuation(writer, self.embed(request.ids[shared:], vectors), prefix)
 
     # --- compilation ------------------------------------------------------------------------------
 

@@ -23,9 +23,10 @@ from starlette.types import ASGIApp
 from softprompt import openai_api as api
 from softprompt.answers import Answers, ClientGone, EventStream, chunks, while_connected
 from softprompt.catalog import Catalog, Model, Order, Wish
-from softprompt.engine import Engine, Job, Piece, Scores
+from softprompt.engine import Backend, Job, Piece, Refused, Scores
 from softprompt.errors import SoftPromptError
 from softprompt.gate import Gate
+from softprompt.inspect_live import Inspector
 from softprompt.openai_api import ApiError
 from softprompt.telemetry import Metrics
 
@@ -45,7 +46,7 @@ _Result = TypeVar("_Result")
 
 
 def create_app(
-    engine: Engine,
+    engine: Backend,
     catalog: Catalog,
     *,
     api_key: str | None = None,
@@ -90,6 +91,7 @@ def create_app(
         "/metrics": server.metrics_text,
         "/v1/models": server.models,
         "/v1/models/{name:path}": server.model,
+        "/v1/soft_prompts/{name:path}/inspection": server.inspection,
     }
     for path, look in looks.items():
         app.add_api_route(path, look, methods=["GET"], response_model=None)
@@ -103,18 +105,20 @@ def create_app(
 class Server:
     """The endpoints."""
 
-    def __init__(self, engine: Engine, catalog: Catalog, allow_loading: bool) -> None:
+    def __init__(self, engine: Backend, catalog: Catalog, allow_loading: bool) -> None:
         self._engine = engine
         self._catalog = catalog
         self._allow_loading = allow_loading
         self._metrics = Metrics(engine, catalog.base.name)
         # The catalog's tokenizer is for one thread at a time, and long inputs must not hold up the event loop.
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader")
+        self._inspector = Inspector(catalog.base.lm)
 
     async def close(self) -> None:
         """Finishes what was taken."""
         await asyncio.get_running_loop().run_in_executor(None, self._engine.close)
         self._reader.shutdown()
+        self._inspector.close()
 
     async def watch(self, only: Collection[str] | None) -> None:
         """Follows the store until it is cancelled."""
@@ -141,8 +145,10 @@ class Server:
 
     async def health(self) -> Response:
         """200 while requests are taken."""
-        if not self._engine.alive:
-            raise ApiError(503, "The server does not take requests any more.", code="shutting_down")
+        try:
+            self._engine.check()
+        except Refused as error:
+            raise ApiError(503, str(error), code=error.code) from error
         return JSONResponse({"status": "ok"})
 
     async def metrics_text(self) -> Response:
@@ -157,6 +163,10 @@ class Server:
     async def model(self, name: str) -> Response:
         """One of them."""
         return JSONResponse(self._catalog.get(name).card)
+
+    async def inspection(self, name: str) -> Response:
+        """What the vectors of a soft prompt show with the embedding table alone."""
+        return JSONResponse(await self._inspector.views(self._catalog.get(name)))
 
     # --- writing ----------------------------------------------------------------------------------
 

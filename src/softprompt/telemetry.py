@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from softprompt.engine import Engine, Ticket
+from softprompt.engine import Backend, Ticket
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
 
@@ -26,7 +26,7 @@ class Metrics:
     base model: a histogram for each of a thousand soft prompts would be too many series.
     """
 
-    def __init__(self, engine: Engine, base: str) -> None:
+    def __init__(self, engine: Backend, base: str) -> None:
         self._base = base
         self._registry = CollectorRegistry()
         self._registry.register(_State(engine, base))
@@ -44,7 +44,7 @@ class Metrics:
         Args:
             ticket: the job.
             count: tokens that it generated.
-            reason: ``stop``, ``length``, ``abort``, ``timeout``, ``error``, or ``scored``.
+            reason: ``stop``, ``length``, ``abort``, ``timeout``, ``error``, ``upstream``, or ``scored``.
         """
         now = time.monotonic()
         name = ticket.job.task
@@ -73,7 +73,7 @@ class Metrics:
 class _State(Collector):
     """What the engine knows at the moment it is asked."""
 
-    def __init__(self, engine: Engine, base: str) -> None:
+    def __init__(self, engine: Backend, base: str) -> None:
         self._engine, self._base = engine, base
 
     def collect(self) -> Iterator[Metric]:
