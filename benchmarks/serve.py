@@ -151,15 +151,20 @@ async def first_token(client: httpx.AsyncClient, model: str, text: str, **more: 
     return found
 
 
-async def load(client: httpx.AsyncClient, jobs: list[tuple[str, str]], tokens: int, at_once: int) -> float:
-    """Generated tokens a second of ``at_once`` clients that share the jobs (model and text)."""
+Ask = tuple[str, str, int]
+"""Model, text, and the most tokens of the answer."""
+
+
+async def load(client: httpx.AsyncClient, jobs: list[Ask], at_once: int) -> float:
+    """Generated tokens a second of ``at_once`` clients that share the jobs."""
     waiting = iter(jobs)
     generated = 0
 
     async def work() -> None:
         nonlocal generated
-        for model, text in waiting:
-            generated += (await complete(client, model, text, tokens))["usage"]["completion_tokens"]
+        for job in waiting:
+            found = await complete(client, *job)
+            generated += found["usage"]["completion_tokens"]  # no await in here: others add meanwhile
 
     began = time.perf_counter()
     await asyncio.gather(*(work() for _ in range(at_once)))
@@ -169,7 +174,7 @@ async def load(client: httpx.AsyncClient, jobs: list[tuple[str, str]], tokens: i
 # --- throughput ------------------------------------------------------------------------------------------------------
 
 
-def peft_generator(setting: Setting, names: list[str]) -> Callable[[str, str], list[int]]:
+def peft_generator(setting: Setting, names: list[str]) -> Callable[[str, str, int], list[int]]:
     """PEFT with an adapter for each soft prompt: name and text → the ids of a greedy completion."""
     from peft import PromptTuningConfig, get_peft_model
 
@@ -187,14 +192,14 @@ def peft_generator(setting: Setting, names: list[str]) -> Callable[[str, str], l
 
     task = Task.of(lm, setting.store.load(names[0]))
 
-    def generate(name: str, text: str) -> list[int]:
+    def generate(name: str, text: str, tokens: int) -> list[int]:
         ids = torch.tensor([[t for t in task.open_request(Example({"input": text}, None), 1).ids if t != SOFT]])
         model.set_adapter(name)
         with torch.no_grad():
             found = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=setting.options.max_tokens,
+                max_new_tokens=tokens,
                 do_sample=False,
                 pad_token_id=lm.tokenizer.eos_token_id,
             )
@@ -203,30 +208,67 @@ def peft_generator(setting: Setting, names: list[str]) -> Callable[[str, str], l
     return generate
 
 
+def talkative(setting: Setting, texts: list[str]) -> list[str]:
+    """Stores soft prompts whose answers seldom end early, so that all sides do the same work.
+
+    Returns:
+        Their names, as many as there are clients.
+    """
+    from softprompt.data import Example
+    from softprompt.frozen import Sampling
+    from softprompt.task import Task
+
+    options, count = setting.options, setting.options.batch_size
+    sampling, found, first = Sampling(max_new_tokens=options.max_tokens), list[SoftPrompt](), 0
+
+    def ends_late(soft_prompts: list[SoftPrompt], several: list[list[str]]) -> list[bool]:
+        requests = [
+            Task.of(setting.lm, soft_prompt).open_request(Example({"input": text}, None), options.max_tokens, place)
+            for place, soft_prompt in enumerate(soft_prompts)
+            for text in several[place]
+        ]
+        answers = setting.lm.generate(requests, [each.vectors for each in soft_prompts], sampling)
+        late = dict.fromkeys(range(len(soft_prompts)), True)
+        for request, answer in zip(requests, answers, strict=True):
+            late[request.prompt or 0] &= answer.finish == "length"
+        return list(late.values())
+
+    while len(found) < count:
+        tried = [setting.soft_prompt(number) for number in range(first, first + count)]
+        late = ends_late(tried, [texts[: len(texts) // count]] * count)
+        for soft_prompt in (each for each, is_late in zip(tried, late, strict=True) if is_late):
+            if found or ends_late([soft_prompt], [texts])[0]:  # the first one answers all texts
+                found.append(soft_prompt)
+        first += count
+    for soft_prompt in found[:count]:
+        setting.store.save(soft_prompt, overwrite=True)
+    return [soft_prompt.name for soft_prompt in found[:count]]
+
+
 async def throughput(setting: Setting) -> dict[str, Any]:
     """Many soft prompts against one, and against PEFT."""
     options = setting.options
-    names = [f"task-{i}" for i in range(options.batch_size)]
-    for number in range(len(names)):
-        setting.store.save(setting.soft_prompt(number), overwrite=True)
-    peft = peft_generator(setting, names)
     texts = setting.texts[: options.requests]
-    many = [(names[i % len(names)], text) for i, text in enumerate(texts)]
-    one = [(names[0], text) for text in texts]
+    names = talkative(setting, texts)
+    peft = peft_generator(setting, names)
+    draw = random.Random(0)  # answers end at different times, the same on both sides
+    lengths = [draw.randint(options.max_tokens // 2, options.max_tokens) for _ in texts]
+    many = [(names[i % len(names)], text, length) for i, (text, length) in enumerate(zip(texts, lengths, strict=True))]
+    one = [(names[0], text, length) for _, text, length in many]
     rates: dict[str, list[float]] = {"many": [], "one": [], "peft": []}
     with setting.server("--max-rows", str(options.batch_size)) as server:
         async with server.client() as client:
             for jobs in (many, one):  # every prefix is computed before anything is timed
-                await load(client, jobs, 2, options.batch_size)
+                await load(client, [(name, text, 2) for name, text, _ in jobs], options.batch_size)
             compared = many[: options.peft_requests]
-            answers = [await complete(client, *job, options.max_tokens) for job in compared]
+            answers = [await complete(client, *job) for job in compared]
             same = sum(
                 answer["choices"][0]["text"] == decoded(setting.lm, peft(*job))
                 for answer, job in zip(answers, compared, strict=True)
             )
             for _ in range(options.rounds):
-                rates["many"].append(await load(client, many, options.max_tokens, options.batch_size))
-                rates["one"].append(await load(client, one, options.max_tokens, options.batch_size))
+                rates["many"].append(await load(client, many, options.batch_size))
+                rates["one"].append(await load(client, one, options.batch_size))
                 began, generated = time.perf_counter(), 0
                 for job in compared:
                     generated += len(peft(*job))
@@ -325,8 +367,8 @@ async def memory(setting: Setting) -> dict[str, Any]:
                 body = {"name": soft_prompt.name, "path": str(path)}
                 (await client.post("/v1/load_soft_prompt", json=body)).raise_for_status()
             registered = server.memory
-            jobs = [(f"task-{i}", setting.texts[i % len(setting.texts)]) for i in range(count)]
-            await load(client, jobs, 1, setting.options.batch_size)
+            jobs = [(f"task-{i}", setting.texts[i % len(setting.texts)], 1) for i in range(count)]
+            await load(client, jobs, setting.options.batch_size)
             asked = server.memory
             metrics = (await client.get("/metrics")).text
     kept = next(
@@ -545,7 +587,7 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS[:-1]))
     parser.add_argument("--requests", type=int, default=96, help="in a round of throughput, and of ttft")
     parser.add_argument("--peft-requests", type=int, default=8, help="of these by PEFT, in a round")
-    parser.add_argument("--max-tokens", type=int, default=32, help="generated for a request")
+    parser.add_argument("--max-tokens", type=int, default=32, help="generated for a request; throughput: half to all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--registered", type=int, default=1000, help="soft prompts of the part memory")
     parser.add_argument("--minutes", type=float, default=10, help="of the part soak")

@@ -93,6 +93,8 @@ def test_a_step_returns_the_rows_that_picked_a_token(llama: FrozenLM) -> None:
         assert len(decoder) == 1
         assert decoder.step() == [first]
         decoder.join([second])
+        assert len(decoder) == 2
+        assert decoder.step() == [first]  # input is read every second time
         assert decoder.step() == [first, second]
         decoder.drop([first])
         assert decoder.step() == [second]
@@ -100,7 +102,7 @@ def test_a_step_returns_the_rows_that_picked_a_token(llama: FrozenLM) -> None:
         while len(decoder):
             decoder.step()
         assert decoder.step() == []
-    assert [len(first.writer.ids), len(second.writer.ids)] == [2, len(alone("llama")[1].ids)]
+    assert [len(first.writer.ids), len(second.writer.ids)] == [3, len(alone("llama")[1].ids)]
 
 
 def prefix(length: int, start: float, layers: int = 2) -> PrefixKV:

@@ -29,6 +29,10 @@ attention scores of its whole length squared."""
 JOIN_TOKENS = 2048
 """Tokens, padding included, of the inputs that join in one pass."""
 
+READ_EVERY = 2
+"""Passes over the rows that have begun for one over input that joined. On a CPU each takes most of its time for the
+weights alone, so that input of several rows is read together rather than each as it comes, and waits a pass for it."""
+
 NUCLEUS = 1024
 """How many of the most probable tokens nucleus sampling looks at before it sorts the whole vocabulary."""
 
@@ -342,28 +346,31 @@ class Decoder:
         self._lm = lm
         self._running: list[Continuation] = []
         self._kv = RowKV()  # row i of it is self._running[i]
+        self._new: list[Continuation] = []
         self._joining: deque[tuple[list[Continuation], RowKV]] = deque()
+        self._unread = 0  # passes since input was read
         self._whole: list[Continuation] = []
 
     def __len__(self) -> int:
-        return len(self._running) + len(self._whole) + sum(len(rows) for rows, _ in self._joining)
+        return len(self._running) + len(self._whole) + len(self._new) + sum(len(rows) for rows, _ in self._joining)
 
     def join(self, rows: Sequence[Continuation]) -> None:
-        """Takes rows in: short inputs run together, a long one alone, in chunks."""
+        """Takes rows in."""
         self._whole += [row for row in rows if row.prefix is None]
-        for several in (True, False):
-            fitting = [row for row in rows if row.prefix is not None and (len(row.embedded) <= CHUNK) == several]
-            lengths = [len(row.embedded) for row in fitting]
-            for group in micro_batches(lengths, JOIN_TOKENS if several else 1):
-                self._begin([fitting[i] for i in group])
+        self._new += [row for row in rows if row.prefix is not None]
 
     def step(self) -> list[Continuation]:
-        """Runs the last token of every row that has begun, and a chunk of input of the rows that joined first.
+        """Runs the last token of every row that has begun; every ``READ_EVERY`` times, or if there is no such row, also
+        a chunk of input of the rows that joined first.
 
         Returns:
             The rows that picked a token; those of them that are done have left.
         """
-        return [*self._decode(), *self._read(), *self._decode_whole()]
+        found = self._decode()
+        self._unread += 1
+        if not found or self._unread >= READ_EVERY:
+            found, self._unread = [*found, *self._read()], 0
+        return [*found, *self._decode_whole()]
 
     def drop(self, rows: Collection[Continuation]) -> None:
         """Takes rows out before they are done."""
@@ -376,7 +383,17 @@ class Decoder:
                 if id(members[index]) in gone:
                     _remove(members, kv, index)
         self._joining = deque((members, kv) for members, kv in self._joining if members)
+        self._new = [row for row in self._new if id(row) not in gone]
         self._whole = [row for row in self._whole if id(row) not in gone]
+
+    def _group(self) -> None:
+        """Puts the rows that are new in line: short inputs together, a long one alone, to be read in chunks."""
+        for several in (True, False):
+            fitting = [row for row in self._new if (len(row.embedded) <= CHUNK) == several]
+            lengths = [len(row.embedded) for row in fitting]
+            for group in micro_batches(lengths, JOIN_TOKENS if several else 1):
+                self._begin([fitting[i] for i in group])
+        self._new = []
 
     def _begin(self, rows: list[Continuation]) -> None:
         prefixes = [row.prefix for row in rows if row.prefix is not None]
@@ -400,6 +417,7 @@ class Decoder:
 
     def _read(self) -> list[Continuation]:
         """Runs a chunk of the rows that are first in line; rows whose input has been read begin."""
+        self._group()
         if not self._joining:
             return []
         rows, kv = self._joining.popleft()
