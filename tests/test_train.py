@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -322,6 +323,35 @@ def test_several_starts_of_several_lengths() -> None:
     with pytest.raises(ConfigError) as error:
         Training(toy_task(tiny("llama"), data), data, config=train_settings(lengths=(2,)), start=torch.zeros(4, 8))
     assert str(error.value) == ("other lengths cannot be tried from a soft prompt to start from; leave one of them out")
+
+
+@pytest.mark.parametrize(("labels", "held_out", "steps", "interval"), [(2, 8, 45, 5), (40, 80, 20, 5), (40, 80, 45, 9)])
+def test_validations_are_fewer_where_they_are_dear(
+    labels: int, held_out: int, steps: int, interval: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every 5 steps here; where rows have many labels to score so seldom that all steps between two validations, each
+    run forward and backward, are three times a validation; but five times in a run."""
+    monkeypatch.setattr("softprompt.train.EVAL_EVERY", 5)
+    names = [f"{'abcdefgh'[i % 8]}{i} {'xyz'[i % 3]} label" for i in range(labels)]
+    rows = tuple(Example({"input": f"row {i}"}, names[i % labels]) for i in range(80))
+    data = Dataset(rows, "rows.jsonl", "0" * 64)
+    task = Task.for_data(
+        tiny("llama"), data, TOY_TEMPLATE, verbalizer=Verbalizer.from_labels(names), num_virtual_tokens=6
+    )
+    config = train_settings(steps=steps, eval_every=None, loss="lm")
+    training = Training(task, data, replace(data, examples=rows[:held_out]), config)
+    every = [step.number for step in training if step.validation is not None]
+
+    def length(request: Request) -> int:
+        inner = {word[:n] for word in request.words for n in range(1, len(word))}
+        return len(request.ids) - request.shared + len(inner)
+
+    dear = sum(length(task.label_request(example)) for example in rows[:held_out])
+    mean = sum(length(task.target_request(example)) for example in rows) / len(rows)
+    wanted = math.ceil(3 * dear / (2 * 4 * mean))
+    assert (wanted > 90) == (labels == 40)
+    assert interval == max(5, min(wanted, steps // 5))
+    assert every == sorted({*range(interval, steps + 1, interval), steps})
 
 
 # --- which rows when -----------------------------------------------------------------------------------------

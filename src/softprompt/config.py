@@ -50,7 +50,8 @@ class TrainConfig:
         batch_size: examples a step.
         steps: optimizer steps; None: see ``epochs``.
         epochs: passes over the training data; None, with ``steps`` None too: as many steps as ``DEFAULT_STEPS``.
-        eval_every: steps between validations.
+        eval_every: steps between validations; None: ``EVAL_EVERY``, or where a validation is dear (many labels), as
+            many more as let it take about a quarter of the computation; but five validations a run at least.
         patience: validations without improvement after which training stops early; 0: never.
         validation_rows: the most validation rows that are used (a seeded choice).
         checkpoint_every: steps between checkpoints for resuming.
@@ -76,7 +77,7 @@ class TrainConfig:
     batch_size: int = 16
     steps: int | None = None
     epochs: float | None = None
-    eval_every: int = 50
+    eval_every: int | None = None
     patience: int = 8
     validation_rows: int = 500
     checkpoint_every: int = 25
@@ -155,6 +156,7 @@ class TrainConfig:
 
 
 DEFAULT_STEPS = 800
+EVAL_EVERY = 50
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Lester et al. 2021, §3 and appendix A.1: P=100, Adafactor without parameter scaling, constant rate 0.3 on a

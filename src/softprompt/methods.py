@@ -6,6 +6,7 @@ that change weights in ``finetune.py``; ``compare.py`` runs and measures them.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from softprompt import artifact
-from softprompt.config import DEFAULT_STEPS, TrainConfig
+from softprompt.config import DEFAULT_STEPS, EVAL_EVERY, TrainConfig
 from softprompt.data import Dataset, Example
 from softprompt.errors import ConfigError
 from softprompt.evaluate import Prediction, Progress, Query, headline, predict
@@ -149,9 +150,14 @@ def _within_budget(problem: Problem, task: Task, config: TrainConfig) -> TrainCo
         if problem.seconds_left < 0:
             return replace(config, steps=1)
     validation = time.perf_counter() - began - sum(seconds)
-    a_step = min(seconds) + validation / config.eval_every
-    steps = max(1, min(DEFAULT_STEPS, int((problem.seconds_left - validation) / a_step)))
-    return replace(config, steps=steps, eval_every=max(1, min(config.eval_every, steps // 5)))
+    left, a_step = problem.seconds_left - validation, min(seconds)
+
+    def steps(every: int) -> int:
+        return max(1, min(DEFAULT_STEPS, int(left / (a_step + validation / every))))
+
+    every = max(EVAL_EVERY, math.ceil(4 * validation / a_step))  # a fifth of the time, but five of them at least
+    every = max(1, min(every, steps(every) // 5))
+    return replace(config, steps=steps(every), eval_every=every)
 
 
 def _of_several(problem: Problem, decide: Callable[[torch.Tensor], torch.Tensor]) -> Learned:

@@ -16,10 +16,10 @@ import torch
 
 from softprompt import checkpoint
 from softprompt.batch import Row
-from softprompt.config import DEFAULT_STEPS, INITS, TrainConfig
+from softprompt.config import DEFAULT_STEPS, EVAL_EVERY, INITS, TrainConfig
 from softprompt.data import Dataset, Example, check_targets
 from softprompt.errors import ConfigError, DataError, StoreError
-from softprompt.frozen import SHARED_PREFIX_MODELS, FrozenLM
+from softprompt.frozen import SHARED_PREFIX_MODELS, FrozenLM, Request
 from softprompt.history import FILE as HISTORY
 from softprompt.history import History
 from softprompt.objective import Objective
@@ -93,6 +93,11 @@ def make_optimizer(config: TrainConfig, *tensors: torch.Tensor) -> torch.optim.O
         relative_step=False,
         warmup_init=False,
     )
+
+
+def _tokens(requests: Sequence[Request]) -> int:
+    """Tokens that a forward pass runs behind the shared prefix."""
+    return sum(Row(request.ids[request.shared :], request.words).length for request in requests)
 
 
 def first_vectors(task: Task, config: TrainConfig, number: int = 0) -> torch.Tensor:
@@ -218,6 +223,7 @@ class Training:
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.stopped: str = ""
         self._planned = self._planned_steps()
+        self._every = self.config.eval_every or self._interval(held_out)
         self._probe = max(1, self._planned // 10) if self.config.tries > 1 else 0
         self._probing = self._probe * self.config.tries
         self.total = self._planned + max(0, self._probing - self._probe)
@@ -283,7 +289,7 @@ class Training:
         self.tokens += tokens
         step = Step(self.step, self.total, loss, lr, norm, tokens, seconds)
         tried = self.step <= self._probing and place + 1 == self._probe
-        if (place + 1) % self.config.eval_every == 0 or self.step == self.total or tried:
+        if (place + 1) % self._every == 0 or self.step == self.total or tried:
             step = self._validate(step)
         if tried:
             self._compare_starts()
@@ -386,6 +392,13 @@ class Training:
             return max(1, math.ceil(config.epochs * len(self._requests) / config.batch_size))
         return config.steps or DEFAULT_STEPS
 
+    def _interval(self, held_out: Sequence[Example]) -> int:
+        """Steps between validations, by tokens alone, so that a resumed run has the same; a step runs them twice."""
+        task = self.task
+        requests = [task.label_request(e) if task.words else task.target_request(e) for e in held_out]
+        step = 2 * self.config.batch_size * _tokens(self._requests) / len(self._requests)
+        return max(EVAL_EVERY, min(math.ceil(3 * _tokens(requests) / step), self._planned // 5))
+
     def _should_compile(self) -> bool:
         """Decided from the run's size alone, so that a resumed run decides alike."""
         lm = self.task.lm
@@ -393,11 +406,7 @@ class Training:
             return False
         if self.config.compile == "on":
             return True
-        tokens = (
-            sum(Row(r.ids[r.shared :], r.words).length for r in self._requests)
-            / len(self._requests)
-            * self.config.batch_size
-        )
+        tokens = _tokens(self._requests) / len(self._requests) * self.config.batch_size
         body = lm.num_parameters - lm.embedding.numel()
         operations = 4 * body * (tokens + self.config.longest) * self.total  # forward and input gradient
         return can_compile(lm) and operations >= COMPILE_PAYS_FROM
