@@ -555,7 +555,7 @@ async def soak(setting: Setting) -> dict[str, Any]:
                 asyncio.create_task(complete(client, f"task-{i % 6}", setting.texts[i % 8], options.max_tokens))
                 for i in range(options.batch_size)
             ]
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(2)  # so that all have connected, on a busy machine too
             server.process.send_signal(signal.SIGTERM)
             drained = await asyncio.gather(*last, return_exceptions=True)
     third = max(1, len(sizes) // 3)
