@@ -67,6 +67,20 @@ def test_what_cannot_be_looked_into_is_refused(server: Running) -> None:
     )
 
 
+def test_a_file_that_changed_since_it_was_loaded_is_not_shown_for_it(server: Running) -> None:
+    store = server.catalog.store
+    stored = store.load("sst2")
+    store.save(replace(stored, vectors=stored.vectors + 1), overwrite=True)
+    assert look(server, "sst2", 409)["error"]["message"] == (
+        "The file of 'sst2' was changed since it was loaded; load it again."
+    )
+    server.catalog.load("sst2", store.path("sst2"))
+    look(server, "sst2")
+    path = store.path("sst2")
+    path.unlink()
+    assert look(server, "sst2", 400)["error"]["message"].startswith(f"There is no soft prompt at {path}; ")
+
+
 def test_others_are_answered_meanwhile_and_nothing_is_computed_twice(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:

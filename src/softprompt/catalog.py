@@ -85,7 +85,6 @@ class Model:
         vectors: the soft prompt on the CPU in the base model's dtype; None for the base model.
         content: hex digest of all that its answers depend on, the base model apart; empty for the base model.
         path: the file it was read from; None for the base model.
-        soft_prompt: what the file held; None for the base model.
     """
 
     name: str
@@ -96,7 +95,6 @@ class Model:
     vectors: torch.Tensor | None = None
     content: str = ""
     path: Path | None = None
-    soft_prompt: SoftPrompt | None = None
 
     @cached_property
     def raw(self) -> Task:
@@ -312,7 +310,7 @@ class Catalog:
         task = Task.of(self._lm, soft_prompt)
         if task.max_length > self._window:
             task = replace(task, max_length=self._window)
-        content = _digest(soft_prompt, task.max_length)
+        content = content_of(soft_prompt, task.max_length)
         card = {
             **_card(name, _created(soft_prompt), self.base.name, task.max_length),
             "parent": self.base.name,
@@ -326,7 +324,7 @@ class Catalog:
             "content_hash": content,
         }
         vectors = soft_prompt.vectors.to(self._lm.dtype)
-        model = Model(name, self._lm, self._window, card, task, vectors, content, path, soft_prompt)
+        model = Model(name, self._lm, self._window, card, task, vectors, content, path)
         if self._check is not None:
             self._check(model)
         self._models[name] = model
@@ -464,7 +462,8 @@ def _created(soft_prompt: SoftPrompt) -> int:
         return 0
 
 
-def _digest(soft_prompt: SoftPrompt, max_length: int) -> str:
+def content_of(soft_prompt: SoftPrompt, max_length: int) -> str:
+    """Hex digest of all that a soft prompt's answers depend on, the base model apart."""
     verbalizer = soft_prompt.verbalizer
     words = None if verbalizer is None else [[label, list(words)] for label, words in verbalizer.items()]
     digest = hashlib.sha256(json.dumps([soft_prompt.template, words, max_length]).encode())

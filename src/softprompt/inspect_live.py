@@ -7,14 +7,15 @@ import copy
 import json
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from softprompt.catalog import Model
+from softprompt import artifact
+from softprompt.catalog import Model, content_of
 from softprompt.errors import SoftPromptError
 from softprompt.frozen import FrozenLM
 from softprompt.inspect_report import inspect_vectors
 from softprompt.openai_api import ApiError
-from softprompt.prompt import SoftPrompt
 from softprompt.task import Task
 from softprompt.vocabulary import Vocabulary
 
@@ -43,22 +44,27 @@ class Inspector:
         self._thread.shutdown(cancel_futures=True)
 
     async def views(self, model: Model) -> dict[str, Any]:
-        """JSON values: what ``softprompt inspect --json`` says without a model.
+        """JSON values: what ``softprompt inspect --json`` says without a model. The file is read again: what is served
+        is rounded to the base model's dtype.
 
         Raises:
-            ApiError: 400, it is the base model or a trained KV prefix.
+            ApiError: 400, it is the base model or a trained KV prefix, or the file cannot be read; 409, the file holds
+                something else now.
         """
-        if model.soft_prompt is None:
+        if model.path is None:
             raise ApiError(400, f"Expected a soft prompt, found the base model {model.name!r}.", param="name")
         loop = asyncio.get_running_loop()
         try:
-            views = await loop.run_in_executor(self._thread, self._look, model.soft_prompt, model.content)
+            views = await loop.run_in_executor(self._thread, self._look, model, model.path)
         except SoftPromptError as error:
             raise ApiError(400, str(error), param="name") from error
         return {"id": model.name, "object": "soft_prompt.inspection", "content_hash": model.content, **views}
 
-    def _look(self, soft_prompt: SoftPrompt, content: str) -> dict[str, Any]:
-        key = content + json.dumps(soft_prompt.training, sort_keys=True)  # by that record the start is made again
+    def _look(self, model: Model, path: Path) -> dict[str, Any]:
+        soft_prompt = artifact.load(path)
+        if model.task is None or content_of(soft_prompt, model.task.max_length) != model.content:
+            raise ApiError(409, f"The file of {model.name!r} was changed since it was loaded; load it again.")
+        key = model.content + json.dumps(soft_prompt.training, sort_keys=True)  # by that record the start is made again
         if key not in self._found:
             report = inspect_vectors(soft_prompt, Task.of(self._lm, soft_prompt), self._vocabulary).as_dict()
             while len(self._found) >= MOST:
