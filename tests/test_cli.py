@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from conftest import Ran, Run, is_refused, write_labels, write_texts
 from softprompt import artifact, checkpoint
 from softprompt.config import TrainConfig
 from softprompt.frozen import FrozenLM
+from softprompt.objective import Objective
 from softprompt.prompt import SoftPrompt
 from softprompt.template import default_template
 from softprompt.train import Training
@@ -342,6 +344,22 @@ def test_ctrl_c_keeps_the_best_so_far_and_can_be_resumed(
         f"The name 'films' is taken by the soft prompt {home / 'films.safetensors'}; choose another name, "
         f"or remove that one first with `softprompt rm films`.",
     )
+
+
+def test_ctrl_c_is_heard_where_its_exception_is_lost(train: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backward = Objective.backward
+
+    def deaf(*arguments: Any) -> Any:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        return backward(*arguments)
+
+    monkeypatch.setattr(Objective, "backward", deaf)
+    ran = train("train.jsonl", "--name", "films")
+    assert ran.code == 130
+    assert "interrupted after step 1 of 8; the best so far is stored" in ran.err
+    assert (home / "films.safetensors").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_ctrl_c_before_the_first_step_stores_nothing(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -27,7 +30,7 @@ def watch(training: Training) -> None:
         KeyboardInterrupt: the user pressed Ctrl-C; ``training.result()`` is the best so far.
     """
     unit = TextColumn("loss {task.fields[loss]}  {task.fields[metric]}  {task.fields[speed]}")
-    with _bar(unit) as bar:
+    with _bar(unit) as bar, _ctrl_c() as pressed:
         row = bar.add_task("step", total=training.total, completed=training.step, loss="–", metric="", speed="")
         mean, metric = 0.0, ""
         for count, step in enumerate(training, start=1):
@@ -39,6 +42,28 @@ def watch(training: Training) -> None:
                 bar.console.print(line + "  best so far" * step.improved)
             speed = f"{training.tokens / max(training.seconds, 1e-9):,.0f} tokens/s"
             bar.update(row, completed=step.number, loss=f"{mean:.3f}", metric=metric, speed=speed)
+            if pressed:
+                raise KeyboardInterrupt
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[list[int]]:
+    """A list that is no longer empty once Ctrl-C was pressed. Python drops the exception itself where it comes up in a
+    finalizer or in a callback of a library."""
+    pressed: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may set it, and gets the signal
+        yield pressed
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
