@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -26,6 +27,9 @@ from softprompt.frozen import FrozenLM
 from softprompt.prompt import SoftPrompt
 from softprompt.task import Task
 from softprompt.template import Template, Verbalizer
+
+# A shell's background job ignores Ctrl-C, and so would all programs that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SENTENCES = [
     "a stirring , funny and finally transporting film",

@@ -56,10 +56,12 @@ def _ctrl_c() -> Iterator[list[int]]:
         pressed.append(number)
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():  # which alone may set it, and gets the signal
+    before = signal.getsignal(signal.SIGINT)
+    main = threading.current_thread() is threading.main_thread()  # which alone may set it, and gets the signal
+    if not main or before is signal.SIG_IGN:  # a shell's background job is not to hear it
         yield pressed
         return
-    before = signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGINT, note)
     try:
         yield pressed
     finally:
