@@ -110,7 +110,7 @@ def page(browser: Browser) -> Iterator[Page]:
 def visit(page: Page, server: Running, *names: str) -> None:
     """Opens the page and chooses soft prompts."""
     page.goto(server.url)
-    expect(page.locator("#models li")).to_have_count(len(server.catalog.models()))
+    expect(page.locator("#models li")).to_have_count(len(server.catalog.entries()))
     for box in page.locator("#models input").all():
         name = page.locator(f"label[for={box.get_attribute('id')}]").inner_text()
         box.set_checked(name in names)
@@ -270,12 +270,12 @@ def test_what_the_server_says_is_text_and_never_html(page: Page, server: Running
 
 def test_soft_prompts_are_unloaded_and_loaded(page: Page, server: Running) -> None:
     visit(page, server, "sst2", "film")
-    count = len(server.catalog.models())
+    count = len(server.catalog.entries())
     page.get_by_role("button", name="Unload film").click()
     expect(page.locator("#changed")).to_have_text("film is unloaded.")
     expect(page.locator("#listed")).to_be_focused()
     assert page.locator("#models li").count() == count - 1
-    assert "film" not in {model.name for model in server.catalog.models()}
+    assert "film" not in {entry.name for entry in server.catalog.entries()}
     page.get_by_text("Load a soft prompt").click()
     page.get_by_label("Name", exact=True).fill("film")
     page.get_by_role("button", name="Load", exact=True).click()
@@ -287,7 +287,7 @@ def test_soft_prompts_are_unloaded_and_loaded(page: Page, server: Running) -> No
     expect(page.locator("#changed")).to_have_text("second is loaded.")
     page.get_by_role("button", name="Unload second").click()
     expect(page.locator("#changed")).to_have_text("second is unloaded.")
-    assert [model.name for model in server.catalog.models()] == ["tiny", "film", "nli", "odd", "sst2", "write"]
+    assert [entry.name for entry in server.catalog.entries()] == ["tiny", "film", "nli", "odd", "sst2", "write"]
 
 
 def test_many_soft_prompts_are_searched_and_many_labels_folded(page: Page, server: Running) -> None:
@@ -305,7 +305,7 @@ def test_many_soft_prompts_are_searched_and_many_labels_folded(page: Page, serve
         assert page.locator("#models label").all_inner_texts() == ["many-4"]
         page.get_by_label("many-4", exact=True).uncheck()
         page.get_by_label("Show names with").fill("")
-        assert page.locator("#models li").count() == len(server.catalog.models())
+        assert page.locator("#models li").count() == len(server.catalog.entries())
         assert page.get_by_label("many-3", exact=True).is_checked()
         assert not page.get_by_label("many-4", exact=True).is_checked()
         run(page, input=TEXT)

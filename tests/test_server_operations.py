@@ -223,7 +223,7 @@ def test_what_cannot_be_loaded_is_said_in_one_sentence(running: Running, tmp_pat
         assert message is None or error["message"] == message
     base = running.post("/v1/unload_soft_prompt", {"name": "tiny"}, 400)["error"]
     assert base["message"] == "The base model cannot be unloaded; name a soft prompt."
-    assert [model.name for model in running.catalog.models()] == ["tiny", "film", "nli", "sst2", "write"]
+    assert [entry.name for entry in running.catalog.entries()] == ["tiny", "film", "nli", "sst2", "write"]
 
 
 def until(condition: Any) -> None:
@@ -239,7 +239,7 @@ def test_watching_follows_the_store(store: Store, monkeypatch: pytest.MonkeyPatc
     with serving(store.home, watch=True, only=only, allow_loading=True) as running:
 
         def names() -> list[str]:
-            return [model.name for model in running.catalog.models()]
+            return [entry.name for entry in running.catalog.entries()]
 
         first = running.catalog.get("write").content
         store.save(soft_prompt(running.lm, "write", "{soft_prompt}{input} {target}", seed=5), overwrite=True)

@@ -483,7 +483,7 @@ def test_a_trained_kv_prefix_is_refused(server: Running) -> None:
         "Expected vectors in the place of tokens for vLLM, found a trained KV prefix in 'kv'; serve it without "
         "--backend vllm."
     )
-    assert "kv" not in {model.name for model in server.catalog.models()}
+    assert "kv" not in {entry.name for entry in server.catalog.entries()}
 
 
 def test_a_clients_own_embeddings_are_never_sent_on(server: Running, fake: Fake) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -30,6 +31,12 @@ from softprompt.template import SOFT, Template
 
 USUAL_TOKENS = 128
 """The most tokens to write where neither the client nor a soft prompt's template says."""
+
+HELD_BYTES = 32 << 20
+"""How much of the soft prompts is held in memory, those asked last; the others are read from their files when they are
+asked again."""
+BESIDE_VECTORS = 8 << 10
+"""Bytes that a soft prompt takes beside its vectors, about: template, labels, what is said of it."""
 
 Fields = Mapping[str, str]
 
@@ -69,32 +76,46 @@ class Order:
     truncated: bool
 
 
-@dataclass(frozen=True, eq=False)
-class Model:
-    """The base model, or a soft prompt on it, as a server offers it.
-
-    Nothing in it changes: a soft prompt that is loaded again is another ``Model`` of the same name, and requests that
-    have begun go on with the old one.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Entry:
+    """The base model, or a soft prompt on it, in the list of what is served: what is known without its vectors.
 
     Attributes:
         name: what requests call it.
-        lm: the base model, with a tokenizer of the catalog's own.
-        window: the most tokens of one request.
         card: what ``/v1/models`` says of it.
-        task: its own template, labels and length; None for the base model.
-        vectors: the soft prompt on the CPU in the base model's dtype; None for the base model.
         content: hex digest of all that its answers depend on, the base model apart; empty for the base model.
         path: the file it was read from; None for the base model.
     """
 
     name: str
-    lm: FrozenLM
-    window: int
     card: Mapping[str, Any]
-    task: Task | None = None
-    vectors: torch.Tensor | None = None
     content: str = ""
     path: Path | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Model(Entry):
+    """The base model, or a soft prompt on it, ready to be asked.
+
+    Nothing in it changes: a soft prompt that is loaded again is another ``Model`` of the same name, and requests that
+    have begun go on with the old one.
+
+    Attributes:
+        lm: the base model, with a tokenizer of the catalog's own.
+        window: the most tokens of one request.
+        task: its own template, labels and length; None for the base model.
+        vectors: the soft prompt on the CPU in the base model's dtype; None for the base model.
+    """
+
+    lm: FrozenLM
+    window: int
+    task: Task | None = None
+    vectors: torch.Tensor | None = None
+
+    @property
+    def entry(self) -> Entry:
+        """What of it stays in memory always."""
+        return Entry(name=self.name, card=self.card, content=self.content, path=self.path)
 
     @cached_property
     def raw(self) -> Task:
@@ -245,6 +266,8 @@ class Model:
 class Catalog:
     """The base model and the soft prompts that are served now.
 
+    A list of them is in memory, and of the soft prompts themselves those asked last, up to ``HELD_BYTES``.
+
     A tokenizer is not made for several threads: the tasks here share a copy of the base model's, and are to be used
     from one thread at a time, which need not be the engine's.
 
@@ -269,29 +292,48 @@ class Catalog:
         self._check = check
         self._lm = copy.copy(lm)
         self._lm.tokenizer = copy.deepcopy(lm.tokenizer)
-        self._models: dict[str, Model] = {}
+        self._listed: dict[str, Entry] = {}
+        self._held: OrderedDict[str, Model] = OrderedDict()  # the one asked last is last
         self._seen: dict[str, tuple[int, ...]] = {}
         name = Path(lm.name).name if Path(lm.name).is_absolute() else lm.name
         card = {**_card(name, int(time.time()), name, window), "chat_template": bool(lm.tokenizer.chat_template)}
-        self.base = Model(name, self._lm, window, card)
+        self.base = Model(name=name, card=card, lm=self._lm, window=window)
         self._conversation = lru_cache(maxsize=64)(self._conversation_of)
 
-    def models(self) -> list[Model]:
+    def entries(self) -> list[Entry]:
         """The base model, and the soft prompts by name."""
-        return [self.base, *(model for _, model in sorted(self._models.items()))]
+        return [self.base, *(entry for _, entry in sorted(self._listed.items()))]
 
-    def get(self, name: str) -> Model:
-        """A model by name.
+    def entry(self, name: str) -> Entry:
+        """What the list says of a name.
 
         Raises:
             ApiError: 404.
         """
-        found = self.base if name == self.base.name else self._models.get(name)
+        found = self.base if name == self.base.name else self._listed.get(name)
         if found is None:
             raise ApiError(
                 404, f"There is no model {name[:100]!r} here; see /v1/models.", param="model", code="model_not_found"
             )
         return found
+
+    def get(self, name: str) -> Model:
+        """A model by name, read from its file if it is not in memory. If something else is in the file by now, that
+        is loaded, as ``sync`` would have done.
+
+        Raises:
+            ApiError: 404; 503, the file cannot be served any more.
+        """
+        entry = self.entry(name)
+        if entry.path is None:
+            return self.base
+        if name in self._held:
+            self._held.move_to_end(name)
+            return self._held[name]
+        try:
+            return self.load(name, entry.path)
+        except SoftPromptError as error:
+            raise ApiError(503, f"{name!r} cannot be read again: {error}", code="not_readable") from error
 
     def load(self, name: str, path: Path) -> Model:
         """Serves a soft prompt under a name, in the place of what had that name before.
@@ -324,11 +366,28 @@ class Catalog:
             "content_hash": content,
         }
         vectors = soft_prompt.vectors.to(self._lm.dtype)
-        model = Model(name, self._lm, self._window, card, task, vectors, content, path)
-        if self._check is not None:
+        model = Model(
+            name=name,
+            card=card,
+            content=content,
+            path=path,
+            lm=self._lm,
+            window=self._window,
+            task=task,
+            vectors=vectors,
+        )
+        known = self._listed.get(name)
+        if self._check is not None and (known is None or known.content != content):
             self._check(model)
-        self._models[name] = model
+        self._listed[name] = model.entry
+        self._hold(model)
         return model
+
+    def _hold(self, model: Model) -> None:
+        self._held[model.name] = model
+        self._held.move_to_end(model.name)
+        while len(self._held) > 1 and sum(map(_bytes_of, self._held.values())) > HELD_BYTES:
+            self._held.popitem(last=False)
 
     def unload(self, name: str) -> None:
         """Stops serving a soft prompt; requests that have begun are finished.
@@ -336,9 +395,10 @@ class Catalog:
         Raises:
             ApiError: 404; or 400 for the base model.
         """
-        if self.get(name) is self.base:
+        if self.entry(name) is self.base:
             raise ApiError(400, "The base model cannot be unloaded; name a soft prompt.", param="name")
-        del self._models[name]
+        del self._listed[name]
+        self._held.pop(name, None)
 
     def sync(self, only: Collection[str] | None = None) -> list[tuple[str, SoftPromptError | None]]:
         """Follows the store: loads what is new there or has changed, drops what has gone.
@@ -355,14 +415,14 @@ class Catalog:
             stamp = _stamp(path)
             if self._seen.get(name) == stamp or not stamp:
                 continue
-            known = name in self._models
+            known = name in self._listed
             try:
                 self.load(name, path)
                 done.append((f"{'reloaded' if known else 'loaded'} {name}", None))
             except SoftPromptError as error:
                 done.append((name, error))
-        for name, model in list(self._models.items()):
-            if model.path is not None and not model.path.exists():
+        for name, entry in list(self._listed.items()):
+            if entry.path is not None and not entry.path.exists():
                 self.unload(name)
                 self._seen.pop(name, None)
                 done.append((f"unloaded {name}, whose file has gone", None))
@@ -443,6 +503,12 @@ def _object(text: str) -> dict[str, str] | None:
 
 def _escaped(text: str) -> str:
     return text.replace("{", "{{").replace("}", "}}")
+
+
+def _bytes_of(model: Model) -> int:
+    """What a soft prompt takes in memory, about."""
+    vectors = 0 if model.vectors is None else model.vectors.nbytes
+    return vectors + BESIDE_VECTORS
 
 
 def _stamp(path: Path) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompt import artifact
-from softprompt.catalog import Model, content_of
+from softprompt.catalog import Entry, content_of
 from softprompt.errors import SoftPromptError
 from softprompt.frozen import FrozenLM
 from softprompt.inspect_report import inspect_vectors
@@ -43,7 +43,7 @@ class Inspector:
         """Ends when what it looks at is done."""
         self._thread.shutdown(cancel_futures=True)
 
-    async def views(self, model: Model) -> dict[str, Any]:
+    async def views(self, entry: Entry) -> dict[str, Any]:
         """JSON values: what ``softprompt inspect --json`` says without a model. The file is read again: what is served
         is rounded to the base model's dtype.
 
@@ -51,20 +51,20 @@ class Inspector:
             ApiError: 400, it is the base model or a trained KV prefix, or the file cannot be read; 409, the file holds
                 something else now.
         """
-        if model.path is None:
-            raise ApiError(400, f"Expected a soft prompt, found the base model {model.name!r}.", param="name")
+        if entry.path is None:
+            raise ApiError(400, f"Expected a soft prompt, found the base model {entry.name!r}.", param="name")
         loop = asyncio.get_running_loop()
         try:
-            views = await loop.run_in_executor(self._thread, self._look, model, model.path)
+            views = await loop.run_in_executor(self._thread, self._look, entry, entry.path)
         except SoftPromptError as error:
             raise ApiError(400, str(error), param="name") from error
-        return {"id": model.name, "object": "soft_prompt.inspection", "content_hash": model.content, **views}
+        return {"id": entry.name, "object": "soft_prompt.inspection", "content_hash": entry.content, **views}
 
-    def _look(self, model: Model, path: Path) -> dict[str, Any]:
+    def _look(self, entry: Entry, path: Path) -> dict[str, Any]:
         soft_prompt = artifact.load(path)
-        if model.task is None or content_of(soft_prompt, model.task.max_length) != model.content:
-            raise ApiError(409, f"The file of {model.name!r} was changed since it was loaded; load it again.")
-        key = model.content + json.dumps(soft_prompt.training, sort_keys=True)  # by that record the start is made again
+        if content_of(soft_prompt, entry.card["max_model_len"]) != entry.content:
+            raise ApiError(409, f"The file of {entry.name!r} was changed since it was loaded; load it again.")
+        key = entry.content + json.dumps(soft_prompt.training, sort_keys=True)  # by that record the start is made again
         if key not in self._found:
             report = inspect_vectors(soft_prompt, Task.of(self._lm, soft_prompt), self._vocabulary).as_dict()
             while len(self._found) >= MOST:

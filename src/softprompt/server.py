@@ -157,23 +157,23 @@ class Server:
 
     async def models(self) -> Response:
         """The base model and every soft prompt, and whether clients may load more of them."""
-        listed = api.model_list([model.card for model in self._catalog.models()])
+        listed = api.model_list([entry.card for entry in self._catalog.entries()])
         return JSONResponse({**listed, "allow_loading": self._allow_loading})
 
     async def model(self, name: str) -> Response:
         """One of them."""
-        return JSONResponse(self._catalog.get(name).card)
+        return JSONResponse(self._catalog.entry(name).card)
 
     async def inspection(self, name: str) -> Response:
         """What the vectors of a soft prompt show with the embedding table alone."""
-        return JSONResponse(await self._inspector.views(self._catalog.get(name)))
+        return JSONResponse(await self._inspector.views(self._catalog.entry(name)))
 
     # --- writing ----------------------------------------------------------------------------------
 
     async def completions(self, request: Request) -> Response:
         """``POST /v1/completions``."""
         body = api.parse(api.CompletionRequest, await _document(request))
-        model = self._catalog.get(body.model)
+        model = await self._model(body.model)
         wish = _wish(body, body.max_tokens, body.logprobs)
         orders = await self._read(lambda: _completion_orders(model, body, wish))
         return await self._write(request, body, model, orders, api.COMPLETION)
@@ -181,7 +181,7 @@ class Server:
     async def chat(self, request: Request) -> Response:
         """``POST /v1/chat/completions``."""
         body = api.parse(api.ChatRequest, await _document(request))
-        model = self._catalog.get(body.model)
+        model = await self._model(body.model)
         if body.messages[-1].role != "user":
             raise ApiError(
                 400,
@@ -241,7 +241,7 @@ class Server:
     async def classify(self, request: Request) -> Response:
         """``POST /v1/classify``: each input by each model, in the order of the inputs, then of the models."""
         body = api.parse(api.ClassifyRequest, await _document(request))
-        models = [self._catalog.get(name) for name in body.models]
+        models = [await self._model(name) for name in body.models]
         inputs = _inputs(body)
         asked = [(number, model) for number in range(len(inputs)) for model in models]
 
@@ -293,7 +293,7 @@ class Server:
 
     def _loaded(self, body: api.LoadRequest) -> Model:
         catalog = self._catalog
-        if not body.load_inplace and body.name in {model.name for model in catalog.models()}:
+        if not body.load_inplace and body.name in {entry.name for entry in catalog.entries()}:
             raise ApiError(
                 400,
                 f"The name {body.name!r} is served already; unload it first, or replace it with load_inplace.",
@@ -327,6 +327,9 @@ class Server:
             )
 
     # --- the way to the engine --------------------------------------------------------------------
+
+    async def _model(self, name: str) -> Model:
+        return await self._read(lambda: self._catalog.get(name))
 
     async def _read(self, work: Callable[[], _Result]) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._reader, work)

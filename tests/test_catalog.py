@@ -1,0 +1,145 @@
+"""What a server holds in memory of many soft prompts, and what it reads from their files again."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving import Running, fill, make_lm, serving, soft_prompt
+from softprompt import catalog
+from softprompt.catalog import Catalog, Wish
+from softprompt.data import Example
+from softprompt.frozen import Sampling
+from softprompt.openai_api import ApiError
+from softprompt.store import Store
+from softprompt.task import Task
+
+TEXT = {"input": "a good film"}
+
+
+@pytest.fixture
+def little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory for one soft prompt: that which was asked last."""
+    monkeypatch.setattr(catalog, "HELD_BYTES", 1)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    found = Store(tmp_path)
+    fill(found, make_lm())
+    return found
+
+
+@pytest.fixture
+def running(store: Store, little: None) -> Iterator[Running]:
+    with serving(store.home, allow_loading=True) as found:
+        yield found
+
+
+def text_of(running: Running, name: str) -> Any:
+    body = {"model": name, "prompt": TEXT["input"], "max_tokens": 6, "temperature": 0}
+    answer = running.post("/v1/completions", body)
+    return answer["choices"][0]["text"], answer["system_fingerprint"]
+
+
+def test_what_is_read_again_is_the_same(store: Store, little: None) -> None:
+    found = Catalog(make_lm(), store, 64)
+    found.sync()
+    first = {name: found.get(name) for name in store.names()}
+    for name, before in first.items():
+        again = found.get(name)
+        assert again is not before
+        assert again.vectors is not None
+        assert before.vectors is not None
+        assert again.vectors.equal(before.vectors)
+        assert (again.content, again.card) == (before.content, before.card)
+        assert found.get(name) is again  # asked last
+
+
+def test_vectors_of_soft_prompts_that_nobody_asks_are_not_in_memory(store: Store, monkeypatch: Any) -> None:
+    lm = make_lm()
+    size = 20 * lm.hidden_size * 4
+    monkeypatch.setattr(catalog, "HELD_BYTES", 3 * (size + catalog.BESIDE_VECTORS))
+    found = Catalog(lm, store, 64)
+    alive = []
+    for number in range(12):
+        name = f"more-{number}"
+        store.save(soft_prompt(lm, name, "{soft_prompt}{input}{target}", length=20, seed=number))
+        model = found.load(name, store.path(name))
+        assert model.vectors is not None
+        assert model.vectors.nbytes == size
+        alive.append(weakref.ref(model.vectors))
+        del model
+    gc.collect()
+    assert [vectors() is not None for vectors in alive] == [False] * 9 + [True] * 3
+    found.get("more-9")  # now the one asked last; the next to go is more-10
+    found.get("more-0")
+    gc.collect()
+    assert [vectors() is not None for vectors in alive] == [False] * 9 + [True, False, True]
+    assert [entry.name for entry in found.entries()[1:]] == sorted(f"more-{number}" for number in range(12))
+
+
+def test_a_job_keeps_the_vectors_it_began_with(store: Store, little: None) -> None:
+    found = Catalog(make_lm(), store, 64)
+    found.sync()
+    model = found.get("write")
+    job = model.write(TEXT, Wish()).job
+    store.save(soft_prompt(make_lm(), "write", "{soft_prompt}{input} {target}", seed=9), overwrite=True)
+    found.get("film")
+    after = found.get("write")
+    assert after.vectors is not None
+    assert model.vectors is not None
+    assert job.vectors is model.vectors
+    assert not after.vectors.equal(model.vectors)
+    assert job.content == model.content != after.content
+    assert found.entry("write").content == after.content
+
+
+def test_a_damaged_or_missing_file_is_said_when_it_is_needed(store: Store, little: None) -> None:
+    found = Catalog(make_lm(), store, 64)
+    found.sync()
+    found.get("write")
+    store.path("write").write_bytes(b"half a file")
+    found.get("write")  # still in memory
+    found.get("film")
+    with pytest.raises(ApiError) as refused:
+        found.get("write")
+    assert (refused.value.status, refused.value.code) == (503, "not_readable")
+    assert refused.value.message.startswith("'write' cannot be read again: ")
+    store.path("film").unlink()
+    found.get("sst2")
+    with pytest.raises(ApiError, match="'film' cannot be read again: There is no soft prompt at"):
+        found.get("film")
+    found.sync()
+    with pytest.raises(ApiError) as gone:
+        found.get("film")
+    assert gone.value.status == 404
+
+
+def test_a_server_with_little_memory_answers_as_the_base_model_itself(running: Running, store: Store) -> None:
+    soft, lm = store.load("write"), running.lm
+    request = Task.of(lm, soft).open_request(Example(TEXT, None), 1)
+    expected = lm.generate([request], [soft.vectors], Sampling(max_new_tokens=6))[0].text.removeprefix(" ")
+    body = {"model": ["film", "sst2"], "input": TEXT["input"]}
+    labelled = [(entry["label"], entry["probabilities"]) for entry in running.post("/v1/classify", body)["data"]]
+    for _ in range(2):
+        assert text_of(running, "write")[0] == expected
+        again = running.post("/v1/classify", body)["data"]
+        assert [(entry["label"], entry["probabilities"]) for entry in again] == labelled
+
+
+def test_a_file_changed_meanwhile_is_answered_with_and_said(running: Running, store: Store) -> None:
+    before = text_of(running, "write")
+    store.save(soft_prompt(running.lm, "write", "{soft_prompt}{input} {target}", seed=77), overwrite=True)
+    assert text_of(running, "write") == before  # in memory
+    running.post("/v1/classify", {"model": "film", "input": TEXT["input"]})
+    after = text_of(running, "write")
+    assert after != before
+    card = running.http.get("/v1/models/write").json()
+    assert after[1] == f"sp-{card['content_hash'][:12]}"
+    assert running.post("/v1/load_soft_prompt", {"name": "write", "load_inplace": True}) == card
