@@ -98,7 +98,6 @@ class Batch:
         sees: bool ``[B, T, W + T]``: the token may look at that token of its prefix (padded to width ``W``) or of its
             line; never at another row's.
         prefix_rows: int64 ``[B]``, the prefix of each line; None if all lines share prefix 0.
-        last: int64 ``[rows]``, column of the last token of ``Row.ids``.
         read_lines, read_columns: int64 ``[M]``, the places whose hidden states are read.
         step_read, step_token, step_slot: int64 ``[S]``: step ``s`` reads place ``step_read[s]``, predicts
             ``step_token[s]`` and counts for word ``step_slot[s] % num_words`` of row ``step_slot[s] // num_words``.
@@ -110,7 +109,6 @@ class Batch:
     positions: torch.Tensor
     sees: torch.Tensor
     prefix_rows: torch.Tensor | None
-    last: torch.Tensor
     read_lines: torch.Tensor
     read_columns: torch.Tensor
     step_read: torch.Tensor
@@ -145,22 +143,20 @@ def _pack(rows: Sequence[Row]) -> list[list[int]]:
     return lines
 
 
-def collate(rows: Sequence[Row], prefix_lengths: Sequence[int], device: torch.device, *, pack: bool = True) -> Batch:
+def collate(rows: Sequence[Row], prefix_lengths: Sequence[int], device: torch.device) -> Batch:
     """Lays ``rows`` out as one batch.
 
     Args:
         rows: at least one.
         prefix_lengths: tokens in each shared prefix that ``Row.prefix`` may name; ``(0,)`` where there is none.
         device: where the tensors shall lie.
-        pack: several rows may share a line; False: row ``i`` is line ``i``.
     """
     tries = [build_trie(row.words) for row in rows]
-    lines = _pack(rows) if pack else [[index] for index in range(len(rows))]
+    lines = _pack(rows)
     width, length = max(prefix_lengths), max(sum(rows[i].length for i in line) for line in lines)
     ids = np.zeros((len(lines), length), dtype=np.int64)
     positions = np.zeros((len(lines), length), dtype=np.int64)
     sees = np.zeros((len(lines), length, width + length), dtype=bool)
-    last = np.zeros(len(rows), dtype=np.int64)
     num_words = max(trie.num_words for trie in tries)
     reads: dict[tuple[int, int], int] = {}
     steps: list[tuple[int, int, int]] = []
@@ -177,7 +173,6 @@ def collate(rows: Sequence[Row], prefix_lengths: Sequence[int], device: torch.de
             columns[begin:own, begin:own] = np.tri(len(row.ids), dtype=bool)
             columns[own:end, begin:own] = True
             columns[own:end, own:end] = trie.sees
-            last[index] = own - 1
             for node, token, word in trie.steps:
                 place = (number, own + node)
                 steps.append((reads.setdefault(place, len(reads)), token, index * num_words + word))
@@ -195,7 +190,6 @@ def collate(rows: Sequence[Row], prefix_lengths: Sequence[int], device: torch.de
         positions=tensor(positions),
         sees=torch.from_numpy(sees).to(device),
         prefix_rows=None if shared else tensor([rows[line[0]].prefix for line in lines]),
-        last=tensor(last),
         read_lines=tensor(read[:, 0]),
         read_columns=tensor(read[:, 1]),
         step_read=tensor(step[:, 0]),
