@@ -107,7 +107,7 @@ def test_people_read_a_summary(train: Run, home: Path, base: str) -> None:
     path = home / "films.safetensors"
     lines = ran.out.splitlines()
     assert lines[:3] == [
-        "soft prompt  films, 20 virtual tokens",
+        "soft prompt  films, 64 virtual tokens",
         f"file         {path} ({path.stat().st_size:,} bytes)",
         f"base model   {base}, unchanged, bit for bit",
     ]
@@ -132,7 +132,7 @@ def test_labels_of_several_tokens_and_several_words(run: Run, train: Run, home: 
 
 def test_free_text(run: Run, train: Run, home: Path) -> None:
     write_texts(home.parent / "texts.jsonl", 12)
-    assert train("texts.jsonl", "--name", "texts", "--max-length", "60").code == 0
+    assert train("texts.jsonl", "--name", "texts", "--max-length", "104").code == 0
     assert run("show", "texts", "--json").json["template"] == default_template(labelled=False).text
     found = run("evaluate", "texts", "texts.jsonl", "--max-new-tokens", "4", "--dtype", "fp32", "--json").json
     assert [metric["metric"] for metric in found["metrics"]] == [
@@ -474,5 +474,5 @@ def test_ctrl_c_by_signal(home: Path, base: str) -> None:
     assert program.returncode == 130
     assert "to go on, give the same command with --resume" in err
     assert "Traceback" not in err
-    assert out.startswith("soft prompt  films, 20 virtual tokens\n")
+    assert out.startswith("soft prompt  films, 64 virtual tokens\n")
     assert (home / "films.safetensors").exists()

@@ -27,7 +27,7 @@ from conftest import (
     toy,
 )
 from softprompt import finetune, methods
-from softprompt.config import DEFAULT_STEPS
+from softprompt.config import DEFAULT_STEPS, TrainConfig
 from softprompt.data import Dataset, Example
 from softprompt.errors import ConfigError, DataError
 from softprompt.evaluate import Query, predict
@@ -578,7 +578,8 @@ def test_the_answers_are_those_of_pefts_own_logits(
     ours = problem(kind, lm=load(), fresh=load, template=template, budget=0.2)
     learned, model = peft_run(ours, monkeypatch)
     assert learned.chosen["steps"] >= 1
-    assert (learned.trainable_parameters, learned.bytes) == (20 * 32, 4 * 20 * 32)
+    numbers = 32 * TrainConfig().num_virtual_tokens
+    assert (learned.trainable_parameters, learned.bytes) == (numbers, 4 * numbers)
     assert learned.adapted is None
     task, test = ours.task(), toy(5, 3)
     for example, answer in zip(test.examples, learned.answer(test.examples, None), strict=True):
@@ -591,7 +592,7 @@ def test_the_answers_are_those_of_pefts_own_logits(
         scores = []
         for word in task.words:
             logits = model(input_ids=torch.tensor([[*ids, *word]])).logits[0].log_softmax(-1)
-            first = 20 + len(ids) - 1
+            first = TrainConfig().num_virtual_tokens + len(ids) - 1
             scores.append(sum(float(logits[first + i, token]) for i, token in enumerate(word)))
         wanted = torch.tensor(scores).log_softmax(0).tolist()
         assert list((answer.logprobs or {}).values()) == pytest.approx(wanted, rel=1e-3, abs=1e-4)

@@ -50,7 +50,7 @@ def test_a_soft_prompt_is_what_training_makes_of_the_defaults(llama: FrozenLM) -
     assert found is not None
     assert (found.training["lr"], found.num_virtual_tokens) == (TrainConfig().lr, TrainConfig().num_virtual_tokens)
     assert learned.chosen["steps"] == found.training["steps_done"] == 40
-    assert learned.trainable_parameters == 20 * llama.hidden_size
+    assert learned.trainable_parameters == TrainConfig().num_virtual_tokens * llama.hidden_size
     test = toy(30, 3)
     by_hand = evaluate(Task.of(llama, found), found.vectors, test)
     answers = learned.answer(test.examples, None)

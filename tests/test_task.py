@@ -111,7 +111,7 @@ def test_labels_are_inferred_or_given(llama: FrozenLM) -> None:
     labelled = data(*["b", "a"] * 5)
     inferred = Task.for_data(llama, labelled, TEMPLATE)
     assert inferred.labels == ("a", "b")
-    assert inferred.num_virtual_tokens == 20
+    assert inferred.num_virtual_tokens == TrainConfig().num_virtual_tokens
     assert inferred.max_length == 128
     assert Task.for_data(llama, data("b", "a"), TEMPLATE).verbalizer is None
     given = Task.for_data(llama, labelled, TEMPLATE, verbalizer=Verbalizer.from_labels(["b", "a", "c"]), max_length=64)

@@ -325,12 +325,14 @@ def test_several_starts_of_several_lengths() -> None:
     assert str(error.value) == ("other lengths cannot be tried from a soft prompt to start from; leave one of them out")
 
 
-@pytest.mark.parametrize(("labels", "held_out", "steps", "interval"), [(2, 8, 45, 5), (40, 80, 20, 5), (40, 80, 45, 9)])
+@pytest.mark.parametrize(
+    ("labels", "held_out", "steps", "interval"), [(2, 8, 45, 5), (2, 8, 15, 3), (40, 80, 20, 4), (40, 80, 45, 9)]
+)
 def test_validations_are_fewer_where_they_are_dear(
     labels: int, held_out: int, steps: int, interval: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every 5 steps here; where rows have many labels to score so seldom that all steps between two validations, each
-    run forward and backward, are three times a validation; but five times in a run."""
+    run forward and backward, are three times a validation; but five times in a run at least."""
     monkeypatch.setattr("softprompt.train.EVAL_EVERY", 5)
     names = [f"{'abcdefgh'[i % 8]}{i} {'xyz'[i % 3]} label" for i in range(labels)]
     rows = tuple(Example({"input": f"row {i}"}, names[i % labels]) for i in range(80))
@@ -350,7 +352,7 @@ def test_validations_are_fewer_where_they_are_dear(
     mean = sum(length(task.target_request(example)) for example in rows) / len(rows)
     wanted = math.ceil(3 * dear / (2 * 4 * mean))
     assert (wanted > 90) == (labels == 40)
-    assert interval == max(5, min(wanted, steps // 5))
+    assert interval == min(max(5, wanted), steps // 5)
     assert every == sorted({*range(interval, steps + 1, interval), steps})
 
 

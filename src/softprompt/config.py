@@ -60,7 +60,7 @@ class TrainConfig:
         compile: compile the decoder layers: ``auto`` (if the run is long enough to gain by it), ``on`` or ``off``.
     """
 
-    num_virtual_tokens: int = 20
+    num_virtual_tokens: int = 64
     init: str = "auto"
     init_text: str | None = None
     parametrisation: str = "plain"
@@ -155,8 +155,8 @@ class TrainConfig:
         return {**asdict(self), "lengths": list(self.lengths)}
 
 
-DEFAULT_STEPS = 800
-EVAL_EVERY = 50
+DEFAULT_STEPS = 1600
+EVAL_EVERY = 100
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Lester et al. 2021, §3 and appendix A.1: P=100, Adafactor without parameter scaling, constant rate 0.3 on a

@@ -50,7 +50,6 @@ COMPILE_FROM = 300.0
 """Seconds of budget from which compiling the layers pays: it costs 10 to 25 of them."""
 
 LORA_RANK, LORA_ALPHA = 16, 32
-PEFT_VIRTUAL_TOKENS = 20
 PEFT_LR = 3e-2
 """Of ``examples/causal_language_modeling/peft_prompt_tuning_clm.ipynb`` in PEFT's repository."""
 
@@ -360,10 +359,10 @@ class PeftTask(Task):
 def peft_prompt_tuning(problem: Problem) -> Learned:
     """PEFT's prompt tuning as its example for causal language models does it.
 
-    Its default initialisation (normal, deviation 1), cross-entropy of the target tokens by transformers' own forward,
-    AdamW with a rate that falls linearly from ``PEFT_LR``, no validation: the last vectors are taken. As many steps as
-    a soft prompt has by default, or as fit into the budget. The vectors are then used by our own engine, which gives
-    PEFT's logits.
+    As many virtual tokens as a soft prompt has by default, PEFT's default initialisation (normal, deviation 1),
+    cross-entropy of the target tokens by transformers' own forward, AdamW with a rate that falls linearly from
+    ``PEFT_LR``, no validation: the last vectors are taken. As many steps as a soft prompt has by default, or as fit
+    into the budget. The vectors are then used by our own engine, which gives PEFT's logits.
 
     Raises:
         ConfigError: ``peft`` is not installed.
@@ -372,10 +371,10 @@ def peft_prompt_tuning(problem: Problem) -> Learned:
     lm = problem.fresh()
     lm.model.set_attn_implementation("sdpa")  # what transformers gives a user
     config = TrainConfig(lr=PEFT_LR, warmup=0.0, schedule="linear", seed=problem.seed)
-    task = PeftTask(problem.lm, problem.template, problem.verbalizer, PEFT_VIRTUAL_TOKENS, problem.lm.window)
+    task = PeftTask(problem.lm, problem.template, problem.verbalizer, config.num_virtual_tokens, problem.lm.window)
     requests = [task.target_request(example) for example in problem.train.examples]
     with _seeded(problem.seed):
-        settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PEFT_VIRTUAL_TOKENS)
+        settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=config.num_virtual_tokens)
         model = peft.get_peft_model(lm.model, settings).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=PEFT_LR)
     order = _shuffled(len(requests), problem.seed)

@@ -11,6 +11,7 @@ import torch
 
 from softprompt import metrics
 from softprompt.batch import Tokens, build_trie
+from softprompt.config import TrainConfig
 from softprompt.data import Dataset, Example, check_targets, infer_labels
 from softprompt.errors import ConfigError, DataError
 from softprompt.frozen import FrozenLM, Request
@@ -63,7 +64,7 @@ class Task:
         template: Template,
         *,
         verbalizer: Verbalizer | None = None,
-        num_virtual_tokens: int = 20,
+        num_virtual_tokens: int = TrainConfig.num_virtual_tokens,
         max_length: int | None = None,
     ) -> Task:
         """The task of a data set; without a verbalizer, targets that look like labels become one (``infer_labels``).

@@ -397,7 +397,7 @@ class Training:
         task = self.task
         requests = [task.label_request(e) if task.words else task.target_request(e) for e in held_out]
         step = 2 * self.config.batch_size * _tokens(self._requests) / len(self._requests)
-        return max(EVAL_EVERY, min(math.ceil(3 * _tokens(requests) / step), self._planned // 5))
+        return max(1, min(max(EVAL_EVERY, math.ceil(3 * _tokens(requests) / step)), self._planned // 5))
 
     def _should_compile(self) -> bool:
         """Decided from the run's size alone, so that a resumed run decides alike."""

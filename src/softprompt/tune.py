@@ -90,7 +90,7 @@ def train_command(
     average: Annotated[
         float | None, _learn("Decay of the soft prompt's average over steps; 0: none.", _D.average)
     ] = None,
-    eval_every: Annotated[int | None, _learn("Steps between validations.", "50, or more")] = None,
+    eval_every: Annotated[int | None, _learn("Steps between validations.", "100, or as fits")] = None,
     patience: Annotated[int | None, _learn("Validations without gain to stop after; 0: never.", _D.patience)] = None,
     validation_rows: Annotated[int | None, _learn("The most validation rows to use.", _D.validation_rows)] = None,
     max_length: Annotated[int | None, _learn("The most tokens in one sequence.", "the model's window")] = None,
