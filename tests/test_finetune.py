@@ -520,7 +520,7 @@ def test_long_budgets_compile(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> 
     done = list[str]()
     monkeypatch.setattr(FrozenLM, "compile_layers", lambda self: done.append("compiled"))
     monkeypatch.setattr(FrozenLM, "uncompile_layers", lambda self: done.append("undone"))
-    monkeypatch.setattr(finetune, "can_compile", lambda lm: lm.shares_prefix)
+    monkeypatch.setattr(methods, "can_compile", lambda lm: lm.shares_prefix)
     monkeypatch.setattr(Tuner, "run", lambda self, lr, seconds, validations: finetune.Run(NOTHING, ()))
     for kind, budget, expected in (("llama", 300.0, 2), ("llama", 299.0, 1), ("mistral-sliding", 300.0, 1)):
         done.clear()

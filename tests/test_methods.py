@@ -71,6 +71,22 @@ def test_no_budget_at_all_still_gives_a_soft_prompt(llama: FrozenLM) -> None:
     assert methods.soft_prompt(problem(llama, budget=1e-9)).chosen["steps"] == 1
 
 
+def test_long_budgets_compile_the_steps_that_are_timed_and_the_run(
+    llama: FrozenLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = list[str]()
+    monkeypatch.setattr(methods, "DEFAULT_STEPS", 3)
+    monkeypatch.setattr(methods, "can_compile", lambda lm: lm is llama)
+    monkeypatch.setattr(FrozenLM, "compile_layers", lambda self: done.append("compiled"))
+    for budget, expected in ((300.0, 2), (299.0, 0)):
+        done.clear()
+        assert methods.soft_prompt(problem(llama, budget=budget)).chosen["steps"] == 3
+        assert done == ["compiled"] * expected
+    monkeypatch.setattr(methods, "can_compile", lambda lm: False)
+    methods.soft_prompt(problem(llama, budget=300.0))
+    assert done == []
+
+
 def siblings(lm: FrozenLM, count: int) -> tuple[SoftPrompt, ...]:
     made = methods.soft_prompt(problem(lm, budget=1e-9)).soft_prompt
     assert made is not None

@@ -30,7 +30,7 @@ from softprompt.methods import Learned, Method, Problem
 from softprompt.objective import Objective
 from softprompt.task import Task
 from softprompt.template import SOFT
-from softprompt.train import better, can_compile, learning_rate, split_rows
+from softprompt.train import better, learning_rate, split_rows
 
 FULL_RATES = (3e-5, 1e-4, 3e-4)
 LORA_RATES = (3e-4, 1e-3, 3e-3)
@@ -46,8 +46,6 @@ EPOCHS = 20
 overfit, and the best of them would be some from the middle of it, at a high rate."""
 LEAST_PLANNED = 200
 """Steps that are allowed even if they are more passes than that, for data of a few dozen rows."""
-COMPILE_FROM = 300.0
-"""Seconds of budget from which compiling the layers pays: it costs 10 to 25 of them."""
 
 LORA_RANK, LORA_ALPHA = 16, 32
 PEFT_LR = 3e-2
@@ -150,7 +148,7 @@ class Tuner:
         self._start = _copied(self._weights)
         self._hooks: list[Any] = []
         self.masters = [self._master(weight) for weight in self._weights]
-        if problem.budget >= COMPILE_FROM and can_compile(lm):
+        if problem.worth_compiling:
             problem.notice("compiling")
             lm.compile_layers()
             self.backward(range(min(self.config.batch_size, len(examples))))  # compiles; its gradient is thrown away

@@ -7,6 +7,7 @@ that change weights in ``finetune.py``; ``compare.py`` runs and measures them.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,12 @@ from softprompt.frozen import FrozenLM
 from softprompt.prompt import SoftPrompt
 from softprompt.task import Task
 from softprompt.template import Template, Verbalizer
-from softprompt.train import Training
+from softprompt.train import Training, can_compile
+
+COMPILE_FROM = 300.0
+"""Seconds of budget from which compiling the layers pays: it costs 10 to 25 of them."""
+PROBE = 5
+"""Steps that are timed to plan a run."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,11 @@ class Problem:
     def seconds_left(self) -> float:
         """What is left of the budget; below 0 when it is spent."""
         return self.budget - (time.perf_counter() - self.began)
+
+    @property
+    def worth_compiling(self) -> bool:
+        """Whether the budget is large enough for compiling the layers to pay, and they can be."""
+        return self.budget >= COMPILE_FROM and can_compile(self.lm)
 
     def task(self, hard_text: str = "", lm: FrozenLM | None = None) -> Task:
         """The task with hard text, or nothing, in the soft prompt's place, on ``lm`` or the base model."""
@@ -142,15 +153,16 @@ def soft_prompt(problem: Problem, parametrisation: str = "plain") -> Learned:
 
 
 def _within_budget(problem: Problem, task: Task, config: TrainConfig) -> TrainConfig:
-    """The settings with as many of the default steps as fit into what is left of the budget, by timing three."""
-    probe = Training(task, problem.train, problem.validation, replace(config, steps=3, eval_every=1_000, compile="off"))
+    """The settings with as many of the default steps as fit into what is left of the budget, by timing some."""
+    config = replace(config, compile="on" if problem.worth_compiling else "off")
+    probe = Training(task, problem.train, problem.validation, replace(config, steps=PROBE, eval_every=1_000))
     began, seconds = time.perf_counter(), []
     for step in probe:
         seconds.append(step.seconds)
         if problem.seconds_left < 0:
-            return replace(config, steps=1)
+            return replace(config, steps=1, compile="off")
     validation = time.perf_counter() - began - sum(seconds)
-    left, a_step = problem.seconds_left - validation, min(seconds)
+    left, a_step = problem.seconds_left - validation, statistics.median(seconds[1:])  # the first may compile
 
     def steps(every: int) -> int:
         return max(1, min(DEFAULT_STEPS, int(left / (a_step + validation / every))))
