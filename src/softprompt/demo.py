@@ -1,7 +1,7 @@
 """``softprompt demo``: the whole way on real data, in minutes on a laptop's processor.
 
 Film critics' verdicts, "fresh" or "rotten", are to be told from a sentence of their reviews. A frozen language model
-can hardly do that as it is; with a few kilobytes of learned vectors in front, it can.
+can hardly do that as it is; with 150 kilobytes of learned vectors in front, it can.
 """
 
 from __future__ import annotations
