@@ -80,7 +80,7 @@ def main() -> None:
             {
                 "steps": config.steps,
                 "test_rows": len(test.examples),
-                "num_virtual_tokens": config.num_virtual_tokens,
+                "num_virtual_tokens": task.num_virtual_tokens,
                 "accuracy": sum(hits[0]) / len(hits[0]),
                 "accuracy_of_peft": sum(hits[1]) / len(hits[1]),
                 "difference": {"value": value, "low": low, "high": high},

@@ -42,7 +42,7 @@ def message(**options: Any) -> str:
         ({"average": 1.0}, "average must be in [0, 1), not 1.0"),
         ({"average": -0.1}, "average must be in [0, 1), not -0.1"),
         ({"average": math.nan}, "average must be in [0, 1), not nan"),
-        ({"loss": "mse"}, "loss must be one of auto, lm, labels, not 'mse'"),
+        ({"loss": "mse"}, "loss must be one of lm, labels, not 'mse'"),
         ({"optimizer": "sgd"}, "optimizer must be one of adamw, adafactor, not 'sgd'"),
         ({"schedule": "step"}, "schedule must be one of linear, cosine, constant, not 'step'"),
         ({"compile": "maybe"}, "compile must be one of auto, on, off, not 'maybe'"),
@@ -65,7 +65,7 @@ def test_every_bound_has_its_sentence(options: dict[str, Any], sentence: str) ->
 
 def test_all_faults_are_named_at_once() -> None:
     assert message(batch_size=0, lr=-1.0, loss="x") == (
-        "batch_size must be at least 1, not 0; loss must be one of auto, lm, labels, not 'x'; "
+        "batch_size must be at least 1, not 0; loss must be one of lm, labels, not 'x'; "
         "lr must be above 0 and below 1000 embedding RMS, not -1.0"
     )
 

@@ -27,7 +27,7 @@ from conftest import (
     toy,
 )
 from softprompt import finetune, methods
-from softprompt.config import DEFAULT_STEPS, TrainConfig
+from softprompt.config import DEFAULT_STEPS
 from softprompt.data import Dataset, Example
 from softprompt.errors import ConfigError, DataError
 from softprompt.evaluate import Query, predict
@@ -35,6 +35,7 @@ from softprompt.finetune import METHODS, NOTHING, Tuner
 from softprompt.frozen import FrozenLM, Request
 from softprompt.methods import Learned, Problem
 from softprompt.objective import Objective
+from softprompt.prompt import VIRTUAL_TOKENS
 from softprompt.task import Task
 from softprompt.template import SOFT, Template, Verbalizer
 
@@ -171,27 +172,28 @@ def plain_copy(kind: str) -> Any:
     return model
 
 
-def toy_loss(model: Any, task: Any, rows: Dataset) -> Any:
+def label_loss(model: Any, task: Any, rows: Dataset) -> Any:
     requests = [task.label_request(example) for example in rows.examples]
     gold = [task.labels.index(str(example.target)) for example in rows.examples]
     return plain_loss(model, requests, gold, task.label_of_word)
 
 
-@pytest.mark.parametrize("loss", ["labels", "lm"])
+def target_loss(model: Any, task: Any, rows: Dataset) -> Any:
+    return plain_loss(model, [task.target_request(e) for e in rows.examples], [0] * len(rows.examples), None)
+
+
+@pytest.mark.parametrize("targets", ["labels", "texts"])
 @pytest.mark.parametrize("kind", PATHS)
 def test_the_gradient_of_every_weight_is_transformers_own(
-    kind: str, loss: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, targets: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finetune, "Objective", lambda lm, labels: Objective(lm, labels, max_tokens=40))
-    rows = toy(5, 1) if loss == "labels" else texts(5)
-    ours = problem(kind, train=rows, validation=rows, verbalizer=WORDS if loss == "labels" else None)
+    monkeypatch.setattr(finetune, "Objective", lambda lm: Objective(lm, max_tokens=40))
+    rows = toy(5, 1) if targets == "labels" else texts(5)
+    ours = problem(kind, train=rows, validation=rows, verbalizer=WORDS if targets == "labels" else None)
     lm = ours.fresh()
     found = tuner(ours, lm).backward(range(5))
-    task, oracle = ours.task(), plain_copy(kind)
-    if loss == "labels":
-        expected = toy_loss(oracle, task, rows)
-    else:
-        expected = plain_loss(oracle, [task.target_request(e) for e in rows.examples], [0] * 5, None)
+    oracle = plain_copy(kind)
+    expected = target_loss(oracle, ours.task(), rows)
     expected.backward()
     assert found == pytest.approx(float(expected.detach()), rel=1e-5)
     theirs = dict(oracle.named_parameters())
@@ -223,7 +225,7 @@ def test_embeddings_that_a_model_scales_are_trained_too() -> None:
     lm, oracle = ours.fresh(), gemma()
     trained = tuner(ours, lm)
     trained.backward(range(16))
-    toy_loss(oracle, ours.task(), ours.train).backward()
+    target_loss(oracle, ours.task(), ours.train).backward()
     table, wanted = lm.model.get_input_embeddings().weight, oracle.get_input_embeddings().weight.grad
     torch.testing.assert_close(table.grad, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
     table.grad = None
@@ -232,7 +234,7 @@ def test_embeddings_that_a_model_scales_are_trained_too() -> None:
     run, moved = trained.run(1e-2, 0.0, 1), deepcopy(lm.model)
     moved.set_attn_implementation("eager")
     with torch.no_grad():
-        assert run.best["loss"] == pytest.approx(float(toy_loss(moved, ours.task(), ours.validation)), rel=1e-4)
+        assert run.best["loss"] == pytest.approx(float(label_loss(moved, ours.task(), ours.validation)), rel=1e-4)
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.05])
@@ -245,7 +247,7 @@ def test_a_step_is_torchs_own(clip: float) -> None:
     assert run.best["step"] == 1
     oracle = plain_copy("qwen3")
     optimizer = torch.optim.AdamW(oracle.parameters(), lr=0.01, weight_decay=0.0)
-    toy_loss(oracle, ours.task(), ours.train).backward()
+    target_loss(oracle, ours.task(), ours.train).backward()
     norm = nn.utils.clip_grad_norm_(oracle.parameters(), clip)
     assert norm > 0.05
     optimizer.step()
@@ -278,14 +280,15 @@ def test_small_steps_are_not_lost_in_bf16(clock: Clock) -> None:
 
 def test_gradients_of_micro_batches_add_up_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = problem(dtype="bf16", train=toy(4, 1))
-    monkeypatch.setattr(finetune, "Objective", lambda lm, labels: Objective(lm, labels, max_tokens=1))
+    monkeypatch.setattr(finetune, "Objective", lambda lm: Objective(lm, max_tokens=1))
     trained = tuner(ours)
     sums = [torch.zeros_like(master) for master in trained.masters]
+    targets = [len(ours.task().target_request(example).words[0]) for example in ours.train.examples]
     for row in range(4):
         trained.backward([row])
         for total, master in zip(sums, trained.masters, strict=True):
             assert master.grad is not None
-            total += master.grad / 4  # exact: a power of 2
+            total += master.grad * (targets[row] / sum(targets))
             master.grad = None
     trained.backward(range(4))
     for total, master in zip(sums, trained.masters, strict=True):
@@ -501,7 +504,7 @@ def test_lora_is_the_base_model_with_low_rank_sums(kind: str, clock: Clock, monk
     assert changed == sum(hasattr(module, "lora_A") for module in adapted.modules()) > 0
     task, test = problem(kind).task(), toy(6, 3)
     for example, answer in zip(test.examples, learned.answer(test.examples, None), strict=True):
-        loss = toy_loss(merged, task, Dataset((example,), "", ""))
+        loss = label_loss(merged, task, Dataset((example,), "", ""))
         assert (answer.logprobs or {})[str(example.target)] == pytest.approx(-float(loss), rel=1e-3, abs=1e-4)
 
 
@@ -578,7 +581,7 @@ def test_the_answers_are_those_of_pefts_own_logits(
     ours = problem(kind, lm=load(), fresh=load, template=template, budget=0.2)
     learned, model = peft_run(ours, monkeypatch)
     assert learned.chosen["steps"] >= 1
-    numbers = 32 * TrainConfig().num_virtual_tokens
+    numbers = 32 * VIRTUAL_TOKENS
     assert (learned.trainable_parameters, learned.bytes) == (numbers, 4 * numbers)
     assert learned.adapted is None
     task, test = ours.task(), toy(5, 3)
@@ -592,7 +595,7 @@ def test_the_answers_are_those_of_pefts_own_logits(
         scores = []
         for word in task.words:
             logits = model(input_ids=torch.tensor([[*ids, *word]])).logits[0].log_softmax(-1)
-            first = TrainConfig().num_virtual_tokens + len(ids) - 1
+            first = VIRTUAL_TOKENS + len(ids) - 1
             scores.append(sum(float(logits[first + i, token]) for i, token in enumerate(word)))
         wanted = torch.tensor(scores).log_softmax(0).tolist()
         assert list((answer.logprobs or {}).values()) == pytest.approx(wanted, rel=1e-3, abs=1e-4)

@@ -19,7 +19,7 @@ from softprompt.errors import ConfigError
 from softprompt.evaluate import Query, evaluate, predict
 from softprompt.frozen import FrozenLM
 from softprompt.methods import Learned, Problem
-from softprompt.prompt import SoftPrompt
+from softprompt.prompt import VIRTUAL_TOKENS, SoftPrompt
 from softprompt.task import Task
 
 
@@ -48,9 +48,9 @@ def test_a_soft_prompt_is_what_training_makes_of_the_defaults(llama: FrozenLM) -
     learned = methods.soft_prompt(problem(llama))
     found = learned.soft_prompt
     assert found is not None
-    assert (found.training["lr"], found.num_virtual_tokens) == (TrainConfig().lr, TrainConfig().num_virtual_tokens)
+    assert (found.training["lr"], found.num_virtual_tokens) == (TrainConfig().lr, VIRTUAL_TOKENS)
     assert learned.chosen["steps"] == found.training["steps_done"] == 40
-    assert learned.trainable_parameters == TrainConfig().num_virtual_tokens * llama.hidden_size
+    assert learned.trainable_parameters == VIRTUAL_TOKENS * llama.hidden_size
     test = toy(30, 3)
     by_hand = evaluate(Task.of(llama, found), found.vectors, test)
     answers = learned.answer(test.examples, None)

@@ -9,13 +9,11 @@ import pytest
 import torch
 
 from conftest import plain_score, tiny
-from softprompt import task as task_module
-from softprompt.batch import build_trie
 from softprompt.config import TrainConfig
 from softprompt.data import Dataset, Example
 from softprompt.errors import BaseModelError, ConfigError, DataError
 from softprompt.frozen import FrozenLM
-from softprompt.prompt import SoftPrompt
+from softprompt.prompt import VIRTUAL_TOKENS, SoftPrompt
 from softprompt.task import Task
 from softprompt.template import SOFT, Template, Verbalizer
 from softprompt.train import Training
@@ -111,7 +109,7 @@ def test_labels_are_inferred_or_given(llama: FrozenLM) -> None:
     labelled = data(*["b", "a"] * 5)
     inferred = Task.for_data(llama, labelled, TEMPLATE)
     assert inferred.labels == ("a", "b")
-    assert inferred.num_virtual_tokens == TrainConfig().num_virtual_tokens
+    assert inferred.num_virtual_tokens == VIRTUAL_TOKENS
     assert inferred.max_length == 128
     assert Task.for_data(llama, data("b", "a"), TEMPLATE).verbalizer is None
     given = Task.for_data(llama, labelled, TEMPLATE, verbalizer=Verbalizer.from_labels(["b", "a", "c"]), max_length=64)
@@ -139,26 +137,6 @@ def test_a_soft_prompt_brings_its_task(llama: FrozenLM) -> None:
         f"The soft prompt 'mine' was tuned on the base model 'tiny-llama' (fingerprint {llama.fingerprint[:12]}), but "
         f"the one loaded is 'tiny-gpt2' (fingerprint {tiny('gpt2').fingerprint[:12]}); load 'tiny-llama', or tune a "
         f"new soft prompt on 'tiny-gpt2'."
-    )
-
-
-# --- which loss ----------------------------------------------------------------------------------------------
-
-
-def test_the_loss_over_labels_where_labels_are_cheap(llama: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = bound(llama)
-    nodes = len(build_trie(task.words).tokens)
-    for cheap, picked in ((nodes, "labels"), (nodes - 1, "lm")):
-        monkeypatch.setattr(task_module, "CHEAP_TRIE", cheap)
-        assert task.picks_loss("auto") == picked
-    assert task.picks_loss("lm") == "lm"
-    assert task.picks_loss("labels") == "labels"
-    free = bound(llama, None)
-    assert free.picks_loss("auto") == "lm"
-    with pytest.raises(ConfigError) as error:
-        free.picks_loss("labels")
-    assert str(error.value) == (
-        "The loss 'labels' needs class labels, but the targets are free text; give --labels or use lm."
     )
 
 

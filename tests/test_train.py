@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from softprompt.errors import ConfigError, DataError
 from softprompt.frozen import FrozenLM, Request
 from softprompt.inspection import starting_vectors
 from softprompt.objective import Objective
-from softprompt.prompt import initial_vectors
+from softprompt.prompt import default_num_virtual_tokens, initial_vectors
 from softprompt.task import Task
 from softprompt.template import Template, Verbalizer
 from softprompt.train import Training, learning_rate, make_optimizer
@@ -31,7 +32,7 @@ from softprompt.train import Training, learning_rate, make_optimizer
 def run(config: TrainConfig, *, kind: str = "llama", rows: int = 30, **options: Any) -> Training:
     """A finished training on toy data."""
     data = toy(rows, 0)
-    training = Training(toy_task(tiny(kind), data, config.num_virtual_tokens), data, toy(20, 1), config, **options)
+    training = Training(toy_task(tiny(kind), data, config.longest), data, toy(20, 1), config, **options)
     for _ in training:
         pass
     return training
@@ -114,6 +115,7 @@ def test_three_steps_of_an_optimizer_by_hand(name: str, by_hand: Callable[..., t
 def test_a_first_step_by_hand_in_units_of_the_table(optimizer: str) -> None:
     """The whole way: gradient by transformers, update by hand; the learning rate counts in embedding RMS."""
     options: dict[str, Any] = {"init": "labels", "num_virtual_tokens": 6, "batch_size": 3, "steps": 1, "seed": 4}
+    options["loss"] = "labels"
     if optimizer == "lester2021":
         config, update, lr, decay, clip = preset("lester2021", **options), hand_adafactor, 0.3 / 10.7, 1e-5, 0.0
     else:
@@ -123,7 +125,6 @@ def test_a_first_step_by_hand_in_units_of_the_table(optimizer: str) -> None:
     training = Training(toy_task(tiny("llama"), data), data, data, config)
     (step,) = training
     lm, bound = training.task.lm, training.task
-    assert bound.picks_loss("auto") == "labels"
     start = initial_vectors(lm, 6, init="labels", seed=4, label_words=bound.label_words())
     leaf = start.clone().requires_grad_()
     loss = torch.zeros(())
@@ -152,7 +153,7 @@ def test_it_learns_and_changes_no_weight() -> None:
     lm = tiny("llama")
     before = lm.weights_digest()
     data, validation = toy(300, 0), toy(200, 1)
-    config = train_settings(num_virtual_tokens=8, batch_size=16, steps=80, eval_every=10, lr=0.3)
+    config = train_settings(num_virtual_tokens=8, batch_size=16, steps=80, eval_every=10, lr=0.3, loss="labels")
     training = Training(toy_task(lm, data, 8), data, validation, config, name="toy")
     steps = list(training)
     assert sum(step.loss for step in steps[-10:]) / 10 < 0.5 * steps[0].loss
@@ -627,6 +628,41 @@ def test_a_task_with_other_virtual_tokens_is_refused(llama: FrozenLM, template: 
     assert str(error.value) == (
         f"the task's template holds {found} virtual tokens, but 4 are to be learned; "
         "give Task and TrainConfig the same num_virtual_tokens, and the template a {soft_prompt}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("labels", "window", "grows"), [(3, 8192, False), (40, 8192, True), (40, 500, False), (900, 99_999, False)]
+)
+def test_many_labels_get_as_many_virtual_tokens_as_spell_them_out(
+    llama: FrozenLM, labels: int, window: int, grows: bool
+) -> None:
+    names = [f"label {i}" for i in range(labels)]
+    line = llama.tokenizer("Options: " + ", ".join(names) + ".\n").input_ids
+    assert (64 < len(line) <= min(1024, window / 4)) == grows
+    lm = cast(FrozenLM, SimpleNamespace(tokenizer=llama.tokenizer, window=window))
+    found = default_num_virtual_tokens(lm, names)
+    if grows:
+        assert found % 16 == 0
+        assert found - 16 < len(line) <= found
+    else:
+        assert found == 64
+
+
+def test_without_a_number_of_virtual_tokens_it_is_the_tasks(llama: FrozenLM) -> None:
+    data = toy(40, 0)
+    task = Task.for_data(llama, data, Template("{soft_prompt}{input} {target}"), num_virtual_tokens=5)
+    made = Training(task, data, config=TrainConfig(steps=1)).result()
+    assert made.num_virtual_tokens == made.training["num_virtual_tokens"] == 5
+
+
+def test_the_loss_over_labels_needs_labels(llama: FrozenLM) -> None:
+    data = toy(40, 0)
+    task = Task(llama, Template("{soft_prompt}{input} {target}"), None, 5, llama.window)
+    with pytest.raises(ConfigError) as error:
+        Training(task, data, config=TrainConfig(loss="labels"))
+    assert str(error.value) == (
+        "The loss 'labels' needs class labels, but the targets are free text; give --labels or use lm."
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from softprompt.errors import ConfigError
 
 INITS = ("auto", "random", "vocab", "text", "labels")
-LOSSES = ("auto", "lm", "labels")
+LOSSES = ("lm", "labels")
 OPTIMIZERS = ("adamw", "adafactor")
 SCHEDULES = ("linear", "cosine", "constant")
 PARAMETRISATIONS = ("plain", "residual", "superpos", "mlp", "prefix")
@@ -19,7 +19,8 @@ class TrainConfig:
     """How a soft prompt is tuned. The defaults are meant to need no tuning.
 
     Attributes:
-        num_virtual_tokens: P, how many vectors are learned, in tokens.
+        num_virtual_tokens: P, how many vectors are learned, in tokens; None: as many as the task has
+            (``prompt.default_num_virtual_tokens``).
         init: ``random`` (normal, one RMS of the embedding table), ``vocab`` (embeddings of tokens drawn from the most
             frequent part of the vocabulary), ``text`` (embeddings of ``init_text``), ``labels`` (embeddings of the
             class labels, the rest as ``vocab``), a name in the store or a path of a soft prompt; ``auto``: ``text``
@@ -34,8 +35,8 @@ class TrainConfig:
             With init ``auto``, further starts take ``labels`` or ``vocab``, which are drawn.
         lengths: other numbers of virtual tokens to try, as starts of their own beside those of ``num_virtual_tokens``:
             prompt-length search. The best on the validation rows goes on, so P may come out as any of them.
-        loss: ``lm`` (cross-entropy of all target tokens over the whole vocabulary), ``labels`` (cross-entropy over
-            the labels' scores), or ``auto``: ``labels`` where there are labels that are cheap to score, else ``lm``.
+        loss: ``lm`` (cross-entropy of all target tokens over the whole vocabulary) or ``labels`` (cross-entropy over
+            the labels' scores).
         optimizer: ``adamw`` or ``adafactor``.
         lr: peak learning rate in units of the embedding table's RMS: an Adam step moves an element by at most about
             ``lr`` RMS.
@@ -60,13 +61,13 @@ class TrainConfig:
         compile: compile the decoder layers: ``auto`` (if the run is long enough to gain by it), ``on`` or ``off``.
     """
 
-    num_virtual_tokens: int = 64
+    num_virtual_tokens: int | None = None
     init: str = "auto"
     init_text: str | None = None
     parametrisation: str = "plain"
     starts: int = 1
     lengths: tuple[int, ...] = ()
-    loss: str = "auto"
+    loss: str = "lm"
     optimizer: str = "adamw"
     lr: float = 0.3
     weight_decay: float = 0.0
@@ -142,11 +143,12 @@ class TrainConfig:
 
     @property
     def longest(self) -> int:
-        """The largest P that is tried."""
-        return max(self.num_virtual_tokens, *self.lengths, 0)
+        """The largest P that is tried, as far as it is known."""
+        return max(self.num_virtual_tokens or 0, *self.lengths, 0)
 
     def start(self, number: int) -> tuple[int, int]:
-        """P of the start of that number, and which of the starts of that P it is, from 0."""
+        """P of the start of that number, and which of the starts of that P it is, from 0; P must be known."""
+        assert self.num_virtual_tokens is not None
         draw, place = divmod(number, 1 + len(self.lengths))
         return (self.num_virtual_tokens, *self.lengths)[place], draw
 

@@ -176,15 +176,13 @@ def run(load: Callable[[], FrozenLM], splits: Mapping[str, Dataset], config: Tra
     lm = load()
     load_seconds = time.perf_counter() - began
     digest = lm.weights_digest()
-    task = Task.for_data(
-        lm, splits["train"], default_template(labelled=True), num_virtual_tokens=config.num_virtual_tokens
-    )
+    task = Task.for_data(lm, splits["train"], default_template(labelled=True))
 
     stderr.print("2/4  asking the base model alone")
     with rows_bar("rows") as progress:
         zero_shot = evaluate(task.without_soft_prompt(), None, splits["test"], progress=progress)
 
-    stderr.print(f"3/4  tuning {config.num_virtual_tokens} virtual tokens")
+    stderr.print(f"3/4  tuning {task.num_virtual_tokens} virtual tokens")
     training = Training(task, splits["train"], splits["validation"], config, name="demo")
     warn_truncated(training.truncated, task.max_length)
     untuned = training.result()

@@ -136,10 +136,8 @@ class Tuner:
         task = problem.task(lm=lm)
         if task.verbalizer is not None:
             check_targets(problem.train, task.labels)
-        labelled = task.picks_loss("auto") == "labels"
-        self._objective = Objective(lm, torch.tensor(task.label_of_word, device=lm.device) if labelled else None)
-        self._requests = [task.label_request(e) if labelled else task.target_request(e) for e in examples]
-        self._gold = [task.labels.index(str(e.target)) if labelled else 0 for e in examples]
+        self._objective = Objective(lm)
+        self._requests = [task.target_request(e) for e in examples]
         self._validator = task.validator(held_out)
         self._no_prefix: PrefixKV | None = None
         if lm.shares_prefix:
@@ -243,7 +241,7 @@ class Tuner:
             else:
                 batch = collate([rows[i] for i in group], self._no_prefix.lengths, self._lm.device)
                 scores = self._lm.score_batch(batch, self._no_prefix)
-            loss = self._objective.loss(scores, [self._gold[chosen[i]] for i in group]) / weight
+            loss = self._objective.loss(scores, [0] * len(group)) / weight
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         return total
@@ -369,10 +367,10 @@ def peft_prompt_tuning(problem: Problem) -> Learned:
     lm = problem.fresh()
     lm.model.set_attn_implementation("sdpa")  # what transformers gives a user
     config = TrainConfig(lr=PEFT_LR, warmup=0.0, schedule="linear", seed=problem.seed)
-    task = PeftTask(problem.lm, problem.template, problem.verbalizer, config.num_virtual_tokens, problem.lm.window)
+    task = PeftTask(problem.lm, problem.template, problem.verbalizer, problem.num_virtual_tokens, problem.lm.window)
     requests = [task.target_request(example) for example in problem.train.examples]
     with _seeded(problem.seed):
-        settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=config.num_virtual_tokens)
+        settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=problem.num_virtual_tokens)
         model = peft.get_peft_model(lm.model, settings).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=PEFT_LR)
     order = _shuffled(len(requests), problem.seed)

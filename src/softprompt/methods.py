@@ -22,7 +22,7 @@ from softprompt.data import Dataset, Example
 from softprompt.errors import ConfigError
 from softprompt.evaluate import Prediction, Progress, Query, headline, predict
 from softprompt.frozen import FrozenLM
-from softprompt.prompt import SoftPrompt
+from softprompt.prompt import SoftPrompt, default_num_virtual_tokens
 from softprompt.task import Task
 from softprompt.template import Template, Verbalizer
 from softprompt.train import Training, can_compile
@@ -69,6 +69,11 @@ class Problem:
     def labels(self) -> tuple[str, ...]:
         """The label set; empty for free text."""
         return () if self.verbalizer is None else self.verbalizer.labels
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """P of every soft prompt that is learned."""
+        return default_num_virtual_tokens(self.lm, self.labels)
 
     @property
     def seconds_left(self) -> float:
@@ -124,7 +129,7 @@ Method = Callable[[Problem], Learned]
 def soft_prompt(problem: Problem, parametrisation: str = "plain") -> Learned:
     """A soft prompt tuned with the default settings, in fewer steps where the budget does not last for all."""
     config = TrainConfig(seed=problem.seed, parametrisation=parametrisation)
-    task = Task(problem.lm, problem.template, problem.verbalizer, config.num_virtual_tokens, problem.lm.window)
+    task = Task(problem.lm, problem.template, problem.verbalizer, problem.num_virtual_tokens, problem.lm.window)
     problem.notice("timing a step")
     training = Training(task, problem.train, problem.validation, _within_budget(problem, task, config))
     curve = []

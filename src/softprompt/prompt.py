@@ -4,6 +4,7 @@ use it."""
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,13 @@ from softprompt.errors import ConfigError
 
 if TYPE_CHECKING:
     from softprompt.frozen import FrozenLM
+
+
+VIRTUAL_TOKENS = 64
+"""P by default: four of the blocks of 16 tokens that servers cache."""
+
+LONGEST_LIST = 1024
+"""The longest list of labels, in tokens, that P grows to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +133,21 @@ def initial_vectors(
         for row, word in zip(range(num_virtual_tokens), label_words, strict=False):
             vectors[row] = table[list(word)].float().mean(dim=0).cpu()
     return vectors
+
+
+def label_list(labels: Sequence[str]) -> str:
+    """The line of text that names all labels."""
+    return f"Options: {', '.join(labels)}.\n"
+
+
+def default_num_virtual_tokens(lm: FrozenLM, labels: Sequence[str]) -> int:
+    """P where nobody says: ``VIRTUAL_TOKENS``, or in whole blocks of 16 as many as spell out the labels, to start from
+    them: a soft prompt learns many labels in far fewer steps if it names them all. A list of more than
+    ``LONGEST_LIST`` tokens or a quarter of the model's window is too dear and not spelled out."""
+    needed = len(lm.tokenizer(label_list(labels), add_special_tokens=False).input_ids)
+    if needed > min(LONGEST_LIST, lm.window // 4):
+        return VIRTUAL_TOKENS
+    return max(VIRTUAL_TOKENS, 16 * math.ceil(needed / 16))
 
 
 def frequent_tokens(lm: FrozenLM, seed: int) -> list[int]:

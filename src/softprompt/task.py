@@ -10,16 +10,12 @@ from typing import Any
 import torch
 
 from softprompt import metrics
-from softprompt.batch import Tokens, build_trie
-from softprompt.config import TrainConfig
+from softprompt.batch import Tokens
 from softprompt.data import Dataset, Example, check_targets, infer_labels
 from softprompt.errors import ConfigError, DataError
 from softprompt.frozen import FrozenLM, Request
-from softprompt.prompt import SoftPrompt
+from softprompt.prompt import SoftPrompt, default_num_virtual_tokens
 from softprompt.template import Encoder, Template, Verbalizer
-
-CHEAP_TRIE = 24
-"""The most trie nodes a row for which the loss over labels costs about as much as the loss over the target alone."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +60,11 @@ class Task:
         template: Template,
         *,
         verbalizer: Verbalizer | None = None,
-        num_virtual_tokens: int = TrainConfig.num_virtual_tokens,
+        num_virtual_tokens: int | None = None,
         max_length: int | None = None,
     ) -> Task:
-        """The task of a data set; without a verbalizer, targets that look like labels become one (``infer_labels``).
+        """The task of a data set; without a verbalizer, targets that look like labels become one (``infer_labels``),
+        and without a number of virtual tokens it is ``default_num_virtual_tokens``.
 
         Raises:
             DataError: a target that is not in the label set.
@@ -79,6 +76,8 @@ class Task:
             verbalizer = None if labels is None else Verbalizer.from_labels(labels)
         else:
             check_targets(train, verbalizer.labels)
+        if num_virtual_tokens is None:
+            num_virtual_tokens = default_num_virtual_tokens(lm, () if verbalizer is None else verbalizer.labels)
         return cls(lm, template, verbalizer, num_virtual_tokens, max_length or lm.window)
 
     @classmethod
@@ -114,20 +113,6 @@ class Task:
     def label_words(self) -> list[Tokens]:
         """The first word of each label, as token ids."""
         return [self.words[self.label_of_word.index(label)] for label in range(len(self.labels))]
-
-    def picks_loss(self, loss: str) -> str:
-        """``auto`` → ``labels`` where there are labels that are cheap to score, else ``lm``.
-
-        Raises:
-            ConfigError: ``labels`` without labels.
-        """
-        if loss == "labels" and self.verbalizer is None:
-            raise ConfigError(
-                "The loss 'labels' needs class labels, but the targets are free text; give --labels or use lm."
-            )
-        if loss == "auto":
-            return "labels" if self.words and len(build_trie(self.words).tokens) <= CHEAP_TRIE else "lm"
-        return loss
 
     # --- examples → requests ----------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from softprompt.history import FILE as HISTORY
 from softprompt.history import History
 from softprompt.objective import Objective
 from softprompt.parametrisation import Parametrisation, parametrise
-from softprompt.prompt import SoftPrompt, initial_vectors, library_versions
+from softprompt.prompt import SoftPrompt, initial_vectors, label_list, library_versions
 from softprompt.task import Task
 from softprompt.template import SOFT
 
@@ -105,7 +105,7 @@ def first_vectors(task: Task, config: TrainConfig, number: int = 0) -> torch.Ten
     lm, words, init, text = task.lm, task.label_words(), config.init, config.init_text
     length, draw = config.start(number)
     if init == "auto" and text is None and words and draw == 0:
-        options = f"Options: {', '.join(task.labels)}.\n"
+        options = label_list(task.labels)
         if len(lm.tokenizer(options, add_special_tokens=False).input_ids) <= length:
             text = options
     if init == "auto":
@@ -173,7 +173,7 @@ class Training:
         """Prepares a run.
 
         Args:
-            task: what to learn; its number of virtual tokens is the largest that ``config`` tries.
+            task: what to learn; its number of virtual tokens is the largest that ``config`` tries, if it names any.
             train: at least one example with a target.
             validation: for choosing the best checkpoint; None holds a tenth of ``train`` back (at most
                 ``config.validation_rows``).
@@ -190,7 +190,10 @@ class Training:
                 have one, or a checkpoint of a run with other settings or data.
             StoreError: ``folder`` cannot be written, or its checkpoint is damaged.
         """
-        self.config = config or TrainConfig()
+        config = config or TrainConfig()
+        if config.num_virtual_tokens is None:
+            config = replace(config, num_virtual_tokens=max(1, task.num_virtual_tokens))
+        self.config = config
         self.task, self.name, self.folder = task, name, folder
         if start is not None and self.config.lengths:
             raise ConfigError("other lengths cannot be tried from a soft prompt to start from; leave one of them out")
@@ -205,7 +208,11 @@ class Training:
         self._data = _describe(train, validation, len(examples), len(held_out))
         if task.verbalizer is not None:
             check_targets(train, task.labels)
-        if task.picks_loss(self.config.loss) == "labels":
+        if self.config.loss == "labels":
+            if task.verbalizer is None:
+                raise ConfigError(
+                    "The loss 'labels' needs class labels, but the targets are free text; give --labels or use lm."
+                )
             self._objective = Objective(task.lm, torch.tensor(task.label_of_word, device=task.lm.device))
             self._requests = [task.label_request(e) for e in examples]
             self._gold = [task.labels.index(str(e.target)) for e in examples]
@@ -366,7 +373,6 @@ class Training:
             training={
                 **self.config.as_dict(),
                 "init": "given" if self._start is not None and self.config.init in INITS else self.config.init,
-                "loss": "lm" if self._objective.labels is None else "labels",
                 "steps_done": self.step,
                 "best_step": self.step if best is None else best["step"],
                 "stopped": self.stopped or "interrupted",

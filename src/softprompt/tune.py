@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,7 +42,7 @@ from softprompt.options import (
     option,
     with_line_ends,
 )
-from softprompt.prompt import SoftPrompt
+from softprompt.prompt import SoftPrompt, default_num_virtual_tokens
 from softprompt.store import Store
 from softprompt.task import Task
 from softprompt.template import Template, Verbalizer, chat_template, default_template
@@ -71,7 +71,7 @@ def train_command(
     input_field: InputField = None,
     target_field: TargetField = "target",
     preset: Annotated[str | None, _learn(f"A published recipe as start: {', '.join(PRESETS)}.")] = None,
-    num_virtual_tokens: Annotated[int | None, _learn("How many vectors to learn.", _D.num_virtual_tokens)] = None,
+    num_virtual_tokens: Annotated[int | None, _learn("How many vectors to learn.", "64, more for many labels")] = None,
     init: Annotated[str | None, _learn(f"{', '.join(INITS)}, or a soft prompt's name or path.", _D.init)] = None,
     init_text: Annotated[str | None, _learn("Text to start from.")] = None,
     parametrisation: Annotated[str | None, _learn(f"{', '.join(PARAMETRISATIONS)}.", _D.parametrisation)] = None,
@@ -125,6 +125,9 @@ def train_command(
     if start is not None:
         Task.of(lm, start)  # refuses vectors of another base model: they mean nothing here
     form = form or (chat_template(lm.tokenizer) if template == "chat" else default_template(verbalizer is not None))
+    if config.num_virtual_tokens is None:
+        length = default_num_virtual_tokens(lm, () if verbalizer is None else verbalizer.labels)
+        config = replace(config, num_virtual_tokens=length)
     task = Task(lm, form, verbalizer, config.longest, config.max_length or lm.window)
     vectors = None if start is None else start.vectors
     with stderr.status("preparing"):
