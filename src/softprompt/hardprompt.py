@@ -27,8 +27,10 @@ from softprompt.task import Task
 
 CHOICE_ROWS = 200
 """The most validation rows to choose by: each is a pass through the model for every candidate."""
-SHOT_TOKENS = 1_024
+SHOT_TOKENS = 512
 """The most tokens of nearest shots: no two inputs share theirs, so every request pays for all of them."""
+GROWTH, NEAREST_GROWTH = 2, 4
+"""How many times as many shots are tried next; of nearest ones fewer numbers are tried, since each try is dear."""
 NEAREST_AT_ONCE = 8
 """Rows in a batch where each has its own shots, whose keys and values are all in memory."""
 CONTENT_FREE = ("N/A", "", "[MASK]")
@@ -130,7 +132,7 @@ def few_shot(problem: Problem, *, calibrate: bool = False) -> Learned:
         enough = len(_drawn(problem, k)) == k
         return enough and not any(_is_cut(prompt(k, index).ask(example), sampling) for example in whole)
 
-    return _few_shot(problem, prompt, fits, rows, calibrate)
+    return _few_shot(problem, prompt, fits, rows, calibrate, GROWTH)
 
 
 def few_shot_nearest(problem: Problem, *, calibrate: bool = False) -> Learned:
@@ -138,7 +140,8 @@ def few_shot_nearest(problem: Problem, *, calibrate: bool = False) -> Learned:
 
     Near is a high cosine of TF-IDF weights (KATE, Liu et al. 2022, "What Makes Good In-Context Examples for GPT-3?",
     takes sentence embeddings, which would be another model). Of the k nearest, those are left out that do not fit into
-    ``SHOT_TOKENS``, or into the window beside the whole input; k grows while it gives some validation row more shots.
+    ``SHOT_TOKENS``, or into the window beside the whole input; k, which is 1, 4, 16 …, grows while it gives some
+    validation row more shots.
 
     Raises:
         ConfigError: scikit-learn is not installed.
@@ -169,9 +172,9 @@ def few_shot_nearest(problem: Problem, *, calibrate: bool = False) -> Learned:
         return _Prompt(partial(ask, k, index), kept, {"k": k, "instruction": index}, shared=False)
 
     def fits(k: int, index: int | None) -> bool:
-        return any(len(shots(example, k)) > len(shots(example, k // 2)) for example in rows.examples)
+        return any(len(shots(example, k)) > len(shots(example, k // NEAREST_GROWTH)) for example in rows.examples)
 
-    return _few_shot(problem, prompt, fits, rows, calibrate)
+    return _few_shot(problem, prompt, fits, rows, calibrate, NEAREST_GROWTH)
 
 
 METHODS: dict[str, Method] = {
@@ -195,16 +198,17 @@ def _few_shot(
     fits: Callable[[int, int | None], bool],
     rows: Dataset,
     calibrate: bool,
+    growth: int,
 ) -> Learned:
-    """The best k of those that fit, first without an instruction, then with each of them."""
+    """The best k of those that fit, 1, growth, growth², first without an instruction, then with each of them."""
 
     def growing() -> Iterator[_Prompt]:
         k = 1
         while k == 1 or (k <= len(problem.train.examples) and fits(k, None)):
             yield prompt(k, None)
-            k *= 2
+            k *= growth
 
-    best = _best(problem, growing(), rows, calibrate, growth=2)
+    best = _best(problem, growing(), rows, calibrate, growth=growth)
     k = best.prompt.chosen["k"]
     instructed = (prompt(k, index) for index in range(len(problem.instructions)) if fits(k, index))
     return _chosen(_best(problem, instructed, rows, calibrate, best))

@@ -29,8 +29,8 @@ from softprompt.train import Training, can_compile
 
 COMPILE_FROM = 300.0
 """Seconds of budget from which compiling the layers pays: it costs 10 to 25 of them."""
-PROBE = 5
-"""Steps that are timed to plan a run."""
+PROBE, PROBE_ROWS = 5, 100
+"""Steps, and rows of a validation, that are timed to plan a run."""
 
 
 @dataclass(frozen=True)
@@ -160,20 +160,23 @@ def soft_prompt(problem: Problem, parametrisation: str = "plain") -> Learned:
 def _within_budget(problem: Problem, task: Task, config: TrainConfig) -> TrainConfig:
     """The settings with as many of the default steps as fit into what is left of the budget, by timing some."""
     config = replace(config, compile="on" if problem.worth_compiling else "off")
-    probe = Training(task, problem.train, problem.validation, replace(config, steps=PROBE, eval_every=1_000))
+    rows = min(config.validation_rows, len(problem.validation.examples))
+    some = min(rows, PROBE_ROWS)
+    timed = replace(config, steps=PROBE, eval_every=1_000, validation_rows=some)
+    probe = Training(task, problem.train, problem.validation, timed)
     began, seconds = time.perf_counter(), []
     for step in probe:
         seconds.append(step.seconds)
         if problem.seconds_left < 0:
             return replace(config, steps=1, compile="off")
-    validation = time.perf_counter() - began - sum(seconds)
+    validation = (time.perf_counter() - began - sum(seconds)) * rows / some
     left, a_step = problem.seconds_left - validation, statistics.median(seconds[1:])  # the first may compile
 
     def steps(every: int) -> int:
         return max(1, min(DEFAULT_STEPS, int(left / (a_step + validation / every))))
 
-    every = max(EVAL_EVERY, math.ceil(4 * validation / a_step))  # a fifth of the time, but five of them at least
-    every = max(1, min(every, steps(every) // 5))
+    every = max(EVAL_EVERY, math.ceil(9 * validation / a_step))  # a tenth of the time, but three of them at least
+    every = max(1, min(every, steps(every) // 3))
     return replace(config, steps=steps(every), eval_every=every)
 
 
