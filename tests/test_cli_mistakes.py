@@ -25,7 +25,7 @@ MISTAKES: dict[tuple[str, ...], str] = {
         "steps and epochs exclude each other; give one of them"
     ),
     ("train", "train.jsonl", "--name", "x", "--preset", "best"): "the preset must be one of lester2021, not 'best'",
-    ("train", "train.jsonl", "--name", "x", "--loss", "mse"): "loss must be one of auto, lm, labels, not 'mse'",
+    ("train", "train.jsonl", "--name", "x", "--loss", "mse"): "loss must be one of lm, labels, not 'mse'",
     ("train", "train.jsonl", "--name", "x", "--init", "best"): (
         f"--init must be one of {NAMES}, or a soft prompt's name or path, not 'best'; see `softprompt list`."
     ),

@@ -154,7 +154,7 @@ def one_step(kind: str, lm: FrozenLM, template: str, **options: Any) -> tuple[Tr
     """A training after its first step, without clipping, and the loss; its tensors hold the step's gradient."""
     data = toy(5, 0)
     task = Task.for_data(lm, data, Template(template), verbalizer=TOY_LABELS, num_virtual_tokens=6)
-    settings = {"init": "labels", "batch_size": 5, "steps": 1, "clip": 0.0, "parametrisation": kind}
+    settings = {"init": "labels", "batch_size": 5, "steps": 1, "clip": 0.0, "parametrisation": kind, "loss": "labels"}
     training = Training(task, data, data, train_settings(**settings | options))
     (step,) = training
     return training, step.loss
@@ -404,7 +404,8 @@ def test_every_parametrisation_learns_and_changes_no_weight(kind: str, tmp_path:
     lm = tiny("llama")
     before, table = lm.weights_digest(), lm.embedding.clone()
     data, validation = toy(300, 0), toy(150, 1)
-    config = train_settings(num_virtual_tokens=8, batch_size=16, steps=80, eval_every=20, parametrisation=kind)
+    settings = {"batch_size": 16, "steps": 80, "eval_every": 20, "loss": "labels"}
+    config = train_settings(num_virtual_tokens=8, parametrisation=kind, **settings)
     training = Training(toy_task(lm, data, 8), data, validation, config)
     steps = list(training)
     assert sum(step.loss for step in steps[-10:]) / 10 < 0.5 * steps[0].loss
