@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -263,6 +264,23 @@ def test_peak_memory_sees_what_was_held() -> None:
             until = until + filled[:1_000_000].sum()
         del filled
     assert held * 0.75 < peak[0] < held * 2  # what others gave back meanwhile counts against it
+
+
+def test_peak_memory_sees_what_was_freed_before_and_is_used_again() -> None:
+    """The C library keeps freed memory that lies below some still in use."""
+
+    def many() -> list[torch.Tensor]:
+        return [torch.ones(1 << 16) for _ in range(1024)]  # 256 MB in pieces of 256 kB
+
+    torch.ones(1 << 20)  # freed, it makes the C library put tensors up to its size together
+    before = many()
+    above = torch.ones(1 << 16)
+    del before
+    with peak_memory(tiny("llama")) as peak:
+        again = many()
+        time.sleep(0.2)
+    assert peak[0] > 200 << 20
+    assert len(again) * above.numel() * 4 == 256 << 20
 
 
 @given(st.integers(1, 40), st.integers(0, 5))

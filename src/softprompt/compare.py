@@ -6,6 +6,8 @@ predictions, so that a comparison that was stopped goes on where it was, and cel
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import hashlib
 import json
@@ -15,7 +17,6 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -344,13 +345,13 @@ def cut(dataset: Dataset, rows: int | None, seed: int = 0) -> Dataset:
 # --- what a cell measures besides its score -------------------------------------------------------
 
 
-@contextmanager
+@contextlib.contextmanager
 def peak_memory(lm: FrozenLM) -> Iterator[list[int]]:
     """A list whose only number, after the block, is the most bytes held above those at its start.
 
     Of the process, looked at every 20 ms; on a CUDA device, of the device's own count.
     """
-    gc.collect()
+    _give_back_freed()
     found = [0]
     if lm.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(lm.device)
@@ -372,6 +373,14 @@ def peak_memory(lm: FrozenLM) -> Iterator[list[int]]:
     finally:
         done.set()
         watcher.join()
+
+
+def _give_back_freed() -> None:
+    """Gives freed memory back to the operating system: what a C library keeps of it, the process seems to hold, and
+    the next one to use it would seem to need none."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # of glibc only
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def lm_bytes(lm: FrozenLM) -> int:
