@@ -245,6 +245,14 @@ def resumable(folder: Path, **options: Any) -> Training:
     return Training(toy_task(tiny("llama"), data), data, toy(20, 1), config, folder=folder, resume=True)
 
 
+def count_lines(folder: Path) -> int:
+    """Lines of the log; none while a run that starts anew, since it found no checkpoint, replaces it."""
+    try:
+        return len((folder / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    except FileNotFoundError:
+        return 0
+
+
 def lines(folder: Path) -> list[dict[str, Any]]:
     """The log without its wall times."""
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -478,8 +486,8 @@ def test_killed_at_random_moments_and_resumed_is_never_killed(
         if at == "replace":  # what was written stays behind until the next start
             assert list(killed.glob(".*.tmp"))
     process = spawn(train_until_killed, killed, options, 0, "outside")
-    deadline, known = time.monotonic() + 60, len((killed / "log.jsonl").read_text().splitlines())
-    while len((killed / "log.jsonl").read_text().splitlines()) < known + 2 and time.monotonic() < deadline:
+    deadline, known = time.monotonic() + 60, count_lines(killed)
+    while count_lines(killed) < known + 2 and time.monotonic() < deadline:
         time.sleep(draw.uniform(0, 0.01))
     process.kill()
     process.join(60)
