@@ -19,6 +19,7 @@ from softprompt.errors import ConfigError
 from softprompt.evaluate import Query, evaluate, predict
 from softprompt.frozen import FrozenLM
 from softprompt.methods import Learned, Problem
+from softprompt.objective import Objective
 from softprompt.prompt import VIRTUAL_TOKENS, SoftPrompt
 from softprompt.task import Task
 
@@ -69,6 +70,28 @@ def test_a_small_budget_is_kept(llama: FrozenLM) -> None:
 @pytest.mark.usefixtures("short")
 def test_no_budget_at_all_still_gives_a_soft_prompt(llama: FrozenLM) -> None:
     assert methods.soft_prompt(problem(llama, budget=1e-9)).chosen["steps"] == 1
+
+
+@pytest.mark.parametrize("later", [0.25, 3.0])
+def test_the_end_moves_when_steps_take_another_time_than_those_that_were_timed(
+    llama: FrozenLM, monkeypatch: pytest.MonkeyPatch, later: float
+) -> None:
+    clock, steps, backward = [0.0], [0], Objective.backward
+
+    def slow(self: Objective, *given: Any) -> Any:
+        steps[0] += 1
+        clock[0] += 1.0 if steps[0] <= methods.PROBE + 10 else later
+        return backward(self, *given)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(Objective, "backward", slow)
+    learned = methods.soft_prompt(problem(llama, budget=60.0, began=0.0))
+    found = learned.soft_prompt
+    assert found is not None
+    assert clock[0] == pytest.approx(60.0, abs=max(2.0, later))
+    fitting = 10 + (60 - methods.PROBE - 10) / later
+    assert learned.chosen["steps"] == found.training["steps"] == pytest.approx(fitting, abs=2 / min(1.0, later))
+    assert learned.curve[-1]["step"] == learned.chosen["steps"]
 
 
 def test_long_budgets_compile_the_steps_that_are_timed_and_the_run(

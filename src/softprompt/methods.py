@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -31,6 +32,8 @@ COMPILE_FROM = 300.0
 """Seconds of budget from which compiling the layers pays: it costs 10 to 25 of them."""
 PROBE, PROBE_ROWS = 5, 100
 """Steps, and rows of a validation, that are timed to plan a run."""
+LATEST = 50
+"""Steps whose median tells how many more there is time for."""
 
 
 @dataclass(frozen=True)
@@ -131,17 +134,23 @@ def soft_prompt(problem: Problem, parametrisation: str = "plain") -> Learned:
     config = TrainConfig(seed=problem.seed, parametrisation=parametrisation)
     task = Task(problem.lm, problem.template, problem.verbalizer, problem.num_virtual_tokens, problem.lm.window)
     problem.notice("timing a step")
-    training = Training(task, problem.train, problem.validation, _within_budget(problem, task, config))
-    curve = []
+    config, pace = _within_budget(problem, task, config)
+    training = Training(task, problem.train, problem.validation, config)
+    curve, ended = [], time.perf_counter()
     for step in training:
         if step.number % 10 == 0:
             problem.notice(f"step {step.number:,} of {step.total:,}, loss {step.loss:.3f}")
+        began, ended = ended, time.perf_counter()
+        if step.number > 1:  # the first may compile
+            pace.steps.append(step.seconds)
         if step.validation is not None:
+            pace.validation = ended - began - step.seconds
             seconds = problem.budget - problem.seconds_left
             value, loss = step.validation["value"], step.validation["loss"]
             curve.append({"seconds": round(seconds, 1), "step": step.number, "value": value, "loss": loss})
-        if problem.seconds_left < 0:
-            break
+        if step.number < step.total:
+            more = pace.fitting(problem.seconds_left, config.eval_every or EVAL_EVERY)
+            training.end_after(min(DEFAULT_STEPS, step.number + more))
     found = training.result()
     kept = problem.lm.kept_prefixes(1)
     return Learned(
@@ -157,27 +166,50 @@ def soft_prompt(problem: Problem, parametrisation: str = "plain") -> Learned:
     )
 
 
-def _within_budget(problem: Problem, task: Task, config: TrainConfig) -> TrainConfig:
-    """The settings with as many of the default steps as fit into what is left of the budget, by timing some."""
+@dataclass
+class _Pace:
+    """What training has been seen to take.
+
+    Attributes:
+        steps: seconds of each of the latest steps.
+        validation: seconds of a validation.
+    """
+
+    steps: deque[float]
+    validation: float
+
+    @property
+    def a_step(self) -> float:
+        """Seconds that a step is expected to take."""
+        return statistics.median(self.steps)
+
+    def fitting(self, seconds: float, every: int) -> int:
+        """How many steps fit into ``seconds``, with a validation after ``every`` of them and one at the end."""
+        return int((seconds - self.validation) / (self.a_step + self.validation / every))
+
+
+def _within_budget(problem: Problem, task: Task, config: TrainConfig) -> tuple[TrainConfig, _Pace]:
+    """The settings with as many of the default steps as fit into what is left of the budget, and what some took that
+    were timed for it."""
     config = replace(config, compile="on" if problem.worth_compiling else "off")
     rows = min(config.validation_rows, len(problem.validation.examples))
     some = min(rows, PROBE_ROWS)
     timed = replace(config, steps=PROBE, eval_every=1_000, validation_rows=some)
     probe = Training(task, problem.train, problem.validation, timed)
-    began, seconds = time.perf_counter(), []
+    began, pace = time.perf_counter(), _Pace(deque(maxlen=LATEST), 0.0)
     for step in probe:
-        seconds.append(step.seconds)
+        pace.steps.append(step.seconds)
         if problem.seconds_left < 0:
-            return replace(config, steps=1, compile="off")
-    validation = (time.perf_counter() - began - sum(seconds)) * rows / some
-    left, a_step = problem.seconds_left - validation, statistics.median(seconds[1:])  # the first may compile
+            return replace(config, steps=1, compile="off"), pace
+    pace.validation = (time.perf_counter() - began - sum(pace.steps)) * rows / some
+    pace.steps.popleft()  # the first may compile
 
     def steps(every: int) -> int:
-        return max(1, min(DEFAULT_STEPS, int(left / (a_step + validation / every))))
+        return max(1, min(DEFAULT_STEPS, pace.fitting(problem.seconds_left, every)))
 
-    every = max(EVAL_EVERY, math.ceil(9 * validation / a_step))  # a tenth of the time, but three of them at least
+    every = max(EVAL_EVERY, math.ceil(9 * pace.validation / pace.a_step))  # a tenth of the time, but three at least
     every = max(1, min(every, steps(every) // 3))
-    return replace(config, steps=steps(every), eval_every=every)
+    return replace(config, steps=steps(every), eval_every=every), pace
 
 
 def _of_several(problem: Problem, decide: Callable[[torch.Tensor], torch.Tensor]) -> Learned:

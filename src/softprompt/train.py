@@ -318,6 +318,14 @@ class Training:
             self.stopped = "early"
         return replace(step, validation=found, improved=improved)
 
+    def end_after(self, steps: int) -> None:
+        """Moves the end of a run of one start, which keeps no checkpoints, to ``steps`` steps in all, and the schedule
+        of its learning rate with it. At least one more step is done, so that the last one is validated."""
+        assert self.config.tries == 1
+        assert self.folder is None
+        self._planned = self.total = max(steps, self.step + 1)
+        self.config = replace(self.config, steps=self.total, epochs=None)
+
     # --- several starts ---------------------------------------------------------------------------
 
     def _place(self) -> int:
