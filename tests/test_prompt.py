@@ -30,11 +30,13 @@ def start(lm: FrozenLM, length: int, init: str, seed: int = 0, **options: Any) -
     return vectors
 
 
-@pytest.mark.parametrize("length", [1, 4, 11])
-def test_text_is_repeated_or_cut_to_the_length(llama: FrozenLM, length: int) -> None:
+@pytest.mark.parametrize(
+    ("length", "expected"), [(1, "0"), (4, "0123"), (5, "01234"), (6, "401234"), (11, "40123401234")]
+)
+def test_text_is_cut_to_the_length_or_repeated_to_end_whole(llama: FrozenLM, length: int, expected: str) -> None:
     ids = llama.tokenizer(" very good", add_special_tokens=False).input_ids
-    assert len(ids) == 5
-    assert rows_of(llama, start(llama, length, "text", text=" very good")) == (ids * 3)[:length]
+    assert len(set(ids)) == len(ids) == 5
+    assert rows_of(llama, start(llama, length, "text", text=" very good")) == [ids[int(place)] for place in expected]
 
 
 def test_labels_are_the_means_of_their_tokens_and_then_vocabulary(llama: FrozenLM) -> None:

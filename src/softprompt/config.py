@@ -26,7 +26,7 @@ class TrainConfig:
             class labels, the rest as ``vocab``), a name in the store or a path of a soft prompt; ``auto``: ``text``
             where there is an ``init_text``; where there are labels, the text ``Options: a, b, c.`` if it fits in P
             tokens, else ``labels``; ``vocab`` for free text.
-        init_text: text for ``init="text"``, repeated or cut to P tokens.
+        init_text: text for ``init="text"``, cut to P tokens, or repeated to end with its end.
         parametrisation: what is learned (see ``parametrisation.py``): ``plain``, the vectors themselves;
             ``residual``, ``superpos`` or ``mlp``, numbers that are folded into vectors after training; ``prefix``, keys
             and values for every layer, a soft prompt of another kind with a larger file.

@@ -99,8 +99,9 @@ def initial_vectors(
         lm: gives the embedding table.
         num_virtual_tokens: P.
         init: ``random``: normal with the embedding table's RMS as deviation. ``vocab``: the embeddings of P tokens
-            drawn without replacement from the first ``FREQUENT_TOKENS``. ``text``: the embeddings of ``text``,
-            repeated or cut to P tokens. ``labels``: one vector for each of ``label_words``, the mean of its tokens'
+            drawn without replacement from the first ``FREQUENT_TOKENS``. ``text``: the embeddings of ``text``; a
+            longer one is cut to its first P tokens, a shorter one repeated from the end backwards, so that what the
+            rows follow is whole. ``labels``: one vector for each of ``label_words``, the mean of its tokens'
             embeddings, then ``vocab`` for the rest.
         seed: seeds the draws.
         text: for ``text``.
@@ -121,8 +122,9 @@ def initial_vectors(
         tokens = lm.tokenizer(text or "", add_special_tokens=False).input_ids
         if not tokens:
             raise ConfigError("init text needs an init_text of at least one token; give a longer one")
-        picked = [tokens[i % len(tokens)] for i in range(num_virtual_tokens)]
-        return table[picked].float().cpu()
+        while len(tokens) < num_virtual_tokens:
+            tokens = (tokens + tokens)[-num_virtual_tokens:]
+        return table[tokens[:num_virtual_tokens]].float().cpu()
     if init not in ("vocab", "labels"):
         raise ConfigError(f"init must be random, vocab, text or labels, not {init!r}")
     drawn = frequent_tokens(lm, seed)
