@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -85,6 +86,7 @@ def test_the_end_moves_when_steps_take_another_time_than_those_that_were_timed(
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(Objective, "backward", slow)
+    monkeypatch.setattr(methods, "TrainConfig", partial(TrainConfig, patience=0))
     learned = methods.soft_prompt(problem(llama, budget=60.0, began=0.0))
     found = learned.soft_prompt
     assert found is not None
@@ -92,6 +94,20 @@ def test_the_end_moves_when_steps_take_another_time_than_those_that_were_timed(
     fitting = 10 + (60 - methods.PROBE - 10) / later
     assert learned.chosen["steps"] == found.training["steps"] == pytest.approx(fitting, abs=2 / min(1.0, later))
     assert learned.curve[-1]["step"] == learned.chosen["steps"]
+
+
+@given(st.integers(1, 60), st.integers(0, 300), st.integers(1, 9), st.integers(1, 80), st.integers(0, 400))
+def test_a_run_is_planned_to_end_in_time(a_step: int, validation: int, k: int, every: int, done: int) -> None:
+    """Against runs played step by step: it is the longest that is in time."""
+    seconds = validation + a_step * (1 + 97 * k)
+
+    def takes(end: int) -> int:
+        return sum(a_step + validation * (n % every == 0 or n == end) for n in range(done + 1, end + 1))
+
+    pace = methods._Pace(deque([float(a_step)]), float(validation))
+    end = pace.end(float(seconds), every, done)
+    fitting = [n for n in range(done + 1, done + 1 + seconds // a_step + 1) if takes(n) <= seconds]
+    assert end == min(fitting[-1], DEFAULT_STEPS)
 
 
 def test_long_budgets_compile_the_steps_that_are_timed_and_the_run(

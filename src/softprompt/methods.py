@@ -149,8 +149,7 @@ def soft_prompt(problem: Problem, parametrisation: str = "plain") -> Learned:
             value, loss = step.validation["value"], step.validation["loss"]
             curve.append({"seconds": round(seconds, 1), "step": step.number, "value": value, "loss": loss})
         if step.number < step.total:
-            more = pace.fitting(problem.seconds_left, config.eval_every or EVAL_EVERY)
-            training.end_after(min(DEFAULT_STEPS, step.number + more))
+            training.end_after(pace.end(problem.seconds_left, config.eval_every or EVAL_EVERY, step.number))
     found = training.result()
     kept = problem.lm.kept_prefixes(1)
     return Learned(
@@ -183,9 +182,17 @@ class _Pace:
         """Seconds that a step is expected to take."""
         return statistics.median(self.steps)
 
-    def fitting(self, seconds: float, every: int) -> int:
-        """How many steps fit into ``seconds``, with a validation after ``every`` of them and one at the end."""
-        return int((seconds - self.validation) / (self.a_step + self.validation / every))
+    def end(self, seconds: float, every: int, done: int = 0) -> int:
+        """How many steps the longest run has that has done ``done`` and takes ``seconds`` more, with a validation at
+        every multiple of ``every`` and at its end: at least one more step, and at most the default."""
+        end, check = done, done - done % every + every
+        while end < DEFAULT_STEPS:
+            last = done + int((seconds - self.validation) / self.a_step)
+            end = max(end, min(last, check, DEFAULT_STEPS))
+            if last <= check:
+                break
+            seconds, check = seconds - self.validation, check + every
+        return max(end, done + 1)
 
 
 def _within_budget(problem: Problem, task: Task, config: TrainConfig) -> tuple[TrainConfig, _Pace]:
@@ -204,12 +211,9 @@ def _within_budget(problem: Problem, task: Task, config: TrainConfig) -> tuple[T
     pace.validation = (time.perf_counter() - began - sum(pace.steps)) * rows / some
     pace.steps.popleft()  # the first may compile
 
-    def steps(every: int) -> int:
-        return max(1, min(DEFAULT_STEPS, pace.fitting(problem.seconds_left, every)))
-
     every = max(EVAL_EVERY, math.ceil(9 * pace.validation / pace.a_step))  # a tenth of the time, but three at least
-    every = max(1, min(every, steps(every) // 3))
-    return replace(config, steps=steps(every), eval_every=every), pace
+    every = max(1, min(every, pace.end(problem.seconds_left, every) // 3))
+    return replace(config, steps=pace.end(problem.seconds_left, every), eval_every=every), pace
 
 
 def _of_several(problem: Problem, decide: Callable[[torch.Tensor], torch.Tensor]) -> Learned:
