@@ -21,9 +21,10 @@ from softprompt import checkpoint, history
 from softprompt.config import TrainConfig
 from softprompt.errors import ConfigError, StoreError
 from softprompt.objective import Objective
+from softprompt.optimizer import make_optimizer
 from softprompt.task import Task
 from softprompt.template import Template, Verbalizer
-from softprompt.train import Step, Training, make_optimizer
+from softprompt.train import Step, Training
 
 STATE = {"step": 7, "best": {"value": 0.1 + 0.2, "loss": 1e-300}, "validations": [], "stopped": "", "tokens": 10**15}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections import Counter, deque
 from dataclasses import replace
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from conftest import TOY_LABELS, TOY_TEMPLATE, tiny, toy
 from softprompt import methods
 from softprompt.config import DEFAULT_STEPS, TrainConfig
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, TrainingError
 from softprompt.evaluate import Query, evaluate, predict
 from softprompt.frozen import FrozenLM
 from softprompt.methods import Learned, Problem
@@ -71,6 +73,22 @@ def test_a_small_budget_is_kept(llama: FrozenLM) -> None:
 @pytest.mark.usefixtures("short")
 def test_no_budget_at_all_still_gives_a_soft_prompt(llama: FrozenLM) -> None:
     assert methods.soft_prompt(problem(llama, budget=1e-9)).chosen["steps"] == 1
+
+
+@pytest.mark.parametrize("steps_timed", [0, methods.PROBE])
+def test_a_loss_that_is_not_finite_from_the_first_step_on_is_said(
+    steps_timed: int, llama: FrozenLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While steps are timed, and in the run after it."""
+    backward, calls = Objective.backward, itertools.count()
+
+    def poisoned(objective: Objective, *rest: Any) -> tuple[float, int]:
+        loss, tokens = backward(objective, *rest)
+        return loss if next(calls) < steps_timed else math.nan, tokens
+
+    monkeypatch.setattr(Objective, "backward", poisoned)
+    with pytest.raises(TrainingError, match=r"not finite at the very first steps, so nothing was learned"):
+        methods.soft_prompt(problem(llama))
 
 
 @pytest.mark.parametrize("later", [0.25, 3.0])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,11 +32,13 @@ from softprompt.data import Example
 from softprompt.errors import ConfigError
 from softprompt.evaluate import Query, evaluate, predict
 from softprompt.frozen import FrozenLM, Request, Sampling
+from softprompt.objective import Objective
+from softprompt.optimizer import learning_rate
 from softprompt.parametrisation import SAMPLED, Parametrisation, kv_of, parametrise
 from softprompt.prompt import frequent_tokens, initial_vectors
 from softprompt.task import Task
 from softprompt.template import SOFT, Template
-from softprompt.train import Training, learning_rate
+from softprompt.train import Training
 
 FOLDING = ("plain", "residual", "superpos", "mlp")
 TEMPLATES = ("{soft_prompt}{input} {target}", "Review :{soft_prompt} is it good ? {input} {target}")
@@ -524,6 +528,50 @@ def test_the_best_of_several_starts_goes_on(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(seen[1], alone[1])  # the second start is a run with the next seed
     for place, expected in ((4, 3), (9, 4), (14, 5), (19, 6)):
         assert torch.equal(seen[expected], alone[place])
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, *bad: int) -> None:
+    """Makes the losses of those calls, counted from 1, not finite."""
+    backward, calls = Objective.backward, itertools.count(1)
+
+    def poisoned(objective: Objective, *rest: Any) -> tuple[float, int]:
+        loss, tokens = backward(objective, *rest)
+        return (math.nan, tokens) if next(calls) in bad else (loss, tokens)
+
+    monkeypatch.setattr(Objective, "backward", poisoned)
+
+
+@pytest.mark.parametrize(
+    ("bad", "numbers", "goes_on"),
+    [
+        (2, [1, 3, 4, 5, 6], 2),  # the first start ends in its second step and has no validation
+        (3, [1, 2, 5, 6], 2),  # the second ends in its first
+        (6, [1, 2, 3, 4, 5], 1),  # the last ends in its last
+    ],
+)
+def test_a_start_whose_loss_is_not_finite_is_given_up(
+    bad: int, numbers: list[int], goes_on: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three starts of 2 steps each, each better than the one before."""
+    poison(monkeypatch, bad)
+    scripted(monkeypatch, [(0.5, 1.0), (0.6, 1.0)] + [(0.7, 1.0)] * 4)
+    data = toy(20, 0)
+    config = train_settings(steps=20, eval_every=5, starts=3, seed=4, init="vocab")
+    training = Training(toy_task(tiny("llama"), data), data, data, config)
+    steps = list(training)
+    assert [step.number for step in steps] == [*numbers, *range(7, 25)]
+    found = [step.validation["start"] for step in steps if step.validation]
+    assert found == [*(start for start in range(3) if start != (bad - 1) // 2), *[goes_on] * 4]
+    assert (training.stopped, training.step) == ("steps", 24)
+
+
+def test_starts_that_all_have_losses_that_are_not_finite_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, *range(1, 100))
+    data = toy(20, 0)
+    config = train_settings(steps=20, eval_every=5, starts=3, init="vocab")
+    training = Training(toy_task(tiny("llama"), data), data, data, config)
+    assert list(training) == []
+    assert (training.stopped, training.tokens) == ("not finite", 0)
 
 
 def test_with_init_auto_further_starts_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:

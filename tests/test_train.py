@@ -23,10 +23,11 @@ from softprompt.errors import ConfigError, DataError
 from softprompt.frozen import FrozenLM, Request
 from softprompt.inspection import starting_vectors
 from softprompt.objective import Objective
+from softprompt.optimizer import learning_rate, make_optimizer
 from softprompt.prompt import default_num_virtual_tokens, initial_vectors
 from softprompt.task import Task
 from softprompt.template import Template, Verbalizer
-from softprompt.train import Training, learning_rate, make_optimizer
+from softprompt.train import Training
 
 
 def run(config: TrainConfig, *, kind: str = "llama", rows: int = 30, **options: Any) -> Training:

@@ -20,7 +20,7 @@ import torch
 from softprompt import artifact
 from softprompt.config import DEFAULT_STEPS, EVAL_EVERY, TrainConfig
 from softprompt.data import Dataset, Example
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, TrainingError
 from softprompt.evaluate import Prediction, Progress, Query, headline, predict
 from softprompt.frozen import FrozenLM
 from softprompt.prompt import SoftPrompt, default_num_virtual_tokens
@@ -32,6 +32,7 @@ COMPILE_FROM = 300.0
 """Seconds of budget from which compiling the layers pays: it costs 10 to 25 of them."""
 PROBE, PROBE_ROWS = 5, 100
 """Steps, and rows of a validation, that are timed to plan a run."""
+NOTHING_LEARNED = "The loss is not finite at the very first steps, so nothing was learned; try --dtype fp32."
 LATEST = 50
 """Steps whose median tells how many more there is time for."""
 
@@ -150,6 +151,8 @@ def soft_prompt(problem: Problem, parametrisation: str = "plain") -> Learned:
             curve.append({"seconds": round(seconds, 1), "step": step.number, "value": value, "loss": loss})
         if step.number < step.total:
             training.end_after(pace.end(problem.seconds_left, config.eval_every or EVAL_EVERY, step.number))
+    if not training.step:
+        raise TrainingError(NOTHING_LEARNED)
     found = training.result()
     kept = problem.lm.kept_prefixes(1)
     return Learned(
@@ -208,6 +211,8 @@ def _within_budget(problem: Problem, task: Task, config: TrainConfig) -> tuple[T
         pace.steps.append(step.seconds)
         if problem.seconds_left < 0:
             return replace(config, steps=1, compile="off"), pace
+    if len(pace.steps) < 2:
+        raise TrainingError(NOTHING_LEARNED)
     pace.validation = (time.perf_counter() - began - sum(pace.steps)) * rows / some
     pace.steps.popleft()  # the first may compile
 

@@ -23,6 +23,7 @@ from softprompt.frozen import SHARED_PREFIX_MODELS, FrozenLM, Request
 from softprompt.history import FILE as HISTORY
 from softprompt.history import History
 from softprompt.objective import Objective
+from softprompt.optimizer import learning_rate, make_optimizer
 from softprompt.parametrisation import Parametrisation, parametrise
 from softprompt.prompt import SoftPrompt, initial_vectors, label_list, library_versions
 from softprompt.task import Task
@@ -64,35 +65,6 @@ def can_compile(lm: FrozenLM) -> bool:
     """Whether compiling the decoder layers of ``lm`` is known to work and to help here."""
     compiler = any(shutil.which(name) for name in ("g++", "c++", "clang++"))
     return lm.shares_prefix and lm.device.type == "cpu" and compiler
-
-
-def learning_rate(config: TrainConfig, step: int, total: int) -> float:
-    """Learning rate of step ``step`` (from 0) of ``total``, in embedding RMS: linear warm-up, then the schedule."""
-    warm = math.ceil(config.warmup * total)
-    if step < warm:
-        return config.lr * (step + 1) / warm
-    left = 1 - (step - warm) / max(1, total - warm)
-    shape = {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "constant": 1.0}[config.schedule]
-    return config.lr * shape
-
-
-def make_optimizer(config: TrainConfig, *tensors: torch.Tensor) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019), or Adafactor (Shazeer and Stern 2018) without parameter scaling as in
-    Lester et al. 2021."""
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(tensors, lr=config.lr, weight_decay=config.weight_decay)
-    from transformers import optimization
-
-    adafactor: Any = optimization.Adafactor
-    return adafactor(  # type: ignore[no-any-return]
-        tensors,
-        lr=config.lr,
-        decay_rate=-0.8,
-        weight_decay=config.weight_decay,
-        scale_parameter=False,
-        relative_step=False,
-        warmup_init=False,
-    )
 
 
 def _tokens(requests: Sequence[Request]) -> int:
@@ -148,7 +120,7 @@ class Training:
     epsilon mean the same for every base model (``parametrisation.py``).
 
     With several starts, each does the first tenth of the steps and is validated; the best of them goes on with its
-    optimizer. They count as steps of one run.
+    optimizer. They count as steps of one run, and so do those that a start skips once its loss is not finite.
 
     Attributes:
         config: its settings.
@@ -255,6 +227,8 @@ class Training:
                     break
                 step = self._advance()
                 if not math.isfinite(step.loss) or not math.isfinite(step.grad_norm):
+                    if self._give_up_start():
+                        continue
                     self.stopped = "not finite"
                     break
                 self._log(step)
@@ -299,7 +273,7 @@ class Training:
         if (place + 1) % self._every == 0 or self.step == self.total or tried:
             step = self._validate(step)
         if tried:
-            self._compare_starts()
+            self._compare_starts(step.validation)
         return step
 
     def _validate(self, step: Step) -> Step:
@@ -347,16 +321,26 @@ class Training:
         self._history.add(number, number * self._probe, learner.numbers())
         return learner
 
-    def _compare_starts(self) -> None:
-        """After a start's last step: keeps it if it is the best so far; begins the next, or goes on with the best."""
+    def _compare_starts(self, found: dict[str, Any] | None) -> None:
+        """After a start's last step, whose validation is ``found``: keeps it if it is the best so far; begins the
+        next, or goes on with the best. None: it has none, and is not kept."""
         tried, leader = self._learner, self._leader
-        tried.found = found = self._validations[-1]
-        if math.isfinite(found["loss"]) and (leader is None or better(found, leader.found or {})):
+        tried.found = found
+        if found and math.isfinite(found["loss"]) and (leader is None or better(found, leader.found or {})):
             leader = tried
         if self.step < self._probing:
             self._learner, self._leader = self._begin(tried.number + 1), leader
         else:
             self._learner, self._leader = leader or tried, None
+
+    def _give_up_start(self) -> bool:
+        """Skips what is left of a start whose loss is not finite; False if there is no other to go on with."""
+        following = self._learner.number + 1
+        if self.step >= self._probing or (following == self.config.tries and self._leader is None):
+            return False
+        self.step = following * self._probe
+        self._compare_starts(None)
+        return True
 
     def result(self) -> SoftPrompt:
         """The best soft prompt so far; before any validation, the last one whose loss was finite.

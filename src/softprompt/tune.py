@@ -274,7 +274,7 @@ def _train_and_store(training: Training, place: Place, began: float, as_json: bo
     if training.step == 0 and interrupted:
         stderr.print("interrupted before the first step; nothing was stored")
         raise typer.Exit(130)
-    if training.step == 0 and training.stopped == "not finite":
+    if training.tokens == 0 and training.stopped == "not finite":
         raise TrainingError("The loss is not finite at the very first step, so nothing was stored; try --dtype fp32.")
     soft_prompt = training.result()
     try:
