@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +30,6 @@ from softprompt.data import Example
 from softprompt.errors import ConfigError
 from softprompt.evaluate import Query, evaluate, predict
 from softprompt.frozen import FrozenLM, Request, Sampling
-from softprompt.objective import Objective
-from softprompt.optimizer import learning_rate
 from softprompt.parametrisation import SAMPLED, Parametrisation, kv_of, parametrise
 from softprompt.prompt import frequent_tokens, initial_vectors
 from softprompt.task import Task
@@ -499,100 +495,3 @@ def test_an_average_is_validated_and_kept(kind: str, monkeypatch: pytest.MonkeyP
         decay = min(0.3, (1 + t) / (10 + t))
         expected = decay * expected + (1 - decay) * current
         torch.testing.assert_close(numbers[0.3][t - 1], expected, rtol=1e-5, atol=1e-6)
-
-
-# --- several starts ---------------------------------------------------------------------------------------------------
-
-
-def test_the_best_of_several_starts_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three starts of 2 steps each; the second has the best validation (the loss decides) and does its other 18."""
-    script = [(0.5, 1.0), (0.6, 0.8), (0.6, 0.9), (0.4, 1.0), (0.4, 1.0), (0.7, 1.0), (0.4, 1.0)]
-    seen = scripted(monkeypatch, script)
-    data = toy(20, 0)
-    task = toy_task(tiny("llama"), data)
-    config = train_settings(steps=20, eval_every=5, starts=3, seed=4, init="vocab")
-    training = Training(task, data, data, config)
-    steps = list(training)
-    assert training.total == 24
-    assert [step.number for step in steps] == list(range(1, 25))
-    assert [step.number for step in steps if step.validation] == [2, 4, 6, 9, 14, 19, 24]
-    assert [step.lr for step in steps] == [learning_rate(config, k, 20) for k in (0, 1, 0, 1, *range(20))]
-    made = training.result()
-    assert made.training["start"] == 1
-    assert (made.training["best_step"], made.training["steps_done"]) == (19, 24)
-    monkeypatch.undo()
-
-    alone = scripted(monkeypatch, [(0.1, 1.0)] * 20)
-    single = Training(task, data, data, train_settings(steps=20, eval_every=1, seed=5, init="vocab"))
-    list(single)
-    assert torch.equal(seen[1], alone[1])  # the second start is a run with the next seed
-    for place, expected in ((4, 3), (9, 4), (14, 5), (19, 6)):
-        assert torch.equal(seen[expected], alone[place])
-
-
-def poison(monkeypatch: pytest.MonkeyPatch, *bad: int) -> None:
-    """Makes the losses of those calls, counted from 1, not finite."""
-    backward, calls = Objective.backward, itertools.count(1)
-
-    def poisoned(objective: Objective, *rest: Any) -> tuple[float, int]:
-        loss, tokens = backward(objective, *rest)
-        return (math.nan, tokens) if next(calls) in bad else (loss, tokens)
-
-    monkeypatch.setattr(Objective, "backward", poisoned)
-
-
-@pytest.mark.parametrize(
-    ("bad", "numbers", "goes_on"),
-    [
-        (2, [1, 3, 4, 5, 6], 2),  # the first start ends in its second step and has no validation
-        (3, [1, 2, 5, 6], 2),  # the second ends in its first
-        (6, [1, 2, 3, 4, 5], 1),  # the last ends in its last
-    ],
-)
-def test_a_start_whose_loss_is_not_finite_is_given_up(
-    bad: int, numbers: list[int], goes_on: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Three starts of 2 steps each, each better than the one before."""
-    poison(monkeypatch, bad)
-    scripted(monkeypatch, [(0.5, 1.0), (0.6, 1.0)] + [(0.7, 1.0)] * 4)
-    data = toy(20, 0)
-    config = train_settings(steps=20, eval_every=5, starts=3, seed=4, init="vocab")
-    training = Training(toy_task(tiny("llama"), data), data, data, config)
-    steps = list(training)
-    assert [step.number for step in steps] == [*numbers, *range(7, 25)]
-    found = [step.validation["start"] for step in steps if step.validation]
-    assert found == [*(start for start in range(3) if start != (bad - 1) // 2), *[goes_on] * 4]
-    assert (training.stopped, training.step) == ("steps", 24)
-
-
-def test_starts_that_all_have_losses_that_are_not_finite_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    poison(monkeypatch, *range(1, 100))
-    data = toy(20, 0)
-    config = train_settings(steps=20, eval_every=5, starts=3, init="vocab")
-    training = Training(toy_task(tiny("llama"), data), data, data, config)
-    assert list(training) == []
-    assert (training.stopped, training.tokens) == ("not finite", 0)
-
-
-def test_with_init_auto_further_starts_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    scripted(monkeypatch, [(0.5, 1.0)] * 9)
-    data = toy(40, 0)
-    lm = tiny("llama")
-    line = lm.tokenizer("Options: negative, positive.\n").input_ids
-    task = toy_task(lm, data, len(line))
-    training = Training(task, data, data, train_settings(num_virtual_tokens=len(line), starts=3))
-    torch.testing.assert_close(training._begin(0).numbers(), lm.embedding[line])
-    for number in (1, 2):
-        expected = initial_vectors(lm, len(line), init="labels", seed=number, label_words=task.label_words())
-        torch.testing.assert_close(training._begin(number).numbers(), expected)
-
-
-def test_short_runs_do_not_spend_the_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    scripted(monkeypatch, [(0.9, 1.0)] + [(0.5, 1.0)] * 9)
-    data = toy(20, 0)
-    config = train_settings(steps=20, eval_every=5, starts=4, patience=2, init="vocab")
-    training = Training(toy_task(tiny("llama"), data), data, data, config)
-    steps = list(training)
-    assert [step.number for step in steps if step.validation] == [2, 4, 6, 8, 11, 16]
-    assert training.stopped == "early"
-    assert training.result().training["best_step"] == 2

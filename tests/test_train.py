@@ -1,4 +1,4 @@
-"""Training: its arithmetic by hand, which rows it sees when, what it keeps, and when it ends."""
+"""Training: what it learns, which rows it sees when, what it keeps, and when it ends."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,15 +15,13 @@ from typing import Any, cast
 import pytest
 import torch
 
-from conftest import ALL, TOY_TEMPLATE, plain_score, scripted, tiny, toy, toy_task, train_settings
-from softprompt.config import DEFAULT_STEPS, TrainConfig, preset
+from conftest import ALL, TOY_TEMPLATE, scripted, tiny, toy, toy_task, train_settings
+from softprompt.config import DEFAULT_STEPS, TrainConfig
 from softprompt.data import Dataset, Example
-from softprompt.drift import way_of
 from softprompt.errors import ConfigError, DataError
 from softprompt.frozen import FrozenLM, Request
 from softprompt.inspection import starting_vectors
 from softprompt.objective import Objective
-from softprompt.optimizer import learning_rate, make_optimizer
 from softprompt.prompt import default_num_virtual_tokens, initial_vectors
 from softprompt.task import Task
 from softprompt.template import Template, Verbalizer
@@ -37,113 +35,6 @@ def run(config: TrainConfig, *, kind: str = "llama", rows: int = 30, **options: 
     for _ in training:
         pass
     return training
-
-
-# --- the parts, by hand --------------------------------------------------------------------------------------
-
-
-def test_learning_rates_by_hand() -> None:
-    linear = train_settings(lr=2.0, warmup=0.2, schedule="linear")
-    rates = [learning_rate(linear, step, 10) for step in range(10)]
-    assert rates == pytest.approx([1.0, 2.0, 2.0, 1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.25])
-    cosine = train_settings(lr=2.0, warmup=0.0, schedule="cosine")
-    assert [learning_rate(cosine, step, 4) for step in range(4)] == pytest.approx(
-        [2.0, 1 + math.sqrt(0.5), 1.0, 1 - math.sqrt(0.5)]
-    )
-    constant = train_settings(lr=2.0, warmup=0.5, schedule="constant")
-    assert [learning_rate(constant, step, 4) for step in range(4)] == [1.0, 2.0, 2.0, 2.0]
-    assert learning_rate(train_settings(lr=2.0, warmup=0.05), 0, 1) == 2.0
-
-
-def test_the_loss_over_words_by_hand() -> None:
-    scores = torch.tensor([[0.2, 0.5], [0.1, 0.4]]).log()
-    found = Objective(tiny("llama")).loss(scores, [0, 1])
-    assert float(found) == pytest.approx(-math.log(0.2) - math.log(0.4), rel=1e-6)
-
-
-def test_the_loss_over_labels_by_hand() -> None:
-    """Label 0 has words 0 and 2: P(0) = (0.1 + 0.3) / (0.1 + 0.2 + 0.3 + 0.1)."""
-    scores = torch.tensor([[0.1, 0.2, 0.3, 0.1], [0.05, 0.05, 0.05, 0.15]]).log()
-    found = Objective(tiny("llama"), torch.tensor([0, 1, 0, 2])).loss(scores, [0, 2])
-    assert float(found) == pytest.approx(-math.log(0.4 / 0.7) - math.log(0.15 / 0.3), rel=1e-6)
-
-
-def test_the_mean_is_over_target_tokens_or_over_examples() -> None:
-    requests = [Request((3, 60), 1, ((70, 71, 72), (70,))), Request((3, 61), 1, ((70,),))]
-    assert Objective(tiny("llama")).weight(requests) == 4
-    assert Objective(tiny("llama"), torch.tensor([0, 1])).weight(requests) == 2
-
-
-def hand_adafactor(vectors: torch.Tensor, gradients: Sequence[torch.Tensor], lr: float, decay: float) -> torch.Tensor:
-    """Shazeer and Stern 2018, algorithms 4 and 5 with beta1 = 0, beta2_t = 1 - t^-0.8, d = 1, absolute step size."""
-    row, column = torch.zeros(vectors.shape[0]), torch.zeros(vectors.shape[1])
-    for t, gradient in enumerate(gradients, start=1):
-        beta = 1 - t**-0.8
-        square = gradient**2 + 1e-30
-        row = beta * row + (1 - beta) * square.mean(dim=1)
-        column = beta * column + (1 - beta) * square.mean(dim=0)
-        update = gradient / (row[:, None] * column[None] / row.mean()).sqrt()
-        update = update / max(1.0, float(update.square().mean().sqrt()))
-        vectors = vectors - decay * lr * vectors - lr * update
-    return vectors
-
-
-def hand_adamw(vectors: torch.Tensor, gradients: Sequence[torch.Tensor], lr: float, decay: float) -> torch.Tensor:
-    """Loshchilov and Hutter 2019, algorithm 2, with beta 0.9 and 0.999 and epsilon 1e-8."""
-    first, second = torch.zeros_like(vectors), torch.zeros_like(vectors)
-    for t, gradient in enumerate(gradients, start=1):
-        first = 0.9 * first + 0.1 * gradient
-        second = 0.999 * second + 0.001 * gradient**2
-        update = first / (1 - 0.9**t) / ((second / (1 - 0.999**t)).sqrt() + 1e-8)
-        vectors = vectors - lr * decay * vectors - lr * update
-    return vectors
-
-
-@pytest.mark.parametrize(("name", "by_hand"), [("adamw", hand_adamw), ("adafactor", hand_adafactor)])
-def test_three_steps_of_an_optimizer_by_hand(name: str, by_hand: Callable[..., torch.Tensor]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(5, 7, generator=generator)
-    gradients = [torch.randn(5, 7, generator=generator) * 10.0**k for k in (0, -2, 1)]
-    vectors = start.clone().requires_grad_()
-    optimizer = make_optimizer(train_settings(optimizer=name, lr=0.3, weight_decay=0.1), vectors)
-    for gradient in gradients:
-        vectors.grad = gradient.clone()
-        optimizer.step()
-    torch.testing.assert_close(vectors.detach(), by_hand(start, gradients, 0.3, 0.1), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("optimizer", ["lester2021", "adamw"])
-def test_a_first_step_by_hand_in_units_of_the_table(optimizer: str) -> None:
-    """The whole way: gradient by transformers, update by hand; the learning rate counts in embedding RMS."""
-    options: dict[str, Any] = {"init": "labels", "num_virtual_tokens": 6, "batch_size": 3, "steps": 1, "seed": 4}
-    options["loss"] = "labels"
-    if optimizer == "lester2021":
-        config, update, lr, decay, clip = preset("lester2021", **options), hand_adafactor, 0.3 / 10.7, 1e-5, 0.0
-    else:
-        config = TrainConfig(**options, lr=0.25, weight_decay=0.1, warmup=0.0, clip=0.01)
-        update, lr, decay, clip = hand_adamw, 0.25, 0.1, 0.01
-    data = toy(3, 0)
-    training = Training(toy_task(tiny("llama"), data), data, data, config)
-    (step,) = training
-    lm, bound = training.task.lm, training.task
-    start = initial_vectors(lm, 6, init="labels", seed=4, label_words=bound.label_words())
-    leaf = start.clone().requires_grad_()
-    loss = torch.zeros(())
-    for example in data.examples:
-        request = bound.label_request(example)
-        scores = torch.stack([plain_score("llama", request.ids, word, leaf) for word in request.words])
-        loss = loss - scores.log_softmax(dim=0)[bound.labels.index(str(example.target))] / 3
-    (gradient,) = torch.autograd.grad(loss, leaf)
-    unit = float(lm.embedding.square().mean().sqrt())
-    in_units = gradient * unit
-    assert step.loss == pytest.approx(float(loss.detach()), rel=1e-5)
-    assert step.grad_norm == pytest.approx(float(in_units.norm()), rel=1e-4)
-    assert step.lr == lr
-    if clip:
-        assert float(in_units.norm()) > clip
-        in_units = in_units * clip / in_units.norm()
-    expected = unit * update(start / unit, [in_units], lr, decay)
-    torch.testing.assert_close(training.result().vectors, expected, rtol=1e-4, atol=1e-5)
 
 
 # --- learning ------------------------------------------------------------------------------------------------
@@ -261,70 +152,6 @@ def test_a_run_from_one_start_is_not_resumed_from_another(llama: FrozenLM, tmp_p
             f"the checkpoint in {tmp_path} is of a run with other start; "
             "resume with the same settings and data, or start anew without --resume"
         )
-
-
-@pytest.mark.parametrize("stop", [3, None])
-def test_the_start_on_record_is_the_one_that_the_best_vectors_came_from(
-    stop: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Two starts of 2 steps: the first has the best validation midway, the second the better one at its end, and goes
-    on; or the run is interrupted while the second is tried."""
-    script = [(0.9, 1.0), (0.5, 1.0), (0.6, 1.0), (0.6, 0.9), *[(0.1, 1.0)] * 18]
-    seen = scripted(monkeypatch, script)
-    data = toy(20, 0)
-    config = train_settings(steps=20, eval_every=1, starts=2, init="vocab", seed=7)
-    training = Training(toy_task(tiny("llama"), data), data, data, config, folder=tmp_path)
-    for step in training:
-        if step.number == stop:
-            break
-    made = training.result()
-    assert (made.training["start"], made.training["best_step"]) == (0, 1)
-    assert torch.equal(made.vectors, seen[0])
-    start, about = starting_vectors(training.task, made)
-    assert about == "made again from the training record: init vocab, seed 7"
-    assert start is not None
-    way = way_of(made, tmp_path)
-    assert list(way) == [0, 1, 2]
-    torch.testing.assert_close(way[0], start, rtol=1e-5, atol=1e-6)
-    assert torch.equal(way[2], seen[1])
-
-
-def test_prompt_lengths_are_tried_as_runs_of_their_own_and_the_best_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of P = 3, 5 and 2, two steps each; 5 is made the best, and goes on as a run with that P alone."""
-    data, lm = toy(20, 0), tiny("llama")
-    settings: dict[str, Any] = {"steps": 20, "eval_every": 2, "init": "vocab", "patience": 0}
-
-    def trained(**options: Any) -> tuple[list[float], Training]:
-        config = train_settings(**settings, **options)
-        task = toy_task(lm, data, config.longest)
-        training = Training(task, data, data, config)
-        return [step.loss for step in training], training
-
-    alone = {length: trained(num_virtual_tokens=length) for length in (2, 3, 5)}
-    monkeypatch.setattr("softprompt.train.better", lambda one, other: one["start"] == 1 or other["start"] != 1)
-    losses, training = trained(num_virtual_tokens=3, lengths=(5, 2))
-    assert losses[:6] == [*alone[3][0][:2], *alone[5][0][:2], *alone[2][0][:2]]
-    assert losses[6:] == alone[5][0][2:]
-    made = training.result()
-    assert made.num_virtual_tokens == 5
-    assert torch.equal(made.vectors, alone[5][1].result().vectors)
-    start, about = starting_vectors(training.task, made)
-    assert about == "made again from the training record: init vocab, seed 0"
-    assert start is not None
-    assert torch.equal(start, initial_vectors(lm, 5, init="vocab", seed=0))
-
-
-def test_several_starts_of_several_lengths() -> None:
-    config = TrainConfig(num_virtual_tokens=4, starts=2, lengths=(8, 6))
-    assert (config.tries, config.longest) == (6, 8)
-    assert [config.start(number) for number in range(6)] == [(4, 0), (8, 0), (6, 0), (4, 1), (8, 1), (6, 1)]
-    assert TrainConfig(**config.as_dict()) == config
-    with pytest.raises(ConfigError, match=r"^lengths must be at least 1, not 0$"):
-        TrainConfig(lengths=(5, 0))
-    data = toy(20, 0)
-    with pytest.raises(ConfigError) as error:
-        Training(toy_task(tiny("llama"), data), data, config=train_settings(lengths=(2,)), start=torch.zeros(4, 8))
-    assert str(error.value) == ("other lengths cannot be tried from a soft prompt to start from; leave one of them out")
 
 
 @pytest.mark.parametrize(
