@@ -196,28 +196,31 @@ class FrozenLM:
 
     # --- the shared-prefix path --------------------------------------------------------------------------------------
 
-    def prefix_kv(self, ids: Sequence[int], vectors: torch.Tensor | None) -> PrefixKV:
+    def prefix_kv(self, ids: Sequence[int], vectors: torch.Tensor | None, before: PrefixKV | None = None) -> PrefixKV:
         """Computes a shared prefix once; differentiable in ``vectors``.
 
         Args:
             ids: the prefix's token ids, ``SOFT`` where ``vectors`` stand; may be empty.
             vectors: float ``[P, H]``, or a trained KV prefix ``[P, L, 2, H_kv, D]``, which stands at ``SOFT`` as it is:
                 tokens before it do not see it, those behind it do; None if ``ids`` holds no ``SOFT``.
+            before: one prefix that is known already and that ``ids`` stand behind.
 
         Returns:
-            Keys and values ``[1, H_kv, len, D]`` of every layer.
+            Keys and values ``[1, H_kv, len, D]`` of every layer, those of ``before`` first.
         """
         if vectors is None or vectors.dim() == 2 or SOFT not in ids:
-            return self._run_prefix(ids, vectors)
+            return self._run_prefix(ids, vectors, before)
         place = list(ids).index(SOFT)
         layers = vectors.to(self.device, self.dtype).permute(1, 2, 3, 0, 4)  # [L, 2, H_kv, P, D]
         trained = PrefixKV(tuple(layers[:, :1]), tuple(layers[:, 1:]), (len(vectors),))
-        known = _in_a_row(self._run_prefix(ids[:place], None), trained) if place else trained
+        if place:
+            before = self._run_prefix(ids[:place], None, before)
+        known = _in_a_row(before, trained)
         behind = ids[place + 1 :]
-        return _in_a_row(known, self._run_prefix(behind, None, known)) if behind else known
+        return self._run_prefix(behind, None, known) if behind else known
 
     def _run_prefix(self, ids: Sequence[int], vectors: torch.Tensor | None, before: PrefixKV | None = None) -> PrefixKV:
-        """Keys and values of ``ids``, which see those of ``before``."""
+        """Keys and values of ``before``, and behind them of ``ids``, which see those."""
         embedded = self.embed(list(ids) or [0], vectors)
         start = 0 if before is None else before.width
         kept: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in self._layers]
@@ -232,16 +235,24 @@ class FrozenLM:
             prefix=before,
         )
         length = embedded.shape[0] if ids else 0  # of an empty prefix only the shape is taken, from a throw-away token
-        return PrefixKV(
+        own = PrefixKV(
             keys=tuple(layer[0][0][:, :, :length] for layer in kept),
             values=tuple(layer[0][1][:, :, :length] for layer in kept),
             lengths=(length,),
         )
+        return _in_a_row(before, own)
 
     def kept_prefixes(self, most: int | None) -> PrefixOf:
         """``prefix_kv`` without gradient that keeps its last ``most`` results, or all; vectors are told apart by
         identity."""
-        return lru_cache(most)(torch.no_grad()(self.prefix_kv))
+
+        @lru_cache(most)
+        @torch.no_grad()
+        def kept(ids: Tokens, vectors: torch.Tensor | None) -> PrefixKV:
+            with self._eager():
+                return self.prefix_kv(ids, vectors)
+
+        return kept
 
     def score_batch(self, batch: Batch, prefix: PrefixKV) -> torch.Tensor:
         """Log-probabilities of each row's words; differentiable in ``prefix``.
@@ -501,8 +512,10 @@ class FrozenLM:
         return torch.compiler.set_stance("force_eager") if self._compiled else contextlib.nullcontext()
 
 
-def _in_a_row(first: PrefixKV, second: PrefixKV) -> PrefixKV:
-    """One prefix from two, the second behind the first."""
+def _in_a_row(first: PrefixKV | None, second: PrefixKV) -> PrefixKV:
+    """One prefix from two, the second behind the first, if there is one."""
+    if first is None:
+        return second
 
     def join(one: tuple[torch.Tensor, ...], two: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return tuple(torch.cat(pair, dim=2) for pair in zip(one, two, strict=True))

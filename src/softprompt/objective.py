@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from softprompt.attention import PrefixKV
 from softprompt.batch import Row, collate, micro_batches
-from softprompt.frozen import MAX_TOKENS, FrozenLM, Request
+from softprompt.frozen import MAX_TOKENS, FrozenLM, PrefixOf, Request
+from softprompt.template import SOFT
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,11 @@ class Objective:
     lm: FrozenLM
     labels: torch.Tensor | None = None
     max_tokens: int = MAX_TOKENS
+
+    @cached_property
+    def _text_before(self) -> PrefixOf:
+        """The template's text before the soft prompt, which no step changes."""
+        return self.lm.kept_prefixes(1)
 
     def loss(self, scores: torch.Tensor, gold: Sequence[int]) -> torch.Tensor:
         """Sum over rows of the negative log-probability of the gold word or label.
@@ -47,9 +54,10 @@ class Objective:
     def backward(self, requests: Sequence[Request], gold: Sequence[int], vectors: torch.Tensor) -> tuple[float, int]:
         """Adds the gradient of the mean loss to ``vectors.grad``; returns the mean loss and the tokens computed.
 
-        With a shared prefix it goes in two stages. The prefix runs once; micro-batches of rows send their gradients
-        into its detached keys and values, where they add up in fp32. One backward pass then carries the sum to
-        ``vectors``; for a KV prefix, through the template's text behind it only.
+        With a shared prefix it goes in two stages. The prefix runs once, its text before the soft prompt in the first
+        step only; micro-batches of rows send their gradients into its detached keys and values, where they add up in
+        fp32. One backward pass then carries the sum to ``vectors``; for a KV prefix, through the template's text
+        behind it only.
 
         Args:
             requests: a whole batch, all with the same shared prefix.
@@ -59,8 +67,10 @@ class Objective:
         weight = self.weight(requests)
         if not (self.lm.shares_prefix and all(r.shares_prefix for r in requests)):
             return self._backward_concatenated(requests, gold, vectors, weight)
-        first = requests[0]
-        prefix = self.lm.prefix_kv(first.ids[: first.shared], vectors)
+        shared = requests[0].ids[: requests[0].shared]
+        place = shared.index(SOFT)
+        before = self._text_before(shared[:place], None) if place else None
+        prefix = self.lm.prefix_kv(shared[place:], vectors, before)
         graph = (*prefix.keys, *prefix.values)
         leaves = [tensor.detach().float().requires_grad_() for tensor in graph]
         rows = [Row(r.ids[r.shared :], r.words) for r in requests]
@@ -68,9 +78,9 @@ class Objective:
         for group in micro_batches([row.length for row in rows], self.max_tokens):
             parts = [leaf.to(self.lm.dtype) for leaf in leaves]
             half = len(parts) // 2
-            shared = PrefixKV(tuple(parts[:half]), tuple(parts[half:]), prefix.lengths)
+            known = PrefixKV(tuple(parts[:half]), tuple(parts[half:]), prefix.lengths)
             batch = collate([rows[i] for i in group], prefix.lengths, self.lm.device)
-            loss = self.loss(self.lm.score_batch(batch, shared), [gold[i] for i in group]) / weight
+            loss = self.loss(self.lm.score_batch(batch, known), [gold[i] for i in group]) / weight
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         gradients = [leaf.grad.to(tensor.dtype) for leaf, tensor in zip(leaves, graph, strict=True)]  # type: ignore[union-attr]
