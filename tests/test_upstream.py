@@ -3,6 +3,7 @@ here, and what becomes of a request when a server fails."""
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 import signal
@@ -25,7 +26,7 @@ import test_server
 from conftest import SIZES, make_model, tiny
 from fake_vllm import Fake, fake_vllm
 from serving import Running, fill, make_lm, serving, soft_prompt
-from softprompt import artifact, upstream
+from softprompt import artifact, upstream, vllm
 from softprompt.batch import build_trie
 from softprompt.cli import main
 from softprompt.data import Example
@@ -36,6 +37,7 @@ from softprompt.store import Store
 from softprompt.task import Task
 from softprompt.template import SOFT
 from softprompt.upstream import Upstreams
+from softprompt.vllm import Unreachable, Vllm
 from test_engine import Inbox, job, text_of
 from test_frozen import mixed
 
@@ -433,6 +435,26 @@ def test_what_cannot_be_used_is_refused_at_the_start(fake: Fake, tmp_path: Path)
         Upstreams(make_lm(), [locked.url + "/v1/"], api_key="sesame").close()
     with serving(tmp_path / "no-vllm") as ours:  # it has no /health of base models alone, but lists models
         assert "refuses our sequences" in sentence(ours.url)
+
+
+def test_a_server_that_is_too_slow_to_be_checked_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def slow(*_: Any) -> None:
+        await asyncio.sleep(60)
+
+    async def look(url: str) -> None:
+        server = Vllm(url, make_lm())
+        try:
+            await server.look()
+        finally:
+            assert not server.alive
+            await server.close()
+
+    monkeypatch.setattr(vllm, "CHECK_SECONDS", 0.05)
+    monkeypatch.setattr(Vllm, "next_logprobs", slow)
+    with fake_vllm() as there:
+        with pytest.raises(Unreachable) as error:
+            asyncio.run(look(there.url))
+        assert str(error.value) == f"The upstream {there.url} does not answer in time."
 
 
 def test_the_window_is_the_smallest_of_all() -> None:

@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import anyio
 import httpx
 import torch
 
@@ -158,8 +159,9 @@ class Vllm:
             ) from error
         if self._checked != self.model:
             try:
-                await asyncio.wait_for(self._check(), CHECK_SECONDS)
-            except asyncio.TimeoutError as error:
+                with anyio.fail_after(CHECK_SECONDS):  # asyncio.wait_for's own task could fail unseen at shutdown
+                    await self._check()
+            except TimeoutError as error:
                 raise Unreachable(f"The upstream {self.url} does not answer in time.") from error
             self._checked = self.model
 
