@@ -18,6 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch._dynamo.exc import TorchDynamoException
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from softprompt import artifact
@@ -288,6 +289,25 @@ QUICK = ("--dtype", "fp32", "--device", "cpu", "--steps", "8", "--eval-every", "
 def train(run: Run, base: str) -> Run:
     """``softprompt train`` with the tiny model and few steps."""
     return lambda *arguments: run("train", *arguments, "--base", base, *QUICK)
+
+
+@pytest.fixture
+def broken_compiler(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A C++ compiler without Python's headers, as ``torch.compile`` tells it: at the first call. Holds an entry for
+    every function that was to be compiled."""
+    asked = list[str]()
+
+    def compiled(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        def call(*_: Any, **__: Any) -> None:
+            raise TorchDynamoException(
+                "CppCompileError: C++ compile error\n\nx.cpp:1: fatal error: Python.h: no file\n"
+            )
+
+        asked.append(function.__name__)
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    return asked
 
 
 @pytest.fixture

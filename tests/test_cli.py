@@ -116,6 +116,12 @@ def test_people_read_a_summary(train: Run, home: Path, base: str) -> None:
     assert lines[5].startswith("time         ")
 
 
+def test_what_a_run_goes_on_without_is_told(train: Run, broken_compiler: list[str]) -> None:
+    ran = train("train.jsonl", "--name", "films", "--compile", "on")
+    assert ran.code == 0
+    assert ran.err.count("Note: the layers could not be compiled (x.cpp:1: fatal error: Python.h: no file); ") == 1
+
+
 def test_labels_of_several_tokens_and_several_words(run: Run, train: Run, home: Path) -> None:
     write_labels(home.parent / "long.jsonl", 40, ("very good indeed", "not so good"))
     ran = train("long.jsonl", "--name", "long", "--labels", "very good indeed=great|very good,not so good=awful|a mess")

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from conftest import ALL, SHARED, make_model, make_tokenizer, plain, plain_logprobs, plain_score, tiny
 from softprompt.data import Example
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, SoftPromptWarning
 from softprompt.frozen import FrozenLM, Request, Sampling
 from softprompt.objective import Objective
 from softprompt.prompt import initial_vectors
@@ -470,5 +470,19 @@ def test_a_compiled_step_has_the_gradient_of_an_eager_one() -> None:
     lm.compile_layers()
     assert relative(gradient_of(lm), eager) < 1e-5
     torch.testing.assert_close(lm.score([Request((3, 60), 1, VOCABULARY)]), before, rtol=0, atol=0)
+    lm.uncompile_layers()
+    assert torch.equal(gradient_of(lm), eager)
+
+
+def test_where_the_compiler_does_not_work_layers_go_on_as_they_are(broken_compiler: list[str]) -> None:
+    lm = FrozenLM(make_model("llama"), make_tokenizer(), name="uncompiled", dtype="fp32", device="cpu")
+    eager = gradient_of(lm)
+    lm.compile_layers()
+    assert lm.compiled
+    with pytest.warns(SoftPromptWarning, match=r"x.cpp:1: fatal error: Python.h: no file\)") as told:
+        assert torch.equal(gradient_of(lm), eager)
+    assert len(told) == 1
+    assert broken_compiler
+    assert not lm.compiled
     lm.uncompile_layers()
     assert torch.equal(gradient_of(lm), eager)

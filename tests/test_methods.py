@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from conftest import TOY_LABELS, TOY_TEMPLATE, tiny, toy
 from softprompt import methods
 from softprompt.config import DEFAULT_STEPS, TrainConfig
-from softprompt.errors import ConfigError, TrainingError
+from softprompt.errors import ConfigError, SoftPromptWarning, TrainingError
 from softprompt.evaluate import Query, evaluate, predict
 from softprompt.frozen import FrozenLM
 from softprompt.methods import Learned, Problem
@@ -131,10 +131,16 @@ def test_a_run_is_planned_to_end_in_time(a_step: int, validation: int, k: int, e
 def test_long_budgets_compile_the_steps_that_are_timed_and_the_run(
     llama: FrozenLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = list[str]()
+    done, compiles = list[str](), FrozenLM.compile_layers
     monkeypatch.setattr(methods, "DEFAULT_STEPS", 3)
     monkeypatch.setattr(methods, "can_compile", lambda lm: lm is llama)
-    monkeypatch.setattr(FrozenLM, "compile_layers", lambda self: done.append("compiled"))
+
+    def compile_layers(lm: FrozenLM) -> None:
+        done.append("compiled")
+        compiles(lm)
+
+    monkeypatch.setattr(FrozenLM, "compile_layers", compile_layers)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     for budget, expected in ((300.0, 2), (299.0, 0)):
         done.clear()
         assert methods.soft_prompt(problem(llama, budget=budget)).chosen["steps"] == 3
@@ -142,6 +148,16 @@ def test_long_budgets_compile_the_steps_that_are_timed_and_the_run(
     monkeypatch.setattr(methods, "can_compile", lambda lm: False)
     methods.soft_prompt(problem(llama, budget=300.0))
     assert done == []
+
+
+def test_a_compiler_that_does_not_work_is_tried_once(
+    llama: FrozenLM, monkeypatch: pytest.MonkeyPatch, broken_compiler: list[str]
+) -> None:
+    monkeypatch.setattr(methods, "DEFAULT_STEPS", 3)
+    monkeypatch.setattr(methods, "can_compile", lambda lm: True)
+    with pytest.warns(SoftPromptWarning, match="could not be compiled"):
+        assert methods.soft_prompt(problem(llama, budget=300.0)).chosen["steps"] == 3
+    assert len(broken_compiler) == llama.kv_shape[0] - 1
 
 
 def siblings(lm: FrozenLM, count: int) -> tuple[SoftPrompt, ...]:

@@ -18,7 +18,7 @@ import torch
 from conftest import ALL, TOY_TEMPLATE, scripted, tiny, toy, toy_task, train_settings
 from softprompt.config import DEFAULT_STEPS, TrainConfig
 from softprompt.data import Dataset, Example
-from softprompt.errors import ConfigError, DataError
+from softprompt.errors import ConfigError, DataError, SoftPromptWarning
 from softprompt.frozen import FrozenLM, Request
 from softprompt.inspection import starting_vectors
 from softprompt.objective import Objective
@@ -444,6 +444,14 @@ def test_layers_are_compiled_only_while_it_trains(monkeypatch: pytest.MonkeyPatc
         assert calls == ["compile"]
         break
     assert calls == ["compile", "uncompile"]
+
+
+def test_a_compiler_that_does_not_work_costs_no_training(broken_compiler: list[str]) -> None:
+    with pytest.warns(SoftPromptWarning, match="could not be compiled"):
+        found = run(train_settings(compile="on", steps=3)).result()
+    expected = run(train_settings(compile="off", steps=3)).result()
+    assert torch.equal(found.vectors, expected.vectors)
+    assert found.training["compiled"] is False
 
 
 @pytest.mark.parametrize("template", ["{soft_prompt}{input} {target}", "{input} {target}"])

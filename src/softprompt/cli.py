@@ -27,7 +27,7 @@ from softprompt.cli_inspect import harden_command, inspect_command
 from softprompt.cli_serve import serve_command
 from softprompt.config import TrainConfig
 from softprompt.data import Example, check_targets, read_dataset
-from softprompt.errors import ConfigError, DataError, SoftPromptError, StoreError
+from softprompt.errors import ConfigError, DataError, SoftPromptError, SoftPromptWarning, StoreError
 from softprompt.evaluate import Prediction, Query, choose_metrics, default_sampling, evaluate, predict
 from softprompt.frozen import FrozenLM, Sampling
 from softprompt.options import (
@@ -97,6 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # other libraries' notes to programmers
+            warnings.simplefilter("default", SoftPromptWarning)
+            warnings.showwarning = lambda message, *_: print(f"Note: {message}.", file=sys.stderr)
             app(_spread(sys.argv[1:] if arguments is None else arguments), prog_name="softprompt")
         code = 0
     except SystemExit as exit:

@@ -10,6 +10,7 @@
     └── TrainingError        a training that cannot go on: a loss that is not finite
 
 The command line prints the sentence on stderr and exits with 2. Anything else that is raised is a defect of ours.
+``SoftPromptWarning`` is what a user should know of a run that goes on.
 """
 
 from __future__ import annotations
@@ -45,3 +46,7 @@ class StoreError(SoftPromptError):
 
 class TrainingError(SoftPromptError):
     """Training cannot go on, for example since the loss is no longer finite."""
+
+
+class SoftPromptWarning(UserWarning):
+    """Something is not as it should be, and the run goes on without it; the command line prints it on stderr."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -24,7 +25,7 @@ from softprompt.base import (
 )
 from softprompt.batch import Batch, Row, Tokens, collate, micro_batches
 from softprompt.decoding import Continuation, Decoder, RowKV, Writer
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, SoftPromptWarning
 from softprompt.template import SOFT
 
 SHARED_PREFIX_MODELS = frozenset({"gpt2", "gpt_neox", "llama", "mistral", "opt", "qwen2", "qwen3"})
@@ -117,6 +118,7 @@ class FrozenLM:
         embedding_rms: root mean square of the table's elements, the unit of learning rates and random initialisations.
         window: the most tokens in one sequence.
         shares_prefix: whether the shared-prefix computation serves this architecture.
+        compiled: whether the decoder layers are compiled now.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str, dtype: str = "auto", device: str = "auto") -> None:
@@ -142,7 +144,7 @@ class FrozenLM:
         stretches = (getattr(config, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope")
         self.shares_prefix = config.model_type in SHARED_PREFIX_MODELS and full and not stretches
         self._layers = _decoder_layers(model)
-        self._compiled = False
+        self.compiled = False
         if self.shares_prefix:
             attention.install(model, self._layers)
 
@@ -495,21 +497,46 @@ class FrozenLM:
 
         All layers share two compiled graphs, for the prefix and for the rows. The first layer stays uncompiled: its
         input needs no gradient, which would make it another graph, and much of the compile time, for one layer.
+        Where the compiler turns out not to work, all layers go on as they are, with a ``SoftPromptWarning``.
         """
-        if not self._compiled:
+        if not self.compiled:
             for layer in self._layers[1:]:
-                layer.forward = torch.compile(layer.forward, dynamic=True)
-            self._compiled = True
+                layer.forward = self._compiled_if_possible(layer.forward)
+            self.compiled = True
 
     def uncompile_layers(self) -> None:
         """Undoes ``compile_layers``."""
-        if self._compiled:
+        if self.compiled:
             for layer in self._layers[1:]:
                 del layer.forward
-            self._compiled = False
+            self.compiled = False
+
+    def _compiled_if_possible(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The compiled ``forward``; it is compiled at its first call, so only that can tell whether it works."""
+        from torch._dynamo.exc import TorchDynamoException
+
+        compiled = torch.compile(forward, dynamic=True)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return compiled(*args, **kwargs)
+            except TorchDynamoException as error:
+                self.uncompile_layers()
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                reason = next((line for line in lines if "error:" in line), lines[0]).strip()
+                warnings.warn(
+                    f"the layers could not be compiled ({reason}); training goes on without, and a step takes about "
+                    "half as long again. Compiling needs a C++ compiler and Python's headers (on Debian: g++, "
+                    "python3-dev)",
+                    SoftPromptWarning,
+                    stacklevel=2,
+                )
+                return forward(*args, **kwargs)
+
+        return call
 
     def _eager(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.compiler.set_stance("force_eager") if self._compiled else contextlib.nullcontext()
+        return torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext()
 
 
 def _in_a_row(first: PrefixKV | None, second: PrefixKV) -> PrefixKV:

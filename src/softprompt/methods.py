@@ -215,6 +215,7 @@ def _within_budget(problem: Problem, task: Task, config: TrainConfig) -> tuple[T
         raise TrainingError(NOTHING_LEARNED)
     pace.validation = (time.perf_counter() - began - sum(pace.steps)) * rows / some
     pace.steps.popleft()  # the first may compile
+    config = replace(config, compile="on" if probe.compiled else "off")
 
     every = max(EVAL_EVERY, math.ceil(9 * pace.validation / pace.a_step))  # a tenth of the time, but three at least
     every = max(1, min(every, pace.end(problem.seconds_left, every) // 3))

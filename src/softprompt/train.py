@@ -128,6 +128,7 @@ class Training:
         step: optimizer steps done.
         total: optimizer steps planned.
         stopped: why it ended: ``steps``, ``early``, ``interrupted``, ``not finite``; empty while it runs.
+        compiled: whether the decoder layers are compiled while it trains; False, too, where that was seen not to work.
     """
 
     def __init__(
@@ -249,6 +250,7 @@ class Training:
         numbers = (folded.detach() * form.unit).requires_grad_()
         loss, tokens = self._objective.backward(requests, [self._gold[i] for i in chosen], numbers)
         assert numbers.grad is not None
+        self.compiled = self.task.lm.compiled  # it may have turned out that they cannot be
         learner.optimizer.zero_grad()
         torch.autograd.backward(folded, numbers.grad * form.unit)
         norm = math.hypot(*(float(tensor.grad.norm()) for tensor in form.tensors.values() if tensor.grad is not None))
