@@ -95,12 +95,15 @@ def test_the_shared_prefix_gradient_is_the_gradient_of_whole_sequences(loss: str
     (expected,) = torch.autograd.grad(total / count, own)
 
     labels = None if loss == "lm" else torch.tensor(bound.label_of_word)
-    for max_tokens in (16, 1024):
+    # Rounding in 30 layers of fp32. Micro-batches of 16 tokens read one position each: on some processors a product of
+    # up to three rows adds the vocabulary's 49,152 terms ten times less exactly than one of more. Seen there, against
+    # fp64: 3e-6 for whole sequences by transformers and for 1,024 tokens, 5e-5 for 16.
+    for max_tokens, rounding in ((16, 2e-4), (1024, 2e-5)):
         leaf = vectors.clone().requires_grad_()
         found, _ = Objective(lm, labels, max_tokens).backward(requests, gold, leaf)
         assert leaf.grad is not None
         assert found == pytest.approx(float(total.detach()) / count, rel=1e-5)
-        assert float((leaf.grad - expected).norm() / expected.norm()) < 2e-5  # 30 layers of fp32
+        assert float((leaf.grad - expected).norm() / expected.norm()) < rounding
     assert lm.weights_digest() == before
 
 
