@@ -161,7 +161,6 @@ def test_an_interruption_loses_the_cell_at_hand_only(tmp_path: Path, made_up: di
         ({"test": toy(31, 3)}, "test, test_rows"),
         ({"budget": 5.0}, "budget"),
         ({"task": "other", "train": toy(21, 1)}, "task, train"),
-        ({"instructions": ("Good or bad?",)}, "instructions"),
     ],
 )
 def test_a_folder_is_of_one_comparison(tmp_path: Path, options: dict[str, Any], what: str) -> None:
@@ -324,3 +323,22 @@ def test_several_values_after_an_option(first: str, values: list[str], flag: str
 
 def test_an_option_without_a_value_stays_for_the_parser() -> None:
     assert _spread(["compare", "--methods", "--seeds", "2"]) == ["compare", "--methods", "--seeds", "2"]
+
+
+def test_instructions_may_be_added_after_methods_that_do_not_read_them(
+    tmp_path: Path, made_up: dict[str, Method]
+) -> None:
+    run_all(comparison(tmp_path))
+    made_up["instruction"] = says(["negative"], "instruction")
+    instructed = {"instructions": ("Good or bad?",)}
+    later = comparison(tmp_path, methods=("instruction",), **instructed)
+    run_all(later)
+    assert [cell["method"] for cell in later.cells if cell["status"] == "done"] == [
+        "zero-shot",
+        "soft-prompt",
+        "instruction",
+    ]
+    assert later.cells[-1]["difference"] is not None
+    assert comparison(tmp_path, methods=("zero-shot", "soft-prompt")).todo() == []
+    with pytest.raises(ConfigError, match="with other instructions; "):
+        comparison(tmp_path, methods=("instruction",), instructions=("Another one?",))

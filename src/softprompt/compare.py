@@ -46,6 +46,8 @@ METHODS: dict[str, Method] = {
 SEEDED = ("few-shot", "few-shot-calibrated", "peft-prompt-tuning", "soft-prompt", "prefix", "lora", "full-fine-tuning")
 """Methods that draw something, which run once for every seed."""
 NEEDS_LABELS = ("tf-idf", "soft-prompt-ensemble", "soft-prompt-majority")
+READS_INSTRUCTIONS = ("instruction", "few-shot")
+"""What the names of methods begin with that read the user's instructions."""
 OURS = "soft-prompt"
 """The method that all others are compared with."""
 
@@ -119,11 +121,10 @@ class Plan:
         """The template in use."""
         return self.template or default_template(self.verbalizer is not None)
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What all cells of one folder have in common."""
+    def identity(self, method: str) -> dict[str, Any]:
+        """What a cell must agree with to stand beside the plan's; instructions count where a method reads them."""
         words = None if self.verbalizer is None else {k: list(v) for k, v in self.verbalizer.words.items()}
-        content = {
+        content: dict[str, Any] = {
             "template": self.form.text,
             "labels": words,
             "train": self.train.fingerprint,
@@ -131,8 +132,9 @@ class Plan:
             "test": self.test.fingerprint,
             "test_rows": len(self.test.examples),
             "budget": self.budget,
-            "instructions": list(self.instructions),
         }
+        if method.startswith(READS_INSTRUCTIONS):
+            content["instructions"] = list(self.instructions)
         return {key: _digest(value) if key in ("instructions", "labels") else value for key, value in content.items()}
 
 
@@ -179,7 +181,7 @@ class Comparison:
         self.cells: list[dict[str, Any]] = _read_cells(folder / "results.json")
         for cell in self.cells:
             theirs = {"task": cell["task"], **cell["identity"]}
-            ours = {"task": plan.task, **plan.identity}
+            ours = {"task": plan.task, **plan.identity(cell["method"] if cell["method"] in plan.methods else OURS)}
             if differing := [key for key in ours if theirs.get(key) != ours[key]]:
                 raise ConfigError(
                     f"The folder {folder} holds results of a comparison with other {', '.join(differing)}; "
@@ -211,7 +213,8 @@ class Comparison:
             reason = str(error) or type(error).__name__
             cell = {"status": "failed", "reason": " ".join(reason.split())[:300], "value": None}
         cell = {"task": self.plan.task, "method": key.method, "base": key.base, "seed": key.seed, **cell}
-        cell |= {"budget_seconds": self.plan.budget, "identity": self.plan.identity, "versions": library_versions()}
+        cell |= {"budget_seconds": self.plan.budget, "identity": self.plan.identity(key.method)}
+        cell["versions"] = library_versions()
         self.cells = [other for other in self.cells if _key(other) != key] + [cell]
         order = {method: place for place, method in enumerate(METHODS)}
         self.cells.sort(key=lambda one: (one["base"], order[one["method"]], one["seed"]))
