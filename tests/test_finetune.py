@@ -344,15 +344,30 @@ def test_a_run_leaves_time_for_its_last_validation(monkeypatch: pytest.MonkeyPat
         assert not known or 58 <= clock.now - began <= 60.5
 
 
-def test_the_rate_is_chosen_by_short_runs(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fifth of 203 seconds, less the second of timing a step: three runs of 13 seconds, then the best anew."""
+@pytest.mark.parametrize(
+    ("values", "losses", "place"),
+    [
+        ((0.6, 0.5, 0.8), (0.5, 0.4, 0.3), 2),
+        ((0.8, 0.5, 0.6), (0.5, 0.4, 0.3), 0),
+        ((0.5, 0.8, 0.84), (0.5, 0.4, 0.3), 1),  # of 100 rows: one standard error is 4 points
+        ((0.5, 0.8, 0.85), (0.5, 0.4, 0.3), 2),
+        ((0.8, 0.8, 0.8), (0.5, 0.4, 0.3), 1),
+        ((0.5, -math.inf, 0.4), (0.5, math.inf, 0.3), 0),  # the middle one's loss was not finite
+    ],
+)
+def test_the_rate_is_chosen_by_short_runs(
+    values: tuple[float, ...], losses: tuple[float, ...], place: int, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fifth of 203 seconds, less the second of timing a step: three runs of 13 seconds, then one anew, of the middle
+    rate if no other is better by more than a standard error."""
     idle(monkeypatch, clock)
-    values = iter([0.6, 0.8, 0.8, 0.5, 0.9])
-    losses = iter([0.5, 0.4, 0.3, 0.9, 0.2])
+    script = iter(zip((*values, 0.5, 0.9), (*losses, 0.9, 0.2), strict=True))
     monkeypatch.setattr(
         Tuner,
         "_validate",
-        lambda self, step: {"seconds": 0.0, "step": step, "value": next(values, 0.1), "loss": next(losses, 1.0)},
+        lambda self, step: dict(
+            zip(("seconds", "step", "value", "loss"), (0.0, step, *next(script, (0.1, 1.0))), strict=True)
+        ),
     )
     runs = list[tuple[float, float, int]]()
     run = Tuner.run
@@ -362,14 +377,23 @@ def test_the_rate_is_chosen_by_short_runs(clock: Clock, monkeypatch: pytest.Monk
         return run(self, lr, seconds, validations)
 
     monkeypatch.setattr(Tuner, "run", spy)
-    learned = METHODS["full-fine-tuning"](problem(budget=203.0, began=clock.now))
-    low, middle, high = finetune.FULL_RATES
-    assert [(lr, validations) for lr, _, validations in runs] == [(low, 1), (middle, 1), (high, 1), (high, 16)]
+    learned = METHODS["full-fine-tuning"](problem(budget=203.0, began=clock.now, validation=toy(100, 2)))
+    rates, best = finetune.FULL_RATES, finetune.FULL_RATES[place]
+    assert [(lr, validations) for lr, _, validations in runs] == [*((lr, 1) for lr in rates), (best, 16)]
     assert [seconds for _, seconds, _ in runs[:3]] == pytest.approx([202 / 15] * 3)
-    assert runs[3][1] == pytest.approx(202 * 0.8, abs=3)
-    assert learned.chosen["lr"] == high
+    assert runs[3][1] == pytest.approx(202 * 0.8, abs=8)  # validations take less than is guessed
+    assert learned.chosen["lr"] == best
     assert learned.validation == 0.9
     assert learned.chosen["best_step"] == learned.curve[1]["step"]
+
+
+def test_free_text_has_no_margin(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its value is a loss, of many tokens: the slightest gain decides."""
+    ours = tuner(problem(verbalizer=None, train=texts(16), validation=texts(20), budget=250.0, began=clock.now))
+    for values, place in (((-1.301, -1.300, -1.299), 2), ((-1.300, -1.300, -1.300), 1)):
+        bests = iter({"step": 1, "value": value, "loss": -value} for value in values)
+        monkeypatch.setattr(ours, "run", lambda *_, bests=bests: finetune.Run(next(bests), ()))
+        assert ours.choose(finetune.FULL_RATES) == finetune.FULL_RATES[place]
 
 
 @pytest.mark.parametrize(

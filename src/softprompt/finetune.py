@@ -35,7 +35,7 @@ from softprompt.train import better, split_rows
 
 FULL_RATES = (3e-5, 1e-4, 3e-4)
 LORA_RATES = (3e-4, 1e-3, 3e-3)
-"""Peak learning rates that are tried; the middle one is taken where there is no time to try."""
+"""Peak learning rates that are tried; the middle one is taken where there is no time to try, or no clear winner."""
 TRIALS = 0.2
 """Share of the budget that goes into trying the learning rates."""
 TRIAL_STEPS = 8
@@ -144,6 +144,7 @@ class Tuner:
         if lm.shares_prefix:
             with torch.no_grad():
                 self._no_prefix = lm.prefix_kv((), None)
+        self._held_out = len(held_out)
         self._start = _copied(self._weights)
         self._hooks: list[Any] = []
         self.masters = [self._master(weight) for weight in self._weights]
@@ -165,17 +166,25 @@ class Tuner:
         self._lm.uncompile_layers()
 
     def choose(self, rates: Sequence[float]) -> float:
-        """The learning rate whose short run, with a whole schedule of its own, is best on the validation rows; the
-        middle one where there is no time for such runs."""
-        seconds = TRIALS * self._problem.seconds_left / len(rates)
-        best, chosen = NOTHING, rates[0]
+        """The middle one of three learning rates, unless a short run of another, with a whole schedule of its own, is
+        better on the validation rows by more than one standard error of an accuracy there (free text: better at all).
+
+        Short runs are within the noise of each other, and favour high rates, which lose in a whole run: see
+        ``docs/quality.md``.
+        """
+        middle, seconds = rates[len(rates) // 2], TRIALS * self._problem.seconds_left / len(rates)
+        found = dict[float, Mapping[str, float]]()
         for lr in rates:
             if seconds - self._check < TRIAL_STEPS * self._pace:  # known better after each run
-                return rates[len(rates) // 2]
-            found = self.run(lr, seconds, 1).best
-            if better(found, best):
-                best, chosen = found, lr
-        return chosen
+                return middle
+            found[lr] = self.run(lr, seconds, 1).best
+        best = max(rates, key=lambda lr: (found[lr]["value"], -found[lr]["loss"]))
+        gain = found[best]["value"] - found[middle]["value"]
+        return best if gain > self._noise(found[middle]["value"]) else middle
+
+    def _noise(self, value: float) -> float:
+        """One standard error of an accuracy on the validation rows; 0 for free text, whose loss is of many tokens."""
+        return math.sqrt(value * (1 - value) / self._held_out) if self._problem.labels and value >= 0 else 0.0
 
     def run(self, lr: float, seconds: float, validations: int) -> Run:
         """Trains from the start for at most ``seconds``, but one step at least; leaves the best weights in the model.
