@@ -2,8 +2,8 @@
 
     python benchmarks/study.py
 
-First an overview, a line for each data set; then a table for each set with every method. Differences are a method's
-score minus the soft prompt's on the same rows, with their 95 % interval (paired bootstrap).
+First an overview, a line for each data set, with means over the seeds that were run; then a table for each set with
+every cell. Differences are a method's score minus the soft prompt's, with their 95 % interval.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 import statistics
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from softprompt.artifact import atomic_writer
 from softprompt.plots import GREY, PALETTE, png, style
+from softprompt.summary import OURS, Cell, Row, summary
 
 HARD = ("zero-shot", "instruction", "few-shot")
 """Prompt engineering, by the beginning of a method's name."""
@@ -31,8 +31,6 @@ MARKS = {  # in the figure: name → (colour, marker, size)
     "full-fine-tuning": (PALETTE[1], "P", 7),
     "soft-prompt": (PALETTE[0], "o", 9),
 }
-
-Cell = dict[str, Any]
 
 
 def scale(cell: Cell) -> float:
@@ -64,29 +62,48 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
 
 
-def first_seed(cells: list[Cell]) -> tuple[dict[str, Cell], Cell | None]:
-    """The cells of seed 0 by method, and the best hard prompt among them."""
-    by_method = {cell["method"]: cell for cell in cells if cell["seed"] == 0}
-    hard = [cell for method, cell in by_method.items() if method.startswith(HARD)]
-    return by_method, max(hard, key=lambda cell: cell["value"], default=None)
+def by_method(cells: list[Cell]) -> tuple[dict[str, Row], Row | None]:
+    """What the seeds of each method come to, and the best hard prompt among them."""
+    rows = {row.method: row for row in summary(cells)}
+    hard = [row for method, row in rows.items() if method.startswith(HARD)]
+    return rows, max(hard, key=lambda row: row.score.value if row.score else -1.0, default=None)
+
+
+def standing(row: Row | None) -> str:
+    """The score in points, its standard error and the method's seeds, if several."""
+    if row is None or row.score is None or row.stderr is None:
+        return ""
+    return f"{row.factor * row.score.value:.1f} ± {row.factor * row.stderr:.1f}" + several(row)
+
+
+def gap(row: Row | None) -> str:
+    """The difference to the soft prompt in points, its interval and the method's seeds, if several."""
+    if row is None or row.difference is None or row.difference.low is None or row.difference.high is None:
+        return ""
+    value, low, high = (row.factor * end for end in (row.difference.value, row.difference.low, row.difference.high))
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]" + several(row)
+
+
+def several(row: Row) -> str:
+    """How many seeds, if more than one."""
+    return f" ({row.seeds} seeds)" if row.seeds > 1 else ""
 
 
 def overview(sets: dict[str, list[Cell]]) -> str:
     """A line for each set: the soft prompt, the best hard prompt, and the rest with their differences."""
-    rows, gaps = [], dict[str, list[float]]()
+    lines, gaps = [], dict[str, list[float]]()
     for name, cells in sets.items():
-        by_method, best = first_seed(cells)
-        ours = by_method.get("soft-prompt")
-        line = [name, score(ours) if ours else "", f"{best['method']} {difference(best)}" if best else ""]
+        rows, best = by_method(cells)
+        line = [name, standing(rows.get(OURS)), f"{best.method} {gap(best)}" if best else ""]
         for method in SHOWN:
-            cell = by_method.get(method)
-            line.append("" if cell is None else difference(cell))
-            if cell is not None and cell["difference"] and cell["metric"] == "accuracy":
-                gaps.setdefault(method, []).append(100 * cell["difference"]["value"])
-        rows.append(line)
+            row = rows.get(method)
+            line.append(gap(row))
+            if row is not None and row.difference is not None and row.metric == "accuracy":
+                gaps.setdefault(method, []).append(100 * row.difference.value)
+        lines.append(line)
     means = [f"{statistics.mean(gaps[m]):+.1f} (of {len(gaps[m])})" if m in gaps else "" for m in SHOWN]
-    rows.append(["mean of the sets with labels", "", "", *means])
-    return table(["set", "soft prompt", "best hard prompt", *SHOWN], rows)
+    lines.append(["mean of the sets with labels", "", "", *means])
+    return table(["set", "soft prompt", "best hard prompt", *SHOWN], lines)
 
 
 def details(cells: list[Cell]) -> str:
@@ -96,7 +113,7 @@ def details(cells: list[Cell]) -> str:
         chosen = ", ".join(f"{key} {value}" for key, value in cell["chosen"].items() if value is not None)
         rows.append(
             [
-                f"**{cell['method']}**" if cell["method"] == "soft-prompt" else cell["method"],
+                f"**{cell['method']}**" if cell["method"] == OURS else cell["method"],
                 str(cell["seed"]),
                 score(cell),
                 difference(cell),
@@ -121,9 +138,10 @@ def figure(sets: dict[str, list[Cell]]) -> Figure:
         for method, (colour, marker, size) in MARKS.items():
             points = []
             for line, cells in enumerate(shown.values()):
-                by_method, best = first_seed(cells)
-                if cell := best if method == "best hard prompt" else by_method.get(method):
-                    points.append((100 * cell["value"], -line))
+                rows, best = by_method(cells)
+                row = best if method == "best hard prompt" else rows.get(method)
+                if row is not None and row.score is not None:
+                    points.append((100 * row.score.value, -line))
             if points:
                 x, y = zip(*points, strict=True)
                 panel.plot(x, y, marker, color=colour, markersize=size, label=method, clip_on=False)
