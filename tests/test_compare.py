@@ -220,10 +220,25 @@ def test_free_text_is_compared_by_bleu(tmp_path: Path, made_up: dict[str, Method
     made_up["zero-shot"], made_up["soft-prompt"] = says(["the film is a film"]), says(["the plot is thin"])
     rows = tuple(Example({"input": str(i)}, "the plot is thin", where=f"t:{i}") for i in range(12))
     test = Dataset(rows, "t", "t")
-    found = comparison(tmp_path, verbalizer=None, test=test, methods=("zero-shot", "soft-prompt"))
+    found = comparison(tmp_path, verbalizer=None, train=test, test=test, methods=("zero-shot", "soft-prompt"))
     zero, soft = run_all(found)
     assert (zero["metric"], soft["value"]) == ("bleu", pytest.approx(100))
     assert found.cells[0]["difference"]["value"] == pytest.approx(zero["value"] - 100)
+
+
+def test_short_answers_are_compared_by_the_words_they_share(tmp_path: Path, made_up: dict[str, Method]) -> None:
+    """ "a red car" shares one of three words with "a red door" once the article is gone: F1 of 2 * 1 / (2 + 2)."""
+    made_up["zero-shot"], made_up["soft-prompt"] = says(["a red car"]), says(["The red door."])
+    rows = tuple(Example({"input": str(i)}, "red door", where=f"t:{i}") for i in range(12))
+    short = Dataset(rows, "t", "t")
+    options: dict[str, Any] = {"verbalizer": None, "train": short, "validation": short, "test": short}
+    found = comparison(tmp_path, methods=("zero-shot", "soft-prompt"), **options)
+    zero, soft = run_all(found)
+    assert (zero["metric"], zero["value"], soft["value"]) == ("token_f1", 0.5, 1.0)
+    assert found.cells[0]["difference"] == {"value": -0.5, "low": -0.5, "high": -0.5}
+    long = Dataset(tuple(replace(row, target="one two three four") for row in rows), "t", "t")
+    with pytest.raises(ConfigError, match="with other metric;"):
+        comparison(tmp_path, methods=("zero-shot", "soft-prompt"), **options | {"train": long})
 
 
 # --- what a cell measures besides its score --------------------------------------------------------

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import softprompt
 from conftest import plain_score, tiny
@@ -24,6 +26,9 @@ from softprompt.evaluate import (
     choose_metrics,
     default_sampling,
     evaluate,
+    headline,
+    headline_difference,
+    headline_metric,
     predict,
 )
 from softprompt.frozen import FrozenLM, Generated, Request, Sampling
@@ -258,6 +263,27 @@ def test_text_metrics_compare_stripped_answers_with_the_references(
     assert of_name["token_f1"] == metrics.token_f1(texts, wanted)
     assert of_name["rouge_l"] == metrics.rouge_l(texts, wanted)
     assert reports == [(3, 6), (6, 6)]
+
+
+def test_the_headline_fits_the_answers() -> None:
+    """Half of the training rows decide: BLEU counts runs of four words."""
+    four, three = ("q", "in the old town"), ("q", "the old town")
+    assert headline_metric(dataset(four, three), ("in the old town", "the old town")) == "accuracy"
+    assert headline_metric(dataset(four, four, three), ()) == "bleu"
+    assert headline_metric(dataset(four, three, three), ()) == "token_f1"
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(*[st.sampled_from(["red door", "a door", "", "red car, red door"])] * 3), min_size=2))
+def test_the_difference_is_that_of_the_headlines(rows: list[tuple[str, str, str]]) -> None:
+    first, second, wanted = (list(column) for column in zip(*rows, strict=True))
+    found = dataset(*(("q", target) for target in wanted))
+    for metric in ("accuracy", "token_f1", "bleu"):
+        answers = ([Prediction(text, None, "stop", truncated=False) for text in texts] for texts in (first, second))
+        one, other = (headline(metric, found, several).value for several in answers)
+        value, low, high = headline_difference(metric, found, first, second)
+        assert value == pytest.approx(one - other, abs=1e-9)
+        assert low <= high
 
 
 def test_truncated_inputs_are_counted(llama: FrozenLM) -> None:

@@ -24,11 +24,11 @@ from typing import Any
 import psutil
 import torch
 
-from softprompt import artifact, classical, finetune, hardprompt, methods, metrics
+from softprompt import artifact, classical, finetune, hardprompt, methods
 from softprompt.artifact import atomic_writer
 from softprompt.data import Dataset
 from softprompt.errors import ConfigError, SoftPromptError
-from softprompt.evaluate import Prediction, headline
+from softprompt.evaluate import Prediction, headline, headline_difference, headline_metric
 from softprompt.frozen import FrozenLM, Request
 from softprompt.methods import Learned, Method, Problem
 from softprompt.prompt import SoftPrompt, library_versions
@@ -121,6 +121,11 @@ class Plan:
         """The template in use."""
         return self.template or default_template(self.verbalizer is not None)
 
+    @property
+    def metric(self) -> str:
+        """What every method is measured by."""
+        return headline_metric(self.train, () if self.verbalizer is None else self.verbalizer.labels)
+
     def identity(self, method: str) -> dict[str, Any]:
         """What a cell must agree with to stand beside the plan's; instructions count where a method reads them."""
         words = None if self.verbalizer is None else {k: list(v) for k, v in self.verbalizer.words.items()}
@@ -180,8 +185,9 @@ class Comparison:
         self._loaded: tuple[str, FrozenLM, float] | None = None
         self.cells: list[dict[str, Any]] = _read_cells(folder / "results.json")
         for cell in self.cells:
-            theirs = {"task": cell["task"], **cell["identity"]}
-            ours = {"task": plan.task, **plan.identity(cell["method"] if cell["method"] in plan.methods else OURS)}
+            theirs = {"task": cell["task"], "metric": cell.get("metric", plan.metric), **cell["identity"]}
+            known = cell["method"] if cell["method"] in plan.methods else OURS
+            ours = {"task": plan.task, "metric": plan.metric, **plan.identity(known)}
             if differing := [key for key in ours if theirs.get(key) != ours[key]]:
                 raise ConfigError(
                     f"The folder {folder} holds results of a comparison with other {', '.join(differing)}; "
@@ -252,7 +258,7 @@ class Comparison:
             seconds = time.perf_counter() - began
             self._notice("answering the test rows")
             predictions = learned.answer(plan.test.examples, self._rows_done)
-        metric = headline(plan.test, predictions, problem.labels)
+        metric = headline(plan.metric, plan.test, predictions)
         _write_json(self.folder / "predictions" / f"{key.file_name}.json", [_plain(one) for one in predictions])
         if learned.soft_prompt is not None:
             artifact.save(
@@ -316,16 +322,7 @@ class Comparison:
         if None in answers:
             return None
         first, second = ([str(a) for a in several or ()] for several in answers)
-        rows = self.plan.test.examples
-        if self.plan.verbalizer is not None:
-            hits = [
-                [float(answer == row.target) for answer, row in zip(several, rows, strict=True)]
-                for several in (first, second)
-            ]
-            value, low, high = metrics.paired_bootstrap(*hits)
-        else:
-            references = [row.references or (str(row.target),) for row in rows]
-            value, low, high = metrics.paired_bleu(first, second, references)
+        value, low, high = headline_difference(self.plan.metric, self.plan.test, first, second)
         return {"value": value, "low": low, "high": high}
 
     def _answers(self, key: Key) -> list[str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,9 @@ LABEL_METRICS = ("accuracy", "macro_f1", "mcc", "log_loss")
 """What labels are measured by; the first is the headline."""
 TEXT_METRICS = ("bleu", "rouge_l", "exact_match", "token_f1", "perplexity")
 """What free text is measured by; the first is the headline."""
+
+SHORT_ANSWER = 4
+"""Free text of fewer words than these holds no run of four, which BLEU counts."""
 
 KEPT_PREFIXES = 64
 """Soft prompts, or hard ones, whose keys and values are kept from one batch to the next."""
@@ -283,12 +287,34 @@ def evaluate(
     return Evaluation(tuple(found[name] for name in names), tuple(answers), truncated)
 
 
-def headline(dataset: Dataset, predictions: Sequence[Prediction], labels: Sequence[str]) -> Metric:
-    """The first metric of answers that are there already: accuracy with labels, BLEU without."""
+def headline_metric(train: Dataset, labels: Sequence[str]) -> str:
+    """What methods are compared by: ``accuracy`` with labels; ``token_f1`` where the targets of the training rows are
+    short answers, in the median; ``bleu`` for other free text."""
     if labels:
+        return "accuracy"
+    words = statistics.median(len(str(example.target).split()) for example in train.examples)
+    return "token_f1" if words < SHORT_ANSWER else "bleu"
+
+
+def headline(metric: str, dataset: Dataset, predictions: Sequence[Prediction]) -> Metric:
+    """A metric that ``headline_metric`` names, of answers that are there already."""
+    if metric == "accuracy":
         gold = [str(example.target) for example in dataset.examples]
         return measures.accuracy([prediction.text for prediction in predictions], gold)
-    return _text_metrics(dataset, predictions, ("bleu",))["bleu"]
+    return _text_metrics(dataset, predictions, (metric,))[metric]
+
+
+def headline_difference(
+    metric: str, dataset: Dataset, first: Sequence[str], second: Sequence[str]
+) -> tuple[float, float, float]:
+    """What the answers ``first`` score above ``second`` on the same rows, with the ends of its 95 % interval (paired
+    bootstrap)."""
+    if metric == "accuracy":
+        gold = [str(example.target) for example in dataset.examples]
+        hits = [[float(a == target) for a, target in zip(answers, gold, strict=True)] for answers in (first, second)]
+        return measures.paired_bootstrap(*hits)
+    paired = {"bleu": measures.paired_bleu, "token_f1": measures.paired_token_f1}
+    return paired[metric](first, second, _references(dataset))
 
 
 def choose_metrics(names: Sequence[str] | None, *, labels: bool) -> tuple[str, ...]:
@@ -333,9 +359,14 @@ def _label_metrics(
     return tuple(compute[name]() for name in names)
 
 
-def _text_metrics(dataset: Dataset, predictions: Sequence[Prediction], names: Sequence[str]) -> dict[str, Metric]:
+def _references(dataset: Dataset) -> list[tuple[str, ...]]:
+    """The texts that each row's answer is compared with."""
     references = [example.references or (str(example.target),) for example in dataset.examples]
-    wanted = [tuple(text.strip() for text in several) for several in references]
+    return [tuple(text.strip() for text in several) for several in references]
+
+
+def _text_metrics(dataset: Dataset, predictions: Sequence[Prediction], names: Sequence[str]) -> dict[str, Metric]:
+    wanted = _references(dataset)
     answers = [prediction.text for prediction in predictions]
     compute = {
         "bleu": measures.bleu,

@@ -21,7 +21,7 @@ from softprompt import artifact
 from softprompt.config import DEFAULT_STEPS, EVAL_EVERY, TrainConfig
 from softprompt.data import Dataset, Example
 from softprompt.errors import ConfigError, TrainingError
-from softprompt.evaluate import Prediction, Progress, Query, headline, predict
+from softprompt.evaluate import Prediction, Progress, Query, headline, headline_metric, predict
 from softprompt.frozen import FrozenLM
 from softprompt.prompt import SoftPrompt, default_num_virtual_tokens
 from softprompt.task import Task
@@ -95,8 +95,8 @@ class Problem:
         return Task(lm, self.template.replace_soft_prompt(hard_text), self.verbalizer, 0, lm.window)
 
     def score(self, dataset: Dataset, predictions: Sequence[Prediction]) -> float:
-        """The headline metric: accuracy for labels, BLEU for free text; higher is better."""
-        return headline(dataset, predictions, self.labels).value
+        """The headline metric, see ``headline_metric``; higher is better."""
+        return headline(headline_metric(self.train, self.labels), dataset, predictions).value
 
 
 @dataclass(frozen=True)

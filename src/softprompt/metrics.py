@@ -179,6 +179,20 @@ def paired_bleu(a: Sequence[str], b: Sequence[str], references: Sequence[Sequenc
     return metric.value, metric.low, metric.high
 
 
+def paired_token_f1(
+    a: Sequence[str], b: Sequence[str], references: Sequence[Sequence[str]]
+) -> tuple[float, float, float]:
+    """SQuAD's F1 of ``a`` minus that of ``b`` with its 95 % bootstrap interval, rows resampled in pairs.
+
+    Raises:
+        DataError: as for :func:`token_f1`.
+    """
+    for answers in (a, b):
+        _check_references("token_f1", answers, references)
+    first, second = (_best(_word_f1, answers, references).tolist() for answers in (a, b))
+    return paired_bootstrap(first, second)
+
+
 def _bleu_counts(predicted: Sequence[str], references: Sequence[Sequence[str]]) -> NDArray[np.float64]:
     """``[n, 10]``: lengths, matching and all n-grams of each row, which add up to the corpus's."""
     _check_references("bleu", predicted, references)

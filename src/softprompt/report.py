@@ -17,7 +17,7 @@ from rich.text import Text
 from softprompt import plots
 from softprompt.artifact import atomic_writer
 from softprompt.page import Page
-from softprompt.summary import METHODS, OURS, Cell, Estimate, Row, grouped, summary
+from softprompt.summary import METHODS, METRICS, OURS, Cell, Estimate, Row, grouped, summary
 from softprompt.terminal import amount, duration, shortened, simple_table
 
 if TYPE_CHECKING:
@@ -309,7 +309,7 @@ def _overview(page: Page, rows: Sequence[Row]) -> None:
         "of its differences, in points, with its interval for these very tasks."
     )
     metrics = list(dict.fromkeys(row.metric for row in rows if row.difference))
-    names = ("BLEU" if metric == "bleu" else str(metric) for metric in metrics)
+    names = (METRICS.get(str(metric), str(metric)) for metric in metrics)
     several = len({row.base for row in rows}) > 1
     compared: dict[tuple[str, str], list[Row]] = {}
     for row in rows:

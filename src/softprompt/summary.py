@@ -40,6 +40,10 @@ METHODS = {
 """Method → what it is, in the order in which methods are shown."""
 
 
+METRICS = {"accuracy": "accuracy", "token_f1": "token F1", "bleu": "BLEU"}
+"""Metric → how it is written."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A number with its 95 % interval; ``low`` and ``high`` are None where there is none."""
@@ -65,7 +69,7 @@ class Row:
         base: the base model's id.
         method: one of ``METHODS``, or another name.
         base_parameters: how many numbers the base model has.
-        metric: ``accuracy`` (0 to 1) or ``bleu`` (0 to 100); None if no seed has a score.
+        metric: ``accuracy`` or ``token_f1`` (0 to 1), or ``bleu`` (0 to 100); None if no seed has a score.
         n: test rows, the least of the seeds.
         seeds: how many have a score.
         failed: for each failed seed, which and why.
@@ -114,8 +118,9 @@ class Row:
 
     @property
     def unit(self) -> str:
-        """``accuracy, %`` or ``BLEU``."""
-        return "BLEU" if self.metric == "bleu" else f"{self.metric}, %"
+        """``accuracy, %``, ``token F1, %`` or ``BLEU``."""
+        name = METRICS.get(str(self.metric), str(self.metric))
+        return name if self.metric == "bleu" else f"{name}, %"
 
 
 def summary(cells: Sequence[Cell]) -> list[Row]:
