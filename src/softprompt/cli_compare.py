@@ -65,6 +65,7 @@ def compare_command(
     """Measure soft prompts against prompt engineering, LoRA and fine-tuning on your own data.
 
     Every cell (base model, method, seed) is kept as it finishes: the same command goes on where it was stopped.
+    Labels are scored by accuracy, short free answers by token F1, longer ones by BLEU.
 
     \b
     softprompt compare train.jsonl --validation dev.jsonl --test test.jsonl --out report
