@@ -239,10 +239,12 @@ def _attention(
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     if keep is not None:
         keep.append((key, value))
+    learning = torch.is_grad_enabled() and key.shape[2] == query.shape[2]
+    if learning and prefix_rows is None:
+        prefix_key, prefix_value = prefix_layer or (key[:1, :, :0], value[:1, :, :0])
+        return attend_shared(query, key, value, prefix_key, prefix_value, attention_mask, factor)[0], None
     if prefix_layer is not None:
         prefix_key, prefix_value = prefix_layer
-        if torch.is_grad_enabled() and prefix_rows is None and key.shape[2] == query.shape[2]:
-            return attend_shared(query, key, value, prefix_key, prefix_value, attention_mask, factor)[0], None
         if prefix_rows is not None:
             prefix_key, prefix_value = prefix_key[prefix_rows], prefix_value[prefix_rows]
         key = torch.cat([prefix_key.expand(len(key), -1, -1, -1), key], dim=2)

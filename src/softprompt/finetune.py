@@ -29,6 +29,7 @@ from softprompt.frozen import FrozenLM, Request
 from softprompt.methods import Learned, Method, Problem
 from softprompt.objective import Objective
 from softprompt.optimizer import learning_rate
+from softprompt.order import RowOrder
 from softprompt.task import Task
 from softprompt.template import SOFT
 from softprompt.train import better, split_rows
@@ -139,6 +140,7 @@ class Tuner:
             check_targets(problem.train, task.labels)
         self._objective = Objective(lm)
         self._requests = [task.target_request(e) for e in examples]
+        self._order = RowOrder([None if task.verbalizer is None else example.target for example in examples])
         self._validator = task.validator(held_out)
         self._no_prefix: PrefixKV | None = None
         if lm.shares_prefix:
@@ -200,12 +202,11 @@ class Tuner:
         optimizer = torch.optim.AdamW(
             self.masters, lr=lr, weight_decay=config.weight_decay, fused=self._lm.device.type in ("cpu", "cuda") or None
         )
-        order = _shuffled(len(self._requests), config.seed)
         best, kept, curve = NOTHING, self._start, list[dict[str, float]]()
         step, trained, total = 0, 0.0, max(1, self._planned(0, end, interval))
         while step < total:
             began = time.perf_counter()
-            if not self._step(optimizer, list(islice(order, config.batch_size)), config, step, total):
+            if not self._step(optimizer, self._order.batch(config.seed, step, config.batch_size), config, step, total):
                 break
             took = time.perf_counter() - began
             step, trained, self._pace = step + 1, trained + took, self._pace + 0.1 * (took - self._pace)

@@ -265,7 +265,7 @@ class FrozenLM:
         """
         hidden = self._hidden(batch, prefix)
         logits = self._logits(hidden[batch.read_lines, batch.read_columns])
-        picked = logits[batch.step_read, batch.step_token] - logits.logsumexp(dim=-1)[batch.step_read]
+        picked = logits.log_softmax(dim=-1)[batch.step_read, batch.step_token]
         scores = torch.zeros(batch.size * batch.num_words, device=self.device).index_add(0, batch.step_slot, picked)
         absent = torch.arange(batch.num_words, device=self.device) >= batch.word_counts[:, None]
         return scores.view(batch.size, batch.num_words).masked_fill(absent, -torch.inf)

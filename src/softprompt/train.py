@@ -24,6 +24,7 @@ from softprompt.history import FILE as HISTORY
 from softprompt.history import History
 from softprompt.objective import Objective
 from softprompt.optimizer import learning_rate, make_optimizer
+from softprompt.order import RowOrder
 from softprompt.parametrisation import Parametrisation, parametrise
 from softprompt.prompt import SoftPrompt, initial_vectors, label_list, library_versions
 from softprompt.task import Task
@@ -181,6 +182,7 @@ class Training:
         self._data = _describe(train, validation, len(examples), len(held_out))
         if task.verbalizer is not None:
             check_targets(train, task.labels)
+        self._order = RowOrder([None if task.verbalizer is None else example.target for example in examples])
         if self.config.loss == "labels":
             if task.verbalizer is None:
                 raise ConfigError(
@@ -447,17 +449,9 @@ class Training:
         return first_vectors(self.task, config, number).to(lm.device)
 
     def _batch(self, step: int) -> list[int]:
-        """Indices of the examples of a start's step ``step``, from its seed alone: consecutive parts of each epoch's
-        permutation."""
-        count, size = len(self._requests), self.config.batch_size
+        """Indices of the examples of a start's step ``step``, from its seed alone."""
         seed = self.config.seed + self.config.start(self._learner.number)[1]
-        chosen: list[int] = []
-        while len(chosen) < size:
-            epoch, offset = divmod(step * size + len(chosen), count)
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            order = torch.randperm(count, generator=generator).tolist()
-            chosen += order[offset : offset + size - len(chosen)]
-        return chosen
+        return self._order.batch(seed, step, self.config.batch_size)
 
     # --- what survives a kill ---------------------------------------------------------------------
 

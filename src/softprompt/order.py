@@ -1,0 +1,55 @@
+"""In which order rows are learned from."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+
+
+class RowOrder:
+    """Every row once an epoch, in random order, but with each kind of row spread evenly over the epoch.
+
+    Rows of a label come at equal distances, the first at a random one, so that each batch holds the labels nearly as
+    often as the whole data does, and a step's gradient is not that of a chance mix of them: batches stratified by
+    label (after Zhao and Zhang 2014, arXiv:1405.3080, who make strata by clustering and also choose how many rows to
+    draw of each; ours are in proportion to their size). Where all rows are of one kind, the order is random.
+    """
+
+    def __init__(self, kinds: Sequence[Hashable]) -> None:
+        """
+        Args:
+            kinds: what kind each row is, its label for instance; at least one row.
+        """
+        numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
+        self._kinds = torch.tensor([numbers[kind] for kind in kinds])
+        self._kept: tuple[tuple[int, int], list[int]] | None = None
+
+    def batch(self, seed: int, step: int, size: int) -> list[int]:
+        """Indices of the rows of a step, a function of the arguments alone.
+
+        Args:
+            seed: seeds the order.
+            step: from 0; consecutive steps take consecutive parts of each epoch.
+            size: how many rows a step has.
+        """
+        chosen: list[int] = []
+        while len(chosen) < size:
+            epoch, offset = divmod(step * size + len(chosen), len(self._kinds))
+            chosen += self._epoch(seed, epoch)[offset : offset + size - len(chosen)]
+        return chosen
+
+    def _epoch(self, seed: int, epoch: int) -> list[int]:
+        """All rows in the order of that epoch, counted from 0; the last one is kept."""
+        if self._kept is None or self._kept[0] != (seed, epoch):
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            shuffled = torch.randperm(len(self._kinds), generator=generator)
+            kinds = self._kinds[shuffled]
+            sizes = kinds.bincount()
+            grouped = kinds.argsort(stable=True)
+            rank = torch.empty_like(kinds)  # of a row among those of its kind
+            rank[grouped] = torch.arange(len(kinds)) - (sizes.cumsum(0) - sizes)[kinds[grouped]]
+            begin = torch.rand(len(sizes), generator=generator, dtype=torch.float64)
+            places = (rank + begin[kinds]) / sizes[kinds]
+            self._kept = (seed, epoch), shuffled[places.argsort(stable=True)].tolist()
+        return self._kept[1]
