@@ -91,10 +91,11 @@ def attend(
     return out.view(batch, heads, tokens, width).transpose(1, 2)
 
 
-# The same for rows that share one prefix, the hot spot of training, as an operator of its own so that torch.compile
-# leaves it alone: PyTorch's own bf16 softmax is two to three times faster than the kernels that it would generate.
-# Inside, B * H_kv is one batch dimension, and the G = H_q / H_kv query heads of a key head stand below each other as
-# N = G * T rows. torch's compile cache knows an operator by its name alone: change the name with the outputs' shapes.
+# The same for rows that share one prefix, or have none, the hot spot of training, as an operator of its own so that
+# torch.compile leaves it alone: PyTorch's own bf16 softmax is two to three times faster than the kernels that it would
+# generate. Inside, B * H_kv is one batch dimension, and the G = H_q / H_kv query heads of a key head stand below each
+# other as N = G * T rows. torch's compile cache knows an operator by its name alone: change the name with the outputs'
+# shapes.
 
 
 def _joined(shared: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -122,7 +123,7 @@ def attend_shared(
     Args:
         query: ``[B, H_q, T, D]``.
         key, value: ``[B, H_kv, T, D]``.
-        prefix_key, prefix_value: ``[1, H_kv, P, D]``.
+        prefix_key, prefix_value: ``[1, H_kv, P, D]``; without a prefix, P is 0.
         mask: additive, ``[B, 1, T, P + T]`` in the query's dtype; only its last ``T`` columns count, since every row
             sees the whole prefix.
         scaling: factor on the scores.
