@@ -29,9 +29,9 @@ def test_each_row_comes_once_an_epoch_whatever_the_size_of_a_step(kinds: list[st
 
 @given(KINDS, st.integers(0, 5))
 def test_every_beginning_of_an_epoch_holds_each_kind_as_often_as_the_whole_does(kinds: list[str], seed: int) -> None:
-    """Rows of a kind of n stand at the places (i + u) / n of the epoch, so that less than one too many or too few of
-    them lie before any place; the rows of all K kinds before it are then less than K off, n / N of which is that
-    kind's share."""
+    """The n rows of a kind stand in n equal parts of the epoch, so that less than one too many or too few of them lie
+    before any place; the rows of all K kinds before it are then less than K off, n / N of which is that kind's
+    share."""
     rows = epoch(RowOrder(kinds), len(kinds), seed, 1)
     sizes = Counter(kinds)
     for many in range(len(rows) + 1):
@@ -41,7 +41,8 @@ def test_every_beginning_of_an_epoch_holds_each_kind_as_often_as_the_whole_does(
             assert abs(found[kind] - many * share) < 1 + len(sizes) * share + 1e-9
 
 
-def test_two_labels_of_one_size_alternate() -> None:
+def test_two_labels_of_one_size_are_even_in_each_batch() -> None:
+    """Less than one off, as above: half of an even number of rows, then."""
     kinds = ["positive"] * 40 + ["negative"] * 40
     order = RowOrder(kinds)
     for step in range(10):

@@ -10,10 +10,11 @@ import torch
 class RowOrder:
     """Every row once an epoch, in random order, but with each kind of row spread evenly over the epoch.
 
-    Rows of a label come at equal distances, the first at a random one, so that each batch holds the labels nearly as
-    often as the whole data does, and a step's gradient is not that of a chance mix of them: batches stratified by
-    label (after Zhao and Zhang 2014, arXiv:1405.3080, who make strata by clustering and also choose how many rows to
-    draw of each; ours are in proportion to their size). Where all rows are of one kind, the order is random.
+    An epoch is cut into as many equal parts as a label has rows, and each part gets one of them, at a random place in
+    it. So a batch holds the labels nearly as often as the whole data does, and a step's gradient is not that of a
+    chance mix of them: stratified batches (after Zhao and Zhang 2014, arXiv:1405.3080, who make strata by clustering
+    and also choose how many rows to draw of each; ours are the labels, in proportion to their size). Where all rows
+    are of one kind, the order is random.
     """
 
     def __init__(self, kinds: Sequence[Hashable]) -> None:
@@ -49,7 +50,7 @@ class RowOrder:
             grouped = kinds.argsort(stable=True)
             rank = torch.empty_like(kinds)  # of a row among those of its kind
             rank[grouped] = torch.arange(len(kinds)) - (sizes.cumsum(0) - sizes)[kinds[grouped]]
-            begin = torch.rand(len(sizes), generator=generator, dtype=torch.float64)
-            places = (rank + begin[kinds]) / sizes[kinds]
+            chance = torch.rand(len(kinds), generator=generator, dtype=torch.float64)
+            places = (rank + chance) / sizes[kinds]
             self._kept = (seed, epoch), shuffled[places.argsort(stable=True)].tolist()
         return self._kept[1]
