@@ -14,12 +14,11 @@ import json
 import time
 from functools import partial
 
-from softprompt import metrics
 from softprompt.base import DEFAULT_BASE
 from softprompt.compare import cut
 from softprompt.config import TrainConfig
 from softprompt.data import infer_labels, read_dataset
-from softprompt.evaluate import Query, predict
+from softprompt.evaluate import Query, headline, headline_difference, headline_metric, predict
 from softprompt.finetune import peft_prompt_tuning
 from softprompt.frozen import FrozenLM
 from softprompt.methods import Problem
@@ -44,14 +43,12 @@ def main() -> None:
     )
     test = cut(test, options.test_rows)
     labels = infer_labels(train)
-    if labels is None:
-        parser.error("expected targets that are labels, found free text; give other data")
-    verbalizer = Verbalizer.from_labels(labels)
+    verbalizer = None if labels is None else Verbalizer.from_labels(labels)
     lm = FrozenLM.load(options.base)
     problem = Problem(
         lm=lm,
         fresh=partial(FrozenLM.load, options.base),
-        template=default_template(True),
+        template=default_template(verbalizer is not None),
         verbalizer=verbalizer,
         train=train,
         validation=validation,
@@ -70,19 +67,17 @@ def main() -> None:
     found = training.result()
     ours = predict([Query(task, example, found.vectors) for example in test.examples])
 
-    hits = [
-        [float(answer.text == example.target) for answer, example in zip(answers, test.examples, strict=True)]
-        for answers in (ours, theirs)
-    ]
-    value, low, high = metrics.paired_bootstrap(*hits)
+    metric = headline_metric(train, labels or ())
+    value, low, high = headline_difference(metric, test, [one.text for one in ours], [one.text for one in theirs])
     print(
         json.dumps(
             {
                 "steps": config.steps,
                 "test_rows": len(test.examples),
                 "num_virtual_tokens": task.num_virtual_tokens,
-                "accuracy": sum(hits[0]) / len(hits[0]),
-                "accuracy_of_peft": sum(hits[1]) / len(hits[1]),
+                "metric": metric,
+                "ours": headline(metric, test, ours).value,
+                "peft": headline(metric, test, theirs).value,
                 "difference": {"value": value, "low": low, "high": high},
                 "seconds": training.seconds,
                 "seconds_of_peft": peft_seconds,
