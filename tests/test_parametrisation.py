@@ -404,7 +404,7 @@ def test_every_parametrisation_learns_and_changes_no_weight(kind: str, tmp_path:
     lm = tiny("llama")
     before, table = lm.weights_digest(), lm.embedding.clone()
     data, validation = toy(300, 0), toy(150, 1)
-    settings = {"batch_size": 16, "steps": 80, "eval_every": 20, "loss": "labels"}
+    settings = {"batch_size": 16, "steps": 160, "eval_every": 20, "loss": "labels"}
     config = train_settings(num_virtual_tokens=8, parametrisation=kind, **settings)
     training = Training(toy_task(lm, data, 8), data, validation, config)
     steps = list(training)

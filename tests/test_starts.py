@@ -126,8 +126,9 @@ def test_prompt_lengths_are_tried_as_runs_of_their_own_and_the_best_goes_on(monk
         training = Training(task, data, data, config)
         return [step.loss for step in training], training
 
-    alone = {length: trained(num_virtual_tokens=length) for length in (2, 3, 5)}
+    # the latest is the best, but that no start after number 1 is better than it
     monkeypatch.setattr("softprompt.train.better", lambda one, other: one["start"] == 1 or other["start"] != 1)
+    alone = {length: trained(num_virtual_tokens=length) for length in (2, 3, 5)}
     losses, training = trained(num_virtual_tokens=3, lengths=(5, 2))
     assert losses[:6] == [*alone[3][0][:2], *alone[5][0][:2], *alone[2][0][:2]]
     assert losses[6:] == alone[5][0][2:]
