@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -342,13 +341,6 @@ def _copied(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [weight.detach().to("cpu", copy=True) for weight in weights]
 
 
-def _shuffled(count: int, seed: int) -> Iterator[int]:
-    """Indices below ``count`` without end, each once in every epoch."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield from torch.randperm(count, generator=generator).tolist()
-
-
 # --- PEFT's prompt tuning -------------------------------------------------------------------------
 
 
@@ -384,13 +376,13 @@ def peft_prompt_tuning(problem: Problem) -> Learned:
         settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=problem.num_virtual_tokens)
         model = peft.get_peft_model(lm.model, settings).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=PEFT_LR)
-    order = _shuffled(len(requests), problem.seed)
+    order = RowOrder([None] * len(requests))  # plainly random, as in its example
     step, pace, total = 0, 0.0, DEFAULT_STEPS
     while step < max(1, total):
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step, total)
-        loss = peft_loss(model, [requests[i] for i in islice(order, config.batch_size)])
+        loss = peft_loss(model, [requests[i] for i in order.batch(config.seed, step, config.batch_size)])
         if not math.isfinite(float(loss.detach())):
             break
         optimizer.zero_grad()
