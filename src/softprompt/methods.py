@@ -32,6 +32,9 @@ COMPILE_FROM = 300.0
 """Seconds of budget from which compiling the layers pays: it costs 10 to 25 of them."""
 PROBE, PROBE_ROWS = 5, 100
 """Steps, and rows of a validation, that are timed to plan a run."""
+CHECKING, LEAST_CHECKS = 0.1, 3
+"""The share of the time that validations may take, and how many there are at least: where they are dear, each is of
+fewer rows, though not of fewer than ``PROBE_ROWS``."""
 NOTHING_LEARNED = "The loss is not finite at the very first steps, so nothing was learned; try --dtype fp32."
 LATEST = 50
 """Steps whose median tells how many more there is time for."""
@@ -213,12 +216,14 @@ def _within_budget(problem: Problem, task: Task, config: TrainConfig) -> tuple[T
             return replace(config, steps=1, compile="off"), pace
     if len(pace.steps) < 2:
         raise TrainingError(NOTHING_LEARNED)
-    pace.validation = (time.perf_counter() - began - sum(pace.steps)) * rows / some
+    a_row = (time.perf_counter() - began - sum(pace.steps)) / some
+    pace.validation = min(rows * a_row, max(problem.seconds_left * CHECKING / LEAST_CHECKS, some * a_row))
+    rows = round(pace.validation / a_row) if a_row else rows
     pace.steps.popleft()  # the first may compile
-    config = replace(config, compile="on" if probe.compiled else "off")
+    config = replace(config, compile="on" if probe.compiled else "off", validation_rows=rows)
 
-    every = max(EVAL_EVERY, math.ceil(9 * pace.validation / pace.a_step))  # a tenth of the time, but three at least
-    every = max(1, min(every, pace.end(problem.seconds_left, every) // 3))
+    every = max(EVAL_EVERY, math.ceil((1 / CHECKING - 1) * pace.validation / pace.a_step))
+    every = max(1, min(every, pace.end(problem.seconds_left, every) // LEAST_CHECKS))
     return replace(config, steps=pace.end(problem.seconds_left, every), eval_every=every), pace
 
 

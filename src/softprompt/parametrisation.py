@@ -33,8 +33,8 @@ class Parametrisation:
         tensors: float32 leaves by name: what optimizer, clipping and checkpoint see.
         fold: the soft prompt ``[P, H]`` or ``[P, L, 2, H_kv, D]`` that they stand for, in ``unit``; differentiable in
             all of them.
-        unit: what ``fold()`` is to be multiplied by: the RMS of the embedding table; for a KV prefix ``[1, L, 2, 1,
-            1]``, a tenth of the RMS of each layer's initial keys and values.
+        unit: what ``fold()`` is to be multiplied by: the RMS of the embedding table; for a KV prefix ``[P, L, 2, 1,
+            1]``, a tenth of the RMS of each virtual token's initial key and value in each layer.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -162,9 +162,11 @@ def _prefix(kv: torch.Tensor) -> Parametrisation:
     §3.3, which found that a reparametrisation does not always help).
 
     A step moves them by ``lr`` tenths of their RMS: what they do adds up over the layers, and steps of 0.3 RMS do not
-    learn at all.
+    learn at all. The RMS is each token's own: the first token, at which heads look that look at nothing else, has
+    values a fraction of the others' (an attention sink, Xiao et al. 2024, §3.1), and steps of their size would drown
+    it in noise.
     """
-    rms = kv.square().mean(dim=(0, 3, 4), keepdim=True).sqrt()
+    rms = kv.square().mean(dim=(3, 4), keepdim=True).sqrt()
     unit = torch.where(rms > 0, rms, 1.0) / 10
     learned = {"kv": (kv / unit).requires_grad_()}
     return Parametrisation(learned, lambda: learned["kv"], unit)
