@@ -202,8 +202,8 @@ class _Pace:
 
 
 def _within_budget(problem: Problem, task: Task, config: TrainConfig) -> tuple[TrainConfig, _Pace]:
-    """The settings with as many of the default steps as fit into what is left of the budget, and what some took that
-    were timed for it."""
+    """The settings with as many of the default steps as fit into what is left of the budget, and with fewer validation
+    rows where they are dear; and what some steps and rows took that were timed for it."""
     config = replace(config, compile="on" if problem.worth_compiling else "off")
     rows = min(config.validation_rows, len(problem.validation.examples))
     some = min(rows, PROBE_ROWS)
@@ -217,8 +217,10 @@ def _within_budget(problem: Problem, task: Task, config: TrainConfig) -> tuple[T
     if len(pace.steps) < 2:
         raise TrainingError(NOTHING_LEARNED)
     a_row = (time.perf_counter() - began - sum(pace.steps)) / some
-    pace.validation = min(rows * a_row, max(problem.seconds_left * CHECKING / LEAST_CHECKS, some * a_row))
-    rows = round(pace.validation / a_row) if a_row else rows
+    allowed = max(problem.seconds_left * CHECKING / LEAST_CHECKS, some * a_row)
+    if rows * a_row > allowed:
+        rows = round(allowed / a_row)
+    pace.validation = rows * a_row
     pace.steps.popleft()  # the first may compile
     config = replace(config, compile="on" if probe.compiled else "off", validation_rows=rows)
 
