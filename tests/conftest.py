@@ -146,10 +146,9 @@ def toy_task(lm: FrozenLM, data: Dataset, length: int = 6) -> Task:
 
 
 def train_settings(**options: Any) -> TrainConfig:
-    """A training of 10 steps, validated at 5 and 10."""
-    return TrainConfig(
-        **{"num_virtual_tokens": 6, "batch_size": 4, "steps": 10, "eval_every": 5, "patience": 0} | options
-    )
+    """A training of 10 steps, validated at 5 and 10, from embeddings as they are."""
+    short = {"steps": 10, "eval_every": 5, "patience": 0}
+    return TrainConfig(**{"num_virtual_tokens": 6, "batch_size": 4, "init_scale": 1.0} | short | options)
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, script: Sequence[tuple[float, float]]) -> list[torch.Tensor]:

@@ -21,7 +21,7 @@ MISTAKES: dict[tuple[str, ...], str] = {
         "--out needs the path of a file that ends with .safetensors, not films.bin."
     ),
     ("train", "train.jsonl", "--name", "x", "--steps", "3", "--epochs", "2", "--lr", "0"): (
-        "lr must be above 0 and below 1000 embedding RMS, not 0.0; "
+        "lr must be above 0 and below 1000 RMS of the start, not 0.0; "
         "steps and epochs exclude each other; give one of them"
     ),
     ("train", "train.jsonl", "--name", "x", "--preset", "best"): "the preset must be one of lester2021, not 'best'",

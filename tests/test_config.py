@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from softprompt.config import DEFAULT_STEPS, PRESETS, TrainConfig, preset
+from softprompt.config import DEFAULT_STEPS, PRESETS, TrainConfig, most_steps, preset
 from softprompt.errors import ConfigError
 
 
@@ -43,12 +43,15 @@ def message(**options: Any) -> str:
         ({"average": -0.1}, "average must be in [0, 1), not -0.1"),
         ({"average": math.nan}, "average must be in [0, 1), not nan"),
         ({"loss": "mse"}, "loss must be one of lm, labels, not 'mse'"),
+        ({"init_scale": 0.9}, "init_scale must be at least 1 and below 1000, not 0.9"),
+        ({"init_scale": 1000.0}, "init_scale must be at least 1 and below 1000, not 1000.0"),
+        ({"init_scale": math.nan}, "init_scale must be at least 1 and below 1000, not nan"),
         ({"optimizer": "sgd"}, "optimizer must be one of adamw, adafactor, not 'sgd'"),
         ({"schedule": "step"}, "schedule must be one of linear, cosine, constant, not 'step'"),
         ({"compile": "maybe"}, "compile must be one of auto, on, off, not 'maybe'"),
-        ({"lr": 0.0}, "lr must be above 0 and below 1000 embedding RMS, not 0.0"),
-        ({"lr": 1000.0}, "lr must be above 0 and below 1000 embedding RMS, not 1000.0"),
-        ({"lr": math.nan}, "lr must be above 0 and below 1000 embedding RMS, not nan"),
+        ({"lr": 0.0}, "lr must be above 0 and below 1000 RMS of the start, not 0.0"),
+        ({"lr": 1000.0}, "lr must be above 0 and below 1000 RMS of the start, not 1000.0"),
+        ({"lr": math.nan}, "lr must be above 0 and below 1000 RMS of the start, not nan"),
         ({"warmup": 1.0}, "warmup must be a share of the steps in [0, 1), not 1.0"),
         ({"warmup": -0.1}, "warmup must be a share of the steps in [0, 1), not -0.1"),
         ({"epochs": 0.0}, "epochs must be above 0 and finite, not 0.0"),
@@ -66,7 +69,7 @@ def test_every_bound_has_its_sentence(options: dict[str, Any], sentence: str) ->
 def test_all_faults_are_named_at_once() -> None:
     assert message(batch_size=0, lr=-1.0, loss="x") == (
         "batch_size must be at least 1, not 0; loss must be one of lm, labels, not 'x'; "
-        "lr must be above 0 and below 1000 embedding RMS, not -1.0"
+        "lr must be above 0 and below 1000 RMS of the start, not -1.0"
     )
 
 
@@ -75,13 +78,18 @@ def test_bounds_themselves_are_allowed() -> None:
     TrainConfig(epochs=0.5)
     TrainConfig(init="text", init_text="a")
     TrainConfig(init_text="a")
-    TrainConfig(init="another-soft-prompt")
+    TrainConfig(init="another-soft-prompt", init_scale=1.0)
 
 
 def test_settings_are_json() -> None:
     config = TrainConfig(steps=7, init_text="a")
     assert TrainConfig(**json.loads(json.dumps(config.as_dict()))) == config
-    assert DEFAULT_STEPS >= 1
+
+
+def test_where_time_is_given_a_run_has_the_default_steps_or_20_passes() -> None:
+    assert most_steps(rows=100, batch_size=16) == DEFAULT_STEPS == 1600
+    assert most_steps(rows=1280, batch_size=16) == 1600
+    assert most_steps(rows=1281, batch_size=16) == 1602
 
 
 def test_the_recipe_of_lester_et_al() -> None:
@@ -89,6 +97,7 @@ def test_the_recipe_of_lester_et_al() -> None:
     assert config.lr == pytest.approx(0.02804, rel=1e-3)  # 0.3 on a table of RMS 10.7
     expected = {
         "num_virtual_tokens": 100,
+        "init_scale": 1.0,
         "optimizer": "adafactor",
         "schedule": "constant",
         "warmup": 0.0,

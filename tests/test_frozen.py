@@ -18,7 +18,7 @@ from softprompt.data import Example
 from softprompt.errors import ConfigError, SoftPromptWarning
 from softprompt.frozen import FrozenLM, Request, Sampling
 from softprompt.objective import Objective
-from softprompt.prompt import initial_vectors
+from softprompt.prompt import frequent_tokens, initial_vectors
 from softprompt.task import Task
 from softprompt.template import SOFT, Template, Verbalizer
 
@@ -74,6 +74,19 @@ def test_the_words_of_these_tests_share_beginnings_and_have_several_tokens() -> 
     words = task(tiny("llama"), "{soft_prompt}{input} {target}").words
     assert [len(word) for word in words] == [5, 3, 2, 4, 4, 3]
     assert words[0][:3] == words[3][:3] == words[5]
+
+
+def test_the_gain_of_the_first_layer_is_what_transformers_hidden_states_show(kind: str) -> None:
+    lm, model = tiny(kind), plain(kind)
+    states: list[torch.Tensor] = []
+    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 3)
+    with (
+        layers[0].register_forward_pre_hook(lambda layer, inputs: states.append(inputs[0])),
+        layers[1].register_forward_pre_hook(lambda layer, inputs: states.append(inputs[0])),
+    ):
+        model(input_ids=torch.tensor([frequent_tokens(lm, 0)[:100]]))
+    before, after = (state[0, 1:].square().mean(dim=1).sqrt() for state in states)
+    assert lm.first_layer_gain == pytest.approx(max(1.0, float((after / before).median())), rel=1e-4)
 
 
 # --- fact 2: the shared-prefix gradient is the concatenation gradient ----------------------------------------

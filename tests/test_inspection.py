@@ -156,6 +156,7 @@ def test_a_plain_random_direction_would_be_beaten_by_the_mean_alone(vocabulary: 
 def test_words_are_found_where_they_were_planted(vocabulary: Vocabulary) -> None:
     tokens = [40, 41, 42, 43]
     vectors, start = planted(vocabulary, tokens, 0.2), vocabulary[[40, 99, 42, 43]]
+    start[0] *= 19
     found = words(vectors, vocabulary, {"b": [41], "a": [40], "far": [200, 201], "mean": [42]}, start=start)
     assert [(word.text, word.virtual_token, word.rank) for word in found[:2]] == [("b", 1, 1), ("a", 0, 1)]
     assert [word.significant for word in found] == [True, True, False, True]
@@ -220,11 +221,12 @@ def test_the_cosine_of_a_random_step_is_what_random_steps_leave() -> None:
 # --- the start -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("scale", [None, 1.0, 5.0])
 @pytest.mark.parametrize("init", ["auto", "random", "vocab", "labels", "text"])
 @pytest.mark.parametrize("length", [6, 40])
-def test_the_start_is_made_again_from_the_record(init: str, length: int) -> None:
+def test_the_start_is_made_again_from_the_record(init: str, length: int, scale: float | None) -> None:
     lm, data = tiny("llama"), toy(40, 0)
-    options: dict[str, Any] = {"init_text": "good or bad film"} if init == "text" else {}
+    options: dict[str, Any] = {"init_scale": scale} | ({"init_text": "good or bad film"} if init == "text" else {})
     task = toy_task(lm, data, length)
     training = Training(task, data, None, train_settings(num_virtual_tokens=length, init=init, seed=3, **options))
     untrained = training.result()

@@ -44,7 +44,7 @@ def problem(lm: FrozenLM, **options: Any) -> Problem:
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainings of at most 40 steps."""
-    monkeypatch.setattr(methods, "DEFAULT_STEPS", 40)
+    monkeypatch.setattr(methods, "most_steps", lambda rows, batch_size: 40)
 
 
 @pytest.mark.usefixtures("short")
@@ -148,17 +148,17 @@ def test_a_run_is_planned_to_end_in_time(a_step: int, validation: int, k: int, e
     def takes(end: int) -> int:
         return sum(a_step + validation * (n % every == 0 or n == end) for n in range(done + 1, end + 1))
 
-    pace = methods._Pace(deque([float(a_step)]), float(validation))
+    pace = methods._Pace(deque([float(a_step)]), float(validation), 90)
     end = pace.end(float(seconds), every, done)
     fitting = [n for n in range(done + 1, done + 1 + seconds // a_step + 1) if takes(n) <= seconds]
-    assert end == min(fitting[-1], DEFAULT_STEPS)
+    assert end == min(fitting[-1], max(90, done + 1))
 
 
 def test_long_budgets_compile_the_steps_that_are_timed_and_the_run(
     llama: FrozenLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done, compiles = list[str](), FrozenLM.compile_layers
-    monkeypatch.setattr(methods, "DEFAULT_STEPS", 3)
+    monkeypatch.setattr(methods, "most_steps", lambda rows, batch_size: 3)
     monkeypatch.setattr(methods, "can_compile", lambda lm: lm is llama)
 
     def compile_layers(lm: FrozenLM) -> None:
@@ -179,7 +179,7 @@ def test_long_budgets_compile_the_steps_that_are_timed_and_the_run(
 def test_a_compiler_that_does_not_work_is_tried_once(
     llama: FrozenLM, monkeypatch: pytest.MonkeyPatch, broken_compiler: list[str]
 ) -> None:
-    monkeypatch.setattr(methods, "DEFAULT_STEPS", 3)
+    monkeypatch.setattr(methods, "most_steps", lambda rows, batch_size: 3)
     monkeypatch.setattr(methods, "can_compile", lambda lm: True)
     with pytest.warns(SoftPromptWarning, match="could not be compiled"):
         assert methods.soft_prompt(problem(llama, budget=300.0)).chosen["steps"] == 3

@@ -68,20 +68,21 @@ def test_three_steps_of_an_optimizer_by_hand(name: str, by_hand: Callable[..., t
 
 
 @pytest.mark.parametrize("optimizer", ["lester2021", "adamw"])
-def test_a_first_step_by_hand_in_units_of_the_table(optimizer: str) -> None:
-    """The whole way: gradient by transformers, update by hand; the learning rate counts in embedding RMS."""
+def test_a_first_step_by_hand_in_units_of_the_start(optimizer: str) -> None:
+    """The whole way: gradient by transformers, update by hand; the recipe counts in RMS of the embedding table."""
     options: dict[str, Any] = {"init": "labels", "num_virtual_tokens": 6, "batch_size": 3, "steps": 1, "seed": 4}
     options["loss"] = "labels"
     if optimizer == "lester2021":
         config, update, lr, decay, clip = preset("lester2021", **options), hand_adafactor, 0.3 / 10.7, 1e-5, 0.0
     else:
-        config = TrainConfig(**options, lr=0.25, weight_decay=0.1, warmup=0.0, clip=0.01)
+        config = TrainConfig(**options, init_scale=3.0, lr=0.25, weight_decay=0.1, warmup=0.0, clip=0.01)
         update, lr, decay, clip = hand_adamw, 0.25, 0.1, 0.01
     data = toy(3, 0)
     training = Training(toy_task(tiny("llama"), data), data, data, config)
     (step,) = training
     lm, bound = training.task.lm, training.task
     start = initial_vectors(lm, 6, init="labels", seed=4, label_words=bound.label_words())
+    start[1:] *= config.init_scale or 0
     leaf = start.clone().requires_grad_()
     loss = torch.zeros(())
     for example in data.examples:
@@ -89,7 +90,9 @@ def test_a_first_step_by_hand_in_units_of_the_table(optimizer: str) -> None:
         scores = torch.stack([plain_score("llama", request.ids, word, leaf) for word in request.words])
         loss = loss - scores.log_softmax(dim=0)[bound.labels.index(str(example.target))] / 3
     (gradient,) = torch.autograd.grad(loss, leaf)
-    unit = float(lm.embedding.square().mean().sqrt())
+    table = float(lm.embedding.square().mean().sqrt())
+    unit = start.square().mean(dim=1, keepdim=True).sqrt().clamp(table, (config.init_scale or 0) * table)
+    assert (float(unit.std()) > 0.01) == (optimizer == "adamw")
     in_units = gradient * unit
     assert step.loss == pytest.approx(float(loss.detach()), rel=1e-5)
     assert step.grad_norm == pytest.approx(float(in_units.norm()), rel=1e-4)

@@ -41,12 +41,15 @@ TEMPLATES = ("{soft_prompt}{input} {target}", "Review :{soft_prompt} is it good 
 TEXTS = ("a stirring film", "dull", "one of the best movies of the year , and a very funny one")
 
 
+SCALE = 4.0
+
+
 def form_of(kind: str, start: torch.Tensor, seed: int = 0) -> Parametrisation:
-    return parametrise(tiny("llama"), kind, start, seed=seed, before=())
+    return parametrise(tiny("llama"), kind, start, seed=seed, scale=SCALE, before=())
 
 
 def text_start(length: int = 6) -> torch.Tensor:
-    """Vectors of which the last two are equal to the first two."""
+    """Vectors of embeddings' length."""
     text = " the acting of"
     ids = tiny("llama").tokenizer(text, add_special_tokens=False).input_ids
     assert len(ids) == length - 2
@@ -67,7 +70,7 @@ def shaken(form: Parametrisation) -> dict[str, Any]:
 
 
 def fold_by_hand(kind: str, t: dict[str, Any], start: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """``start`` in units of the embedding table's RMS."""
+    """``start`` in its units."""
     lm = tiny("llama")
     parts = {"plain": 1, "superpos": 2, "residual": 3, "mlp": 1}[kind]
     t = {name: tensor / parts for name, tensor in t.items()}
@@ -92,12 +95,15 @@ def fold_by_hand(kind: str, t: dict[str, Any], start: np.ndarray[Any, Any]) -> n
 
 @pytest.mark.parametrize("kind", FOLDING)
 def test_the_fold_is_the_formula(kind: str) -> None:
-    start = text_start()
+    start = text_start() * torch.tensor([[0.5], [1], [2], [3], [4], [9]])
     form = form_of(kind, start)
     tensors = shaken(form)
-    unit = tiny("llama").embedding_rms
+    rms = tiny("llama").embedding_rms
+    own = np.sqrt((start.double().numpy() ** 2).mean(axis=1, keepdims=True))
+    unit = np.minimum(np.maximum(own, rms), SCALE * rms)
+    assert unit[0] == rms < unit[2] < unit[3] < unit[5] == SCALE * rms
     expected = fold_by_hand(kind, tensors, start.double().numpy() / unit)
-    assert form.unit == unit
+    np.testing.assert_allclose(form.unit.numpy(), unit, rtol=1e-6)
     # the unit of superpos is a mean over random gradients: of 20,000, its standard error is below 0.2 %
     tolerance = 0.01 if kind == "superpos" else 1e-5
     np.testing.assert_allclose(form.fold().detach().numpy(), expected, rtol=1e-4, atol=tolerance)
@@ -151,7 +157,6 @@ def test_a_step_moves_each_virtual_token_of_a_kv_prefix_by_its_own_size() -> Non
     """A tenth of the RMS of its key and of its value in each layer, as transformers' own cache has them."""
     start = text_start()
     form = form_of("prefix", start)
-    assert isinstance(form.unit, torch.Tensor)
     cache = plain("llama")(inputs_embeds=start[None], use_cache=True).past_key_values
     for layer, states in enumerate(cache.layers):
         for which, tensor in enumerate((states.keys, states.values)):
@@ -168,6 +173,7 @@ def one_step(kind: str, lm: FrozenLM, template: str, **options: Any) -> tuple[Tr
     data = toy(5, 0)
     task = Task.for_data(lm, data, Template(template), verbalizer=TOY_LABELS, num_virtual_tokens=6)
     settings = {"init": "labels", "batch_size": 5, "steps": 1, "clip": 0.0, "parametrisation": kind, "loss": "labels"}
+    settings |= {"init_scale": SCALE}
     training = Training(task, data, data, train_settings(**settings | options))
     (step,) = training
     return training, step.loss
@@ -180,7 +186,10 @@ def reference(
     task, config = training.task, training.config
     start = initial_vectors(task.lm, 6, init="labels", seed=0, label_words=task.label_words())
     before = task.label_request(toy(5, 0).examples[0]).ids
-    form = parametrise(task.lm, config.parametrisation, start, seed=0, before=before[: before.index(SOFT)])
+    if config.parametrisation != "prefix":
+        start[1:] *= SCALE
+    before = before[: before.index(SOFT)]
+    form = parametrise(task.lm, config.parametrisation, start, seed=0, scale=SCALE, before=before)
     numbers = form.fold() * form.unit
     loss = torch.zeros(())
     for example in toy(5, 0).examples:

@@ -502,12 +502,39 @@ def test_the_loss_over_labels_needs_labels(llama: FrozenLM) -> None:
     )
 
 
+@pytest.mark.parametrize("init", ["random", "vocab", "text", "labels"])
+def test_all_but_the_first_start_as_long_as_what_the_first_layer_gives(init: str, llama: FrozenLM) -> None:
+    data = toy(40, 0)
+    task = toy_task(llama, data)
+    settings: dict[str, Any] = {"init": init, "init_text": "good or bad ?" if init == "text" else None}
+
+    def start(**options: Any) -> torch.Tensor:
+        config = train_settings(**settings | options)
+        return Training(task, data, config=config).result().vectors
+
+    embeddings, gain = start(), llama.first_layer_gain
+    assert gain > 1.01  # or it would show nothing
+    for scale, vectors in ((gain, start(init_scale=None)), (3.0, start(init_scale=3.0))):
+        torch.testing.assert_close(vectors[0], embeddings[0])
+        torch.testing.assert_close(vectors[1:], scale * embeddings[1:])
+    prefix = {"parametrisation": "prefix"}
+    assert torch.equal(start(**prefix, init_scale=None), start(**prefix))
+
+
+def test_training_goes_on_from_a_soft_prompt_as_it_is(llama: FrozenLM) -> None:
+    data = toy(40, 0)
+    given = initial_vectors(llama, 6, init="random", seed=1) * torch.tensor([[1], [1], [2], [5], [9], [30]])
+    training = Training(toy_task(llama, data), data, config=train_settings(init_scale=9.0), start=given)
+    torch.testing.assert_close(training.result().vectors, given)
+
+
 def test_labels_that_fit_are_the_text_that_auto_starts_from(llama: FrozenLM) -> None:
     """Lester et al. 2021 start from the labels; as a readable line of them it is the hard prompt to be improved on."""
     data = toy(40, 0)
     line = llama.tokenizer("Options: " + ", ".join(sorted({str(e.target) for e in data.examples})) + ".\n").input_ids
     for size, expected in ((len(line), llama.embedding[line]), (len(line) - 1, None)):
         task = Task.for_data(llama, data, Template("{soft_prompt}{input} {target}"), num_virtual_tokens=size)
-        start = Training(task, data, config=TrainConfig(num_virtual_tokens=size)).result().vectors
+        config = TrainConfig(num_virtual_tokens=size, init_scale=1.0)
+        start = Training(task, data, config=config).result().vectors
         words = initial_vectors(llama, size, init="labels", seed=0, label_words=task.label_words())
         torch.testing.assert_close(start, words if expected is None else expected, rtol=1e-6, atol=1e-7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -27,6 +28,9 @@ class TrainConfig:
             where there is an ``init_text``; where there are labels, the text ``Options: a, b, c.`` if it fits in P
             tokens, else ``labels``; ``vocab`` for free text.
         init_text: text for ``init="text"``, cut to P tokens, or repeated to end with its end.
+        init_scale: what the initial vectors but the first are multiplied by, at least 1; None: by as much as the base
+            model's first decoder layer makes hidden states larger (``FrozenLM.first_layer_gain``), so that what is
+            learned reaches the deeper layers past that layer too. Steps grow with it.
         parametrisation: what is learned (see ``parametrisation.py``): ``plain``, the vectors themselves;
             ``residual``, ``superpos`` or ``mlp``, numbers that are folded into vectors after training; ``prefix``, keys
             and values for every layer, a soft prompt of another kind with a larger file.
@@ -38,12 +42,12 @@ class TrainConfig:
         loss: ``lm`` (cross-entropy of all target tokens over the whole vocabulary) or ``labels`` (cross-entropy over
             the labels' scores).
         optimizer: ``adamw`` or ``adafactor``.
-        lr: peak learning rate in units of the embedding table's RMS: an Adam step moves an element by at most about
-            ``lr`` RMS.
+        lr: peak learning rate in units of the RMS of each virtual token's initial vector (between that of the embedding
+            table and ``init_scale`` times that): an Adam step moves an element by at most about ``lr`` RMS.
         weight_decay: decoupled, a factor of the learning rate, per step.
         warmup: share of the steps over which the learning rate rises linearly from 0, in [0, 1).
         schedule: how it falls afterwards: ``linear`` or ``cosine`` to 0, or ``constant``.
-        clip: the most that the gradient's norm may be, in loss per embedding RMS; larger ones are scaled down; 0 for
+        clip: the most that the gradient's norm may be, in loss per RMS of the start; larger ones are scaled down; 0 for
             no clipping.
         average: decay of an exponential moving average of the soft prompt over the steps, in [0, 1), which is validated
             and kept in place of the current one (Polyak and Juditsky 1992); 0 for none. It is
@@ -64,6 +68,7 @@ class TrainConfig:
     num_virtual_tokens: int | None = None
     init: str = "auto"
     init_text: str | None = None
+    init_scale: float | None = None
     parametrisation: str = "plain"
     starts: int = 1
     lengths: tuple[int, ...] = ()
@@ -123,7 +128,11 @@ class TrainConfig:
             one_of("optimizer", OPTIMIZERS),
             one_of("schedule", SCHEDULES),
             one_of("compile", ("auto", "on", "off")),
-            (0 < self.lr < 1000, f"lr must be above 0 and below 1000 embedding RMS, not {self.lr}"),
+            (
+                self.init_scale is None or 1 <= self.init_scale < 1000,
+                f"init_scale must be at least 1 and below 1000, not {self.init_scale}",
+            ),
+            (0 < self.lr < 1000, f"lr must be above 0 and below 1000 RMS of the start, not {self.lr}"),
             (0 <= self.warmup < 1, f"warmup must be a share of the steps in [0, 1), not {self.warmup}"),
             (0 <= self.average < 1, f"average must be in [0, 1), not {self.average}"),
             (self.epochs is None or 0 < self.epochs < 1e6, f"epochs must be above 0 and finite, not {self.epochs}"),
@@ -160,12 +169,25 @@ class TrainConfig:
 DEFAULT_STEPS = 1600
 EVAL_EVERY = 100
 
+EPOCHS = 20
+"""The most passes over the rows where time is given instead of steps. For a model's own weights, a schedule that lasted
+for more would decay long after they have begun to overfit, and the best of them would be some from the middle of it, at
+a high rate."""
+
+
+def most_steps(rows: int, batch_size: int) -> int:
+    """The most steps of a soft prompt where time is given instead of steps: ``EPOCHS`` passes over ``rows`` examples,
+    or ``DEFAULT_STEPS`` if that is more."""
+    return max(DEFAULT_STEPS, math.ceil(EPOCHS * rows / batch_size))
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     # Lester et al. 2021, §3 and appendix A.1: P=100, Adafactor without parameter scaling, constant rate 0.3 on a
     # table whose
     # RMS is about 10.7, weight decay 1e-5, beta2 decay 0.8, batch 32, 30,000 steps, class-label initialisation.
     "lester2021": {
         "num_virtual_tokens": 100,
+        "init_scale": 1.0,
         "optimizer": "adafactor",
         "lr": 0.3 / 10.7,
         "weight_decay": 1e-5,

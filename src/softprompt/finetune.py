@@ -20,7 +20,7 @@ import torch
 
 from softprompt.attention import PrefixKV
 from softprompt.batch import Row, collate, micro_batches
-from softprompt.config import DEFAULT_STEPS, TrainConfig
+from softprompt.config import EPOCHS, TrainConfig, most_steps
 from softprompt.data import Example, check_targets
 from softprompt.errors import ConfigError
 from softprompt.evaluate import Prediction, Progress, Query, default_sampling, predict
@@ -42,9 +42,6 @@ TRIAL_STEPS = 8
 """With fewer steps a trial would tell nothing, and is not made."""
 VALIDATIONS = 16
 """As many as a soft prompt's default run has, or fewer where they would take more than a fifth of the time."""
-EPOCHS = 20
-"""The most passes over the rows: a schedule that lasted for more would decay long after the weights have begun to
-overfit, and the best of them would be some from the middle of it, at a high rate."""
 LEAST_PLANNED = 200
 """Steps that are allowed even if they are more passes than that, for data of a few dozen rows."""
 
@@ -360,8 +357,8 @@ def peft_prompt_tuning(problem: Problem) -> Learned:
 
     As many virtual tokens as a soft prompt has by default, PEFT's default initialisation (normal, deviation 1),
     cross-entropy of the target tokens by transformers' own forward, AdamW with a rate that falls linearly from
-    ``PEFT_LR``, no validation: the last vectors are taken. As many steps as a soft prompt has by default, or as fit
-    into the budget. The vectors are then used by our own engine, which gives PEFT's logits.
+    ``PEFT_LR``, no validation: the last vectors are taken. As many steps as a soft prompt has in ``compare``, or as
+    fit into the budget. The vectors are then used by our own engine, which gives PEFT's logits.
 
     Raises:
         ConfigError: ``peft`` is not installed.
@@ -377,7 +374,8 @@ def peft_prompt_tuning(problem: Problem) -> Learned:
         model = peft.get_peft_model(lm.model, settings).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=PEFT_LR)
     order = RowOrder([None] * len(requests))  # plainly random, as in its example
-    step, pace, total = 0, 0.0, DEFAULT_STEPS
+    step, pace, most = 0, 0.0, most_steps(len(requests), config.batch_size)
+    total = most
     while step < max(1, total):
         began = time.perf_counter()
         for group in optimizer.param_groups:
@@ -391,7 +389,7 @@ def peft_prompt_tuning(problem: Problem) -> Learned:
         step += 1
         took = time.perf_counter() - began
         pace = took if step == 1 else pace + 0.1 * (took - pace)
-        total = min(DEFAULT_STEPS, step + int(problem.seconds_left / pace))
+        total = min(most, step + int(problem.seconds_left / pace))
         if step % 10 == 0:
             problem.notice(f"step {step:,} of {total:,}, loss {float(loss.detach()):.3f}")
     vectors = model.get_prompt_embedding_to_save("default").float()

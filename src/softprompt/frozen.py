@@ -26,6 +26,7 @@ from softprompt.base import (
 from softprompt.batch import Batch, Row, Tokens, collate, micro_batches
 from softprompt.decoding import Continuation, Decoder, RowKV, Writer
 from softprompt.errors import ConfigError, SoftPromptWarning
+from softprompt.prompt import frequent_tokens
 from softprompt.template import SOFT
 
 SHARED_PREFIX_MODELS = frozenset({"gpt2", "gpt_neox", "llama", "mistral", "opt", "qwen2", "qwen3"})
@@ -36,6 +37,9 @@ PrefixOf = Callable[[Tokens, torch.Tensor | None], PrefixKV]
 
 MAX_TOKENS = 2048
 """Tokens in one micro-batch, padding included: enough for matrix products near their peak, little enough for memory."""
+
+GAIN_TOKENS = 100
+"""Frequent tokens that ``FrozenLM.first_layer_gain`` is measured with."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,17 @@ class FrozenLM:
     def hidden_size(self) -> int:
         """``H``, the width of a token embedding."""
         return int(self.embedding.shape[1])
+
+    @cached_property
+    def first_layer_gain(self) -> float:
+        """How many times as large as what goes in, a frequent token's embedding, is what comes out of the first decoder
+        layer (RMS, median over tokens); at least 1."""
+        ids = frequent_tokens(self, seed=0)[: min(GAIN_TOKENS, self.window)]
+        embedded = self.embed(ids, None)[None]
+        with torch.no_grad(), self._eager():
+            states = self.model(inputs_embeds=embedded, use_cache=False, output_hidden_states=True).hidden_states
+        before, after = (state[0, 1:].float().square().mean(dim=1).sqrt() for state in states[:2])
+        return max(1.0, float((after / before).median()))
 
     @cached_property
     def kv_shape(self) -> tuple[int, ...]:

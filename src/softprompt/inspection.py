@@ -29,6 +29,8 @@ LEVEL = 0.05
 """False discovery rate of everything that is called significant."""
 DRAWS = 1000
 """Random vectors that p-values are taken from; the smallest p-value is 1 / (DRAWS + 1)."""
+SAME = 0.9999
+"""The cosine from which on two directions are one: a training starts from embeddings, but not at their length."""
 TIGHTNESS_DRAWS = 100
 """Of these, how many the tightness of random vectors' neighbours is taken from."""
 SEED = 0
@@ -261,7 +263,7 @@ class Word:
         p: chance that a word picked beforehand has such an excess in any of P random vectors.
         q: p adjusted for all words.
         significant: whether q is at most the level.
-        at_start: whether that vector started as this word; None if the start is not known.
+        at_start: whether that vector started as this word, of whatever length; None if the start is not known.
     """
 
     text: str
@@ -310,6 +312,7 @@ def words(
     cosine = torch.nn.functional.cosine_similarity(holders, targets, dim=1).tolist()
     rank = vocabulary.rank(holders, targets).tolist()
     places = where.tolist()
+    begun = None if start is None else torch.nn.functional.cosine_similarity(start[where], targets, dim=1) > SAME
     return tuple(
         Word(
             text=text,
@@ -320,7 +323,7 @@ def words(
             p=p[i],
             q=q[i],
             significant=q[i] <= level,
-            at_start=None if start is None else torch.allclose(start[places[i]], targets[i], rtol=1e-3, atol=1e-4),
+            at_start=None if begun is None else bool(begun[i]),
         )
         for i, text in enumerate(wanted)
     )
@@ -344,7 +347,8 @@ def starting_vectors(task: Task, soft_prompt: SoftPrompt) -> tuple[torch.Tensor 
         return None, f"its record of the start {record['init']!r} is incomplete"
     number = record.get("start", 0)
     try:
-        config = TrainConfig(**{name: record[name] for name in names}, lengths=record.get("lengths", ()))
+        kept = {name: record[name] for name in names} | {"init_scale": record.get("init_scale", 1.0)}
+        config = TrainConfig(**kept, lengths=record.get("lengths", ()))
         vectors = first_vectors(task, config, number)
     except (ConfigError, TypeError) as error:
         return None, f"its record of the start {record['init']!r} cannot be followed ({error})"
@@ -446,7 +450,7 @@ def _moved(vectors: torch.Tensor, start: torch.Tensor, vocabulary: Vocabulary, l
     random_cosine = (start_norm / torch.hypot(start_norm, distance).clamp_min(1e-12)).tolist()
     return tuple(
         Moved(
-            start=Near(int(tokens[i, 0]), vocabulary.text(int(tokens[i, 0])), 1.0) if values[i, 0] > 0.9999 else None,
+            start=Near(int(tokens[i, 0]), vocabulary.text(int(tokens[i, 0])), 1.0) if values[i, 0] > SAME else None,
             start_norm=float(start_norm[i]),
             distance=float(distance[i]),
             cosine=cosine[i],

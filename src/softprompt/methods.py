@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from softprompt import artifact
-from softprompt.config import DEFAULT_STEPS, EVAL_EVERY, TrainConfig
+from softprompt.config import EVAL_EVERY, TrainConfig, most_steps
 from softprompt.data import Dataset, Example
 from softprompt.errors import ConfigError, TrainingError
 from softprompt.evaluate import Prediction, Progress, Query, headline, headline_metric, predict
@@ -134,7 +134,7 @@ Method = Callable[[Problem], Learned]
 
 
 def soft_prompt(problem: Problem, parametrisation: str = "plain") -> Learned:
-    """A soft prompt tuned with the default settings, in fewer steps where the budget does not last for all."""
+    """A soft prompt tuned with the default settings, in as many steps as the budget lasts for."""
     config = TrainConfig(seed=problem.seed, parametrisation=parametrisation)
     task = Task(problem.lm, problem.template, problem.verbalizer, problem.num_virtual_tokens, problem.lm.window)
     problem.notice("timing a step")
@@ -178,10 +178,12 @@ class _Pace:
     Attributes:
         steps: seconds of each of the latest steps.
         validation: seconds of a validation.
+        most: steps that a run may have, however long the time.
     """
 
     steps: deque[float]
     validation: float
+    most: int
 
     @property
     def a_step(self) -> float:
@@ -190,11 +192,11 @@ class _Pace:
 
     def end(self, seconds: float, every: int, done: int = 0) -> int:
         """How many steps the longest run has that has done ``done`` and takes ``seconds`` more, with a validation at
-        every multiple of ``every`` and at its end: at least one more step, and at most the default."""
+        every multiple of ``every`` and at its end: at least one more step, and at most ``most``."""
         end, check = done, done - done % every + every
-        while end < DEFAULT_STEPS:
+        while end < self.most:
             last = done + int((seconds - self.validation) / self.a_step)
-            end = max(end, min(last, check, DEFAULT_STEPS))
+            end = max(end, min(last, check, self.most))
             if last <= check:
                 break
             seconds, check = seconds - self.validation, check + every
@@ -202,14 +204,15 @@ class _Pace:
 
 
 def _within_budget(problem: Problem, task: Task, config: TrainConfig) -> tuple[TrainConfig, _Pace]:
-    """The settings with as many of the default steps as fit into what is left of the budget, and with fewer validation
+    """The settings with as many steps as fit into what is left of the budget, and with fewer validation
     rows where they are dear; and what some steps and rows took that were timed for it."""
     config = replace(config, compile="on" if problem.worth_compiling else "off")
     rows = min(config.validation_rows, len(problem.validation.examples))
     some = min(rows, PROBE_ROWS)
     timed = replace(config, steps=PROBE, eval_every=1_000, validation_rows=some)
     probe = Training(task, problem.train, problem.validation, timed)
-    began, pace = time.perf_counter(), _Pace(deque(maxlen=LATEST), 0.0)
+    most = most_steps(len(problem.train.examples), config.batch_size)
+    began, pace = time.perf_counter(), _Pace(deque(maxlen=LATEST), 0.0, most)
     for step in probe:
         pace.steps.append(step.seconds)
         if problem.seconds_left < 0:

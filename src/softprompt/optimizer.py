@@ -11,7 +11,7 @@ from softprompt.config import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int, total: int) -> float:
-    """Learning rate of step ``step`` (from 0) of ``total``, in embedding RMS: linear warm-up, then the schedule."""
+    """Learning rate of step ``step`` (from 0) of ``total``, in RMS of the start: linear warm-up, then the schedule."""
     warm = math.ceil(config.warmup * total)
     if step < warm:
         return config.lr * (step + 1) / warm

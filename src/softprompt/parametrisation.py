@@ -1,7 +1,7 @@
 """What is learned in place of a soft prompt's own numbers, and how it folds into them.
 
-Every learned tensor is scaled so that one Adam step of learning rate ``lr`` moves the soft prompt by about ``lr``
-RMS of the base model's embedding table, as it does for free vectors: one default learning rate serves all. Where
+Every learned tensor is scaled so that one Adam step of learning rate ``lr`` moves each virtual token by about ``lr``
+times the RMS that it started with, as it does for free vectors: one default learning rate serves all. Where
 several tensors move it side by side, each has an equal part of that. And all start at the chosen initial vectors.
 """
 
@@ -33,16 +33,18 @@ class Parametrisation:
         tensors: float32 leaves by name: what optimizer, clipping and checkpoint see.
         fold: the soft prompt ``[P, H]`` or ``[P, L, 2, H_kv, D]`` that they stand for, in ``unit``; differentiable in
             all of them.
-        unit: what ``fold()`` is to be multiplied by: the RMS of the embedding table; for a KV prefix ``[P, L, 2, 1,
-            1]``, a tenth of the RMS of each virtual token's initial key and value in each layer.
+        unit: what ``fold()`` is to be multiplied by: ``[P, 1]``, the RMS of each initial vector; for a KV prefix ``[P,
+            L, 2, 1, 1]``, a tenth of the RMS of each virtual token's initial key and value in each layer.
     """
 
     tensors: dict[str, torch.Tensor]
     fold: Callable[[], torch.Tensor]
-    unit: float | torch.Tensor
+    unit: torch.Tensor
 
 
-def parametrise(lm: FrozenLM, kind: str, start: torch.Tensor, *, seed: int, before: Sequence[int]) -> Parametrisation:
+def parametrise(
+    lm: FrozenLM, kind: str, start: torch.Tensor, *, seed: int, scale: float, before: Sequence[int]
+) -> Parametrisation:
     """What is to be learned, standing for ``start``.
 
     Args:
@@ -50,14 +52,17 @@ def parametrise(lm: FrozenLM, kind: str, start: torch.Tensor, *, seed: int, befo
         kind: one of ``config.PARAMETRISATIONS``.
         start: float32 ``[P, H]``; for ``prefix`` that or ``[P, L, 2, H_kv, D]``.
         seed: seeds what is drawn.
+        scale: the largest unit, in RMS of the embedding table.
         before: for ``prefix``, the token ids before the soft prompt.
     """
     if kind == "prefix":
         return _prefix(start if start.dim() == 5 else kv_of(lm, before, start))
-    vectors, generator = start / lm.embedding_rms, torch.Generator().manual_seed(seed)
+    rms = start.square().mean(dim=1, keepdim=True).sqrt()
+    unit = rms.clamp(lm.embedding_rms, scale * lm.embedding_rms)
+    vectors, generator = start / unit, torch.Generator().manual_seed(seed)
     if kind == "plain":
         learned = {"vectors": vectors.requires_grad_()}
-        return Parametrisation(learned, lambda: learned["vectors"], lm.embedding_rms)
+        return Parametrisation(learned, lambda: learned["vectors"], unit)
     if kind == "superpos":
         sampled = lm.embedding[frequent_tokens(lm, seed)[:SAMPLED]].detach().float() / lm.embedding_rms
         parts, tensors, formula = 2, *_superpos(vectors, sampled)
@@ -66,9 +71,7 @@ def parametrise(lm: FrozenLM, kind: str, start: torch.Tensor, *, seed: int, befo
     else:
         parts, tensors, formula = 1, *_mlp(vectors, generator)  # one behind the other
     scaled = {name: (tensor * parts).requires_grad_() for name, tensor in tensors.items()}
-    return Parametrisation(
-        scaled, lambda: formula({name: tensor / parts for name, tensor in scaled.items()}), lm.embedding_rms
-    )
+    return Parametrisation(scaled, lambda: formula({name: tensor / parts for name, tensor in scaled.items()}), unit)
 
 
 Tensors = dict[str, torch.Tensor]

@@ -43,8 +43,8 @@ class Step:
         number: 1 for the first.
         total: how many are planned.
         loss: mean loss of the step's batch, in nats (a target token for ``lm``, an example for ``labels``).
-        lr: learning rate in embedding RMS.
-        grad_norm: the gradient's norm before clipping, in loss per embedding RMS.
+        lr: learning rate in RMS of the start.
+        grad_norm: the gradient's norm before clipping, in loss per RMS of the start.
         tokens: tokens computed, the shared prefix counted once.
         seconds: wall time, validation not included.
         validation: metric → value if the step ended with a validation.
@@ -74,7 +74,12 @@ def _tokens(requests: Sequence[Request]) -> int:
 
 
 def first_vectors(task: Task, config: TrainConfig, number: int = 0) -> torch.Tensor:
-    """What the start of that number begins with by the rule ``config.init``: float32 ``[P, H]`` on the CPU."""
+    """What the start of that number begins with by the rule ``config.init``: float32 ``[P, H]`` on the CPU.
+
+    All but the first are ``config.init_scale`` times as long as embeddings; that one is left as it is, since a sequence
+    begins with it and heads look at it that look at nothing else. For a KV prefix, none is: in it every layer has
+    numbers of its own.
+    """
     lm, words, init, text = task.lm, task.label_words(), config.init, config.init_text
     length, draw = config.start(number)
     if init == "auto" and text is None and words and draw == 0:
@@ -83,7 +88,15 @@ def first_vectors(task: Task, config: TrainConfig, number: int = 0) -> torch.Ten
             text = options
     if init == "auto":
         init = "text" if text and draw == 0 else "labels" if words else "vocab"
-    return initial_vectors(lm, length, init=init, seed=config.seed + draw, text=text, label_words=words)
+    vectors = initial_vectors(lm, length, init=init, seed=config.seed + draw, text=text, label_words=words)
+    if config.parametrisation != "prefix":
+        vectors[1:] *= init_scale(lm, config)
+    return vectors
+
+
+def init_scale(lm: FrozenLM, config: TrainConfig) -> float:
+    """How many times as long as embeddings the initial vectors are."""
+    return lm.first_layer_gain if config.init_scale is None else config.init_scale
 
 
 @dataclass(eq=False)
@@ -117,8 +130,8 @@ class _Learner:
 class Training:
     """One run of tuning. Iterate over it to train, then ask for ``result()``; that works after an interruption too.
 
-    The learned numbers are kept in units of the embedding table's RMS, so that learning rate, clipping and Adam's
-    epsilon mean the same for every base model (``parametrisation.py``).
+    The learned numbers are kept in units of the RMS of their start, so that learning rate, clipping and Adam's epsilon
+    mean the same for every base model (``parametrisation.py``).
 
     With several starts, each does the first tenth of the steps and is validated; the best of them goes on with its
     optimizer. They count as steps of one run, and so do those that a start skips once its loss is not finite.
@@ -318,6 +331,7 @@ class Training:
             self.config.parametrisation,
             self._initial(number),
             seed=self.config.seed + number,
+            scale=init_scale(self.task.lm, self.config),
             before=first[: first.index(SOFT)],
         )
         learner = _Learner(number, form, make_optimizer(self.config, *form.tensors.values()), None)
@@ -368,6 +382,7 @@ class Training:
             parametrisation=self.config.parametrisation,
             training={
                 **self.config.as_dict(),
+                "init_scale": init_scale(lm, self.config),
                 "init": "given" if self._start is not None and self.config.init in INITS else self.config.init,
                 "steps_done": self.step,
                 "best_step": self.step if best is None else best["step"],
