@@ -82,7 +82,8 @@ def test_a_first_step_by_hand_in_units_of_the_start(optimizer: str) -> None:
     (step,) = training
     lm, bound = training.task.lm, training.task
     start = initial_vectors(lm, 6, init="labels", seed=4, label_words=bound.label_words())
-    start[1:] *= config.init_scale or 0
+    assert config.init_scale is not None
+    start[1:] *= config.init_scale
     leaf = start.clone().requires_grad_()
     loss = torch.zeros(())
     for example in data.examples:
@@ -91,7 +92,7 @@ def test_a_first_step_by_hand_in_units_of_the_start(optimizer: str) -> None:
         loss = loss - scores.log_softmax(dim=0)[bound.labels.index(str(example.target))] / 3
     (gradient,) = torch.autograd.grad(loss, leaf)
     table = float(lm.embedding.square().mean().sqrt())
-    unit = start.square().mean(dim=1, keepdim=True).sqrt().clamp(table, (config.init_scale or 0) * table)
+    unit = start.square().mean(dim=1, keepdim=True).sqrt().clamp(table, config.init_scale * table)
     assert (float(unit.std()) > 0.01) == (optimizer == "adamw")
     in_units = gradient * unit
     assert step.loss == pytest.approx(float(loss.detach()), rel=1e-5)

@@ -519,6 +519,8 @@ def test_all_but_the_first_start_as_long_as_what_the_first_layer_gives(init: str
         torch.testing.assert_close(vectors[1:], scale * embeddings[1:])
     prefix = {"parametrisation": "prefix"}
     assert torch.equal(start(**prefix, init_scale=None), start(**prefix))
+    record = Training(task, data, config=train_settings(**settings | prefix, init_scale=None)).result().training
+    assert record["init_scale"] == 1.0
 
 
 def test_training_goes_on_from_a_soft_prompt_as_it_is(llama: FrozenLM) -> None:

@@ -30,7 +30,7 @@ class TrainConfig:
         init_text: text for ``init="text"``, cut to P tokens, or repeated to end with its end.
         init_scale: what the initial vectors but the first are multiplied by, at least 1; None: by as much as the base
             model's first decoder layer makes hidden states larger (``FrozenLM.first_layer_gain``), so that what is
-            learned reaches the deeper layers past that layer too. Steps grow with it.
+            learned reaches the deeper layers past that layer too. Steps grow with it. A KV prefix is always at 1.
         parametrisation: what is learned (see ``parametrisation.py``): ``plain``, the vectors themselves;
             ``residual``, ``superpos`` or ``mlp``, numbers that are folded into vectors after training; ``prefix``, keys
             and values for every layer, a soft prompt of another kind with a larger file.

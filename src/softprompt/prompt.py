@@ -93,7 +93,7 @@ def initial_vectors(
     text: str | None = None,
     label_words: Sequence[Sequence[int]] = (),
 ) -> torch.Tensor:
-    """The vectors that a training starts from (Lester et al. 2021, §3.2).
+    """The vectors that a training starts from, as long as embeddings (Lester et al. 2021, §3.2).
 
     Args:
         lm: gives the embedding table.

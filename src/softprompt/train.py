@@ -77,8 +77,7 @@ def first_vectors(task: Task, config: TrainConfig, number: int = 0) -> torch.Ten
     """What the start of that number begins with by the rule ``config.init``: float32 ``[P, H]`` on the CPU.
 
     All but the first are ``config.init_scale`` times as long as embeddings; that one is left as it is, since a sequence
-    begins with it and heads look at it that look at nothing else. For a KV prefix, none is: in it every layer has
-    numbers of its own.
+    begins with it and heads look at it that look at nothing else.
     """
     lm, words, init, text = task.lm, task.label_words(), config.init, config.init_text
     length, draw = config.start(number)
@@ -89,13 +88,15 @@ def first_vectors(task: Task, config: TrainConfig, number: int = 0) -> torch.Ten
     if init == "auto":
         init = "text" if text and draw == 0 else "labels" if words else "vocab"
     vectors = initial_vectors(lm, length, init=init, seed=config.seed + draw, text=text, label_words=words)
-    if config.parametrisation != "prefix":
-        vectors[1:] *= init_scale(lm, config)
+    vectors[1:] *= init_scale(lm, config)
     return vectors
 
 
 def init_scale(lm: FrozenLM, config: TrainConfig) -> float:
-    """How many times as long as embeddings the initial vectors are."""
+    """How many times as long as embeddings the initial vectors are: those of a KV prefix, in which every layer has
+    numbers of its own, as long as they are."""
+    if config.parametrisation == "prefix":
+        return 1.0
     return lm.first_layer_gain if config.init_scale is None else config.init_scale
 
 
