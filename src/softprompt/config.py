@@ -48,8 +48,7 @@ class TrainConfig:
         warmup: share of the steps over which the learning rate rises linearly from 0, in [0, 1).
         schedule: how it falls afterwards: ``linear`` or ``cosine`` to 0, or ``constant``.
         clip: the most that the gradient's norm may be, in loss per RMS of the start; larger ones are scaled down; 0 for
-            no clipping. The first steps have gradients 10 to 20 times as large as the later ones, and what Adam divides
-            by remembers them for hundreds of steps; the default cuts them to the size of the later ones.
+            no clipping.
         average: decay of an exponential moving average of the soft prompt over the steps, in [0, 1), which is validated
             and kept in place of the current one (Polyak and Juditsky 1992); 0 for none. It is
             ``min(average, (1 + t) / (10 + t))`` at step ``t``, so that the start is soon forgotten.
@@ -79,7 +78,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     warmup: float = 0.05
     schedule: str = "linear"
-    clip: float = 0.1
+    clip: float = 1.0
     average: float = 0.0
     batch_size: int = 16
     steps: int | None = None
