@@ -6,7 +6,9 @@ alternating in one process.
 
 Prints medians in seconds, the ratio (above 1: ours is faster), what each side's gradient and loss are on the first
 batch, peak memory above the loaded model (each side in a process of its own) and the share of the measured
-matrix-product peak that our useful operations reach.
+matrix-product peak that our useful operations reach. ``--device cuda`` runs both sides on a GPU. With
+``--random-weights`` the base is a folder with a model's config.json and tokenizer only: what the weights are changes
+neither time nor memory.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 
 import torch
 
+from softprompt.base import DTYPES
 from softprompt.batch import Row
 from softprompt.data import read_dataset
 from softprompt.frozen import FrozenLM, Request
@@ -35,10 +38,24 @@ from softprompt.template import DEFAULT_TEMPLATE, SOFT, Template
 Batches = list[list[Request]]
 
 
+def load_base(options: argparse.Namespace) -> FrozenLM:
+    """The base model on the device."""
+    if not options.random_weights:
+        return FrozenLM.load(options.base, dtype=options.dtype, device=options.device)
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    models: Any = AutoModelForCausalLM
+    torch.manual_seed(0)
+    with torch.device(options.device):
+        model = models.from_config(AutoConfig.from_pretrained(options.base), dtype=DTYPES[options.dtype])
+    tokenizer = AutoTokenizer.from_pretrained(options.base)
+    return FrozenLM(model, tokenizer, name=options.base, dtype=options.dtype, device=options.device)
+
+
 def load(options: argparse.Namespace) -> tuple[FrozenLM, Batches]:
     """The base model and seeded batches of requests whose only word is the target (plain cross-entropy of the
     target)."""
-    lm = FrozenLM.load(options.base, dtype=options.dtype, device="cpu")
+    lm = load_base(options)
     data = read_dataset(options.data, fields=("input",))
     template = Template(DEFAULT_TEMPLATE)
     task = Task.for_data(lm, data, template, num_virtual_tokens=options.num_virtual_tokens)
@@ -56,9 +73,9 @@ def start(lm: FrozenLM, options: argparse.Namespace) -> torch.Tensor:
 
 def our_step(lm: FrozenLM, options: argparse.Namespace) -> Callable[[list[Request]], tuple[float, torch.Tensor]]:
     """A step that returns loss and gradient."""
-    vectors = start(lm, options).requires_grad_()
+    vectors = start(lm, options).to(lm.device).requires_grad_()
     optimizer = torch.optim.AdamW([vectors], lr=1e-6)
-    objective = Objective(lm)
+    objective = Objective(lm) if options.max_tokens is None else Objective(lm, max_tokens=options.max_tokens)
     if options.compile == "on":
         lm.compile_layers()
 
@@ -77,7 +94,7 @@ def peft_step(options: argparse.Namespace) -> Callable[[list[Request]], tuple[fl
     """The same step by PEFT, as its examples do it: padded ids, labels of -100 outside the target."""
     from peft import PromptTuningConfig, get_peft_model
 
-    lm = FrozenLM.load(options.base, dtype=options.dtype, device="cpu")
+    lm = load_base(options)
     lm.model.set_attn_implementation("sdpa")
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=options.num_virtual_tokens)
     model: Any = get_peft_model(lm.model, config)
@@ -97,6 +114,7 @@ def peft_step(options: argparse.Namespace) -> Callable[[list[Request]], tuple[fl
         for i, row in enumerate(rows):
             labels[i, : len(row)] = -100
             labels[i, len(full[i]) :] = -100
+        ids, mask, labels = (tensor.to(lm.device) for tensor in (ids, mask, labels))
         optimizer.zero_grad()
         loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         loss.backward()
@@ -107,15 +125,24 @@ def peft_step(options: argparse.Namespace) -> Callable[[list[Request]], tuple[fl
     return step
 
 
-def matrix_peak(dtype: torch.dtype) -> float:
+def wait(device: str) -> None:
+    """Until the device has done all that it was asked for."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def matrix_peak(dtype: torch.dtype, device: str) -> float:
     """Floating-point operations a second of a large square matrix product, the best of several."""
-    a, b = torch.randn(2048, 2048, dtype=dtype), torch.randn(2048, 2048, dtype=dtype)
+    size = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     times = []
     for _ in range(8):
+        wait(device)
         began = time.perf_counter()
         torch.mm(a, b)
+        wait(device)
         times.append(time.perf_counter() - began)
-    return 2 * 2048**3 / min(times)
+    return 2 * size**3 / min(times)
 
 
 def useful_operations(lm: FrozenLM, batch: list[Request], num_virtual_tokens: int) -> float:
@@ -127,10 +154,13 @@ def useful_operations(lm: FrozenLM, batch: list[Request], num_virtual_tokens: in
 
 
 def peak_memory(options: argparse.Namespace, side: str) -> int:
-    """Bytes of peak resident memory above the loaded model, in a process of its own."""
+    """Bytes of peak memory above the loaded model, in a process of its own: resident, or on a GPU allocated there."""
     command = [sys.executable, __file__, "--memory-of", side, "--data", options.data, "--base", options.base]
     command += ["--num-virtual-tokens", str(options.num_virtual_tokens), "--batch-size", str(options.batch_size)]
     command += ["--dtype", options.dtype, "--steps", "2", "--warmup", "1", "--compile", options.compile]
+    command += ["--device", options.device]
+    command += ["--random-weights"] if options.random_weights else []
+    command += ["--max-tokens", str(options.max_tokens)] if options.max_tokens else []
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return int(done.stdout.strip().splitlines()[-1])
 
@@ -142,13 +172,16 @@ def resident() -> int:
 
 
 def measure_memory(options: argparse.Namespace) -> None:
-    """Prints how far the peak of resident memory rises above the loaded, touched model."""
+    """Prints how far the peak of memory rises above the loaded, touched model."""
     lm, batches = load(options)
     lm.weights_digest()  # touches every page of the weights
     step = our_step(lm, options) if options.memory_of == "softprompt" else peft_step(options)
-    loaded = resident()
+    loaded = torch.cuda.memory_allocated() if options.device == "cuda" else resident()
     for batch in batches:
         step(batch)
+    if options.device == "cuda":
+        print(torch.cuda.max_memory_allocated() - loaded)
+        return
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - loaded)
 
 
@@ -160,6 +193,9 @@ def main() -> None:
     parser.add_argument("--num-virtual-tokens", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--random-weights", action="store_true")
+    parser.add_argument("--max-tokens", type=int, help="of a micro-batch, in place of the objective's own")
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--compile", choices=["on", "off"], default="on")
@@ -171,19 +207,22 @@ def main() -> None:
         return
 
     memory = {side: peak_memory(options, side) for side in ("softprompt", "peft")}
-    peak = matrix_peak({"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype])
+    peak = matrix_peak(DTYPES[options.dtype], options.device)
     lm, batches = load(options)
     ours, theirs = our_step(lm, options), peft_step(options)
     times: dict[str, list[float]] = {"softprompt": [], "peft": []}
     first: dict[str, tuple[float, torch.Tensor]] = {}
     began = time.perf_counter()
     first["softprompt"] = ours(batches[0])
+    wait(options.device)
     first_step = time.perf_counter() - began
     first["peft"] = theirs(batches[0])
     for number, batch in enumerate(batches[1:], start=1):
         for side, step in (("softprompt", ours), ("peft", theirs)):
+            wait(options.device)
             began = time.perf_counter()
             step(batch)
+            wait(options.device)
             if number >= options.warmup:
                 times[side].append(time.perf_counter() - began)
     medians = {side: statistics.median(values) for side, values in times.items()}
@@ -206,6 +245,7 @@ def main() -> None:
         "batch_size": options.batch_size,
         "dtype": options.dtype,
         "compile": options.compile,
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "steps": len(times["peft"]),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,6 +88,20 @@ def test_the_gain_of_the_first_layer_is_what_transformers_hidden_states_show(kin
         model(input_ids=torch.tensor([frequent_tokens(lm, 0)[:100]]))
     before, after = (state[0, 1:].square().mean(dim=1).sqrt() for state in states)
     assert lm.first_layer_gain == pytest.approx(max(1.0, float((after / before).median())), rel=1e-4)
+
+
+def test_a_gpu_computes_as_many_tokens_at_once_as_fit_its_share_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = FrozenLM(make_model("llama"), make_tokenizer(), name="on a GPU", dtype="fp32", device="cpu")
+    assert lm.tokens_at_once == 2048
+    # Numbers that go into and come out of a layer's matrix products, for each token: of attention 2 * 32 for queries
+    # and output, 32 + 16 for keys and values, and 32 + 48 three times; two copies of 320 logits come on top.
+    a_token = 4 * 3 * (2 * 64 + 2 * 48 + 3 * 80) + 4 * 2 * 320
+    for tokens, expected in ((3000, 3000), (100, 2048), (50_000, 16_384)):
+        lm = FrozenLM(make_model("llama"), make_tokenizer(), name="on a GPU", dtype="fp32", device="cpu")
+        lm.device = torch.device("cuda")
+        memory = SimpleNamespace(total_memory=10 * a_token * (tokens + 0.5))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, memory=memory: memory)
+        assert lm.tokens_at_once == expected
 
 
 # --- fact 2: the shared-prefix gradient is the concatenation gradient ----------------------------------------

@@ -21,7 +21,7 @@ from softprompt.attention import PrefixKV
 from softprompt.batch import Tokens
 from softprompt.decoding import JOIN_TOKENS, Continuation, Decoder, TokenLogprob, Writer
 from softprompt.errors import ConfigError
-from softprompt.frozen import MAX_TOKENS, FrozenLM, Request, Sampling
+from softprompt.frozen import FrozenLM, Request, Sampling
 from softprompt.template import SOFT
 
 log = logging.getLogger("softprompt.engine")
@@ -461,7 +461,7 @@ class Engine:
         tokens = 0
         while (ticket := self._to_score.first()) is not None:
             tokens += sum(map(len, ticket.job.request.words)) + len(ticket.job.request.ids)
-            if picked and tokens > 2 * MAX_TOKENS:
+            if picked and tokens > 2 * self.lm.tokens_at_once:
                 break
             picked.append(self._to_score.pop())
         self._scoring = len(picked)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from softprompt.attention import PrefixKV
-from softprompt.batch import Row, collate, micro_batches
+from softprompt.batch import Row, collate
 from softprompt.config import EPOCHS, TrainConfig, most_steps
 from softprompt.data import Example, check_targets
 from softprompt.errors import ConfigError
@@ -241,7 +241,7 @@ class Tuner:
             lengths = [sum(len(row.ids) + len(word) for word in row.words) for row in rows]
         else:
             lengths = [row.length for row in rows]
-        for group in micro_batches(lengths, self._objective.max_tokens):
+        for group in self._objective.micro_batches(lengths):
             self._follow_embedding()
             if self._no_prefix is None:
                 scores = self._lm.score_concatenated([requests[i] for i in group], ())

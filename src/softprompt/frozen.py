@@ -36,7 +36,14 @@ PrefixOf = Callable[[Tokens, torch.Tensor | None], PrefixKV]
 """``FrozenLM.prefix_kv``, or what keeps its results."""
 
 MAX_TOKENS = 2048
-"""Tokens in one micro-batch, padding included: enough for matrix products near their peak, little enough for memory."""
+"""Tokens in one micro-batch on a CPU, padding included: enough for matrix products near their peak, little enough for
+memory."""
+
+MOST_TOKENS = 16384
+"""On a GPU at most as many, from where on launching kernels costs little."""
+
+GPU_SHARE = 0.1
+"""Share of a GPU's memory that a micro-batch with gradient should not exceed by much."""
 
 GAIN_TOKENS = 100
 """Frequent tokens that ``FrozenLM.first_layer_gain`` is measured with."""
@@ -196,6 +203,21 @@ class FrozenLM:
         with torch.no_grad(), self._eager():
             keys = self.prefix_kv((), None).keys
         return len(keys), 2, keys[0].shape[1], keys[0].shape[3]
+
+    @cached_property
+    def tokens_at_once(self) -> int:
+        """The most tokens, padding included, in a micro-batch with gradient.
+
+        A GPU wants more than a CPU: passes over few tokens spend their time on launching kernels. It gets as many as
+        keep what backward needs, all that goes into and comes out of each matrix product, within ``GPU_SHARE``.
+        """
+        if self.device.type != "cuda":
+            return MAX_TOKENS
+        ends = sum(sum(w.shape) for layer in self._layers for w in layer.parameters() if w.dim() == 2)
+        logits = 2 * torch.float32.itemsize * self.embedding.shape[0]
+        memory = torch.cuda.get_device_properties(self.device).total_memory
+        fitting = int(GPU_SHARE * memory / (self.dtype.itemsize * ends + logits))
+        return min(max(MAX_TOKENS, fitting), MOST_TOKENS)
 
     @property
     def num_parameters(self) -> int:
@@ -389,7 +411,7 @@ class FrozenLM:
         requests: Sequence[Request],
         soft_prompts: Sequence[torch.Tensor] = (),
         *,
-        max_tokens: int = 2 * MAX_TOKENS,
+        max_tokens: int | None = None,
         prefix_of: PrefixOf | None = None,
     ) -> torch.Tensor:
         """Log-probabilities of each request's words; every request may use another soft prompt.
@@ -398,7 +420,7 @@ class FrozenLM:
             requests: each with at least one word.
             soft_prompts: float ``[P_k, H]`` each, or trained KV prefixes ``[P_k, L, 2, H_kv, D]``; ``Request.prompt``
                 points into them.
-            max_tokens: the most tokens, padding included, in one forward pass.
+            max_tokens: the most tokens, padding included, in one forward pass; by default twice ``tokens_at_once``.
             prefix_of: where prefixes come from; by default each is computed once for each forward pass.
 
         Returns:
@@ -407,7 +429,7 @@ class FrozenLM:
         """
         width = max((len(request.words) for request in requests), default=0)
         scores = torch.full((len(requests), width), -torch.inf)
-        for group in self._groups(requests, max_tokens):
+        for group in self._groups(requests, max_tokens or 2 * self.tokens_at_once):
             members = [requests[i] for i in group]
             with self._eager():
                 if self.shares_prefix and members[0].shares_prefix:

@@ -10,7 +10,7 @@ import torch
 
 from softprompt.attention import PrefixKV
 from softprompt.batch import Row, collate, micro_batches
-from softprompt.frozen import MAX_TOKENS, FrozenLM, PrefixOf, Request
+from softprompt.frozen import FrozenLM, PrefixOf, Request
 from softprompt.template import SOFT
 
 
@@ -21,12 +21,16 @@ class Objective:
     Attributes:
         lm: the frozen base model.
         labels: for the loss over labels, label index of each word; None for the loss of all target tokens.
-        max_tokens: the most tokens, padding included, in one micro-batch.
+        max_tokens: the most tokens, padding included, in one micro-batch; by default ``lm.tokens_at_once``.
     """
 
     lm: FrozenLM
     labels: torch.Tensor | None = None
-    max_tokens: int = MAX_TOKENS
+    max_tokens: int | None = None
+
+    def micro_batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Rows of these lengths in groups that one pass computes."""
+        return micro_batches(lengths, self.max_tokens or self.lm.tokens_at_once)
 
     @cached_property
     def _text_before(self) -> PrefixOf:
@@ -75,7 +79,7 @@ class Objective:
         leaves = [tensor.detach().float().requires_grad_() for tensor in graph]
         rows = [Row(r.ids[r.shared :], r.words) for r in requests]
         total = 0.0
-        for group in micro_batches([row.length for row in rows], self.max_tokens):
+        for group in self.micro_batches([row.length for row in rows]):
             parts = [leaf.to(self.lm.dtype) for leaf in leaves]
             half = len(parts) // 2
             known = PrefixKV(tuple(parts[:half]), tuple(parts[half:]), prefix.lengths)
@@ -92,7 +96,7 @@ class Objective:
     ) -> tuple[float, int]:
         total, width = 0.0, vectors.shape[0]
         lengths = [sum(len(r.ids) - 1 + width + len(word) for word in r.words) for r in requests]
-        for group in micro_batches(lengths, self.max_tokens):
+        for group in self.micro_batches(lengths):
             scores = self.lm.score_concatenated([requests[i] for i in group], [vectors])
             loss = self.loss(scores, [gold[i] for i in group]) / weight
             loss.backward()  # type: ignore[no-untyped-call]

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,11 @@ from softprompt.task import Task
 from softprompt.template import SOFT
 
 COMPILE_PAYS_FROM = 1e14
-"""Floating-point operations of a run from which compiling is faster: it costs 15 to 25 s and saves about a third of
-a step."""
+"""Floating-point operations of a run from which compiling is faster on a CPU: it costs 15 to 25 s and saves about a
+third of a step."""
+COMPILE_PAYS_FROM_STEPS = 500
+"""Steps of a run from which compiling is faster on a GPU, whose steps last as long as launching their kernels does: it
+costs about 30 s and saves 50 to 80 ms a step."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ class Step:
 def can_compile(lm: FrozenLM) -> bool:
     """Whether compiling the decoder layers of ``lm`` is known to work and to help here."""
     compiler = any(shutil.which(name) for name in ("g++", "c++", "clang++"))
-    return lm.shares_prefix and lm.device.type == "cpu" and compiler
+    device = lm.device.type == "cpu" or (lm.device.type == "cuda" and find_spec("triton") is not None)
+    return lm.shares_prefix and device and compiler
 
 
 def _tokens(requests: Sequence[Request]) -> int:
@@ -424,6 +429,8 @@ class Training:
             return False
         if self.config.compile == "on":
             return True
+        if lm.device.type == "cuda":
+            return can_compile(lm) and self.total >= COMPILE_PAYS_FROM_STEPS
         tokens = _tokens(self._requests) / len(self._requests) * self.config.batch_size
         body = lm.num_parameters - lm.embedding.numel()
         operations = 4 * body * (tokens + self.config.longest) * self.total  # forward and input gradient

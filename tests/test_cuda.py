@@ -1,0 +1,251 @@
+"""On a GPU everything gives what it gives on the CPU, in fp32; the CPU's answers are checked against others elsewhere.
+
+Skipped where there is no CUDA device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from conftest import ALL, SHARED, Run, make_model, make_tokenizer, tiny, toy, toy_task, train_settings, write_labels
+from serving import serving
+from softprompt.config import PARAMETRISATIONS, TrainConfig
+from softprompt.data import Example
+from softprompt.frozen import GPU_SHARE, MAX_TOKENS, MOST_TOKENS, FrozenLM, Request, Sampling
+from softprompt.objective import Objective
+from softprompt.task import Task
+from softprompt.template import SOFT, Template, Verbalizer
+from softprompt.train import COMPILE_PAYS_FROM_STEPS, Training, can_compile
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+DEVICE = "cuda"
+ON_GPU = ("--dtype", "fp32", "--device", DEVICE)
+TEXTS = ("a stirring film", "dull", "one of the best movies of the year , and a very funny one")
+LABELS = Verbalizer({"good": ("very good", "great", "good"), "bad": ("very bad", "awful"), "so": ("very",)})
+TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@cache
+def on_gpu(kind: str) -> FrozenLM:
+    """``tiny(kind)``, its weights and all, on the GPU."""
+    return FrozenLM(make_model(kind), make_tokenizer(), name=f"tiny-{kind}", dtype="fp32", device=DEVICE)
+
+
+def soft(length: int, seed: int) -> torch.Tensor:
+    """Vectors ``[length, 32]`` of the size of the tiny models' embeddings, on the CPU."""
+    return 0.15 * torch.randn(length, 32, generator=torch.Generator().manual_seed(seed))
+
+
+PROMPTS = (soft(7, 0), soft(3, 1))
+
+
+def requests(lm: FrozenLM, way: str) -> list[Request]:
+    """Requests of two soft prompts of other lengths, in one batch."""
+    made = []
+    for i, text in enumerate(TEXTS):
+        task = Task(lm, Template("Review :{soft_prompt} {input} {target}"), LABELS, len(PROMPTS[i % 2]), 128)
+        example = Example({"input": text}, "good")
+        made.append(task.label_request(example, i % 2) if way == "labels" else task.open_request(example, 8, i % 2))
+    return made
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_scores(kind: str) -> None:
+    gpu, cpu = on_gpu(kind), tiny(kind)
+    assert gpu.device.type == DEVICE
+    assert gpu.fingerprint == cpu.fingerprint
+    found = gpu.score(requests(gpu, "labels"), PROMPTS)
+    assert found.device.type == "cpu"
+    torch.testing.assert_close(found, cpu.score(requests(cpu, "labels"), PROMPTS), **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_texts(kind: str, temperature: float) -> None:
+    gpu, cpu = on_gpu(kind), tiny(kind)
+    sampling = Sampling(max_new_tokens=12, temperature=temperature, seed=5)
+    found = gpu.generate(requests(gpu, "open"), PROMPTS, sampling)
+    assert found == cpu.generate(requests(cpu, "open"), PROMPTS, sampling)
+    assert len({one.ids for one in found}) > 1
+
+
+@pytest.mark.parametrize("kind", SHARED)
+@pytest.mark.parametrize("loss", ["lm", "labels"])
+def test_loss_and_gradient(kind: str, loss: str) -> None:
+    found = []
+    for lm in (on_gpu(kind), tiny(kind)):
+        data = toy(9, 0)
+        task = toy_task(lm, data, 7)
+        labels = torch.tensor(task.label_of_word, device=lm.device) if loss == "labels" else None
+        rows = [task.label_request(e) if loss == "labels" else task.target_request(e) for e in data.examples]
+        gold = [task.labels.index(str(e.target)) if loss == "labels" else 0 for e in data.examples]
+        vectors = PROMPTS[0].to(lm.device, copy=True).requires_grad_()
+        value, _ = Objective(lm, labels, max_tokens=40).backward(rows, gold, vectors)
+        assert vectors.grad is not None
+        found.append((value, vectors.grad.cpu()))
+    (ours, gradient), (theirs, expected) = found
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert float((gradient - expected).norm() / expected.norm()) < 1e-4
+
+
+def trained(lm: FrozenLM, config: TrainConfig, steps: int | None = None, **options: Any) -> Training:
+    """A training on toy data, interrupted after ``steps`` if they are given."""
+    data = toy(30, 0)
+    training = Training(toy_task(lm, data, config.longest), data, toy(20, 1), config, **options)
+    for step in training:
+        if step.number == steps:
+            break
+    return training
+
+
+@pytest.mark.parametrize("parametrisation", PARAMETRISATIONS)
+def test_training(parametrisation: str) -> None:
+    gpu, cpu = on_gpu("llama"), tiny("llama")
+    before = gpu.weights_digest()
+    config = train_settings(parametrisation=parametrisation, average=0.5, loss="labels")
+    found, expected = (trained(lm, config).result() for lm in (gpu, cpu))
+    assert found.training["device"] == DEVICE
+    assert found.vectors.device.type == "cpu"
+    torch.testing.assert_close(found.vectors, expected.vectors, rtol=1e-3, atol=1e-4)
+    assert found.metrics == expected.metrics
+    assert gpu.weights_digest() == before
+
+
+@pytest.mark.parametrize("options", [{}, {"starts": 2, "steps": 20}])
+def test_a_resumed_training_is_the_uninterrupted_one(options: dict[str, Any], tmp_path: Path) -> None:
+    lm, config = on_gpu("llama"), train_settings(checkpoint_every=1, **options)
+    whole = trained(lm, config, folder=tmp_path / "whole").result()
+    trained(lm, config, 3, folder=tmp_path / "parts")
+    resumed = trained(lm, config, folder=tmp_path / "parts", resume=True).result()
+    torch.testing.assert_close(resumed.vectors, whole.vectors, rtol=1e-6, atol=1e-6)
+
+
+def test_bf16_trains_and_answers() -> None:
+    lm = FrozenLM(make_model("llama"), make_tokenizer(), name="bf16", dtype="auto", device=DEVICE)
+    assert lm.dtype == torch.bfloat16
+    steps = list(trained_steps(lm))
+    assert sum(steps[-10:]) / 10 < 0.5 * steps[0]
+
+
+def trained_steps(lm: FrozenLM) -> Sequence[float]:
+    """The losses of a training that learns (``test_train.py``)."""
+    data = toy(300, 0)
+    config = train_settings(num_virtual_tokens=8, batch_size=16, steps=80, eval_every=10, lr=0.3, loss="labels")
+    return [step.loss for step in Training(toy_task(lm, data, 8), data, toy(50, 1), config)]
+
+
+def test_long_runs_are_compiled() -> None:
+    data = toy(10, 0)
+    lm = on_gpu("llama")
+    for steps, compiled in ((COMPILE_PAYS_FROM_STEPS - 1, False), (COMPILE_PAYS_FROM_STEPS, can_compile(lm))):
+        assert Training(toy_task(lm, data), data, data, train_settings(steps=steps)).compiled is compiled
+
+
+def test_a_compiled_step_has_the_gradient_of_an_eager_one() -> None:
+    lm = FrozenLM(make_model("llama"), make_tokenizer(), name="compiled", dtype="fp32", device=DEVICE)
+    if not can_compile(lm):
+        pytest.skip("compiling needs a C++ compiler and Triton")
+    requests = [Request((SOFT, *range(10, 10 + length)), 1, ((7, 8),)) for length in (3, 9, 20)]
+    found = []
+    for compile_first in (False, True):
+        if compile_first:
+            lm.compile_layers()
+        vectors = PROMPTS[0].to(DEVICE, copy=True).requires_grad_()
+        Objective(lm).backward(requests, [0, 0, 0], vectors)
+        assert vectors.grad is not None
+        found.append(vectors.grad)
+    assert lm.compiled
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_micro_batch_takes_about_its_share_of_the_memory() -> None:
+    """A model of SmolLM2-135M's shape, with few words; its attention's weights come on top of what is counted."""
+    config = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=320,
+        max_position_embeddings=1024,
+    )
+    lm = FrozenLM(LlamaForCausalLM(config), make_tokenizer(), name="wide", dtype="bf16", device=DEVICE)
+    if lm.tokens_at_once in (MAX_TOKENS, MOST_TOKENS):
+        pytest.skip("this GPU's memory is not what decides")
+    row = Request((SOFT, *(10 + i % 300 for i in range(200))), 1, ((5,),))
+    vectors = torch.zeros(20, 576, device=DEVICE, requires_grad=True)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    Objective(lm).backward([row] * (lm.tokens_at_once // 200), [0] * (lm.tokens_at_once // 200), vectors)
+    share = GPU_SHARE * torch.cuda.get_device_properties(DEVICE).total_memory
+    assert 0.5 * share < torch.cuda.max_memory_allocated() - before < 1.5 * share
+
+
+@pytest.mark.usefixtures("home")
+def test_the_command_line(run: Run, base: str, tmp_path: Path) -> None:
+    write_labels(tmp_path / "dev.jsonl", 10)
+    steps = ("--steps", "8", "--eval-every", "4")
+    for name in ("one", "two"):
+        done = run("train", "train.jsonl", "--name", name, "--base", base, *ON_GPU, *steps)
+        assert done.code == 0, done.err
+    for command in (
+        ("evaluate", "one", "test.jsonl"),
+        ("predict", "one", "a stirring film"),
+        ("inspect", "one", "--data", "test.jsonl", "--rows", "6", "--text", "a film", "--out", "report"),
+        ("harden", "one", "--validation", "test.jsonl", "--budget", "1s"),
+    ):
+        done = run(*command, *ON_GPU)
+        assert done.code == 0, done.err
+    measure = ("evaluate", "one", "test.jsonl", "--json", "--dtype", "fp32", "--device")
+    found, expected = (run(*measure, device).json for device in (DEVICE, "cpu"))
+    assert found["value"] == expected["value"]
+
+
+METHODS = (
+    "zero-shot",
+    "few-shot",
+    "soft-prompt",
+    "soft-prompt-ensemble",
+    "prefix",
+    "lora",
+    "full-fine-tuning",
+    "peft-prompt-tuning",
+)
+
+
+def test_compare(run: Run, base: str, tmp_path: Path) -> None:
+    write_labels(tmp_path / "dev.jsonl", 10)
+    data = ("train.jsonl", "--validation", "dev.jsonl", "--test", "test.jsonl", "--out", "report")
+    options = ("--budget", "1s", "--seeds", "2", "--bases", base, "--json")
+    done = run("compare", *data, *ON_GPU, *options, "--methods", *METHODS)
+    assert done.code == 0, done.err
+    cells = done.json["cells"]
+    assert {cell["method"] for cell in cells} == set(METHODS)
+    for cell in cells:
+        assert cell["status"] == "done", cell
+        if cell["trainable_parameters"]:
+            assert cell["peak_memory_bytes"] > 0, cell
+
+
+def test_the_server(tmp_path: Path) -> None:
+    answers = []
+    for device in (DEVICE, "cpu"):
+        with serving(tmp_path, load=partial(on_server, device)) as server:
+            assert server.lm.device.type == device
+            asked = {"prompt": ["the film", "a dull plot"], "max_tokens": 12, "temperature": 0}
+            both = [server.post("/v1/completions", {**asked, "model": name}) for name in ("write", "sst2")]
+            answers.append([[choice["text"] for choice in one["choices"]] for one in both])
+    assert answers[0] == answers[1]
+
+
+def on_server(device: str) -> FrozenLM:
+    """The servers' tiny base model on a device."""
+    return FrozenLM(make_model("llama"), make_tokenizer(), name="tiny", dtype="fp32", device=device)
