@@ -16,13 +16,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import ALL, SHARED, Run, make_model, make_tokenizer, tiny, toy, toy_task, train_settings, write_labels
 from serving import serving
+from softprompt.compilation import PAYS_FROM_STEPS, can_compile
 from softprompt.config import PARAMETRISATIONS, TrainConfig
 from softprompt.data import Example
 from softprompt.frozen import GPU_SHARE, MAX_TOKENS, MOST_TOKENS, FrozenLM, Request, Sampling
 from softprompt.objective import Objective
 from softprompt.task import Task
 from softprompt.template import SOFT, Template, Verbalizer
-from softprompt.train import COMPILE_PAYS_FROM_STEPS, Training, can_compile
+from softprompt.train import Training
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -145,7 +146,7 @@ def trained_steps(lm: FrozenLM) -> Sequence[float]:
 def test_long_runs_are_compiled() -> None:
     data = toy(10, 0)
     lm = on_gpu("llama")
-    for steps, compiled in ((COMPILE_PAYS_FROM_STEPS - 1, False), (COMPILE_PAYS_FROM_STEPS, can_compile(lm))):
+    for steps, compiled in ((PAYS_FROM_STEPS - 1, False), (PAYS_FROM_STEPS, can_compile(lm))):
         assert Training(toy_task(lm, data), data, data, train_settings(steps=steps)).compiled is compiled
 
 

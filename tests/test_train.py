@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from conftest import ALL, TOY_TEMPLATE, scripted, tiny, toy, toy_task, train_settings
-from softprompt import train
+from softprompt import compilation
 from softprompt.config import DEFAULT_STEPS, TrainConfig
 from softprompt.data import Dataset, Example
 from softprompt.errors import ConfigError, DataError, SoftPromptWarning
@@ -26,7 +26,7 @@ from softprompt.objective import Objective
 from softprompt.prompt import default_num_virtual_tokens, initial_vectors
 from softprompt.task import Task
 from softprompt.template import Template, Verbalizer
-from softprompt.train import Training, can_compile
+from softprompt.train import Training
 
 
 def run(config: TrainConfig, *, kind: str = "llama", rows: int = 30, **options: Any) -> Training:
@@ -438,8 +438,8 @@ def test_a_gpu_compiles_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/c++")
     lm = cast(Any, SimpleNamespace(shares_prefix=True, device=torch.device("cuda")))
     for spec in (None, "found"):
-        monkeypatch.setattr(train, "find_spec", lambda name, spec=spec: spec)
-        assert can_compile(lm) == (spec is not None)
+        monkeypatch.setattr(compilation, "find_spec", lambda name, spec=spec: spec)
+        assert compilation.can_compile(lm) == (spec is not None)
 
 
 def test_layers_are_compiled_only_while_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -24,8 +23,9 @@ from softprompt.base import (
     weights_digest,
 )
 from softprompt.batch import Batch, Row, Tokens, collate, micro_batches
+from softprompt.compilation import compiled_if_possible
 from softprompt.decoding import Continuation, Decoder, RowKV, Writer
-from softprompt.errors import ConfigError, SoftPromptWarning
+from softprompt.errors import ConfigError
 from softprompt.prompt import frequent_tokens
 from softprompt.template import SOFT
 
@@ -538,7 +538,7 @@ class FrozenLM:
         """
         if not self.compiled:
             for layer in self._layers[1:]:
-                layer.forward = self._compiled_if_possible(layer.forward)
+                layer.forward = compiled_if_possible(layer.forward, self.uncompile_layers)
             self.compiled = True
 
     def uncompile_layers(self) -> None:
@@ -547,30 +547,6 @@ class FrozenLM:
             for layer in self._layers[1:]:
                 del layer.forward
             self.compiled = False
-
-    def _compiled_if_possible(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """The compiled ``forward``; it is compiled at its first call, so only that can tell whether it works."""
-        from torch._dynamo.exc import TorchDynamoException
-
-        compiled = torch.compile(forward, dynamic=True)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return compiled(*args, **kwargs)
-            except TorchDynamoException as error:
-                self.uncompile_layers()
-                lines = str(error).strip().splitlines() or [type(error).__name__]
-                reason = next((line for line in lines if "error:" in line), lines[0]).strip()
-                warnings.warn(
-                    f"the layers could not be compiled ({reason}); training goes on without, and a step takes about "
-                    "half as long again. Compiling needs a C++ compiler and Python's headers (on Debian: g++, "
-                    "python3-dev)",
-                    SoftPromptWarning,
-                    stacklevel=2,
-                )
-                return forward(*args, **kwargs)
-
-        return call
 
     def _eager(self) -> contextlib.AbstractContextManager[Any]:
         return torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext()

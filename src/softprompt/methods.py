@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from softprompt import artifact
+from softprompt.compilation import can_compile
 from softprompt.config import EVAL_EVERY, TrainConfig, most_steps
 from softprompt.data import Dataset, Example
 from softprompt.errors import ConfigError, TrainingError
@@ -26,7 +27,7 @@ from softprompt.frozen import FrozenLM
 from softprompt.prompt import SoftPrompt, default_num_virtual_tokens
 from softprompt.task import Task
 from softprompt.template import Template, Verbalizer
-from softprompt.train import Training, can_compile
+from softprompt.train import Training
 
 COMPILE_FROM = 300.0
 """Seconds of budget from which compiling the layers pays: it costs 10 to 25 of them."""

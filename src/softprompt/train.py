@@ -5,17 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from softprompt import checkpoint
+from softprompt import checkpoint, compilation
 from softprompt.batch import Row
 from softprompt.config import DEFAULT_STEPS, EVAL_EVERY, INITS, TrainConfig
 from softprompt.data import Dataset, Example, check_targets
@@ -30,13 +28,6 @@ from softprompt.parametrisation import Parametrisation, parametrise
 from softprompt.prompt import SoftPrompt, initial_vectors, label_list, library_versions
 from softprompt.task import Task
 from softprompt.template import SOFT
-
-COMPILE_PAYS_FROM = 1e14
-"""Floating-point operations of a run from which compiling is faster on a CPU: it costs 15 to 25 s and saves about a
-third of a step."""
-COMPILE_PAYS_FROM_STEPS = 500
-"""Steps of a run from which compiling is faster on a GPU, whose steps last as long as launching their kernels does: it
-costs about 30 s and saves 50 to 80 ms a step."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +55,6 @@ class Step:
     seconds: float
     validation: dict[str, Any] | None = None
     improved: bool = False
-
-
-def can_compile(lm: FrozenLM) -> bool:
-    """Whether compiling the decoder layers of ``lm`` is known to work and to help here."""
-    compiler = any(shutil.which(name) for name in ("g++", "c++", "clang++"))
-    device = lm.device.type == "cpu" or (lm.device.type == "cuda" and find_spec("triton") is not None)
-    return lm.shares_prefix and device and compiler
 
 
 def _tokens(requests: Sequence[Request]) -> int:
@@ -423,18 +407,11 @@ class Training:
         return max(1, min(max(EVAL_EVERY, math.ceil(3 * _tokens(requests) / step)), self._planned // 5))
 
     def _should_compile(self) -> bool:
-        """Decided from the run's size alone, so that a resumed run decides alike."""
         lm = self.task.lm
         if not lm.shares_prefix or self.config.compile == "off":
             return False
-        if self.config.compile == "on":
-            return True
-        if lm.device.type == "cuda":
-            return can_compile(lm) and self.total >= COMPILE_PAYS_FROM_STEPS
-        tokens = _tokens(self._requests) / len(self._requests) * self.config.batch_size
-        body = lm.num_parameters - lm.embedding.numel()
-        operations = 4 * body * (tokens + self.config.longest) * self.total  # forward and input gradient
-        return can_compile(lm) and operations >= COMPILE_PAYS_FROM
+        tokens = _tokens(self._requests) / len(self._requests) * self.config.batch_size + self.config.longest
+        return self.config.compile == "on" or compilation.pays(lm, self.total, tokens)
 
     def _require_shared_prefix(self) -> None:
         lm, text = self.task.lm, self.task.template.text
