@@ -210,6 +210,7 @@ def _(
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     query, key, value, prefix_key, prefix_value, _, ctx.scaling = inputs
     ctx.save_for_backward(output[1], query, key, value, prefix_key, prefix_value)
+    ctx.set_materialize_grads(False)  # the weights' own gradient would be as many zeros
 
 
 def _differentiate(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
