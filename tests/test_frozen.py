@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from conftest import ALL, SHARED, make_model, make_tokenizer, plain, plain_logprobs, plain_score, tiny
+from softprompt import frozen
 from softprompt.data import Example
+from softprompt.decoding import Decoder
 from softprompt.errors import ConfigError, SoftPromptWarning
 from softprompt.frozen import FrozenLM, Request, Sampling
 from softprompt.objective import Objective
@@ -361,6 +363,24 @@ def test_a_mixed_batch_generates_what_transformers_generates_one_at_a_time(kind:
         assert list(result.ids) == own_generation(kind, requests[i], prompts, 9)
         assert result.text == lm.tokenizer.decode(result.ids, skip_special_tokens=True)
         assert result.finish == ("length" if len(result.ids) == 9 else "stop")
+
+
+@pytest.mark.parametrize(("kv_tokens", "most"), [(1, 1), (100, 3), (10_000, 5)])
+def test_long_rows_run_few_at_a_time(
+    llama: FrozenLM, kv_tokens: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [Request(tuple(range(10, 34)), 20) for _ in range(5)]  # each may become 24 + 8 tokens long
+    expected = llama.generate(requests, (), Sampling(max_new_tokens=8))
+    monkeypatch.setattr(frozen, "KV_TOKENS", kv_tokens)
+    seen, step = [], Decoder.step
+
+    def counted(decoder: Decoder) -> Any:
+        seen.append(len(decoder))
+        return step(decoder)
+
+    monkeypatch.setattr(Decoder, "step", counted)
+    assert llama.generate(requests, (), Sampling(max_new_tokens=8)) == expected
+    assert max(seen) == most
 
 
 def test_rows_end_by_themselves(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from softprompt.attention import PrefixKV
 from softprompt.batch import Tokens
 from softprompt.decoding import JOIN_TOKENS, Continuation, Decoder, TokenLogprob, Writer
 from softprompt.errors import ConfigError
-from softprompt.frozen import FrozenLM, Request, Sampling
+from softprompt.frozen import KV_TOKENS, FrozenLM, Request, Sampling
 from softprompt.template import SOFT
 
 log = logging.getLogger("softprompt.engine")
@@ -41,7 +41,7 @@ class Limits:
     """
 
     rows: int = 32
-    tokens: int = 32_768
+    tokens: int = KV_TOKENS
     waiting: int = 256
     seconds: float = 120.0
     prefix_bytes: int = 1 << 30

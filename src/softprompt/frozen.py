@@ -45,6 +45,9 @@ MOST_TOKENS = 16384
 GPU_SHARE = 0.1
 """Share of a GPU's memory that a micro-batch with gradient should not exceed by much."""
 
+KV_TOKENS = 32_768
+"""Tokens that rows being continued may have keys and values for, each row counted as long as the longest may become."""
+
 GAIN_TOKENS = 100
 """Frequent tokens that ``FrozenLM.first_layer_gain`` is measured with."""
 
@@ -481,7 +484,8 @@ class FrozenLM:
             requests: what to continue; their ``words`` are ignored.
             soft_prompts: as for ``score``.
             sampling: greedy, 64 tokens, by default.
-            batch_size: the most requests in one forward pass.
+            batch_size: the most requests in one forward pass; fewer where they are so long that their keys and values
+                would take more than ``KV_TOKENS``.
             prefix_of: where prefixes come from; by default each is computed once.
 
         Returns:
@@ -490,17 +494,22 @@ class FrozenLM:
         sampling = sampling or Sampling()
         prefix_of = prefix_of or self.kept_prefixes(None)
         writers = [Writer(self, sampling, sampling.seed + i) for i in range(len(requests))]
-        waiting = sorted(range(len(requests)), key=lambda i: len(requests[i].ids))
+        prompts = [_prompt_of(request, soft_prompts) for request in requests]
+        rooms = [
+            len(request.ids) + (0 if vectors is None else len(vectors)) + sampling.max_new_tokens
+            for request, vectors in zip(requests, prompts, strict=True)
+        ]
+        waiting = sorted(range(len(requests)), key=rooms.__getitem__)
+        running: list[int] = []
         decoder = Decoder(self)
         with self._eager():
             while waiting or len(decoder):
-                joining = [waiting.pop() for _ in range(min(len(waiting), batch_size - len(decoder)))]
-                decoder.join(
-                    [
-                        self.continuation(requests[i], _prompt_of(requests[i], soft_prompts), writers[i], prefix_of)
-                        for i in joining
-                    ]
-                )
+                running = [i for i in running if not writers[i].done]
+                longest = max((rooms[i] for i in (*running, *waiting[-1:])), default=1)
+                rows = min(batch_size, max(1, KV_TOKENS // longest))
+                joining = [waiting.pop() for _ in range(min(len(waiting), rows - len(running)))]
+                running += joining
+                decoder.join([self.continuation(requests[i], prompts[i], writers[i], prefix_of) for i in joining])
                 decoder.step()
         if any(writer.finish == "error" for writer in writers):
             raise ConfigError(f"The base model's scores are not numbers in {self.dtype}; load it with dtype fp32.")
