@@ -7,7 +7,6 @@ predictions, so that a comparison that was stopped goes on where it was, and cel
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import hashlib
 import json
@@ -27,6 +26,7 @@ import torch
 from softprompt import artifact, classical, finetune, hardprompt, methods
 from softprompt.artifact import atomic_writer
 from softprompt.data import Dataset
+from softprompt.decoding import give_back_freed
 from softprompt.errors import ConfigError, SoftPromptError
 from softprompt.evaluate import Prediction, headline, headline_difference, headline_metric
 from softprompt.frozen import FrozenLM, Request
@@ -351,7 +351,8 @@ def peak_memory(lm: FrozenLM) -> Iterator[list[int]]:
 
     Of the process, looked at every 20 ms; on a CUDA device, of the device's own count.
     """
-    _give_back_freed()
+    gc.collect()
+    give_back_freed()  # what a C library keeps, the process seems to hold, and the next to use it to need none of
     found = [0]
     if lm.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(lm.device)
@@ -373,14 +374,6 @@ def peak_memory(lm: FrozenLM) -> Iterator[list[int]]:
     finally:
         done.set()
         watcher.join()
-
-
-def _give_back_freed() -> None:
-    """Gives freed memory back to the operating system: what a C library keeps of it, the process seems to hold, and
-    the next one to use it would seem to need none."""
-    gc.collect()
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # of glibc only
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def lm_bytes(lm: FrozenLM) -> int:

@@ -8,6 +8,8 @@ pass, so rows of 32 soft prompts cost what rows of one cost.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -304,8 +306,8 @@ class RowKV:
         return self.width
 
     def _lay_out(self, rows: int, columns: int) -> None:
-        """New slots, a few more than ``rows`` and a few columns wider, so that it is seldom done."""
-        rows, columns = _rounded(rows, 8), _rounded(columns, 32)
+        """New slots, up to twice ``rows`` but few more, and a few columns wider, so that it is seldom done."""
+        rows, columns = min(_rounded(rows, 8), 2 * rows), _rounded(columns, 32)
         kept = min(columns, self.width)
 
         def anew(tensor: torch.Tensor) -> torch.Tensor:
@@ -316,6 +318,13 @@ class RowKV:
 
         self._layers = [(anew(keys), anew(values)) for keys, values in self._layers]
         self.width = columns
+
+
+def give_back_freed() -> None:
+    """Gives freed memory back to the operating system. Layouts of long rows leave holes in what glibc keeps, in which
+    the next ones, a few columns wider, have no room."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # of glibc only
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _rounded(number: int, unit: int) -> int:

@@ -24,7 +24,7 @@ from softprompt.base import (
 )
 from softprompt.batch import Batch, Row, Tokens, collate, micro_batches
 from softprompt.compilation import compiled_if_possible
-from softprompt.decoding import Continuation, Decoder, RowKV, Writer
+from softprompt.decoding import Continuation, Decoder, RowKV, Writer, give_back_freed
 from softprompt.errors import ConfigError
 from softprompt.prompt import frequent_tokens
 from softprompt.template import SOFT
@@ -511,6 +511,7 @@ class FrozenLM:
                 running += joining
                 decoder.join([self.continuation(requests[i], prompts[i], writers[i], prefix_of) for i in joining])
                 decoder.step()
+        give_back_freed()
         if any(writer.finish == "error" for writer in writers):
             raise ConfigError(f"The base model's scores are not numbers in {self.dtype}; load it with dtype fp32.")
         return [Generated(writer.text, tuple(writer.ids), writer.finish) for writer in writers]
