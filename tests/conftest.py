@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -183,6 +184,16 @@ def lm(kind: str) -> FrozenLM:
 def llama() -> FrozenLM:
     """The architecture of the embedded base model."""
     return tiny("llama")
+
+
+@pytest.fixture(autouse=True)
+def own_stderr() -> Iterator[None]:
+    """``softprompt serve`` in process logs to the stderr of its test, which is closed when the next one logs."""
+    yield
+    for name in ("softprompt", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [], True
+        logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
