@@ -75,7 +75,7 @@ def our_step(lm: FrozenLM, options: argparse.Namespace) -> Callable[[list[Reques
     """A step that returns loss and gradient."""
     vectors = start(lm, options).to(lm.device).requires_grad_()
     optimizer = torch.optim.AdamW([vectors], lr=1e-6)
-    objective = Objective(lm) if options.max_tokens is None else Objective(lm, max_tokens=options.max_tokens)
+    objective = Objective(lm, max_tokens=options.max_tokens)
     if options.compile == "on":
         lm.compile_layers()
 
@@ -179,10 +179,9 @@ def measure_memory(options: argparse.Namespace) -> None:
     loaded = torch.cuda.memory_allocated() if options.device == "cuda" else resident()
     for batch in batches:
         step(batch)
-    if options.device == "cuda":
-        print(torch.cuda.max_memory_allocated() - loaded)
-        return
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - loaded)
+    on_gpu = options.device == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(peak - loaded)
 
 
 def main() -> None:

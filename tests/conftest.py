@@ -95,9 +95,9 @@ def make_model(kind: str) -> Any:
 
 
 @cache
-def tiny(kind: str) -> FrozenLM:
-    """A frozen tiny model in fp32 on the CPU; made once, since nothing may change it."""
-    return FrozenLM(make_model(kind), make_tokenizer(), name=f"tiny-{kind}", dtype="fp32", device="cpu")
+def tiny(kind: str, device: str = "cpu") -> FrozenLM:
+    """A frozen tiny model in fp32; made once, since nothing may change it."""
+    return FrozenLM(make_model(kind), make_tokenizer(), name=f"tiny-{kind}", dtype="fp32", device=device)
 
 
 @cache

@@ -38,11 +38,11 @@ CREATED = "2026-11-01T10:00:00+00:00"
 METRIC = {"split": "validation", "metric": "accuracy", "value": 0.9, "stderr": 0.03, "n": 100}
 
 
-def make_lm() -> FrozenLM:
+def make_lm(device: str = "cpu") -> FrozenLM:
     """A tiny base model with a chat template; not shared, since the engine's thread works with it."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHAT
-    return FrozenLM(make_model("llama"), tokenizer, name="tiny", dtype="fp32", device="cpu")
+    return FrozenLM(make_model("llama"), tokenizer, name="tiny", dtype="fp32", device=device)
 
 
 def soft_prompt(

@@ -5,8 +5,7 @@ Skipped where there is no CUDA device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import ALL, SHARED, Run, make_model, make_tokenizer, tiny, toy, toy_task, train_settings, write_labels
-from serving import serving
+from serving import make_lm, serving
 from softprompt.compilation import PAYS_FROM_STEPS, can_compile
 from softprompt.config import PARAMETRISATIONS, TrainConfig
 from softprompt.data import Example
@@ -32,12 +31,6 @@ ON_GPU = ("--dtype", "fp32", "--device", DEVICE)
 TEXTS = ("a stirring film", "dull", "one of the best movies of the year , and a very funny one")
 LABELS = Verbalizer({"good": ("very good", "great", "good"), "bad": ("very bad", "awful"), "so": ("very",)})
 TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
-
-
-@cache
-def on_gpu(kind: str) -> FrozenLM:
-    """``tiny(kind)``, its weights and all, on the GPU."""
-    return FrozenLM(make_model(kind), make_tokenizer(), name=f"tiny-{kind}", dtype="fp32", device=DEVICE)
 
 
 def soft(length: int, seed: int) -> torch.Tensor:
@@ -60,7 +53,7 @@ def requests(lm: FrozenLM, way: str) -> list[Request]:
 
 @pytest.mark.parametrize("kind", ALL)
 def test_scores(kind: str) -> None:
-    gpu, cpu = on_gpu(kind), tiny(kind)
+    gpu, cpu = tiny(kind, DEVICE), tiny(kind)
     assert gpu.device.type == DEVICE
     assert gpu.fingerprint == cpu.fingerprint
     found = gpu.score(requests(gpu, "labels"), PROMPTS)
@@ -71,7 +64,7 @@ def test_scores(kind: str) -> None:
 @pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_texts(kind: str, temperature: float) -> None:
-    gpu, cpu = on_gpu(kind), tiny(kind)
+    gpu, cpu = tiny(kind, DEVICE), tiny(kind)
     sampling = Sampling(max_new_tokens=12, temperature=temperature, seed=5)
     found = gpu.generate(requests(gpu, "open"), PROMPTS, sampling)
     assert found == cpu.generate(requests(cpu, "open"), PROMPTS, sampling)
@@ -82,7 +75,7 @@ def test_texts(kind: str, temperature: float) -> None:
 @pytest.mark.parametrize("loss", ["lm", "labels"])
 def test_loss_and_gradient(kind: str, loss: str) -> None:
     found = []
-    for lm in (on_gpu(kind), tiny(kind)):
+    for lm in (tiny(kind, DEVICE), tiny(kind)):
         data = toy(9, 0)
         task = toy_task(lm, data, 7)
         labels = torch.tensor(task.label_of_word, device=lm.device) if loss == "labels" else None
@@ -109,7 +102,7 @@ def trained(lm: FrozenLM, config: TrainConfig, steps: int | None = None, **optio
 
 @pytest.mark.parametrize("parametrisation", PARAMETRISATIONS)
 def test_training(parametrisation: str) -> None:
-    gpu, cpu = on_gpu("llama"), tiny("llama")
+    gpu, cpu = tiny("llama", DEVICE), tiny("llama")
     before = gpu.weights_digest()
     config = train_settings(parametrisation=parametrisation, average=0.5, loss="labels")
     found, expected = (trained(lm, config).result() for lm in (gpu, cpu))
@@ -122,30 +115,24 @@ def test_training(parametrisation: str) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"starts": 2, "steps": 20}])
 def test_a_resumed_training_is_the_uninterrupted_one(options: dict[str, Any], tmp_path: Path) -> None:
-    lm, config = on_gpu("llama"), train_settings(checkpoint_every=1, **options)
+    lm, config = tiny("llama", DEVICE), train_settings(checkpoint_every=1, **options)
     whole = trained(lm, config, folder=tmp_path / "whole").result()
     trained(lm, config, 3, folder=tmp_path / "parts")
     resumed = trained(lm, config, folder=tmp_path / "parts", resume=True).result()
     torch.testing.assert_close(resumed.vectors, whole.vectors, rtol=1e-6, atol=1e-6)
 
 
-def test_bf16_trains_and_answers() -> None:
-    lm = FrozenLM(make_model("llama"), make_tokenizer(), name="bf16", dtype="auto", device=DEVICE)
-    assert lm.dtype == torch.bfloat16
-    steps = list(trained_steps(lm))
-    assert sum(steps[-10:]) / 10 < 0.5 * steps[0]
-
-
-def trained_steps(lm: FrozenLM) -> Sequence[float]:
-    """The losses of a training that learns (``test_train.py``)."""
+def test_bf16_learns() -> None:
+    lm = FrozenLM(make_model("llama"), make_tokenizer(), name="bf16", dtype="bf16", device=DEVICE)
     data = toy(300, 0)
     config = train_settings(num_virtual_tokens=8, batch_size=16, steps=80, eval_every=10, lr=0.3, loss="labels")
-    return [step.loss for step in Training(toy_task(lm, data, 8), data, toy(50, 1), config)]
+    losses = [step.loss for step in Training(toy_task(lm, data, 8), data, toy(50, 1), config)]
+    assert sum(losses[-10:]) / 10 < 0.5 * losses[0]
 
 
 def test_long_runs_are_compiled() -> None:
     data = toy(10, 0)
-    lm = on_gpu("llama")
+    lm = tiny("llama", DEVICE)
     for steps, compiled in ((PAYS_FROM_STEPS - 1, False), (PAYS_FROM_STEPS, can_compile(lm))):
         assert Training(toy_task(lm, data), data, data, train_settings(steps=steps)).compiled is compiled
 
@@ -193,11 +180,8 @@ def test_a_micro_batch_takes_about_its_share_of_the_memory() -> None:
 @pytest.mark.usefixtures("home")
 def test_the_command_line(run: Run, base: str, tmp_path: Path) -> None:
     write_labels(tmp_path / "dev.jsonl", 10)
-    steps = ("--steps", "8", "--eval-every", "4")
-    for name in ("one", "two"):
-        done = run("train", "train.jsonl", "--name", name, "--base", base, *ON_GPU, *steps)
-        assert done.code == 0, done.err
     for command in (
+        ("train", "train.jsonl", "--name", "one", "--base", base, "--steps", "8", "--eval-every", "4"),
         ("evaluate", "one", "test.jsonl"),
         ("predict", "one", "a stirring film"),
         ("inspect", "one", "--data", "test.jsonl", "--rows", "6", "--text", "a film", "--out", "report"),
@@ -239,14 +223,9 @@ def test_compare(run: Run, base: str, tmp_path: Path) -> None:
 def test_the_server(tmp_path: Path) -> None:
     answers = []
     for device in (DEVICE, "cpu"):
-        with serving(tmp_path, load=partial(on_server, device)) as server:
+        with serving(tmp_path, load=partial(make_lm, device)) as server:
             assert server.lm.device.type == device
             asked = {"prompt": ["the film", "a dull plot"], "max_tokens": 12, "temperature": 0}
             both = [server.post("/v1/completions", {**asked, "model": name}) for name in ("write", "sst2")]
             answers.append([[choice["text"] for choice in one["choices"]] for one in both])
     assert answers[0] == answers[1]
-
-
-def on_server(device: str) -> FrozenLM:
-    """The servers' tiny base model on a device."""
-    return FrozenLM(make_model("llama"), make_tokenizer(), name="tiny", dtype="fp32", device=device)

@@ -29,7 +29,7 @@ class Objective:
     max_tokens: int | None = None
 
     def micro_batches(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Rows of these lengths in groups that one pass computes."""
+        """Rows of these lengths, in tokens, in groups that one pass computes: lists of indices."""
         return micro_batches(lengths, self.max_tokens or self.lm.tokens_at_once)
 
     @cached_property
