@@ -49,9 +49,10 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
-SHARED = ("llama", "gpt2", "qwen2", "qwen3", "opt", "gpt_neox", "mistral")
-"""Architectures of the shared-prefix path; ``mistral`` here without its sliding window."""
-ALL = (*SHARED, "mistral-sliding")
+SHARED = ("llama", "gpt2", "qwen2", "qwen3", "opt", "gpt_neox", "mistral", "gemma3_text")
+"""Architectures of the shared-prefix path, here without a sliding window, or with one that holds every sequence."""
+ALL = (*SHARED, "mistral-sliding", "gemma3_text-sliding")
+"""Also with a window that holds no sequence of most tests, and with one that holds some."""
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -79,8 +80,11 @@ def make_model(kind: str) -> Any:
         options = {"vocab_size": 320, "n_embd": 32, "n_inner": 48, "n_layer": 3, "n_head": 4, "n_positions": 128}
     if kind == "opt":
         options |= {"ffn_dim": 48, "word_embed_proj_dim": 32}
-    if kind == "qwen3":
+    if model_type in ("qwen3", "gemma3_text"):
         options |= {"head_dim": 8}
+    if model_type == "gemma3_text":
+        options |= {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+        options |= {"sliding_window": 24 if kind == "gemma3_text-sliding" else 128}
     if model_type == "mistral":
         options |= {"sliding_window": 6 if kind == "mistral-sliding" else None}
     config = AutoConfig.for_model(model_type, **options, pad_token_id=0, bos_token_id=1, eos_token_id=1)
@@ -111,8 +115,8 @@ def plain(kind: str) -> Any:
 def plain_logprobs(kind: str, ids: Sequence[int], soft: torch.Tensor | None = None) -> torch.Tensor:
     """Log-probabilities ``[T, V]`` by ``plain(kind)`` of one sequence, ``soft`` ``[P, H]`` where ``ids`` has -1."""
     model = plain(kind)
-    table = model.get_input_embeddings().weight
-    pieces: list[Any] = [table[token][None] if token >= 0 else soft for token in ids]
+    lookup = model.get_input_embeddings()
+    pieces: list[Any] = [lookup(torch.tensor([token])) if token >= 0 else soft for token in ids]
     logits = model(inputs_embeds=torch.cat(pieces)[None]).logits[0]
     return torch.nn.functional.log_softmax(logits, dim=-1)
 

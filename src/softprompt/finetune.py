@@ -139,14 +139,14 @@ class Tuner:
         self._order = RowOrder([None if task.verbalizer is None else example.target for example in examples])
         self._validator = task.validator(held_out)
         self._no_prefix: PrefixKV | None = None
-        if lm.shares_prefix:
+        if all(lm.serves(request, 0) for request in self._requests):
             with torch.no_grad():
                 self._no_prefix = lm.prefix_kv((), None)
         self._held_out = len(held_out)
         self._start = _copied(self._weights)
         self._hooks: list[Any] = []
         self.masters = [self._master(weight) for weight in self._weights]
-        if problem.worth_compiling:
+        if problem.worth_compiling and self._no_prefix is not None:
             problem.notice("compiling")
             lm.compile_layers()
             self.backward(range(min(self.config.batch_size, len(examples))))  # compiles; its gradient is thrown away

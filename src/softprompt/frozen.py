@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -29,8 +30,11 @@ from softprompt.errors import ConfigError
 from softprompt.prompt import frequent_tokens
 from softprompt.template import SOFT
 
-SHARED_PREFIX_MODELS = frozenset({"gpt2", "gpt_neox", "llama", "mistral", "opt", "qwen2", "qwen3"})
+SHARED_PREFIX_MODELS = frozenset({"gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "opt", "qwen2", "qwen3"})
 """Model types whose shared-prefix computation is tested against concatenation; others take the concatenation path."""
+
+NOT_OURS = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
+"""Settings of a configuration with which a model computes what the shared-prefix computation does not."""
 
 PrefixOf = Callable[[Tokens, torch.Tensor | None], PrefixKV]
 """``FrozenLM.prefix_kv``, or what keeps its results."""
@@ -69,6 +73,10 @@ class Request:
     words: tuple[Tokens, ...] = ()
     prompt: int | None = None
     truncated: bool = False
+
+    def length(self, num_virtual_tokens: int) -> int:
+        """Tokens in the sequence, the words not counted."""
+        return len(self.ids) + self.ids.count(SOFT) * (num_virtual_tokens - 1)
 
     @property
     def shares_prefix(self) -> bool:
@@ -131,7 +139,8 @@ class FrozenLM:
         embedding: the vector that each token feeds into the model, ``[V, H]``.
         embedding_rms: root mean square of the table's elements, the unit of learning rates and random initialisations.
         window: the most tokens in one sequence.
-        shares_prefix: whether the shared-prefix computation serves this architecture.
+        reach: the longest sequence, in tokens, that the shared-prefix computation serves: infinite, or as many tokens
+            as a sliding window holds, since up to there every token sees all before it; 0 for other architectures.
         compiled: whether the decoder layers are compiled now.
     """
 
@@ -151,12 +160,7 @@ class FrozenLM:
         self.embedding_rms = float(self.embedding.float().square().mean().sqrt())
         config = model.config
         self.window = int(getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length)
-        full = getattr(config, "sliding_window", None) is None or set(getattr(config, "layer_types", None) or ()) == {
-            "full_attention"
-        }
-        # These stretch the rotary angles with the length of what runs, so a prefix would not be the same alone.
-        stretches = (getattr(config, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope")
-        self.shares_prefix = config.model_type in SHARED_PREFIX_MODELS and full and not stretches
+        self.reach = _reach(config)
         self._layers = _decoder_layers(model)
         self.compiled = False
         if self.shares_prefix:
@@ -183,6 +187,17 @@ class FrozenLM:
         pick_dtype(dtype, device_found)
         model, tokenizer = load_base(base, trust_remote_code=trust_remote_code)
         return cls(model, tokenizer, name=base, dtype=dtype, device=device)
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether the shared-prefix computation serves this architecture, be it for short sequences only."""
+        return self.reach > 0
+
+    def serves(self, request: Request, num_virtual_tokens: int) -> bool:
+        """Whether the shared-prefix computation gives the scores that a request's whole sequence would, with a soft
+        prompt of so many virtual tokens."""
+        length = request.length(num_virtual_tokens) + max(map(len, request.words), default=0)
+        return request.shares_prefix and length <= self.reach
 
     @property
     def hidden_size(self) -> int:
@@ -398,9 +413,10 @@ class FrozenLM:
             if place < len(ids):
                 assert vectors is not None, "a request with a soft prompt's place names its soft prompt"
                 if vectors.dim() != 2:
+                    most = "" if self.reach in (0, math.inf) else f", in a sequence of at most {self.reach} tokens"
                     raise ConfigError(
                         "A trained KV prefix must stand before all input, which may not be empty, in a base model with "
-                        f"a shared prefix ({', '.join(sorted(SHARED_PREFIX_MODELS))}); use a plain soft prompt."
+                        f"a shared prefix ({', '.join(sorted(SHARED_PREFIX_MODELS))}){most}; use a plain soft prompt."
                     )
                 pieces.append(vectors.to(self.device, self.dtype))
             start = place + 1
@@ -432,10 +448,10 @@ class FrozenLM:
         """
         width = max((len(request.words) for request in requests), default=0)
         scores = torch.full((len(requests), width), -torch.inf)
-        for group in self._groups(requests, max_tokens or 2 * self.tokens_at_once):
+        for group in self._groups(requests, soft_prompts, max_tokens or 2 * self.tokens_at_once):
             members = [requests[i] for i in group]
             with self._eager():
-                if self.shares_prefix and members[0].shares_prefix:
+                if self.serves(members[0], _count(members[0], soft_prompts)):
                     rows, prefix = self._rows(members, soft_prompts, prefix_of or self.prefix_kv)
                     part = self.score_batch(collate(rows, prefix.lengths, self.device), prefix)
                 else:
@@ -443,10 +459,13 @@ class FrozenLM:
             scores[torch.tensor(group), : part.shape[1]] = part.cpu()
         return scores
 
-    def _groups(self, requests: Sequence[Request], max_tokens: int) -> Iterator[list[int]]:
+    def _groups(
+        self, requests: Sequence[Request], soft_prompts: Sequence[torch.Tensor], max_tokens: int
+    ) -> Iterator[list[int]]:
         """Batches of requests that one path serves, of similar length."""
+        served = [self.serves(request, _count(request, soft_prompts)) for request in requests]
         for shares in (True, False):
-            chosen = [i for i, r in enumerate(requests) if (self.shares_prefix and r.shares_prefix) == shares]
+            chosen = [i for i, serves in enumerate(served) if serves == shares]
             if shares:
                 lengths = [Row(requests[i].ids[requests[i].shared :], requests[i].words).length for i in chosen]
             else:
@@ -495,10 +514,7 @@ class FrozenLM:
         prefix_of = prefix_of or self.kept_prefixes(None)
         writers = [Writer(self, sampling, sampling.seed + i) for i in range(len(requests))]
         prompts = [_prompt_of(request, soft_prompts) for request in requests]
-        rooms = [
-            len(request.ids) + (0 if vectors is None else len(vectors)) + sampling.max_new_tokens
-            for request, vectors in zip(requests, prompts, strict=True)
-        ]
+        rooms = [r.length(_count(r, soft_prompts)) + sampling.max_new_tokens for r in requests]
         waiting = sorted(range(len(requests)), key=rooms.__getitem__)
         running: list[int] = []
         decoder = Decoder(self)
@@ -531,7 +547,7 @@ class FrozenLM:
             writer: writes the continuation.
             prefix_of: where its prefix comes from.
         """
-        if not self.shares_prefix:
+        if request.length(0 if vectors is None else len(vectors)) + writer.most > self.reach:
             return Continuation(writer, self.embed(request.ids, vectors), None)
         shared = min(request.shared, len(request.ids) - 1)
         prefix = prefix_of(request.ids[:shared], vectors)
@@ -588,6 +604,25 @@ def _embedding_table(model: Any) -> torch.Tensor:
             return weight
         fed: torch.Tensor = lookup(torch.arange(weight.shape[0], device=weight.device))
         return fed
+
+
+def _count(request: Request, soft_prompts: Sequence[torch.Tensor]) -> int:
+    """Its virtual tokens."""
+    vectors = _prompt_of(request, soft_prompts)
+    return 0 if vectors is None else len(vectors)
+
+
+def _reach(config: Any) -> float:
+    """``FrozenLM.reach`` of a model of this configuration."""
+    rotary = getattr(config, "rope_parameters", None) or {}
+    # These stretch the angles with the length of what runs, so a prefix would not be the same alone.
+    kinds = [rotary, *(kind for kind in rotary.values() if isinstance(kind, dict))]  # some differ from layer to layer
+    stretches = any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
+    differs = any(getattr(config, name, None) for name in NOT_OURS)
+    if config.model_type not in SHARED_PREFIX_MODELS or stretches or differs:
+        return 0
+    slides = set(getattr(config, "layer_types", None) or ("sliding_attention",)) != {"full_attention"}
+    return (getattr(config, "sliding_window", None) if slides else None) or math.inf
 
 
 def _decoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -408,9 +408,10 @@ class Training:
 
     def _should_compile(self) -> bool:
         lm = self.task.lm
-        if not lm.shares_prefix or self.config.compile == "off":
+        served = [request for request in self._requests if lm.serves(request, self.config.longest)]
+        if not served or self.config.compile == "off":
             return False
-        tokens = _tokens(self._requests) / len(self._requests) * self.config.batch_size + self.config.longest
+        tokens = _tokens(served) / len(self._requests) * self.config.batch_size + self.config.longest
         return self.config.compile == "on" or compilation.pays(lm, self.total, tokens)
 
     def _require_shared_prefix(self) -> None:
@@ -418,13 +419,18 @@ class Training:
         if not lm.shares_prefix:
             raise ConfigError(
                 f"the parametrisation prefix needs a base model with a shared prefix "
-                f"({', '.join(sorted(SHARED_PREFIX_MODELS))}, all without a sliding window), but {lm.name} has none; "
+                f"({', '.join(sorted(SHARED_PREFIX_MODELS))}), but {lm.name} has none; "
                 "choose another base model or parametrisation"
             )
         if not all(request.shares_prefix for request in self._requests):
             raise ConfigError(
                 f"the parametrisation prefix needs {{soft_prompt}} before every input field, and no empty input, but "
                 f"the template is {text!r}; move {{soft_prompt}} to the front, or choose another parametrisation"
+            )
+        if not all(lm.serves(request, self.config.longest) for request in self._requests):
+            raise ConfigError(
+                f"the parametrisation prefix needs sequences of at most {lm.reach} tokens with {lm.name}, which has a "
+                "sliding window of as many, but some are longer; shorten them, or choose another parametrisation"
             )
 
     def _initial(self, number: int) -> torch.Tensor:
