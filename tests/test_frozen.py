@@ -190,6 +190,15 @@ def test_scores_of_the_shared_prefix_are_those_of_whole_sequences(kind: str) -> 
     )
 
 
+def test_whole_sequences_run_the_head_only_where_they_are_read(kind: str) -> None:
+    lm, ran = tiny(kind), list[tuple[int, ...]]()
+    requests = [Request((SOFT, 60, 61), 1, ((70, 71, 72), (70, 80)), 0), Request((SOFT, 60), 1, ((70,),), 0)]
+    head = lm.model.get_output_embeddings()
+    with head.register_forward_hook(lambda head, inputs, logits: ran.append(tuple(logits.shape))):
+        lm.score_concatenated(requests, [soft(7)])
+    assert ran == [(3, 11 - 7, 320)]  # read are places 8 to 10, 8 to 9, and 7
+
+
 def test_peft_gives_the_same_loss_and_gradient() -> None:
     from peft import PromptTuningConfig, get_peft_model
 

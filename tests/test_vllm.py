@@ -184,8 +184,9 @@ def test_log_probabilities_are_the_models_while_labels_are_scored(server: Runnin
     request = task.open_request(Example({"input": TEXTS[1]}, None), 12)
     (written,) = server.lm.generate([request], [soft.vectors], Sampling(max_new_tokens=12))
     with torch.no_grad():
-        (logits,) = server.lm.run_whole([server.lm.embed((*request.ids, *written.ids), soft.vectors)])
-    logprobs = logits[-len(written.ids) - 1 : -1].log_softmax(dim=-1)
+        embedded = server.lm.embed((*request.ids, *written.ids), soft.vectors)
+        (logits,) = server.lm.run_whole([embedded], [len(written.ids) + 1])
+    logprobs = logits[:-1].log_softmax(dim=-1)
     body = {"model": "writes", "prompt": TEXTS[1], "max_tokens": 12, "logprobs": 4}
     label = {"model": ["fits", "short"], "input": list(TEXTS)}
     with ThreadPoolExecutor(6) as pool:

@@ -460,8 +460,8 @@ class Decoder:
         rows = self._whole
         if not rows:
             return []
-        logits = self._lm.run_whole([row.embedded for row in rows])
-        self._take(rows, [logits[i, len(row.embedded) - 1] for i, row in enumerate(rows)])
+        logits = self._lm.run_whole([row.embedded for row in rows], [1] * len(rows))
+        self._take(rows, [of_row[0] for of_row in logits])
         self._whole = [row for row in rows if not row.writer.done]
         for row in self._whole:
             row.embedded = torch.cat([row.embedded, self._lm.embedding[row.token][None]])

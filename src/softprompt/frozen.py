@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -386,23 +387,29 @@ class FrozenLM:
         rows = [
             self.embed((*requests[r].ids, *word[:-1]), _prompt_of(requests[r], soft_prompts)) for r, _, word in places
         ]
-        logprobs = self.run_whole(rows).log_softmax(dim=-1)
+        logits = self.run_whole(rows, [len(word) for _, _, word in places])
         width = max(len(request.words) for request in requests)
         scores: list[list[torch.Tensor | float]] = [[-torch.inf] * width for _ in requests]
-        for i, (r, w, word) in enumerate(places):
-            first = rows[i].shape[0] - len(word)
-            columns = torch.arange(first, first + len(word), device=self.device)
-            scores[r][w] = logprobs[i, columns, torch.tensor(word, device=self.device)].sum()
+        for (r, w, word), part in zip(places, logits, strict=True):
+            read = torch.tensor(word, device=self.device)[:, None]
+            scores[r][w] = part.log_softmax(dim=-1).gather(1, read).sum()
         return torch.stack([torch.stack([torch.as_tensor(s, device=self.device) for s in row]) for row in scores])
 
-    def run_whole(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Logits float32 ``[B, T, V]`` of embedded sequences, padded on the right, by the model's own forward."""
+    def run_whole(self, rows: Sequence[torch.Tensor], last: Sequence[int]) -> Sequence[torch.Tensor]:
+        """Logits float32 ``[last, V]`` at so many last places of each embedded sequence ``[T, H]``, by the model's own
+        forward. Its head leaves out what lies before them in all rows: over a large vocabulary it would cost more than
+        all layers."""
         embedded = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
         lengths = torch.tensor([row.shape[0] for row in rows], device=self.device)
         mask = (torch.arange(embedded.shape[1], device=self.device) < lengths[:, None]).long()
+        first = min(len(row) - count for row, count in zip(rows, last, strict=True))
+        can_leave_out = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        options = {"logits_to_keep": embedded.shape[1] - first} if can_leave_out else {}
         with self._eager():
-            out = self.model(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
-        return out.logits.float()  # type: ignore[no-any-return]
+            logits = self.model(inputs_embeds=embedded, attention_mask=mask, use_cache=False, **options).logits.float()
+        left_out = embedded.shape[1] - logits.shape[1]
+        ends = [len(row) - left_out for row in rows]
+        return [line[end - count : end] for line, end, count in zip(logits, ends, last, strict=True)]
 
     def embed(self, ids: Sequence[int], vectors: torch.Tensor | None) -> torch.Tensor:
         """Embeddings ``[T, H]`` of ``ids`` in the model's dtype, with ``vectors`` in the place of ``SOFT``."""
