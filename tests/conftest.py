@@ -49,10 +49,10 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
-SHARED = ("llama", "gpt2", "qwen2", "qwen3", "opt", "gpt_neox", "mistral", "gemma3_text")
-"""Architectures of the shared-prefix path, here without a sliding window, or with one that holds every sequence."""
-ALL = (*SHARED, "mistral-sliding", "gemma3_text-sliding")
-"""Also with a window that holds no sequence of most tests, and with one that holds some."""
+SHARED = ("llama", "gpt2", "qwen2", "qwen3", "opt", "gpt_neox", "mistral", "mistral-sliding", "gemma3_text-sliding")
+"""Architectures of the shared-prefix path; with a sliding window in all layers, and in some."""
+ALL = (*SHARED, "phi")
+"""Also one that takes the concatenation path."""
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -84,7 +84,7 @@ def make_model(kind: str) -> Any:
         options |= {"head_dim": 8}
     if model_type == "gemma3_text":
         options |= {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-        options |= {"sliding_window": 24 if kind == "gemma3_text-sliding" else 128}
+        options |= {"sliding_window": 12}
     if model_type == "mistral":
         options |= {"sliding_window": 6 if kind == "mistral-sliding" else None}
     config = AutoConfig.for_model(model_type, **options, pad_token_id=0, bos_token_id=1, eos_token_id=1)

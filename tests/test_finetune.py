@@ -39,7 +39,7 @@ from softprompt.prompt import VIRTUAL_TOKENS
 from softprompt.task import Task
 from softprompt.template import SOFT, Template, Verbalizer
 
-PATHS = ("llama", "gpt2", "qwen3", "mistral-sliding")
+PATHS = ("llama", "gpt2", "qwen3", "phi")
 """Architectures of the shared-prefix path, and one that runs every word as a whole sequence."""
 WORDS = Verbalizer({"negative": ("bad", "a dull mess"), "positive": ("good", "a dull but great film", "very good")})
 
@@ -479,9 +479,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetune, "LORA_RATES", (1e-3, 1e-2, 3e-2))
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [("full-fine-tuning", "gpt2"), ("lora", "llama"), ("lora", "mistral-sliding")]
-)
+@pytest.mark.parametrize(("name", "kind"), [("full-fine-tuning", "gpt2"), ("lora", "llama"), ("lora", "phi")])
 def test_they_learn(name: str, kind: str, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 60 rows that chance gets right half of the time, 50 right by luck has a probability of 1e-7."""
     quick(monkeypatch)
@@ -549,7 +547,7 @@ def test_long_budgets_compile(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(FrozenLM, "uncompile_layers", lambda self: done.append("undone"))
     monkeypatch.setattr(methods, "can_compile", lambda lm: lm.shares_prefix)
     monkeypatch.setattr(Tuner, "run", lambda self, lr, seconds, validations: finetune.Run(NOTHING, ()))
-    for kind, budget, expected in (("llama", 300.0, 2), ("llama", 299.0, 1), ("mistral-sliding", 300.0, 1)):
+    for kind, budget, expected in (("llama", 300.0, 2), ("llama", 299.0, 1), ("phi", 300.0, 1)):
         done.clear()
         METHODS["full-fine-tuning"](problem(kind, budget=budget, began=clock.now))
         assert done == ["compiled", "undone"][-expected:]
@@ -593,7 +591,7 @@ def peft_run(ours: Problem, monkeypatch: pytest.MonkeyPatch) -> tuple[Learned, A
     return METHODS["peft-prompt-tuning"](ours), models[-1].eval()
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral-sliding"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "phi"])
 @pytest.mark.parametrize("template", [TOY_TEMPLATE, Template("the plot {soft_prompt}{input} : {target}")])
 @pytest.mark.parametrize("bos", [False, True])
 def test_the_answers_are_those_of_pefts_own_logits(

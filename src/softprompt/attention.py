@@ -230,6 +230,7 @@ def _attention(
     scaling: float | None = None,
     prefix_layer: tuple[torch.Tensor, torch.Tensor] | None = None,
     prefix_rows: torch.Tensor | None = None,
+    sliding_window: int | None = None,
     keep: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -242,7 +243,8 @@ def _attention(
     if keep is not None:
         keep.append((key, value))
     learning = torch.is_grad_enabled() and key.shape[2] == query.shape[2]
-    if learning and prefix_rows is None:
+    sees_all = sliding_window is None or attention_mask.shape[-1] <= sliding_window
+    if learning and prefix_rows is None and sees_all:
         prefix_key, prefix_value = prefix_layer or (key[:1, :, :0], value[:1, :, :0])
         return attend_shared(query, key, value, prefix_key, prefix_value, attention_mask, factor)[0], None
     if prefix_layer is not None:

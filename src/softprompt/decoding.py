@@ -97,11 +97,6 @@ class Writer:
     def done(self) -> bool:
         return bool(self.finish)
 
-    @property
-    def most(self) -> int:
-        """The most tokens that it takes."""
-        return self._sampling.max_new_tokens
-
     def take(self, logits: torch.Tensor) -> int:
         """Chooses the next token from float32 ``[V]`` logits."""
         best, likeliest = logits.max(dim=-1)

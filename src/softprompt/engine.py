@@ -498,8 +498,7 @@ class Engine:
         for ticket in tickets:
             ticket.started = now
             shared = ticket.job.request.ids[: ticket.job.request.shared]
-            served = self.lm.serves(ticket.job.request, 0 if ticket.job.vectors is None else len(ticket.job.vectors))
-            if served and self.prefixes.holds(shared, ticket.job.content):
+            if self.lm.shares_prefix and self.prefixes.holds(shared, ticket.job.content):
                 ticket.cached = ticket.job.prompt_tokens - len(ticket.job.request.ids) + len(shared)
         try:
             scores = self.lm.score(requests, list(prompts.values()), prefix_of=prefix_of)

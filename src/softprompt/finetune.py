@@ -139,14 +139,14 @@ class Tuner:
         self._order = RowOrder([None if task.verbalizer is None else example.target for example in examples])
         self._validator = task.validator(held_out)
         self._no_prefix: PrefixKV | None = None
-        if all(lm.serves(request, 0) for request in self._requests):
+        if lm.shares_prefix:
             with torch.no_grad():
                 self._no_prefix = lm.prefix_kv((), None)
         self._held_out = len(held_out)
         self._start = _copied(self._weights)
         self._hooks: list[Any] = []
         self.masters = [self._master(weight) for weight in self._weights]
-        if problem.worth_compiling and self._no_prefix is not None:
+        if problem.worth_compiling:
             problem.notice("compiling")
             lm.compile_layers()
             self.backward(range(min(self.config.batch_size, len(examples))))  # compiles; its gradient is thrown away
@@ -168,7 +168,7 @@ class Tuner:
         better on the validation rows by more than one standard error of an accuracy there (free text: better at all).
 
         Short runs are within the noise of each other, and favour high rates, which lose in a whole run: see
-        ``docs/quality.md``.
+        ``docs/defaults.md``.
         """
         middle, seconds = rates[len(rates) // 2], TRIALS * self._problem.seconds_left / len(rates)
         found = dict[float, Mapping[str, float]]()

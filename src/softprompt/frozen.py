@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -36,6 +35,9 @@ SHARED_PREFIX_MODELS = frozenset({"gemma3_text", "gpt2", "gpt_neox", "llama", "m
 
 NOT_OURS = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 """Settings of a configuration with which a model computes what the shared-prefix computation does not."""
+
+SLIDING = "sliding_attention"
+"""Transformers' name of layers whose tokens see the last few tokens only."""
 
 PrefixOf = Callable[[Tokens, torch.Tensor | None], PrefixKV]
 """``FrozenLM.prefix_kv``, or what keeps its results."""
@@ -74,10 +76,6 @@ class Request:
     words: tuple[Tokens, ...] = ()
     prompt: int | None = None
     truncated: bool = False
-
-    def length(self, num_virtual_tokens: int) -> int:
-        """Tokens in the sequence, the words not counted."""
-        return len(self.ids) + self.ids.count(SOFT) * (num_virtual_tokens - 1)
 
     @property
     def shares_prefix(self) -> bool:
@@ -140,8 +138,7 @@ class FrozenLM:
         embedding: the vector that each token feeds into the model, ``[V, H]``.
         embedding_rms: root mean square of the table's elements, the unit of learning rates and random initialisations.
         window: the most tokens in one sequence.
-        reach: the longest sequence, in tokens, that the shared-prefix computation serves: infinite, or as many tokens
-            as a sliding window holds, since up to there every token sees all before it; 0 for other architectures.
+        shares_prefix: whether the shared-prefix computation serves this architecture.
         compiled: whether the decoder layers are compiled now.
     """
 
@@ -161,7 +158,8 @@ class FrozenLM:
         self.embedding_rms = float(self.embedding.float().square().mean().sqrt())
         config = model.config
         self.window = int(getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length)
-        self.reach = _reach(config)
+        self.shares_prefix = _shares_prefix(config)
+        self._sliding, self._all_slide = _sliding_window(config)
         self._layers = _decoder_layers(model)
         self.compiled = False
         if self.shares_prefix:
@@ -188,17 +186,6 @@ class FrozenLM:
         pick_dtype(dtype, device_found)
         model, tokenizer = load_base(base, trust_remote_code=trust_remote_code)
         return cls(model, tokenizer, name=base, dtype=dtype, device=device)
-
-    @property
-    def shares_prefix(self) -> bool:
-        """Whether the shared-prefix computation serves this architecture, be it for short sequences only."""
-        return self.reach > 0
-
-    def serves(self, request: Request, num_virtual_tokens: int) -> bool:
-        """Whether the shared-prefix computation gives the scores that a request's whole sequence would, with a soft
-        prompt of so many virtual tokens."""
-        length = request.length(num_virtual_tokens) + max(map(len, request.words), default=0)
-        return request.shares_prefix and length <= self.reach
 
     @property
     def hidden_size(self) -> int:
@@ -282,12 +269,12 @@ class FrozenLM:
         embedded = self.embed(list(ids) or [0], vectors)
         start = 0 if before is None else before.width
         kept: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in self._layers]
-        blocked = torch.full((len(embedded), start + len(embedded)), torch.finfo(self.dtype).min)
-        mask = blocked.triu(start + 1).to(self.device, self.dtype)
+        seen = torch.arange(start + len(embedded), device=self.device)[None]
+        positions = seen[:, start:]
         self.model.base_model(
             inputs_embeds=embedded[None],
-            attention_mask=mask[None, None],
-            position_ids=torch.arange(start, start + len(embedded), device=self.device)[None],
+            attention_mask=self._mask(positions[..., None] >= seen[:, None], positions, seen),
+            position_ids=positions,
             use_cache=False,
             keep=kept,
             prefix=before,
@@ -328,18 +315,38 @@ class FrozenLM:
 
     def _hidden(self, batch: Batch, prefix: PrefixKV) -> torch.Tensor:
         """Hidden states ``[B, T, H]`` of the rows after the last layer's norm."""
-        mask = torch.zeros(batch.sees.shape, dtype=self.dtype, device=self.device)
-        mask.masked_fill_(~batch.sees, torch.finfo(self.dtype).min)
+        before = torch.arange(prefix.width, device=self.device).expand(len(batch.ids), -1)
         embedded = nn.functional.embedding(batch.ids, self.embedding)
         out = self.model.base_model(
             inputs_embeds=embedded,
-            attention_mask=mask[:, None],
+            attention_mask=self._mask(batch.sees, batch.positions, torch.cat([before, batch.positions], dim=1)),
             position_ids=batch.positions,
             use_cache=False,
             prefix=prefix,
             prefix_rows=batch.prefix_rows,
         )
         return out.last_hidden_state  # type: ignore[no-any-return]
+
+    def _mask(self, sees: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor) -> Any:
+        """What transformers' models take as a mask.
+
+        Args:
+            sees: bool ``[B, T, S]``, what a token may look at.
+            positions: int64 ``[B, T]``, of these tokens.
+            seen: int64 ``[B, S]``, of what is looked at.
+
+        Returns:
+            Additive, ``[B, 1, T, S]`` in the model's dtype, or one for each kind of layer if there are two.
+        """
+
+        def additive(sees: torch.Tensor) -> torch.Tensor:
+            zeros = torch.zeros(sees.shape, dtype=self.dtype, device=sees.device)
+            return zeros.masked_fill_(~sees, torch.finfo(self.dtype).min)[:, None]
+
+        if self._sliding is None:
+            return additive(sees)
+        near = additive(sees & (positions[..., None] - seen[:, None] < self._sliding))
+        return near if self._all_slide else {SLIDING: near, "full_attention": additive(sees)}
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.model.get_output_embeddings()(hidden).float()  # type: ignore[no-any-return]
@@ -356,14 +363,13 @@ class FrozenLM:
             float32 ``[B, V]``, the logits after each row's last token.
         """
         columns = kv.extend(counts, embedded.shape[1])
-        mask = torch.zeros((*columns.shape, kv.width), dtype=self.dtype)
-        mask.masked_fill_(torch.arange(kv.width) > columns[..., None], torch.finfo(self.dtype).min)
         own = torch.tensor(counts)
         padding = torch.arange(embedded.shape[1]) >= own[:, None]
+        columns, places = columns.to(self.device), torch.arange(kv.width, device=self.device)[None]
         out = self.model.base_model(
             inputs_embeds=embedded,
-            attention_mask=mask[:, None].to(self.device),
-            position_ids=columns.masked_fill(padding, 0).to(self.device),
+            attention_mask=self._mask(columns[..., None] >= places[:, None], columns, places),
+            position_ids=columns.masked_fill(padding.to(self.device), 0),
             past_key_values=kv,
             use_cache=True,
         )
@@ -420,10 +426,9 @@ class FrozenLM:
             if place < len(ids):
                 assert vectors is not None, "a request with a soft prompt's place names its soft prompt"
                 if vectors.dim() != 2:
-                    most = "" if self.reach in (0, math.inf) else f", in a sequence of at most {self.reach} tokens"
                     raise ConfigError(
                         "A trained KV prefix must stand before all input, which may not be empty, in a base model with "
-                        f"a shared prefix ({', '.join(sorted(SHARED_PREFIX_MODELS))}){most}; use a plain soft prompt."
+                        f"a shared prefix ({', '.join(sorted(SHARED_PREFIX_MODELS))}); use a plain soft prompt."
                     )
                 pieces.append(vectors.to(self.device, self.dtype))
             start = place + 1
@@ -455,10 +460,10 @@ class FrozenLM:
         """
         width = max((len(request.words) for request in requests), default=0)
         scores = torch.full((len(requests), width), -torch.inf)
-        for group in self._groups(requests, soft_prompts, max_tokens or 2 * self.tokens_at_once):
+        for group in self._groups(requests, max_tokens or 2 * self.tokens_at_once):
             members = [requests[i] for i in group]
             with self._eager():
-                if self.serves(members[0], _count(members[0], soft_prompts)):
+                if self.shares_prefix and members[0].shares_prefix:
                     rows, prefix = self._rows(members, soft_prompts, prefix_of or self.prefix_kv)
                     part = self.score_batch(collate(rows, prefix.lengths, self.device), prefix)
                 else:
@@ -466,13 +471,10 @@ class FrozenLM:
             scores[torch.tensor(group), : part.shape[1]] = part.cpu()
         return scores
 
-    def _groups(
-        self, requests: Sequence[Request], soft_prompts: Sequence[torch.Tensor], max_tokens: int
-    ) -> Iterator[list[int]]:
+    def _groups(self, requests: Sequence[Request], max_tokens: int) -> Iterator[list[int]]:
         """Batches of requests that one path serves, of similar length."""
-        served = [self.serves(request, _count(request, soft_prompts)) for request in requests]
         for shares in (True, False):
-            chosen = [i for i, serves in enumerate(served) if serves == shares]
+            chosen = [i for i, r in enumerate(requests) if (self.shares_prefix and r.shares_prefix) == shares]
             if shares:
                 lengths = [Row(requests[i].ids[requests[i].shared :], requests[i].words).length for i in chosen]
             else:
@@ -521,7 +523,10 @@ class FrozenLM:
         prefix_of = prefix_of or self.kept_prefixes(None)
         writers = [Writer(self, sampling, sampling.seed + i) for i in range(len(requests))]
         prompts = [_prompt_of(request, soft_prompts) for request in requests]
-        rooms = [r.length(_count(r, soft_prompts)) + sampling.max_new_tokens for r in requests]
+        rooms = [
+            len(request.ids) + (0 if vectors is None else len(vectors)) + sampling.max_new_tokens
+            for request, vectors in zip(requests, prompts, strict=True)
+        ]
         waiting = sorted(range(len(requests)), key=rooms.__getitem__)
         running: list[int] = []
         decoder = Decoder(self)
@@ -554,7 +559,7 @@ class FrozenLM:
             writer: writes the continuation.
             prefix_of: where its prefix comes from.
         """
-        if request.length(0 if vectors is None else len(vectors)) + writer.most > self.reach:
+        if not self.shares_prefix:
             return Continuation(writer, self.embed(request.ids, vectors), None)
         shared = min(request.shared, len(request.ids) - 1)
         prefix = prefix_of(request.ids[:shared], vectors)
@@ -613,23 +618,22 @@ def _embedding_table(model: Any) -> torch.Tensor:
         return fed
 
 
-def _count(request: Request, soft_prompts: Sequence[torch.Tensor]) -> int:
-    """Its virtual tokens."""
-    vectors = _prompt_of(request, soft_prompts)
-    return 0 if vectors is None else len(vectors)
-
-
-def _reach(config: Any) -> float:
-    """``FrozenLM.reach`` of a model of this configuration."""
+def _shares_prefix(config: Any) -> bool:
+    """Whether the shared-prefix computation serves a model of this configuration."""
     rotary = getattr(config, "rope_parameters", None) or {}
     # These stretch the angles with the length of what runs, so a prefix would not be the same alone.
     kinds = [rotary, *(kind for kind in rotary.values() if isinstance(kind, dict))]  # some differ from layer to layer
     stretches = any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
     differs = any(getattr(config, name, None) for name in NOT_OURS)
-    if config.model_type not in SHARED_PREFIX_MODELS or stretches or differs:
-        return 0
-    slides = set(getattr(config, "layer_types", None) or ("sliding_attention",)) != {"full_attention"}
-    return (getattr(config, "sliding_window", None) if slides else None) or math.inf
+    return config.model_type in SHARED_PREFIX_MODELS and not stretches and not differs
+
+
+def _sliding_window(config: Any) -> tuple[int | None, bool]:
+    """How many tokens, itself included, a token of a sliding layer sees, None without such layers; and whether all
+    layers are such."""
+    kinds = set(getattr(config, "layer_types", None) or (SLIDING,))
+    window = getattr(config, "sliding_window", None) if SLIDING in kinds else None
+    return window, kinds == {SLIDING}
 
 
 def _decoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -58,7 +58,10 @@ class Objective:
     def backward(self, requests: Sequence[Request], gold: Sequence[int], vectors: torch.Tensor) -> tuple[float, int]:
         """Adds the gradient of the mean loss to ``vectors.grad``; returns the mean loss and the tokens computed.
 
-        Requests that the shared-prefix computation does not serve run whole, with the soft prompt in each.
+        With a shared prefix it goes in two stages. The prefix runs once, its text before the soft prompt in the first
+        step only; micro-batches of rows send their gradients into its detached keys and values, where they add up in
+        fp32. One backward pass then carries the sum to ``vectors``; for a KV prefix, through the template's text
+        behind it only.
 
         Args:
             requests: a whole batch, all with the same shared prefix.
@@ -66,21 +69,8 @@ class Objective:
             vectors: float32 ``[P, H]`` or ``[P, L, 2, H_kv, D]``, a leaf.
         """
         weight = self.weight(requests)
-        served = [self.lm.serves(request, len(vectors)) for request in requests]
-        loss, tokens = 0.0, 0
-        for backward, chosen in ((self._backward_shared, True), (self._backward_concatenated, False)):
-            members = [i for i, found in enumerate(served) if found == chosen]
-            if members:
-                part, run = backward([requests[i] for i in members], [gold[i] for i in members], vectors, weight)
-                loss, tokens = loss + part, tokens + run
-        return loss, tokens
-
-    def _backward_shared(
-        self, requests: Sequence[Request], gold: Sequence[int], vectors: torch.Tensor, weight: int
-    ) -> tuple[float, int]:
-        """In two stages. The prefix runs once, its text before the soft prompt in the first step only; micro-batches of
-        rows send their gradients into its detached keys and values, where they add up in fp32. One backward pass then
-        carries the sum to ``vectors``; for a KV prefix, through the template's text behind it only."""
+        if not (self.lm.shares_prefix and all(r.shares_prefix for r in requests)):
+            return self._backward_concatenated(requests, gold, vectors, weight)
         shared = requests[0].ids[: requests[0].shared]
         place = shared.index(SOFT)
         before = self._text_before(shared[:place], None) if place else None
@@ -105,7 +95,7 @@ class Objective:
         self, requests: Sequence[Request], gold: Sequence[int], vectors: torch.Tensor, weight: int
     ) -> tuple[float, int]:
         total, width = 0.0, vectors.shape[0]
-        lengths = [sum(r.length(width) + len(word) for word in r.words) for r in requests]
+        lengths = [sum(len(r.ids) - 1 + width + len(word) for word in r.words) for r in requests]
         for group in self.micro_batches(lengths):
             scores = self.lm.score_concatenated([requests[i] for i in group], [vectors])
             loss = self.loss(scores, [gold[i] for i in group]) / weight

@@ -408,10 +408,9 @@ class Training:
 
     def _should_compile(self) -> bool:
         lm = self.task.lm
-        served = [request for request in self._requests if lm.serves(request, self.config.longest)]
-        if not served or self.config.compile == "off":
+        if not lm.shares_prefix or self.config.compile == "off":
             return False
-        tokens = _tokens(served) / len(self._requests) * self.config.batch_size + self.config.longest
+        tokens = _tokens(self._requests) / len(self._requests) * self.config.batch_size + self.config.longest
         return self.config.compile == "on" or compilation.pays(lm, self.total, tokens)
 
     def _require_shared_prefix(self) -> None:
@@ -426,11 +425,6 @@ class Training:
             raise ConfigError(
                 f"the parametrisation prefix needs {{soft_prompt}} before every input field, and no empty input, but "
                 f"the template is {text!r}; move {{soft_prompt}} to the front, or choose another parametrisation"
-            )
-        if not all(lm.serves(request, self.config.longest) for request in self._requests):
-            raise ConfigError(
-                f"the parametrisation prefix needs sequences of at most {lm.reach} tokens with {lm.name}, which has a "
-                "sliding window of as many, but some are longer; shorten them, or choose another parametrisation"
             )
 
     def _initial(self, number: int) -> torch.Tensor:
