@@ -417,7 +417,7 @@ class Decoder:
         if not rows:
             return []
         tokens = torch.tensor([[row.token] for row in rows], device=self._lm.device)
-        embedded = nn.functional.embedding(tokens, self._lm.embedding)
+        embedded = self._lm.look_up(tokens)
         self._take(rows, self._lm.next_logits(self._kv, embedded, [1] * len(rows)))
         for index in reversed(range(len(rows))):
             if rows[index].writer.done:
@@ -459,7 +459,7 @@ class Decoder:
         self._take(rows, [of_row[0] for of_row in logits])
         self._whole = [row for row in rows if not row.writer.done]
         for row in self._whole:
-            row.embedded = torch.cat([row.embedded, self._lm.embedding[row.token][None]])
+            row.embedded = torch.cat([row.embedded, self._lm.embed([row.token], None)])
         return rows
 
     def _take(self, rows: Sequence[Continuation], logits: torch.Tensor | Sequence[torch.Tensor]) -> None:

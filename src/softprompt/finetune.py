@@ -242,7 +242,6 @@ class Tuner:
         else:
             lengths = [row.length for row in rows]
         for group in self._objective.micro_batches(lengths):
-            self._follow_embedding()
             if self._no_prefix is None:
                 scores = self._lm.score_concatenated([requests[i] for i in group], ())
             else:
@@ -273,8 +272,6 @@ class Tuner:
     def _validate(self, step: int) -> dict[str, float]:
         """A point of the curve."""
         began = time.perf_counter()
-        with torch.no_grad():
-            self._follow_embedding()
         found = self._validator(torch.empty(0))  # the requests have no place for a soft prompt
         self._check = time.perf_counter() - began
         seconds = round(self._problem.budget - self._problem.seconds_left, 1)
@@ -317,13 +314,6 @@ class Tuner:
             weight.copy_(value)
             if weight is not master:
                 master.copy_(value)
-        self._follow_embedding()
-
-    def _follow_embedding(self) -> None:
-        """Where a model scales its embeddings (Gemma), ``lm.embedding`` is a product of the weights, not a weight."""
-        lookup = self._lm.model.get_input_embeddings()
-        if self._lm.embedding is not lookup.weight and lookup.weight.requires_grad:
-            self._lm.embedding = lookup(torch.arange(lookup.weight.shape[0], device=self._lm.device))
 
 
 def _hand_over(master: torch.Tensor, weight: torch.Tensor) -> None:

@@ -154,6 +154,7 @@ class FrozenLM:
                 weight.data = weight.data.to(self.dtype)
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.tokenizer = tokenizer
+        self._look_up: Callable[[torch.Tensor], torch.Tensor] = model.get_input_embeddings()
         self.embedding = _embedding_table(model)
         self.embedding_rms = float(self.embedding.float().square().mean().sqrt())
         config = model.config
@@ -232,7 +233,8 @@ class FrozenLM:
 
     def keep_embedding_only(self) -> None:
         """Frees every weight but the embedding table: what is left embeds sequences, and computes nothing."""
-        self.embedding = self.embedding.clone()  # the weight itself may be a view into the model's whole file
+        kept = self.embedding = self.embedding.clone()  # the weight itself may be a view into the model's whole file
+        self._look_up = lambda ids: nn.functional.embedding(ids, kept)
         self.model.to("meta")
 
     def weights_digest(self) -> str:
@@ -316,7 +318,7 @@ class FrozenLM:
     def _hidden(self, batch: Batch, prefix: PrefixKV) -> torch.Tensor:
         """Hidden states ``[B, T, H]`` of the rows after the last layer's norm."""
         before = torch.arange(prefix.width, device=self.device).expand(len(batch.ids), -1)
-        embedded = nn.functional.embedding(batch.ids, self.embedding)
+        embedded = self.look_up(batch.ids)
         out = self.model.base_model(
             inputs_embeds=embedded,
             attention_mask=self._mask(batch.sees, batch.positions, torch.cat([before, batch.positions], dim=1)),
@@ -417,12 +419,16 @@ class FrozenLM:
         ends = [len(row) - left_out for row in rows]
         return [line[end - count : end] for line, end, count in zip(logits, ends, last, strict=True)]
 
+    def look_up(self, ids: torch.Tensor) -> torch.Tensor:
+        """What tokens feed into the model: ``[…, H]`` of int64 ids ``[…]``, differentiable in the weights."""
+        return self._look_up(ids)
+
     def embed(self, ids: Sequence[int], vectors: torch.Tensor | None) -> torch.Tensor:
         """Embeddings ``[T, H]`` of ``ids`` in the model's dtype, with ``vectors`` in the place of ``SOFT``."""
         pieces, start = [], 0
         for place in [i for i, token in enumerate(ids) if token == SOFT] + [len(ids)]:
             tokens = torch.tensor(ids[start:place], dtype=torch.long, device=self.device)
-            pieces.append(nn.functional.embedding(tokens, self.embedding))
+            pieces.append(self.look_up(tokens))
             if place < len(ids):
                 assert vectors is not None, "a request with a soft prompt's place names its soft prompt"
                 if vectors.dim() != 2:
