@@ -1,4 +1,5 @@
-"""The study's tables in Markdown and its figure, ``tables.md`` and ``scores.png``, from the cells in ``docs/study``.
+"""The study's tables in Markdown and its figures, ``tables.md``, ``scores.png`` and ``bases.png``, from the cells in
+``docs/study``; those of other base models than the study's lie in its folder ``bases``.
 
     python benchmarks/study.py
 
@@ -15,7 +16,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from softprompt.artifact import atomic_writer
-from softprompt.plots import GREY, PALETTE, png, style
+from softprompt.plots import GREY, PALETTE, png, score_against_size, style
 from softprompt.summary import OURS, Cell, Row, summary
 
 HARD = ("zero-shot", "instruction", "few-shot")
@@ -151,18 +152,37 @@ def figure(sets: dict[str, list[Cell]]) -> Figure:
     return drawn
 
 
+def read(folder: Path) -> dict[str, list[Cell]]:
+    """The finished cells of each data set."""
+    return {
+        path.stem: [cell for cell in json.loads(path.read_text("utf-8")) if cell["status"] == "done"]
+        for path in sorted(folder.glob("*.json"))
+    }
+
+
 def main() -> None:
     """Writes the tables and the figure beside the cells."""
     folder = Path(__file__).parent.parent / "docs" / "study"
-    sets = {}
-    for path in sorted(folder.glob("*.json")):
-        cells = [cell for cell in json.loads(path.read_text("utf-8")) if cell["status"] == "done"]
-        sets[path.stem] = cells
+    sets, others = read(folder), read(folder / "bases")
     text = "# Every cell of the study\n\nMade by `benchmarks/study.py`; what it means is in ../quality.md.\n\n"
     text += overview(sets) + "\n"
     for name, cells in sets.items():
         text += f"\n## {name}\n\n{cells[0]['n']:,} test rows, {cells[0]['metric']}.\n\n{details(cells)}\n"
-    for name, content in {"tables.md": text.encode(), "scores.png": png(figure(sets))}.items():
+    for name, cells in others.items():
+        for base in dict.fromkeys(cell["base"] for cell in cells):
+            text += f"\n## {name}, {base}\n\n{details([cell for cell in cells if cell['base'] == base])}\n"
+    shared = {name: {cell["method"] for cell in cells} for name, cells in others.items()}
+    both = {
+        name: summary([cell for cell in (*sets[name], *cells) if cell["method"] in shared[name]])
+        for name, cells in others.items()
+    }
+    sizes = score_against_size(both)
+    assert sizes is not None, "there are several base models"
+    for name, content in {
+        "tables.md": text.encode(),
+        "scores.png": png(figure(sets)),
+        "bases.png": png(sizes),
+    }.items():
         with atomic_writer(folder / name) as file:
             file.write(content)
 
