@@ -28,6 +28,7 @@ from softprompt.template import SOFT, Template, Verbalizer
 TEXTS = ("a stirring film", "dull", "one of the best movies of the year , and a very funny one")
 LABELS = Verbalizer({"good": ("very good", "great", "good"), "bad": ("very bad", "awful"), "so": ("very",)})
 VOCABULARY = tuple((token,) for token in range(320))
+LAYERS = ("sliding_attention", "full_attention")
 TOLERANCE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 few = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -252,11 +253,22 @@ def test_rotary_frequencies_stay_exact_in_bf16() -> None:
         assert torch.equal(buffer, buffers[name]), name
 
 
-def test_an_embedding_that_the_model_scales_is_fed_scaled() -> None:
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {},
+        {"final_logit_softcapping": 0.5},
+        {"use_bidirectional_attention": True},
+        {"rope_parameters": {kind: {"rope_type": "dynamic", "factor": 2.0} for kind in LAYERS}},
+    ],
+)
+def test_a_model_that_scales_its_embedding_or_differs_otherwise(setting: dict[str, Any]) -> None:
+    """Gemma feeds its embedding scaled; with the other settings whole sequences must run."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     sizes: dict[str, Any] = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    config = Gemma3TextConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=8, pad_token_id=0)
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+    config = Gemma3TextConfig(**sizes, **heads, layer_types=list(LAYERS), **setting)
     torch.manual_seed(7)
     gemma: Any = Gemma3ForCausalLM
     model = gemma(config).eval().requires_grad_(False)
@@ -264,6 +276,7 @@ def test_an_embedding_that_the_model_scales_is_fed_scaled() -> None:
     logprobs = model(input_ids=torch.tensor([[*ids, 70]])).logits[0].log_softmax(dim=-1)
     expected = float(logprobs[4, 70] + logprobs[5, 71])
     lm = FrozenLM(model, make_tokenizer(), name="gemma", dtype="fp32", device="cpu")
+    assert lm.shares_prefix == (not setting)
     assert float(lm.score([Request(ids, 3, (word,))])) == pytest.approx(expected, rel=1e-5)
     as_soft = Request((SOFT, 60, 61), 1, (word,), 0)
     assert float(lm.score([as_soft], [lm.embedding[[3, 4, 5]]])) == pytest.approx(expected, rel=1e-5)

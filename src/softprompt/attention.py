@@ -19,6 +19,8 @@ import torch
 from torch import nn
 
 NAME = "softprompt"
+SLIDING = "sliding_attention"
+"""Transformers' name of layers whose tokens see the last few tokens only."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,47 @@ def stack_prefixes(prefixes: list[PrefixKV]) -> PrefixKV:
         values=tuple(stack([p.values[i] for p in prefixes]) for i in layers),
         lengths=tuple(n for p in prefixes for n in p.lengths),
     )
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Makes what a transformers model takes as its attention mask, with the sliding window that some have.
+
+    Attributes:
+        window: how many tokens, itself included, a token of a sliding layer sees; None without such layers.
+        everywhere: whether all layers are such.
+        dtype: the model's.
+    """
+
+    window: int | None
+    everywhere: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, config: Any, dtype: torch.dtype) -> Masks:
+        """Those of a model of this configuration."""
+        kinds = set(getattr(config, "layer_types", None) or (SLIDING,))
+        window = getattr(config, "sliding_window", None) if SLIDING in kinds else None
+        return cls(window, kinds == {SLIDING}, dtype)
+
+    def __call__(self, sees: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor) -> Any:
+        """
+        Args:
+            sees: bool ``[B, T, S]``, what a token may look at, were it not for the window.
+            positions: int64 ``[B, T]``, of these tokens.
+            seen: int64 ``[B, S]``, of what is looked at.
+
+        Returns:
+            Additive, ``[B, 1, T, S]``, or one for each kind of layer if there are two.
+        """
+        if self.window is None:
+            return self._additive(sees)
+        near = self._additive(sees & (positions[..., None] - seen[:, None] < self.window))
+        return near if self.everywhere else {SLIDING: near, "full_attention": self._additive(sees)}
+
+    def _additive(self, sees: torch.Tensor) -> torch.Tensor:
+        zeros = torch.zeros(sees.shape, dtype=self.dtype, device=sees.device)
+        return zeros.masked_fill_(~sees, torch.finfo(self.dtype).min)[:, None]
 
 
 def attend(

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from softprompt import attention
-from softprompt.attention import PrefixKV, stack_prefixes
+from softprompt.architecture import SHARED_PREFIX_MODELS, decoder_layers, embedding_table, shares_prefix
+from softprompt.attention import Masks, PrefixKV, stack_prefixes
 from softprompt.base import (
     DEFAULT_BASE,
     fingerprint_model,
@@ -29,15 +30,6 @@ from softprompt.decoding import Continuation, Decoder, RowKV, Writer, give_back_
 from softprompt.errors import ConfigError
 from softprompt.prompt import frequent_tokens
 from softprompt.template import SOFT
-
-SHARED_PREFIX_MODELS = frozenset({"gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "opt", "qwen2", "qwen3"})
-"""Model types whose shared-prefix computation is tested against concatenation; others take the concatenation path."""
-
-NOT_OURS = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
-"""Settings of a configuration with which a model computes what the shared-prefix computation does not."""
-
-SLIDING = "sliding_attention"
-"""Transformers' name of layers whose tokens see the last few tokens only."""
 
 PrefixOf = Callable[[Tokens, torch.Tensor | None], PrefixKV]
 """``FrozenLM.prefix_kv``, or what keeps its results."""
@@ -155,13 +147,13 @@ class FrozenLM:
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self._look_up: Callable[[torch.Tensor], torch.Tensor] = model.get_input_embeddings()
-        self.embedding = _embedding_table(model)
+        self.embedding = embedding_table(model)
         self.embedding_rms = float(self.embedding.float().square().mean().sqrt())
         config = model.config
         self.window = int(getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length)
-        self.shares_prefix = _shares_prefix(config)
-        self._sliding, self._all_slide = _sliding_window(config)
-        self._layers = _decoder_layers(model)
+        self.shares_prefix = shares_prefix(config)
+        self._mask = Masks.of(config, self.dtype)
+        self._layers = decoder_layers(model)
         self.compiled = False
         if self.shares_prefix:
             attention.install(model, self._layers)
@@ -328,27 +320,6 @@ class FrozenLM:
             prefix_rows=batch.prefix_rows,
         )
         return out.last_hidden_state  # type: ignore[no-any-return]
-
-    def _mask(self, sees: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor) -> Any:
-        """What transformers' models take as a mask.
-
-        Args:
-            sees: bool ``[B, T, S]``, what a token may look at.
-            positions: int64 ``[B, T]``, of these tokens.
-            seen: int64 ``[B, S]``, of what is looked at.
-
-        Returns:
-            Additive, ``[B, 1, T, S]`` in the model's dtype, or one for each kind of layer if there are two.
-        """
-
-        def additive(sees: torch.Tensor) -> torch.Tensor:
-            zeros = torch.zeros(sees.shape, dtype=self.dtype, device=sees.device)
-            return zeros.masked_fill_(~sees, torch.finfo(self.dtype).min)[:, None]
-
-        if self._sliding is None:
-            return additive(sees)
-        near = additive(sees & (positions[..., None] - seen[:, None] < self._sliding))
-        return near if self._all_slide else {SLIDING: near, "full_attention": additive(sees)}
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.model.get_output_embeddings()(hidden).float()  # type: ignore[no-any-return]
@@ -610,39 +581,3 @@ def _in_a_row(first: PrefixKV | None, second: PrefixKV) -> PrefixKV:
 
 def _prompt_of(request: Request, soft_prompts: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return None if request.prompt is None else soft_prompts[request.prompt]
-
-
-def _embedding_table(model: Any) -> torch.Tensor:
-    """What each token feeds into the model, ``[V, H]``: the weight itself, unless the model scales it (Gemma)."""
-    lookup = model.get_input_embeddings()
-    weight: torch.Tensor = lookup.weight
-    with torch.no_grad():
-        few = torch.arange(min(64, weight.shape[0]), device=weight.device)
-        if torch.equal(lookup(few), weight[few]):
-            return weight
-        fed: torch.Tensor = lookup(torch.arange(weight.shape[0], device=weight.device))
-        return fed
-
-
-def _shares_prefix(config: Any) -> bool:
-    """Whether the shared-prefix computation serves a model of this configuration."""
-    rotary = getattr(config, "rope_parameters", None) or {}
-    # These stretch the angles with the length of what runs, so a prefix would not be the same alone.
-    kinds = [rotary, *(kind for kind in rotary.values() if isinstance(kind, dict))]  # some differ from layer to layer
-    stretches = any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
-    differs = any(getattr(config, name, None) for name in NOT_OURS)
-    return config.model_type in SHARED_PREFIX_MODELS and not stretches and not differs
-
-
-def _sliding_window(config: Any) -> tuple[int | None, bool]:
-    """How many tokens, itself included, a token of a sliding layer sees, None without such layers; and whether all
-    layers are such."""
-    kinds = set(getattr(config, "layer_types", None) or (SLIDING,))
-    window = getattr(config, "sliding_window", None) if SLIDING in kinds else None
-    return window, kinds == {SLIDING}
-
-
-def _decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The stack of decoder layers: the longest list of modules inside the model."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=len, default=nn.ModuleList())

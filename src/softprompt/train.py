@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from softprompt import checkpoint, compilation
+from softprompt.architecture import SHARED_PREFIX_MODELS
 from softprompt.batch import Row
 from softprompt.config import DEFAULT_STEPS, EVAL_EVERY, INITS, TrainConfig
 from softprompt.data import Dataset, Example, check_targets
 from softprompt.errors import ConfigError, DataError, StoreError
-from softprompt.frozen import SHARED_PREFIX_MODELS, FrozenLM, Request
+from softprompt.frozen import FrozenLM, Request
 from softprompt.history import FILE as HISTORY
 from softprompt.history import History
 from softprompt.objective import Objective
