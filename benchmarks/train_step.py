@@ -29,10 +29,10 @@ import torch
 from softprompt.base import DTYPES
 from softprompt.batch import Row
 from softprompt.data import read_dataset
+from softprompt.finetune import PeftTask
 from softprompt.frozen import FrozenLM, Request
 from softprompt.objective import Objective
 from softprompt.prompt import initial_vectors
-from softprompt.task import Task
 from softprompt.template import DEFAULT_TEMPLATE, SOFT, Template
 
 Batches = list[list[Request]]
@@ -58,7 +58,7 @@ def load(options: argparse.Namespace) -> tuple[FrozenLM, Batches]:
     lm = load_base(options)
     data = read_dataset(options.data, fields=("input",))
     template = Template(DEFAULT_TEMPLATE)
-    task = Task.for_data(lm, data, template, num_virtual_tokens=options.num_virtual_tokens)
+    task = PeftTask.for_data(lm, data, template, num_virtual_tokens=options.num_virtual_tokens)
     requests = [task.target_request(example) for example in data.examples]
     random.Random(0).shuffle(requests)
     count = options.warmup + options.steps
