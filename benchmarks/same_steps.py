@@ -6,8 +6,8 @@ tokens and the same batch size.
 
 PEFT goes first, with its defaults and the learning rate of its example, as many steps as fit into the time; then a soft
 prompt with our defaults does as many. With ``--steps`` our engine does PEFT's part, too: its start, optimizer and
-schedule, whose gradients are the same (``tests/test_frozen.py``), in a quarter of the time. Prints a JSON object: the
-scores on the test rows and their paired difference.
+schedule, whose gradients are the same (``tests/test_frozen.py``), in a tenth to a quarter of the time. Prints a JSON
+object: the scores on the test rows and their paired difference.
 """
 
 from __future__ import annotations

@@ -368,11 +368,11 @@ def test_a_kv_prefix_where_there_is_no_shared_prefix_is_named(kind: str, request
 def test_a_query_checks_the_shape_of_a_kv_prefix(llama: FrozenLM) -> None:
     example, kv = Example({"input": "film"}, None), some_kv(llama)
     Query(toy_task(llama, toy(2, 0)), example, kv)
-    sliding = toy_task(tiny("phi"), toy(2, 0))
+    another = toy_task(tiny("phi"), toy(2, 0))
     for task, vectors, wanted in (
         (toy_task(llama, toy(2, 0)), kv[:5], "[6, 3, 2, 2, 8], but a soft prompt of shape [5, 3, 2, 2, 8]"),
         (toy_task(llama, toy(2, 0)), kv[..., :4], "[6, 3, 2, 2, 8], but a soft prompt of shape [6, 3, 2, 2, 4]"),
-        (sliding, kv, "[6, 32], but a soft prompt of shape [6, 3, 2, 2, 8]"),
+        (another, kv, "[6, 32], but a soft prompt of shape [6, 3, 2, 2, 8]"),
     ):
         with pytest.raises(ConfigError) as error:
             Query(task, example, vectors)

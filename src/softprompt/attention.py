@@ -286,6 +286,7 @@ def _attention(
     if keep is not None:
         keep.append((key, value))
     learning = torch.is_grad_enabled() and key.shape[2] == query.shape[2]
+    # What has slid out of a window is in the mask, which attend_shared does not look at for the prefix.
     sees_all = sliding_window is None or attention_mask.shape[-1] <= sliding_window
     if learning and prefix_rows is None and sees_all:
         prefix_key, prefix_value = prefix_layer or (key[:1, :, :0], value[:1, :, :0])
