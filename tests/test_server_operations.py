@@ -104,7 +104,15 @@ def test_a_body_may_be_so_large_and_no_larger(store: Store) -> None:
         # in chunks, without a length
         answer = running.http.post("/v1/completions", content=iter([body(600), b" " * 401]), headers=headers)
         assert (answer.status_code, answer.json()) == (413, refused)
-        # a length beyond all bounds, of which nothing is read
+        # who goes on sending after the refusal, as most clients do, can still read it
+        with socket.create_connection(("127.0.0.1", httpx.URL(running.url).port or 0)) as connection:
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 300000\r\n\r\n")
+            for _ in range(3):
+                time.sleep(0.1)
+                connection.sendall(b" " * 100_000)
+            answered = b"".join(iter(lambda: connection.recv(1000), b""))
+        assert json.loads(answered.partition(b"\r\n\r\n")[2]) == refused
+        # a length beyond all bounds: the refusal does not wait for it
         with socket.create_connection(("127.0.0.1", httpx.URL(running.url).port or 0)) as connection:
             connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n")
             assert connection.recv(100).startswith(b"HTTP/1.1 413 ")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import hmac
 import logging
@@ -20,6 +22,9 @@ log = logging.getLogger("softprompt.server")
 
 _OPEN = frozenset({"/", "/health", "/metrics"})
 """What needs no key: none of them tells a task's texts or numbers, and the page at ``/`` asks for the key."""
+
+LINGER = 2.0
+"""Seconds for which the rest of a body that is too large is read and thrown away."""
 
 _REQUEST_ID = re.compile(r"[\w.:-]{1,100}", re.ASCII)
 
@@ -53,8 +58,7 @@ class Gate:
         try:
             refusal = self._refusal(scope["path"], headers)
             if refusal is not None:
-                challenge = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else {"Connection": "close"}
-                await JSONResponse(refusal.body, refusal.status, challenge)(scope, receive, tell)
+                await _refuse(refusal, receive, tell)
             else:
                 await self._app(scope, self._limited(receive), tell)
         except ClientGone:
@@ -94,6 +98,25 @@ class Gate:
         return ApiError(
             413, f"Expected a body of at most {self._max_body_bytes:,} bytes, found a larger one; send less at a time."
         )
+
+
+async def _refuse(refusal: ApiError, receive: Receive, tell: Send) -> None:
+    """Answers without the application. A body that is too large is not waited for, but what comes of it meanwhile is
+    read: to close on data that nobody has read resets the connection, and the client may never see the answer."""
+    unread = refusal.status == 413
+    headers = {"Connection": "close"} if unread else {"WWW-Authenticate": "Bearer"}
+    answer = JSONResponse(refusal.body, refusal.status, headers)
+    await tell({"type": "http.response.start", "status": answer.status_code, "headers": answer.raw_headers})
+    await tell({"type": "http.response.body", "body": answer.body, "more_body": unread})
+    if unread:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(_discard(receive), LINGER)
+        await tell({"type": "http.response.body"})
+
+
+async def _discard(receive: Receive) -> None:
+    while (await receive()).get("more_body", False):
+        pass
 
 
 def _hashed(key: str) -> bytes:
