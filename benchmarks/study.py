@@ -1,10 +1,11 @@
 """The study's tables in Markdown and its figures, ``tables.md``, ``scores.png`` and ``bases.png``, from the cells in
-``docs/study``; those of other base models than the study's lie in its folder ``bases``.
+``docs/study``; those of other base models than the study's lie in its folder ``bases``, those of data sets that were
+not there while the defaults were chosen in ``unseen``.
 
     python benchmarks/study.py
 
-First an overview, a line for each data set, with means over the seeds that were run; then a table for each set with
-every cell. Differences are a method's score minus the soft prompt's, with their 95 % interval.
+First an overview, a line for each data set, with means over the seeds that were run, and one of the unseen sets; then a
+table for each set with every cell. Differences are a method's score minus the soft prompt's, with their 95 % interval.
 """
 
 from __future__ import annotations
@@ -163,10 +164,11 @@ def read(folder: Path) -> dict[str, list[Cell]]:
 def main() -> None:
     """Writes the tables and the figure beside the cells."""
     folder = Path(__file__).parent.parent / "docs" / "study"
-    sets, others = read(folder), read(folder / "bases")
+    sets, unseen, others = read(folder), read(folder / "unseen"), read(folder / "bases")
     text = "# Every cell of the study\n\nMade by `benchmarks/study.py`; what it means is in ../quality.md.\n\n"
-    text += overview(sets) + "\n"
-    for name, cells in sets.items():
+    text += overview(sets) + "\n\nData sets that were not there while the defaults were chosen:\n\n"
+    text += overview(unseen) + "\n"
+    for name, cells in (*sets.items(), *unseen.items()):
         text += f"\n## {name}\n\n{cells[0]['n']:,} test rows, {cells[0]['metric']}.\n\n{details(cells)}\n"
     for name, cells in others.items():
         for base in dict.fromkeys(cell["base"] for cell in cells):
