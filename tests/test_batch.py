@@ -111,6 +111,28 @@ def test_rows_of_one_prefix_share_a_line_and_do_not_see_each_other() -> None:
     assert collate([Row((11,)), Row((21,), prefix=1)], (1, 1), CPU).ids.tolist() == [[11], [21]]
 
 
+@pytest.mark.parametrize(
+    ("lengths", "prefix", "shape"),
+    [
+        ([64] * 16, 64, (16, 64)),  # nothing to gain
+        ([100, *[66] * 14], 64, (8, 132)),  # two of 66, and 100 alone: 1,056 places; 15 lines would have 1,500
+        ([70, *[66] * 14], 64, (15, 70)),  # 1,050 places, less than the same 1,056
+        ([110, *[40] * 12], 64, (5, 120)),  # three of 40, and 110 alone: 600 places; two of 40 to a line would have 770
+        ([18] * 16, 464, (16, 18)),
+        ([1000, 20, 20, 20], 64, (2, 1000)),  # one longer than any line
+    ],
+)
+def test_lines_are_as_long_as_is_cheapest(lengths: list[int], prefix: int, shape: tuple[int, int]) -> None:
+    rows = [Row(tuple(range(length))) for length in lengths]
+    assert tuple(collate(rows, (prefix,), CPU).ids.shape) == shape
+
+
+@given(st.lists(st.integers(1, 120), min_size=16, max_size=16))
+def test_padding_is_never_more_than_in_lines_of_one_row(lengths: list[int]) -> None:
+    places = collate([Row((7,) * length) for length in lengths], (64,), CPU).ids.numel()
+    assert sum(lengths) <= places <= len(lengths) * max(lengths)
+
+
 @given(st.lists(st.lists(st.integers(2, 300), min_size=1, max_size=70), min_size=1, max_size=9), st.randoms())
 @settings(max_examples=25, deadline=None)
 def test_packing_changes_no_score(texts: list[list[int]], draw: random.Random) -> None:
