@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import plain_score, tiny
-from softprompt.attention import PrefixKV
+from softprompt.attention import PrefixKV, stack_prefixes
 from softprompt.batch import Row, Tokens, build_trie, collate, micro_batches
 from softprompt.frozen import Request
 
@@ -136,14 +136,18 @@ def test_padding_is_never_more_than_in_lines_of_one_row(lengths: list[int]) -> N
 @given(st.lists(st.lists(st.integers(2, 300), min_size=1, max_size=70), min_size=1, max_size=9), st.randoms())
 @settings(max_examples=25, deadline=None)
 def test_packing_changes_no_score(texts: list[list[int]], draw: random.Random) -> None:
+    """Rows of two prefixes, and of one, score in shared lines as each does alone."""
     lm = tiny("llama")
     several = (((60,), (61, 62, 63), (61, 64)), ((60, 61),), ((9,), (8, 7)))
-    rows = [Row(tuple(text), draw.choice(several)) for text in texts]
-    prefix = lm.prefix_kv((3, 4, 5), None)
-    packed = lm.score_batch(collate(rows, (3,), CPU), prefix)
-    for row, scores in zip(rows, packed, strict=True):
-        alone = lm.score_batch(collate([row], (3,), CPU), prefix)[0]
-        torch.testing.assert_close(scores[: len(alone)], alone, rtol=1e-5, atol=2e-5)
+    prefixes = [lm.prefix_kv(ids, None) for ids in ((3, 4, 5), (6, 7))]
+    for known in (prefixes, prefixes[:1]):
+        rows = [Row(tuple(text), draw.choice(several), draw.randrange(len(known))) for text in texts]
+        stacked = stack_prefixes(known)
+        packed = lm.score_batch(collate(rows, stacked.lengths, CPU), stacked)
+        for row, scores in zip(rows, packed, strict=True):
+            own = known[row.prefix]
+            alone = lm.score_batch(collate([replace(row, prefix=0)], own.lengths, CPU), own)[0]
+            torch.testing.assert_close(scores[: len(alone)], alone, rtol=1e-5, atol=2e-5)
 
 
 def test_one_prefix_for_all_rows_is_not_gathered() -> None:
