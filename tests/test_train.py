@@ -23,7 +23,7 @@ from softprompt.errors import ConfigError, DataError, SoftPromptWarning
 from softprompt.frozen import FrozenLM, Request
 from softprompt.inspection import starting_vectors
 from softprompt.objective import Objective
-from softprompt.prompt import default_num_virtual_tokens, initial_vectors
+from softprompt.prompt import default_num_virtual_tokens, initial_vectors, label_list
 from softprompt.task import Task
 from softprompt.template import Template, Verbalizer
 from softprompt.train import Training
@@ -477,13 +477,14 @@ def test_a_task_with_other_virtual_tokens_is_refused(llama: FrozenLM, template: 
 
 
 @pytest.mark.parametrize(
-    ("labels", "window", "grows"), [(3, 8192, False), (40, 8192, True), (40, 500, False), (900, 99_999, False)]
+    ("labels", "window", "grows"), [(3, 8192, False), (40, 8192, True), (40, 400, False), (900, 99_999, False)]
 )
 def test_many_labels_get_as_many_virtual_tokens_as_spell_them_out(
     llama: FrozenLM, labels: int, window: int, grows: bool
 ) -> None:
+    """The line names each word of theirs once, if it is longer than the 64 virtual tokens that there are anyway."""
     names = [f"label {i}" for i in range(labels)]
-    line = llama.tokenizer("Options: " + ", ".join(names) + ".\n").input_ids
+    line = llama.tokenizer("Options: label " + " ".join(map(str, range(labels))) + ".\n").input_ids
     assert (64 < len(line) <= min(1024, window / 4)) == grows
     lm = cast(FrozenLM, SimpleNamespace(tokenizer=llama.tokenizer, window=window))
     found = default_num_virtual_tokens(lm, names)
@@ -492,6 +493,20 @@ def test_many_labels_get_as_many_virtual_tokens_as_spell_them_out(
         assert found - 16 < len(line) <= found
     else:
         assert found == 64
+
+
+def test_many_labels_are_started_from_as_each_of_their_words_once(llama: FrozenLM) -> None:
+    few = [f"card {i}" for i in range(3)]
+    assert label_list(llama, few) == "Options: card 0, card 1, card 2.\n"
+    many = [*few, *(f"card payment {i}" for i in range(10, 25))]
+    line = f"Options: card 0 1 2 payment {' '.join(map(str, range(10, 25)))}.\n"
+    assert label_list(llama, many) == line
+    data = Dataset(tuple(Example({"input": "a text"}, name) for name in many), "here", "0" * 64)
+    ids = llama.tokenizer(line).input_ids
+    template, verbalizer = Template("{soft_prompt}{input} {target}"), Verbalizer.from_labels(many)
+    task = Task(llama, template, verbalizer, len(ids) + 3, llama.window)
+    start = Training(task, data, data, TrainConfig(init_scale=1.0)).result().vectors
+    torch.testing.assert_close(start, llama.embedding[ids[-3:] + ids])
 
 
 def test_without_a_number_of_virtual_tokens_it_is_the_tasks(llama: FrozenLM) -> None:

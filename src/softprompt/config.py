@@ -25,8 +25,8 @@ class TrainConfig:
         init: ``random`` (normal, one RMS of the embedding table), ``vocab`` (embeddings of tokens drawn from the most
             frequent part of the vocabulary), ``text`` (embeddings of ``init_text``), ``labels`` (embeddings of the
             class labels, the rest as ``vocab``), a name in the store or a path of a soft prompt; ``auto``: ``text``
-            where there is an ``init_text``; where there are labels, the text ``Options: a, b, c.`` if it fits in P
-            tokens, else ``labels``; ``vocab`` for free text.
+            where there is an ``init_text``; where there are labels, the line that names them (``prompt.label_list``)
+            if it fits in P tokens, else ``labels``; ``vocab`` for free text.
         init_text: text for ``init="text"``, cut to P tokens, or repeated to end with its end.
         init_scale: what the initial vectors but the first are multiplied by, at least 1; None: by as much as the base
             model's first decoder layer makes hidden states larger (``FrozenLM.first_layer_gain``), so that what is

@@ -119,7 +119,7 @@ def initial_vectors(
         noise = torch.randn(num_virtual_tokens, lm.hidden_size, generator=generator)
         return noise * lm.embedding_rms
     if init == "text":
-        tokens = lm.tokenizer(text or "", add_special_tokens=False).input_ids
+        tokens = tokens_of(lm, text or "")
         if not tokens:
             raise ConfigError("init text needs an init_text of at least one token; give a longer one")
         while len(tokens) < num_virtual_tokens:
@@ -137,16 +137,27 @@ def initial_vectors(
     return vectors
 
 
-def label_list(labels: Sequence[str]) -> str:
-    """The line of text that names all labels."""
-    return f"Options: {', '.join(labels)}.\n"
+def tokens_of(lm: FrozenLM, text: str) -> list[int]:
+    """The text's token ids, without special tokens around them."""
+    ids: list[int] = lm.tokenizer(text, add_special_tokens=False).input_ids
+    return ids
+
+
+def label_list(lm: FrozenLM, labels: Sequence[str]) -> str:
+    """The line of text that names all labels. Where it takes more than ``VIRTUAL_TOKENS``, it names each of their words
+    once and has no commas: every virtual token costs time in each step, and so more labels are learned in it."""
+    line = f"Options: {', '.join(labels)}.\n"
+    if len(tokens_of(lm, line)) <= VIRTUAL_TOKENS:
+        return line
+    words = dict.fromkeys(" ".join(labels).split())
+    return f"Options: {' '.join(words)}.\n"
 
 
 def default_num_virtual_tokens(lm: FrozenLM, labels: Sequence[str]) -> int:
     """P where nobody says: ``VIRTUAL_TOKENS``, or in whole blocks of 16 as many as spell out the labels, to start from
     them: a soft prompt learns many labels in far fewer steps if it names them all. A list of more than
     ``LONGEST_LIST`` tokens or a quarter of the model's window is too dear and not spelled out."""
-    needed = len(lm.tokenizer(label_list(labels), add_special_tokens=False).input_ids)
+    needed = len(tokens_of(lm, label_list(lm, labels)))
     if needed > min(LONGEST_LIST, lm.window // 4):
         return VIRTUAL_TOKENS
     return max(VIRTUAL_TOKENS, 16 * math.ceil(needed / 16))

@@ -26,7 +26,7 @@ from softprompt.objective import Objective
 from softprompt.optimizer import learning_rate, make_optimizer
 from softprompt.order import RowOrder
 from softprompt.parametrisation import Parametrisation, parametrise
-from softprompt.prompt import SoftPrompt, initial_vectors, label_list, library_versions
+from softprompt.prompt import SoftPrompt, initial_vectors, label_list, library_versions, tokens_of
 from softprompt.task import Task
 from softprompt.template import SOFT
 
@@ -72,8 +72,8 @@ def first_vectors(task: Task, config: TrainConfig, number: int = 0) -> torch.Ten
     lm, words, init, text = task.lm, task.label_words(), config.init, config.init_text
     length, draw = config.start(number)
     if init == "auto" and text is None and words and draw == 0:
-        options = label_list(task.labels)
-        if len(lm.tokenizer(options, add_special_tokens=False).input_ids) <= length:
+        options = label_list(lm, task.labels)
+        if len(tokens_of(lm, options)) <= length:
             text = options
     if init == "auto":
         init = "text" if text and draw == 0 else "labels" if words else "vocab"
