@@ -144,13 +144,10 @@ def tokens_of(lm: FrozenLM, text: str) -> list[int]:
 
 
 def label_list(lm: FrozenLM, labels: Sequence[str]) -> str:
-    """The line of text that names all labels. Where it takes more than ``VIRTUAL_TOKENS``, it names each of their words
-    once and has no commas: every virtual token costs time in each step, and so more labels are learned in it."""
+    """The line of text that names all labels; without commas where it would take more than ``VIRTUAL_TOKENS`` with
+    them, since every virtual token costs time in each step."""
     line = f"Options: {', '.join(labels)}.\n"
-    if len(tokens_of(lm, line)) <= VIRTUAL_TOKENS:
-        return line
-    words = dict.fromkeys(" ".join(labels).split())
-    return f"Options: {' '.join(words)}.\n"
+    return line if len(tokens_of(lm, line)) <= VIRTUAL_TOKENS else f"Options: {' '.join(labels)}.\n"
 
 
 def default_num_virtual_tokens(lm: FrozenLM, labels: Sequence[str]) -> int:
