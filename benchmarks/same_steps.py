@@ -1,9 +1,8 @@
-"""PEFT's prompt tuning against ours in the same number of steps, on the same rows, with the same batch size and, unless
-told otherwise, the same number of virtual tokens.
+"""PEFT's prompt tuning against ours in the same number of steps, on the same rows, with the same number of virtual
+tokens and the same batch size.
 
     python benchmarks/same_steps.py TRAIN VALIDATION TEST --minutes 8 --test-rows 1000
     python benchmarks/same_steps.py TRAIN VALIDATION TEST --steps 1121
-    python benchmarks/same_steps.py TRAIN VALIDATION TEST --steps 1121 --peft-virtual-tokens 8
 
 PEFT goes first, with its defaults and the learning rate of its example, as many steps as fit into the time; then a soft
 prompt with our defaults does as many. With ``--steps`` our engine does PEFT's part, too: its start, optimizer and
@@ -38,9 +37,9 @@ from softprompt.template import Verbalizer, default_template
 from softprompt.train import Training
 
 
-def by_our_engine(problem: Problem, steps: int, length: int) -> tuple[PeftTask, torch.Tensor]:
-    """What ``peft_prompt_tuning`` learns in so many steps with ``length`` virtual tokens, and its task."""
-    lm = problem.lm
+def by_our_engine(problem: Problem, steps: int) -> tuple[PeftTask, torch.Tensor]:
+    """What ``peft_prompt_tuning`` learns in so many steps, and its task."""
+    lm, length = problem.lm, problem.num_virtual_tokens
     task = PeftTask(lm, problem.template, problem.verbalizer, length, lm.window)
     requests = [task.target_request(example) for example in problem.train.examples]
     torch.manual_seed(problem.seed)
@@ -70,12 +69,9 @@ def main() -> None:
     parser.add_argument("test")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--peft-virtual-tokens", type=int, help="with --steps; by default as many as ours")
     parser.add_argument("--test-rows", type=int, default=1000)
     parser.add_argument("--base", default=DEFAULT_BASE)
     options = parser.parse_args()
-    if options.peft_virtual_tokens and not options.steps:
-        parser.error("--peft-virtual-tokens needs --steps")
 
     train, validation, test = (
         read_dataset(path, fields=("input",)) for path in (options.train, options.validation, options.test)
@@ -100,8 +96,7 @@ def main() -> None:
 
     if options.steps:
         steps = options.steps
-        length = options.peft_virtual_tokens or problem.num_virtual_tokens
-        theirs = answers(*by_our_engine(problem, steps, length))
+        theirs = answers(*by_our_engine(problem, steps))
     else:
         peft = peft_prompt_tuning(problem)
         steps = peft.chosen["steps"]
@@ -123,7 +118,6 @@ def main() -> None:
                 "steps": config.steps,
                 "test_rows": len(test.examples),
                 "num_virtual_tokens": task.num_virtual_tokens,
-                "num_virtual_tokens_of_peft": options.peft_virtual_tokens or task.num_virtual_tokens,
                 "metric": metric,
                 "ours": headline(metric, test, ours).value,
                 "peft": headline(metric, test, theirs).value,
