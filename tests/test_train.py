@@ -498,7 +498,7 @@ def test_many_labels_get_as_many_virtual_tokens_as_spell_them_out(
 def test_many_labels_are_started_from_without_commas(llama: FrozenLM) -> None:
     few = [f"card {i}" for i in range(3)]
     assert label_list(llama, few) == "Options: card 0, card 1, card 2.\n"
-    many = [*few, *(f"card payment {i}" for i in range(10, 25))]
+    many = [*few, *(f"card payment {i}" for i in range(10, 14))]
     line = f"Options: card 0 card 1 card 2 {' '.join(many[3:])}.\n"
     assert label_list(llama, many) == line
     data = Dataset(tuple(Example({"input": "a text"}, name) for name in many), "here", "0" * 64)
