@@ -15,6 +15,7 @@ from softprompt.data import Dataset, Example
 from softprompt.errors import DataError
 from softprompt.inspection import SEED, plain
 from softprompt.objective import Objective
+from softprompt.prompt import tokens_of
 from softprompt.task import Task
 from softprompt.vocabulary import Vocabulary
 
@@ -164,7 +165,7 @@ class _Search:
         starts = [self._written([row[0] for row in rows_of if row]) for rows_of in readable.values()]
         found = self._losses(starts, rows)
         self.text, self.losses = min(zip(starts, found, strict=True), key=lambda pair: float(pair[1].mean()))
-        self.ids = self._tokens(self.text)
+        self.ids = tokens_of(self.task.lm, self.text)
 
     def step(self) -> bool:
         """Tries some changes of one token; returns whether one was made."""
@@ -182,7 +183,7 @@ class _Search:
         text, losses = min(zip(finalists, found, strict=True), key=lambda pair: float(pair[1].mean()))
         if float(losses.mean()) >= float(self.losses.mean()):
             return False
-        self.text, self.losses, self.ids = text, losses, self._tokens(text)
+        self.text, self.losses, self.ids = text, losses, tokens_of(self.task.lm, text)
         return True
 
     def _candidates(self, examples: Sequence[Example]) -> list[str]:
@@ -241,6 +242,3 @@ class _Search:
 
     def _written(self, tokens: Sequence[int]) -> str:
         return str(self.task.lm.tokenizer.decode(list(tokens)))
-
-    def _tokens(self, text: str) -> list[int]:
-        return list(self.task.lm.tokenizer(text, add_special_tokens=False).input_ids)
