@@ -105,6 +105,7 @@ def test_the_recipe_of_lester_et_al() -> None:
         "batch_size": 32,
         "steps": 30_000,
         "clip": 0.0,
+        "average": 0.0,
         "patience": 0,
     }
     assert {name: getattr(config, name) for name in expected} == expected

@@ -71,7 +71,7 @@ def test_three_steps_of_an_optimizer_by_hand(name: str, by_hand: Callable[..., t
 def test_a_first_step_by_hand_in_units_of_the_start(optimizer: str) -> None:
     """The whole way: gradient by transformers, update by hand; the recipe counts in RMS of the embedding table."""
     options: dict[str, Any] = {"init": "labels", "num_virtual_tokens": 6, "batch_size": 3, "steps": 1, "seed": 4}
-    options["loss"] = "labels"
+    options |= {"loss": "labels", "average": 0.0}
     if optimizer == "lester2021":
         config, update, lr, decay, clip = preset("lester2021", **options), hand_adafactor, 0.3 / 10.7, 1e-5, 0.0
     else:

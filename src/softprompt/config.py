@@ -79,7 +79,7 @@ class TrainConfig:
     warmup: float = 0.05
     schedule: str = "linear"
     clip: float = 1.0
-    average: float = 0.0
+    average: float = 0.98
     batch_size: int = 16
     steps: int | None = None
     epochs: float | None = None
@@ -194,6 +194,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "warmup": 0.0,
         "schedule": "constant",
         "clip": 0.0,
+        "average": 0.0,
         "batch_size": 32,
         "steps": 30_000,
         "patience": 0,
