@@ -1,11 +1,12 @@
 """The study's tables in Markdown and its figures, ``tables.md``, ``scores.png`` and ``bases.png``, from the cells in
 ``docs/study``; those of other base models than the study's lie in its folder ``bases``, those of data sets that were
-not there while the defaults were chosen in ``unseen``.
+not there while the defaults were chosen in ``unseen``, those with 200 training rows in ``few``.
 
     python benchmarks/study.py
 
-First an overview, a line for each data set, with means over the seeds that were run, and one of the unseen sets; then a
-table for each set with every cell. Differences are a method's score minus the soft prompt's, with their 95 % interval.
+First an overview, a line for each data set, with means over the seeds that were run, one of the unseen sets, and one
+of few rows; then a table for each set with every cell. Differences are a method's score minus the soft prompt's, with
+their 95 % interval.
 """
 
 from __future__ import annotations
@@ -165,10 +166,11 @@ def main() -> None:
     """Writes the tables and the figure beside the cells."""
     folder = Path(__file__).parent.parent / "docs" / "study"
     sets, unseen, others = read(folder), read(folder / "unseen"), read(folder / "bases")
+    few = {f"{name}, 200 training rows": cells for name, cells in read(folder / "few").items()}
     text = "# Every cell of the study\n\nMade by `benchmarks/study.py`; what it means is in ../quality.md.\n\n"
     text += overview(sets) + "\n\nData sets that were not there while the defaults were chosen:\n\n"
-    text += overview(unseen) + "\n"
-    for name, cells in (*sets.items(), *unseen.items()):
+    text += overview(unseen) + "\n\nFew rows to learn from, 100 for validation:\n\n" + overview(few) + "\n"
+    for name, cells in (*sets.items(), *unseen.items(), *few.items()):
         text += f"\n## {name}\n\n{cells[0]['n']:,} test rows, {cells[0]['metric']}.\n\n{details(cells)}\n"
     for name, cells in others.items():
         for base in dict.fromkeys(cell["base"] for cell in cells):
