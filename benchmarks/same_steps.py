@@ -6,8 +6,9 @@ tokens and the same batch size.
 
 PEFT goes first, with its defaults and the learning rate of its example, as many steps as fit into the time; then a soft
 prompt with our defaults does as many. With ``--steps`` our engine does PEFT's part, too: its start, optimizer and
-schedule, whose gradients are the same (``tests/test_frozen.py``), in a tenth to a quarter of the time. Prints a JSON
-object: the scores on the test rows and their paired difference.
+schedule, whose gradients are the same (``tests/test_frozen.py``), in a tenth to a quarter of the time. There
+``--peft-virtual-tokens 8`` gives PEFT the number of its example in place of ours. Prints a JSON object: the scores on
+the test rows and their paired difference.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ from softprompt.template import Verbalizer, default_template
 from softprompt.train import Training
 
 
-def by_our_engine(problem: Problem, steps: int) -> tuple[PeftTask, torch.Tensor]:
-    """What ``peft_prompt_tuning`` learns in so many steps, and its task."""
-    lm, length = problem.lm, problem.num_virtual_tokens
+def by_our_engine(problem: Problem, steps: int, length: int) -> tuple[PeftTask, torch.Tensor]:
+    """What ``peft_prompt_tuning`` learns in so many steps with so many virtual tokens, and its task."""
+    lm = problem.lm
     task = PeftTask(lm, problem.template, problem.verbalizer, length, lm.window)
     requests = [task.target_request(example) for example in problem.train.examples]
     torch.manual_seed(problem.seed)
@@ -69,9 +70,12 @@ def main() -> None:
     parser.add_argument("test")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--peft-virtual-tokens", type=int, help="with --steps; as many as ours without it")
     parser.add_argument("--test-rows", type=int, default=1000)
     parser.add_argument("--base", default=DEFAULT_BASE)
     options = parser.parse_args()
+    if options.peft_virtual_tokens and not options.steps:
+        parser.error("--peft-virtual-tokens needs --steps.")
 
     train, validation, test = (
         read_dataset(path, fields=("input",)) for path in (options.train, options.validation, options.test)
@@ -96,10 +100,11 @@ def main() -> None:
 
     if options.steps:
         steps = options.steps
-        theirs = answers(*by_our_engine(problem, steps))
+        length = options.peft_virtual_tokens or problem.num_virtual_tokens
+        theirs = answers(*by_our_engine(problem, steps, length))
     else:
         peft = peft_prompt_tuning(problem)
-        steps = peft.chosen["steps"]
+        steps, length = peft.chosen["steps"], problem.num_virtual_tokens
         theirs = peft.answer(test.examples, None)
     peft_seconds = time.perf_counter() - problem.began
 
@@ -117,7 +122,7 @@ def main() -> None:
             {
                 "steps": config.steps,
                 "test_rows": len(test.examples),
-                "num_virtual_tokens": task.num_virtual_tokens,
+                "num_virtual_tokens": {"ours": task.num_virtual_tokens, "peft": length},
                 "metric": metric,
                 "ours": headline(metric, test, ours).value,
                 "peft": headline(metric, test, theirs).value,
