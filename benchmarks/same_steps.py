@@ -6,9 +6,10 @@ tokens and the same batch size.
 
 PEFT goes first, with its defaults and the learning rate of its example, as many steps as fit into the time; then a soft
 prompt with our defaults does as many. With ``--steps`` our engine does PEFT's part, too: its start, optimizer and
-schedule, whose gradients are the same (``tests/test_frozen.py``), in a tenth to a quarter of the time. There
-``--peft-virtual-tokens 8`` gives PEFT the number of its example in place of ours. Prints a JSON object: the scores on
-the test rows and their paired difference.
+schedule, whose gradients are the same (``tests/test_frozen.py``), in a tenth to a quarter of the time. There PEFT may
+have what its example gives in place of our number of virtual tokens and of its default, a random start:
+``--peft-virtual-tokens 8`` and ``--peft-text TEXT``. Prints a JSON object: the scores on the test rows and their paired
+difference.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import argparse
 import json
 import time
 from functools import partial
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from peft import PromptTuningConfig, get_peft_model
+from peft import PromptTuningConfig, PromptTuningInit, get_peft_model
 
 from softprompt.base import DEFAULT_BASE
 from softprompt.compare import cut
@@ -38,14 +40,20 @@ from softprompt.template import Verbalizer, default_template
 from softprompt.train import Training
 
 
-def by_our_engine(problem: Problem, steps: int, length: int) -> tuple[PeftTask, torch.Tensor]:
-    """What ``peft_prompt_tuning`` learns in so many steps with so many virtual tokens, and its task."""
+def by_our_engine(problem: Problem, steps: int, length: int, text: str | None) -> tuple[PeftTask, torch.Tensor]:
+    """What ``peft_prompt_tuning`` learns in so many steps with so many virtual tokens, from a text if there is one, and
+    its task."""
     lm = problem.lm
     task = PeftTask(lm, problem.template, problem.verbalizer, length, lm.window)
     requests = [task.target_request(example) for example in problem.train.examples]
     torch.manual_seed(problem.seed)
     settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length)
-    model: Any = get_peft_model(problem.fresh().model, settings)
+    with TemporaryDirectory() as folder:
+        if text:
+            lm.tokenizer.save_pretrained(folder)
+            settings.prompt_tuning_init, settings.prompt_tuning_init_text = PromptTuningInit.TEXT, text
+            settings.tokenizer_name_or_path = folder
+        model: Any = get_peft_model(problem.fresh().model, settings)
     vectors = model.prompt_encoder["default"].embedding.weight.detach().float().clone().requires_grad_()
     del model
     config = TrainConfig(lr=PEFT_LR, warmup=0.0, schedule="linear", seed=problem.seed)
@@ -71,11 +79,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--peft-virtual-tokens", type=int, help="with --steps; as many as ours without it")
+    parser.add_argument("--peft-text", metavar="TEXT", help="with --steps; PEFT's random start without it")
     parser.add_argument("--test-rows", type=int, default=1000)
     parser.add_argument("--base", default=DEFAULT_BASE)
     options = parser.parse_args()
-    if options.peft_virtual_tokens and not options.steps:
-        parser.error("--peft-virtual-tokens needs --steps.")
+    if (options.peft_virtual_tokens or options.peft_text) and not options.steps:
+        parser.error("--peft-virtual-tokens and --peft-text need --steps.")
 
     train, validation, test = (
         read_dataset(path, fields=("input",)) for path in (options.train, options.validation, options.test)
@@ -101,7 +110,7 @@ def main() -> None:
     if options.steps:
         steps = options.steps
         length = options.peft_virtual_tokens or problem.num_virtual_tokens
-        theirs = answers(*by_our_engine(problem, steps, length))
+        theirs = answers(*by_our_engine(problem, steps, length, options.peft_text))
     else:
         peft = peft_prompt_tuning(problem)
         steps, length = peft.chosen["steps"], problem.num_virtual_tokens
