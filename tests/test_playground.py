@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("playwright.sync_api", reason="the page needs playwright to be tried in a browser")
 
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
 from serving import Running, fill, make_lm, serving, slowed, soft_prompt
 from softprompt import artifact
@@ -447,6 +447,32 @@ def test_a_key_is_asked_for_and_kept_in_memory(page: Page, tmp_path: Path) -> No
         assert page.get_by_role("button", name="Unload").count() == 0
         run(page, input=TEXT)
         assert page.locator(".pane table").count() == 2
+
+
+def test_a_late_refusal_of_an_earlier_key_changes_nothing(page: Page, tmp_path: Path) -> None:
+    held: list[Route] = []
+
+    def hold_the_wrong_key(route: Route) -> None:
+        if route.request.headers.get("authorization") == "Bearer wrong":
+            held.append(route)
+        else:
+            route.continue_()
+
+    with serving(tmp_path, api_key="sesame") as server:
+        page.route("**/v1/models", hold_the_wrong_key)
+        page.goto(server.url)
+        expect(page.locator("#key")).to_be_focused()
+        for key in ("wrong", "sesame"):
+            page.keyboard.type(key)
+            page.keyboard.press("Enter")
+        expect(page.locator("#listed")).to_be_focused()
+        with page.expect_response(lambda response: response.status == 401) as refusal:
+            held[0].continue_()
+        refusal.value.finished()
+        page.wait_for_timeout(200)
+        expect(page.locator("#listed")).to_be_focused()
+        assert not page.locator("#door").is_visible()
+        expect(page.locator("#changed")).to_have_text("")
 
 
 def test_a_server_that_has_gone_is_told(page: Page, tmp_path: Path) -> None:
