@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from conftest import plain_score, tiny
+from softprompt import artifact
 from softprompt.config import TrainConfig
 from softprompt.data import Dataset, Example
-from softprompt.errors import BaseModelError, ConfigError, DataError
+from softprompt.errors import BaseModelError, ConfigError, DataError, SoftPromptWarning, TemplateError
+from softprompt.evaluate import Query, predict
 from softprompt.frozen import FrozenLM
 from softprompt.prompt import VIRTUAL_TOKENS, SoftPrompt
 from softprompt.task import Task
@@ -41,13 +50,14 @@ def test_the_requests_of_an_example(llama: FrozenLM) -> None:
     assert task.words == (very_good, great, bad)
     assert task.label_of_word == (0, 0, 1)
     assert task.labels == ("good", "bad")
-    assert task.label_words() == [very_good, bad]
+    assert task.spellings == ((very_good, great), (bad,))
 
     labels = task.label_request(EXAMPLE, prompt=3)
     assert (labels.ids, labels.words, labels.prompt, labels.truncated) == (before, task.words, 3, False)
     assert labels.shared == len(ids_of(llama, "Review :")) + 1
     assert labels.shares_prefix
-    assert task.target_request(EXAMPLE) == replace(labels, words=(bad,), prompt=0)
+    end = llama.tokenizer.eos_token_id
+    assert task.target_request(EXAMPLE) == replace(labels, words=((*bad, end),), prompt=0)
     assert task.open_request(EXAMPLE, 9) == replace(labels, words=(), prompt=0)
 
 
@@ -55,7 +65,7 @@ def test_free_text_targets_end_with_the_end_token(llama: FrozenLM) -> None:
     task = bound(llama, None)
     assert task.target_request(EXAMPLE).words == ((*ids_of(llama, " bad"), llama.tokenizer.eos_token_id),)
     assert task.labels == ()
-    assert task.label_words() == []
+    assert task.spellings == ()
     with pytest.raises(DataError) as error:
         task.target_request(Example({"input": "a film"}, None, where="toy.jsonl:4"))
     assert str(error.value) == "toy.jsonl:4: expected a target, found none; add one."
@@ -68,7 +78,7 @@ def test_long_inputs_leave_room_for_the_longest_word(llama: FrozenLM) -> None:
     longest = max(map(len, task.words))
     for request, reserved in (
         (task.label_request(long), longest),
-        (task.target_request(long), len(task.words[2])),
+        (task.target_request(long), len(task.words[2]) + 1),
         (task.open_request(long, 9), 9),
     ):
         assert request.truncated
@@ -94,6 +104,102 @@ def test_a_window_beyond_the_models_is_refused(llama: FrozenLM) -> None:
         "The sequences may be at most 128 tokens long, the window of tiny-llama, but max_length is 129; "
         "give a smaller one."
     )
+
+
+# --- labels that begin with another label --------------------------------------------------------------------
+
+
+def words_of(lm: FrozenLM, labels: Sequence[str]) -> Task:
+    return bound(lm, Verbalizer.from_labels(labels))
+
+
+def test_words_have_ends_where_one_is_the_start_of_another(llama: FrozenLM) -> None:
+    task = words_of(llama, ["1", "10", "2"])
+    ends = [(llama.tokenizer.eos_token_id,), ids_of(llama, "\n")]
+    assert task.words == tuple((*ids_of(llama, f" {label}"), *end) for label in ("1", "10", "2") for end in ends)
+    assert task.label_of_word == (0, 0, 1, 1, 2, 2)
+    assert task.target_request(replace(EXAMPLE, target="1")).words == ((*ids_of(llama, " 1"), *ends[0]),)
+    assert words_of(llama, ["1", "20", "3"]).words == tuple(ids_of(llama, f" {label}") for label in ("1", "20", "3"))
+
+
+def certain(task: Task, label: int) -> torch.Tensor:
+    """Scores ``[1, W]`` of a model that at each place gives 0.98 to the next token of one label's text and its end, and
+    the rest to all others alike: summed here, without the engine."""
+    text = (*task.spellings[label][0], *task.encoder.ends[0])
+
+    def logprob(word: tuple[int, ...]) -> float:
+        told = [0.98 if word[: i + 1] == text[: i + 1] else 0.02 / 319 for i in range(len(word))]
+        return sum(map(math.log, told))
+
+    return torch.tensor([[logprob(word) for word in task.words]])
+
+
+LETTERS = st.text(alphabet="01aA+ _é好", min_size=1, max_size=4).map(str.strip).filter(bool)
+
+
+@given(st.lists(LETTERS, min_size=2, max_size=12, unique=True))
+@settings(max_examples=100, deadline=None)
+def test_every_label_of_a_set_can_be_the_most_probable(labels: list[str]) -> None:
+    task = words_of(tiny("llama"), labels)
+    for number, label in enumerate(labels):
+        found = task.label_logprobs(certain(task, number))[0]
+        assert labels[int(found.argmax())] == label
+        assert float(found.exp().sum()) == pytest.approx(1)
+
+
+def test_a_label_that_begins_with_another_is_learned_by_either_loss(llama: FrozenLM) -> None:
+    """The words of the input alone tell the labels apart."""
+    rows = [Example({"input": text}, label) for text, label in (("great", "1"), ("bad", "10"))]
+    dataset = Dataset(tuple(rows * 8), "", "")
+    task = Task(llama, TEMPLATE, Verbalizer.from_labels(["1", "10"]), 8, 128)
+    for loss in ("lm", "labels"):
+        settings: dict[str, Any] = {
+            "steps": 60,
+            "eval_every": 20,
+            "batch_size": 12,
+            "schedule": "constant",
+            "average": 0.0,
+        }
+        config = TrainConfig(num_virtual_tokens=8, loss=loss, lr=1.0, **settings)
+        training = Training(task, dataset, dataset, config)
+        for _ in training:
+            pass
+        found = training.result()
+        assert found.word_end
+        queries = [Query(Task.of(llama, found), row, found.vectors) for row in rows]
+        assert [answer.text for answer in predict(queries)] == ["1", "10"], loss
+
+
+def test_a_soft_prompt_of_an_earlier_release_answers_as_it_did_with_a_note(llama: FrozenLM, tmp_path: Path) -> None:
+    made = SoftPrompt(
+        vectors=torch.randn(5, 32, generator=torch.Generator().manual_seed(0)),
+        name="old",
+        base=llama.name,
+        base_fingerprint=llama.fingerprint,
+        tokenizer_fingerprint=llama.tokenizer_fingerprint,
+        template=TEMPLATE.text,
+        verbalizer={"1": ("1",), "10": ("10",), "2": ("2",)},
+    )
+    artifact.save(made, tmp_path / "old.safetensors")
+    read = artifact.load(tmp_path / "old.safetensors")
+    with pytest.warns(SoftPromptWarning, match=r"'10'.*begins with '1'.*train it again"):
+        task = Task.of(llama, read)
+    assert task.words == tuple(ids_of(llama, f" {label}") for label in ("1", "10", "2"))
+    assert task.without_soft_prompt().words == task.words
+    assert task.target_request(replace(EXAMPLE, target="2")).words == (ids_of(llama, " 2"),)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Task.of(llama, replace(read, verbalizer={"1": ("1",), "2": ("2",)}))
+        Task.of(llama, replace(read, word_end=True))
+
+
+def test_labels_are_refused_where_nothing_can_end_them() -> None:
+    lm = copy.copy(tiny("llama"))
+    lm.tokenizer = copy.deepcopy(lm.tokenizer)
+    lm.tokenizer.eos_token = None
+    assert words_of(lm, ["1", "10"]).words[0][-1:] == ids_of(lm, "\n")
+    with pytest.raises(TemplateError, match=r"begins with '1'.*rename"):
+        words_of(lm, ["1", "1\n"])
 
 
 # --- the task of a data set, and of a soft prompt ------------------------------------------------------------

@@ -4,7 +4,8 @@ The file holds one tensor, ``soft_prompt`` float32 ``[P, H]``, and in its header
 document: ``schema_version``, ``num_virtual_tokens`` (P), ``hidden_size`` (H), every other field of :class:`SoftPrompt`
 by its own name (the verbalizer as pairs, since the order of its labels counts), and ``digest``. The digest is the
 SHA-256 of the document without it (sorted keys, no spaces, ASCII), followed by the tensor's bytes (little-endian, row
-by row): a flipped bit anywhere is noticed. Equal soft prompts give equal files.
+by row): a flipped bit anywhere is noticed. Equal soft prompts give equal files. ``word_end`` is no field of its own:
+``schema_version`` is 2 where label words have an end, else 1.
 
 Where ``parametrisation`` is ``prefix``, the tensor is a trained KV prefix ``[P, L, 2, H_kv, D]``, and ``num_layers``
 (L), ``num_kv_heads`` (H_kv) and ``head_dim`` (D) stand in the place of ``hidden_size``.
@@ -29,7 +30,8 @@ from safetensors.torch import save as safetensors_bytes
 from softprompt.errors import ArtifactError, BaseModelError, StoreError
 from softprompt.prompt import SoftPrompt, size_names
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Of soft prompts whose label words have an end, which earlier releases would leave out; all others have version 1."""
 SUFFIX = ".safetensors"
 MAX_HEADER_BYTES = 4 << 20  # a header of ours has a few kB; this bounds what a hostile file can make us parse
 _TENSOR = "soft_prompt"
@@ -179,7 +181,7 @@ def encode(soft_prompt: SoftPrompt) -> bytes:
     verbalizer = soft_prompt.verbalizer
     fields = {key: getattr(soft_prompt, key) for key in (*_TEXTS, *_MAPPINGS, "metrics")}
     fields |= soft_prompt.sizes | {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": SCHEMA_VERSION if soft_prompt.word_end else 1,
         "verbalizer": None if verbalizer is None else list(verbalizer.items()),
     }
     try:
@@ -238,8 +240,8 @@ def _read_document(path: Path, text: str | None) -> tuple[dict[str, Any], object
             f"{path} has schema version {version}, but this release of softprompt reads up to {SCHEMA_VERSION}; "
             f"update softprompt."
         )
-    if version != SCHEMA_VERSION:
-        _refuse(path, f"schema version {SCHEMA_VERSION}", repr(version))
+    if type(version) is not int or version < 1:
+        _refuse(path, f"a schema version from 1 to {SCHEMA_VERSION}", repr(version))
     digest = document.pop("digest", None)
     if fault := _fault(document):
         _refuse(path, "a complete document in the header", fault)
@@ -280,6 +282,7 @@ def _soft_prompt(document: Mapping[str, Any], vectors: torch.Tensor) -> SoftProm
     return SoftPrompt(
         vectors=vectors,
         verbalizer=None if verbalizer is None else {label: tuple(words) for label, words in verbalizer},
+        word_end=document["schema_version"] > 1,
         metrics=tuple(document["metrics"]),
         **{key: document[key] for key in (*_TEXTS, *_MAPPINGS)},
     )

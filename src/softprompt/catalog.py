@@ -532,7 +532,8 @@ def content_of(soft_prompt: SoftPrompt, max_length: int) -> str:
     """Hex digest of all that a soft prompt's answers depend on, the base model apart."""
     verbalizer = soft_prompt.verbalizer
     words = None if verbalizer is None else [[label, list(words)] for label, words in verbalizer.items()]
-    digest = hashlib.sha256(json.dumps([soft_prompt.template, words, max_length]).encode())
+    content = [soft_prompt.template, words, max_length, *([True] if soft_prompt.word_end else [])]
+    digest = hashlib.sha256(json.dumps(content).encode())
     digest.update(soft_prompt.vectors.contiguous().numpy().tobytes())
     return digest.hexdigest()
 

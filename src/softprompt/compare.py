@@ -138,6 +138,8 @@ class Plan:
             "test_rows": len(self.test.examples),
             "budget": self.budget,
         }
+        if words is not None:
+            content["label_ends"] = True  # cells of releases whose label words had no end do not stand beside these
         if method.startswith(READS_INSTRUCTIONS):
             content["instructions"] = list(self.instructions)
         return {key: _digest(value) if key in ("instructions", "labels") else value for key, value in content.items()}

@@ -222,8 +222,8 @@ def _label_words(task: Task) -> dict[str, tuple[int, ...]]:
     """Every word of the verbalizer with its tokens as the template places them."""
     if task.verbalizer is None:
         return {}
-    listed = [word for of_label in task.verbalizer.words.values() for word in of_label]
-    return dict(zip(listed, task.words, strict=True))
+    pairs = zip(task.verbalizer.words.values(), task.spellings, strict=True)
+    return {word: ids for words, spellings in pairs for word, ids in zip(words, spellings, strict=True)}
 
 
 # --- numbers for people --------------------------------------------------------------------------

@@ -38,6 +38,8 @@ class SoftPrompt:
         tokenizer_fingerprint: hex digest of its tokenizer (``FrozenLM.tokenizer_fingerprint``).
         template: text of the ``Template`` it was tuned with.
         verbalizer: label → words, or None for free-text targets.
+        word_end: whether it was tuned with an end behind each label's word; False for free text, and for soft prompts
+            of releases that had none.
         parametrisation: what it was folded from; ``"plain"`` for free vectors, ``"prefix"`` for a trained KV prefix.
         training: the training configuration and what came of it (steps, seconds, tokens), JSON values only.
         data: fingerprints and row counts of the training and validation data, JSON values only.
@@ -53,6 +55,7 @@ class SoftPrompt:
     tokenizer_fingerprint: str
     template: str
     verbalizer: Mapping[str, tuple[str, ...]] | None = None
+    word_end: bool = False
     parametrisation: str = "plain"
     training: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,10 +13,10 @@ import torch
 from softprompt import metrics
 from softprompt.batch import Tokens
 from softprompt.data import Dataset, Example, check_targets, infer_labels
-from softprompt.errors import ConfigError, DataError
+from softprompt.errors import ConfigError, DataError, SoftPromptWarning, TemplateError
 from softprompt.frozen import FrozenLM, Request
 from softprompt.prompt import SoftPrompt, default_num_virtual_tokens
-from softprompt.template import Encoder, Template, Verbalizer
+from softprompt.template import Encoder, Template, Verbalizer, overlap
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,12 @@ class Task:
         verbalizer: label → words; None for free-text targets.
         num_virtual_tokens: P; 0 for a template without a soft prompt.
         max_length: the most tokens in a sequence, soft prompt and target included.
+        word_end: whether label words have an end. Soft prompts of earlier releases were tuned without.
+        words: the token ids that are scored, of all labels in order. Where one label's tokens are the start of
+            another's ("1", "10"), every word stands once with each of ``Encoder.ends`` behind it, so that every label
+            can be the most probable one.
+        label_of_word: the label's index for each of ``words``.
+        spellings: per label, its words' token ids without an end.
     """
 
     lm: FrozenLM
@@ -35,9 +42,11 @@ class Task:
     verbalizer: Verbalizer | None
     num_virtual_tokens: int
     max_length: int
+    word_end: bool = True
     encoder: Encoder = field(init=False, repr=False)
     words: tuple[Tokens, ...] = field(init=False, repr=False)
     label_of_word: tuple[int, ...] = field(init=False, repr=False)
+    spellings: tuple[tuple[Tokens, ...], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.max_length > self.lm.window:
@@ -46,10 +55,19 @@ class Task:
                 f"but max_length is {self.max_length}; give a smaller one."
             )
         encoder = self.template.bind(self.lm.tokenizer)
-        by_label = () if self.verbalizer is None else self.verbalizer.token_ids(encoder)
+        spellings = () if self.verbalizer is None else self.verbalizer.token_ids(encoder)
         object.__setattr__(self, "encoder", encoder)
-        object.__setattr__(self, "words", tuple(word for words in by_label for word in words))
-        owners = tuple(label for label, words in enumerate(by_label) for _ in words)
+        object.__setattr__(self, "spellings", spellings)
+        scored = spellings
+        if self.word_end and self.overlapping:
+            scored = tuple(tuple(word + end for word in words for end in encoder.ends) for words in spellings)
+            if not encoder.ends or overlap(word for words in scored for word in words):
+                raise TemplateError(
+                    f"Expected labels of which none begins with another, found {_pairs(self.labels, spellings)}, and "
+                    f"{self.lm.name} has no token that ends a label; rename one of them."
+                )
+        object.__setattr__(self, "words", tuple(word for words in scored for word in words))
+        owners = tuple(label for label, words in enumerate(scored) for _ in words)
         object.__setattr__(self, "label_of_word", owners)
 
     @classmethod
@@ -98,21 +116,31 @@ class Task:
         )
         verbalizer = None if soft_prompt.verbalizer is None else Verbalizer(dict(soft_prompt.verbalizer))
         length = soft_prompt.training.get("max_length") or lm.window
-        return cls(lm, Template(soft_prompt.template), verbalizer, soft_prompt.num_virtual_tokens, length)
+        template, word_end = Template(soft_prompt.template), soft_prompt.word_end
+        task = cls(lm, template, verbalizer, soft_prompt.num_virtual_tokens, length, word_end)
+        if not word_end and task.overlapping:
+            warnings.warn(
+                f"The labels of '{soft_prompt.name}' hold {_pairs(task.labels, task.spellings)}, and it was tuned by a "
+                f"release in which the longer one of such a pair can never be predicted; train it again",
+                SoftPromptWarning,
+                stacklevel=2,
+            )
+        return task
 
     def without_soft_prompt(self, hard_text: str = "") -> Task:
         """The same task with readable text, or nothing, in the soft prompt's place."""
         template = self.template.replace_soft_prompt(hard_text)
-        return Task(self.lm, template, self.verbalizer, 0, self.max_length)
+        return Task(self.lm, template, self.verbalizer, 0, self.max_length, self.word_end)
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The label set; empty for free-text targets."""
         return () if self.verbalizer is None else self.verbalizer.labels
 
-    def label_words(self) -> list[Tokens]:
-        """The first word of each label, as token ids."""
-        return [self.words[self.label_of_word.index(label)] for label in range(len(self.labels))]
+    @property
+    def overlapping(self) -> bool:
+        """Whether one label's tokens are the start of another's."""
+        return overlap(word for words in self.spellings for word in words)
 
     # --- examples → requests ----------------------------------------------------------------------
 
@@ -122,12 +150,14 @@ class Task:
         return self._request(example, None, reserve, prompt, self.words)
 
     def target_request(self, example: Example, prompt: int | None = 0) -> Request:
-        """A request whose only word is the target: a label's first word, or free text with an end token."""
+        """A request whose only word is the target, with its end: a label's first word, or free text."""
         if example.target is None:
             raise DataError(f"{example.where}: expected a target, found none; add one.")
         if self.verbalizer is None:
             return self._request(example, example.target, 0, prompt, None)
-        word = self.label_words()[self.labels.index(example.target)]
+        word = self.spellings[self.labels.index(example.target)][0]
+        if self.word_end and self.encoder.ends:
+            word += self.encoder.ends[0]
         return self._request(example, None, len(word), prompt, (word,))
 
     def open_request(self, example: Example, max_new_tokens: int, prompt: int | None = 0) -> Request:
@@ -194,3 +224,15 @@ class Task:
             return {"value": accuracy.value, "loss": loss, "metrics": [accuracy.as_dict()]}
 
         return by_accuracy
+
+
+def _pairs(labels: Sequence[str], spellings: Sequence[Sequence[Tokens]]) -> str:
+    """The labels whose tokens are the start of another's, for people: the first pair, and how many more."""
+    words = sorted((word, label) for label, several in zip(labels, spellings, strict=True) for word in several)
+    found = [
+        f"{longer!r}, which begins with {label!r}"
+        for place, (word, label) in enumerate(words)
+        for other, longer in words[place + 1 :]
+        if other[: len(word)] == word
+    ]
+    return found[0] + (f" (and {len(found) - 1} more such)" if found[1:] else "")

@@ -11,6 +11,8 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -332,6 +334,21 @@ class Encoder:
             ids.append(eos)
         return tuple(ids)
 
+    @cached_property
+    def ends(self) -> tuple[tuple[int, ...], ...]:
+        """What may stand behind a whole answer, as token ids: the end-of-sequence token, a line end, a blank line.
+
+        The first is what training teaches. None of them is the start of another; a tokenizer that has no token for
+        one goes without it.
+        """
+        eos, unknown = self.tokenizer.eos_token_id, self.tokenizer.unk_token_id
+        found = [(eos,)] if isinstance(eos, int) else []
+        for text in ("\n", "\n\n"):
+            ids = tuple(self._piece(text, literal=True, starts=False))
+            if ids and unknown not in ids and not overlap([*found, ids]):
+                found.append(ids)
+        return tuple(found)
+
     def _placed(self, parts: tuple[_Part, ...]) -> tuple[_Place, ...]:
         places: list[_Place] = []
         lead = ""
@@ -479,10 +496,9 @@ class Verbalizer:
         return cls(_distinct(pairs))
 
     def token_ids(self, encoder: Encoder) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """Per label and word, its token ids as the template places them, without an end-of-sequence token.
+        """Per label and word, its token ids as the template places them, without an end.
 
-        One word's ids may be the start of another's ("good", "good news"): the score of the shorter is then never
-        below the longer one's, unless scores are normalised by length.
+        One word's ids may be the start of another's ("1", "10"), which ``Task`` sees to.
 
         Raises:
             TemplateError: two words have the same ids, so no score could tell them apart.
@@ -498,6 +514,13 @@ class Verbalizer:
                     )
                 seen[row] = word
         return ids
+
+
+def overlap(words: Iterable[tuple[int, ...]]) -> bool:
+    """Whether one of the words, as token ids, is the start of another: then the longer one can never be the more
+    probable of the two, unless both have an end."""
+    ordered = sorted(words)
+    return any(second[: len(first)] == first for first, second in pairwise(ordered))
 
 
 def _distinct(pairs: Iterable[tuple[str, tuple[str, ...]]]) -> dict[str, tuple[str, ...]]:

@@ -69,7 +69,7 @@ def first_vectors(task: Task, config: TrainConfig, number: int = 0) -> torch.Ten
     All but the first are ``config.init_scale`` times as long as embeddings; that one is left as it is, since a sequence
     begins with it and heads look at it that look at nothing else.
     """
-    lm, words, init, text = task.lm, task.label_words(), config.init, config.init_text
+    lm, words, init, text = task.lm, [words[0] for words in task.spellings], config.init, config.init_text
     length, draw = config.start(number)
     if init == "auto" and text is None and words and draw == 0:
         options = label_list(lm, task.labels)
@@ -370,6 +370,7 @@ class Training:
             tokenizer_fingerprint=lm.tokenizer_fingerprint,
             template=self.task.template.text,
             verbalizer=None if self.task.verbalizer is None else dict(self.task.verbalizer.words),
+            word_end=self.task.verbalizer is not None and self.task.word_end,
             parametrisation=self.config.parametrisation,
             training={
                 **self.config.as_dict(),
@@ -459,7 +460,7 @@ class Training:
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be gone on with."""
         settings = self.config.as_dict()
-        labels = [self.task.labels, self.task.words, self.task.label_of_word]
+        labels = [self.task.labels, self.task.words, self.task.label_of_word, self.task.word_end]
         content = [self.task.template.text, labels, self.task.lm.fingerprint, str(self.task.lm.dtype)]
         start = None if self._start is None else self._start.detach().float().cpu().contiguous().numpy().tobytes()
         return {
