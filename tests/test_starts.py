@@ -100,7 +100,7 @@ def test_with_init_auto_further_starts_are_drawn(monkeypatch: pytest.MonkeyPatch
     training = Training(task, data, data, train_settings(num_virtual_tokens=len(line), starts=3))
     torch.testing.assert_close(training._begin(0).numbers(), lm.embedding[line])
     for number in (1, 2):
-        expected = initial_vectors(lm, len(line), init="labels", seed=number, label_words=task.label_words())
+        expected = initial_vectors(lm, len(line), init="labels", seed=number, label_words=task.label_words)
         torch.testing.assert_close(training._begin(number).numbers(), expected)
 
 

@@ -72,7 +72,7 @@ def test_every_architecture_trains_and_stays_frozen(kind: str, loss: str) -> Non
     training = run(train_settings(init="labels", loss=loss, lr=0.3), kind=kind)
     assert lm.weights_digest() == before
     assert torch.equal(lm.embedding, embedding)
-    start = initial_vectors(lm, 6, init="labels", seed=0, label_words=training.task.label_words())
+    start = initial_vectors(lm, 6, init="labels", seed=0, label_words=training.task.label_words)
     assert not torch.equal(training.result().vectors, start)
 
 
@@ -562,5 +562,5 @@ def test_labels_that_fit_are_the_text_that_auto_starts_from(llama: FrozenLM) -> 
         task = Task.for_data(llama, data, Template("{soft_prompt}{input} {target}"), num_virtual_tokens=size)
         config = TrainConfig(num_virtual_tokens=size, init_scale=1.0)
         start = Training(task, data, config=config).result().vectors
-        words = initial_vectors(llama, size, init="labels", seed=0, label_words=task.label_words())
+        words = initial_vectors(llama, size, init="labels", seed=0, label_words=task.label_words)
         torch.testing.assert_close(start, words if expected is None else expected, rtol=1e-6, atol=1e-7)

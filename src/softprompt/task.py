@@ -138,6 +138,11 @@ class Task:
         return () if self.verbalizer is None else self.verbalizer.labels
 
     @property
+    def label_words(self) -> tuple[Tokens, ...]:
+        """The token ids of each label's first word, without an end."""
+        return tuple(words[0] for words in self.spellings)
+
+    @property
     def overlapping(self) -> bool:
         """Whether one label's tokens are the start of another's."""
         return overlap(word for words in self.spellings for word in words)

@@ -69,7 +69,7 @@ def first_vectors(task: Task, config: TrainConfig, number: int = 0) -> torch.Ten
     All but the first are ``config.init_scale`` times as long as embeddings; that one is left as it is, since a sequence
     begins with it and heads look at it that look at nothing else.
     """
-    lm, words, init, text = task.lm, [words[0] for words in task.spellings], config.init, config.init_text
+    lm, words, init, text = task.lm, task.label_words, config.init, config.init_text
     length, draw = config.start(number)
     if init == "auto" and text is None and words and draw == 0:
         options = label_list(lm, task.labels)
