@@ -129,7 +129,10 @@ def tables(lines: list[dict[str, Any]]) -> Iterator[str]:
             yield "* " + ", ".join(f"{key} {value}" for key, value in line.items() if key != "part")
     for line in lines:
         if line["part"] in ("tests", "skipped", "ended", "failed"):
-            yield f"* {line['part']}: " + ", ".join(f"{k} {v}" for k, v in line.items() if k != "part")
+            if "why" in line:
+                yield f"* {line['part']}: {line['what']}: {line['why']}"
+            else:
+                yield "* tests: " + ", ".join(f"{key} {value}" for key, value in line.items() if key != "part")
     yield from ("", table_row(STEP_COLUMNS), table_row("---" for _ in STEP_COLUMNS))
     for line in lines:
         if line["part"] == "step":
@@ -460,13 +463,14 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--what", help="for note: the part that its time limit ended")
+    parser.add_argument("--what", help="for note: which part did not come to its end")
+    parser.add_argument("--why", help="for note: for which reason")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     parts = {"setup": setup, "tests": tests, "steps": steps, "answers": answers}
     if options.part == "note":
-        emit(options, part="ended", what=options.what, why=f"its limit of {options.seconds:.0f} s")
+        emit(options, part="ended", what=options.what, why=options.why)
         return
     try:
         parts[options.part](options)

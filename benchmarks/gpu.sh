@@ -37,23 +37,30 @@ mkdir -p "$site/softprompt-$version.dist-info" # the package is not built, but i
 printf 'Metadata-Version: 2.1\nName: softprompt\nVersion: %s\n' "$version" >"$site/softprompt-$version.dist-info/METADATA"
 export PYTHONPATH="$PWD/src:$PWD:$site${PYTHONPATH:+:$PYTHONPATH}"
 
+note() { # NAME WHY: a line on a part that did not come to its end
+  "$python" -m benchmarks.gpu note --work "$work" --out "$out" --what "$1" --why "$2"
+}
+
 part() { # NAME SECONDS ARGUMENT...: one part with its time limit, cut to what is left; the parts behind it go on
   local name=$1 limit=$2 left=$((budget - SECONDS)) code
   shift 2
   [ "$limit" -gt "$left" ] && limit=$left
-  if [ "$limit" -lt 5 ]; then
-    "$python" -m benchmarks.gpu note --work "$work" --out "$out" --what "$name" --seconds 0
-    return
+  if [ "$limit" -lt 8 ]; then
+    note "$name" "$left s are left"
+    return 1
   fi
   timeout -k 5 "$limit" "$python" -m benchmarks.gpu "$@" --work "$work" --out "$out" --seconds "$((limit - 3))" \
     2> >(tee -a "$out/errors.log" >&2)
   code=$?
-  if [ "$code" = 124 ] || [ "$code" = 137 ]; then
-    "$python" -m benchmarks.gpu note --work "$work" --out "$out" --what "$name" --seconds "$limit"
-  fi
+  case $code in
+    0) ;;
+    124 | 137) note "$name" "ended by its limit of $limit s" ;;
+    *) note "$name" "exit code $code; see errors.log" ;;
+  esac
+  return "$code"
 }
 
-part setup 60 setup ${DATA:+--data "$DATA"}
+part setup 60 setup ${DATA:+--data "$DATA"} || exit
 if [ -n "$tiny" ]; then
   small=(--device cpu --batch-size 8 --steps 3 --warmup 1)
   part "CUDA tests" 60 tests
