@@ -78,14 +78,33 @@ MODELS = {
     "8B": shape(4096, 14336, 32, 32, 8, 128256, rope_theta=500000.0, tie_word_embeddings=False),  # Llama 3.1 8B
 }
 
+OURS, EAGER = "softprompt", "softprompt-eager"
+"""Ours as it trains long runs, with compiled layers, and as it trains short ones."""
+
+SMALL_PAIRS = (
+    (EAGER, 100, "peft"),
+    (OURS, 100, "peft"),
+    (OURS, 100, "peft-compiled"),
+    (OURS, 20, "peft"),
+    (OURS, 20, "peft-compiled"),
+    (OURS, 100, "peft-layers"),
+)
 PAIRS = {
-    "tiny": ((100, "peft"), (100, "peft-compiled"), (20, "peft-layers")),
-    "135M": ((100, "peft"), (100, "peft-compiled"), (20, "peft"), (20, "peft-compiled"), (100, "peft-layers")),
-    "1.7B": ((100, "peft"), (100, "peft-compiled"), (20, "peft"), (20, "peft-compiled"), (100, "peft-layers")),
-    "8B": ((100, "peft"), (100, "peft-layers"), (20, "peft"), (20, "peft-layers"), (100, "peft-compiled")),
+    "tiny": ((EAGER, 100, "peft"), (OURS, 100, "peft-compiled"), (OURS, 20, "peft-layers")),
+    "135M": SMALL_PAIRS,
+    "1.7B": SMALL_PAIRS,
+    "8B": (
+        (EAGER, 100, "peft"),
+        (OURS, 100, "peft"),
+        (OURS, 100, "peft-layers"),
+        (OURS, 20, "peft"),
+        (OURS, 20, "peft-layers"),
+        (OURS, 100, "peft-compiled"),
+    ),
 }
-"""Number of virtual tokens and peer, in the order in which they are measured. The whole of 8B takes long to compile,
-and its kernels are so long that launching them costs little: its layers come first."""
+"""Ours, number of virtual tokens and peer, in the order in which they are measured: the first gives figures before
+anything is compiled. The whole of 8B takes long to compile, and its kernels are so long that launching them costs
+little: its layers come first."""
 
 NEEDS = {"peft": 15, "peft-compiled": 60, "peft-layers": 25}
 """Seconds that a pair with this peer takes at least; where fewer are left, it is left out."""
@@ -141,7 +160,7 @@ def tables(lines: list[dict[str, Any]]) -> Iterator[str]:
                 (
                     line["model"],
                     line["num_virtual_tokens"],
-                    line["side"] + (f" (beside {line['beside']})" if line["side"] == "softprompt" else ""),
+                    line["side"] + (f" (beside {line['beside']})" if "ratio" in line else ""),
                     f"{line['seconds']:.4f} ({line['seconds_shortest']:.4f})",
                     line["steps"],
                     f"{line['ratio']:.1f}×" if "ratio" in line else "",
@@ -305,15 +324,15 @@ def steps(options: argparse.Namespace) -> None:
         load_seconds=round(time.perf_counter() - began, 1),
         matrix_peak_tflops=round(peak / 1e12, 2),
     )
-    for num_virtual_tokens, peer in PAIRS[options.model]:
-        what = f"{options.model}, P={num_virtual_tokens}, {peer}"
+    for ours, num_virtual_tokens, peer in PAIRS[options.model]:
+        what = f"{options.model}, P={num_virtual_tokens}, {ours} and {peer}"
         left = end - time.perf_counter()
         if left < NEEDS[peer] and options.device == "cuda":
             why = f"{left:.0f} s are left, and it takes at least {NEEDS[peer]}"
             emit(options, part="skipped", what=what, why=why)
             continue
         try:
-            pair(options, lm, plain, num_virtual_tokens, peer, peak)
+            pair(options, lm, plain, ours, num_virtual_tokens, peer, peak)
         except Exception as error:  # one side that does not work must not cost the figures of the others
             emit(options, part="failed", what=what, why=f"{type(error).__name__}: {str(error)[:400]}")
         gc.collect()
@@ -322,18 +341,21 @@ def steps(options: argparse.Namespace) -> None:
 
 
 def pair(
-    options: argparse.Namespace, lm: FrozenLM, plain: Any, num_virtual_tokens: int, peer: str, peak: float
+    options: argparse.Namespace, lm: FrozenLM, plain: Any, ours: str, num_virtual_tokens: int, peer: str, peak: float
 ) -> None:
     """Ours and one peer in turns; two lines of figures, and one for each side's first step."""
-    choices = argparse.Namespace(
-        **{**vars(options), "num_virtual_tokens": num_virtual_tokens, "max_tokens": None, "compile": "on"}
-    )
+    settings = {
+        "num_virtual_tokens": num_virtual_tokens,
+        "max_tokens": None,
+        "compile": "on" if ours == OURS else "off",
+    }
+    choices = argparse.Namespace(**{**vars(options), **settings})
     data = read_dataset(options.work / "rows.jsonl", fields=("input",))
     batches = of_one_bucket(all_batches(lm, data, num_virtual_tokens, options.batch_size))
     batches = batches[: options.warmup + options.steps]
     sides = []
-    for name in ("softprompt", peer):
-        side = Side(name, step_of(name, lm, plain, choices), options.device)
+    for name, kind in ((ours, "softprompt"), (peer, peer)):
+        side = Side(name, step_of(kind, lm, plain, choices), options.device)
         side.run(batches[0], timed=False)
         assert side.first_seconds is not None
         line = {"model": options.model, "num_virtual_tokens": num_virtual_tokens, "side": name}
@@ -345,8 +367,8 @@ def pair(
     tokens = statistics.mean(useful_tokens(batch, num_virtual_tokens) for batch in timed)
     operations = statistics.mean(useful_operations(lm, batch, num_virtual_tokens) for batch in timed)
     medians = [statistics.median(side.seconds) for side in sides]
-    for side, other, median in zip(sides, (peer, "softprompt"), medians, strict=True):
-        ours = side.name == "softprompt"
+    together = {"ratio": medians[1] / medians[0], "gradient_relative_difference": gradient_difference(*sides)}
+    for side, other, median in zip(sides, (peer, ours), medians, strict=True):
         emit(
             options,
             part="step",
@@ -364,16 +386,12 @@ def pair(
             memory_above_model_bytes=side.peak_bytes if options.device == "cuda" else None,
             compiled_graphs=side.compiled,
             compiled_graphs_in_timed_steps=side.compiled_late,
-            cuda_graphs_skipped=None if ours else counters["inductor"]["cudagraph_skips"],
+            cuda_graphs_skipped=None if side.name == ours else counters["inductor"]["cudagraph_skips"],
             first_step_seconds=side.first_seconds,
             loss=side.first[0] if side.first else None,
             batch_size=options.batch_size,
             dtype=options.dtype,
-            **(
-                {"ratio": medians[1] / medians[0], "gradient_relative_difference": gradient_difference(*sides)}
-                if ours
-                else {}
-            ),
+            **(together if side.name == ours else {}),
         )
 
 

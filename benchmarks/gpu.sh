@@ -64,8 +64,8 @@ part setup 60 setup ${DATA:+--data "$DATA"} || exit
 if [ -n "$tiny" ]; then
   small=(--device cpu --batch-size 8 --steps 3 --warmup 1)
   part "CUDA tests" 60 tests
-  part "steps of the tiny model" 110 steps --model tiny "${small[@]}"
-  part answers 40 answers --models tiny "${small[@]}"
+  part "steps of the tiny model" 240 steps --model tiny "${small[@]}"
+  part answers 90 answers --models tiny "${small[@]}"
 else
   part "CUDA tests" 110 tests
   part "steps of 135M" 150 steps --model 135M

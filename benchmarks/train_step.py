@@ -179,7 +179,7 @@ class Side:
     """One side of the comparison, and what was measured of it.
 
     Attributes:
-        name: ``softprompt`` or one of ``PEERS``.
+        name: what it is called.
         step: its step.
         device: ``cpu`` or ``cuda``.
         seconds: of each timed step.
