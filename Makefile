@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-vllm lint wheel clean
+.PHONY: demo test test-slow test-vllm lint wheel gpu-wheels clean
 
 demo: .venv/core.stamp
 	$(BIN)/softprompt demo
@@ -28,6 +28,18 @@ lint: .venv/dev.stamp
 wheel: .venv/dev.stamp
 	rm -rf build dist
 	$(BIN)/python -m build
+
+# What benchmarks/gpu.sh takes along to a GPU machine without a network whose Python has torch, transformers, peft and
+# pytest. More with `make gpu-wheels GPU_MORE="transformers tokenizers"`, for another interpreter with GPU_PYTHON=3.11.
+GPU_PYTHON ?= 3.12
+GPU_WHEELS := annotated-doc annotated-types anyio fastapi httpcore2 httpx httpx2 idna jiter openai opentelemetry-api \
+	platformdirs prometheus-client pydantic pydantic-core sniffio starlette truststore typer typing-extensions typing-inspection uvicorn
+
+gpu-wheels: .venv/torch.stamp
+	rm -rf build/wheels
+	$(BIN)/python -m pip download --no-deps --only-binary=:all: -c constraints.txt -d build/wheels \
+		--python-version $(GPU_PYTHON) --implementation cp \
+		$(addprefix --platform manylinux,_2_28_x86_64 _2_17_x86_64 2014_x86_64) $(GPU_WHEELS) $(GPU_MORE)
 
 clean:
 	rm -rf .venv .venv-vllm build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
