@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from conftest import make_model, make_tokenizer
 from softprompt import base
-from softprompt.base import fingerprint_model, fingerprint_tokenizer, load_base, pick_device, pick_dtype
+from softprompt.base import load_base, pick_device, pick_dtype
 from softprompt.errors import BaseModelError, ConfigError
+from softprompt.fingerprint import fingerprint_model, fingerprint_tokenizer
 from softprompt.frozen import FrozenLM, Request
 
 ADVICE = "give smollm2-135m, a hub id, a folder saved by transformers or a .gguf file"

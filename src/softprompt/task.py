@@ -47,6 +47,7 @@ class Task:
             )
         encoder = self.template.bind(self.lm.tokenizer)
         by_label = () if self.verbalizer is None else self.verbalizer.token_ids(encoder)
+        self.lm.require_embeddings([token for words in by_label for word in words for token in word])
         object.__setattr__(self, "encoder", encoder)
         object.__setattr__(self, "words", tuple(word for words in by_label for word in words))
         owners = tuple(label for label, words in enumerate(by_label) for _ in words)
@@ -95,6 +96,7 @@ class Task:
             base_fingerprint=lm.fingerprint,
             tokenizer_fingerprint=lm.tokenizer_fingerprint,
             hidden_size=lm.hidden_size,
+            base_settings=lm.settings,
         )
         verbalizer = None if soft_prompt.verbalizer is None else Verbalizer(dict(soft_prompt.verbalizer))
         length = soft_prompt.training.get("max_length") or lm.window
@@ -145,6 +147,7 @@ class Task:
             append_eos=target is not None,
             reserve=reserve,
         )
+        self.lm.require_embeddings((*encoded.ids, *encoded.target_ids), example.where)
         chosen = (encoded.target_ids,) if words is None else words
         place = prompt if self.template.has_soft_prompt else None
         return Request(encoded.ids, encoded.shared, chosen, place, encoded.truncated)
