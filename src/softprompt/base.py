@@ -18,13 +18,15 @@ from filelock import FileLock
 from safetensors import SafetensorError
 
 from softprompt.errors import BaseModelError, ConfigError
-from softprompt.model_files import ADAPTER, adapts, locate
+from softprompt.model_files import ADAPTER, adapter_alone, adapts, locate
 from softprompt.notes import heard, say
 from softprompt.packages import SMOLLM2_GGUF
 
 DEFAULT_BASE = "smollm2-135m"
 BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 """Ends of names of what older releases of transformers stored, and is computed anew."""
+WHAT_TO_GIVE = f"give {DEFAULT_BASE}, a hub id, a folder saved by transformers or a .gguf file"
+WHERE_TO_PUT_A_TOKENIZER = "put the original's tokenizer beside config.json (tokenizer.save_pretrained writes it)"
 NO_ADAPTER = {"subfolder": "no adapter"}
 """Where PEFT is installed, transformers would apply an adapter that lies in the model's own folder."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -99,24 +101,23 @@ def load_base(base: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
 def _from_pretrained(source: str, base: str, trust_remote_code: bool) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    def load(loader: Callable[..., Any], part: str, **options: Any) -> Any:
+    called = f"base model {base!r} could not be loaded"
+    whole = f"the {called} as a causal language model in safetensors or GGUF"
+
+    def load(loader: Callable[..., Any], refusal: str = whole, remedy: str = WHAT_TO_GIVE, **options: Any) -> Any:
         try:
             return loader(source, trust_remote_code=trust_remote_code, **options)
         except Exception as error:  # of transformers alone: OSError, ValueError, KeyError, HTTP errors, …
-            raise BaseModelError(
-                f"the base model {base!r} could not be loaded as a causal language model in safetensors or GGUF: "
-                f"{part}{_reason(error)}; give {DEFAULT_BASE}, a hub id, a folder saved by transformers or a .gguf file"
-            ) from error
+            raise BaseModelError(f"{refusal}: {_reason(error)}; {remedy}") from error
 
     adapter = _adapter_beside(source, base)
-    config = load(AutoConfig.from_pretrained, "")
+    config = load(AutoConfig.from_pretrained)
     _require_decoder(config, base)
-    tokenizer = load(AutoTokenizer.from_pretrained, "its tokenizer: ")
+    tokenizer = load(AutoTokenizer.from_pretrained, f"the tokenizer of the {called}", WHERE_TO_PUT_A_TOKENIZER)
     _require_vocabulary(tokenizer, base)
     models: Any = AutoModelForCausalLM
     model, found = load(
         models.from_pretrained,
-        "",
         config=config,
         dtype="auto",
         use_safetensors=True,
@@ -143,22 +144,21 @@ def _adapter_beside(source: str, base: str) -> Path | None:
     if Path(source).is_dir():
         path = Path(source, ADAPTER)
         return path if path.is_file() else None
-    from transformers.utils import cached_file
+    from transformers.utils import hub as untyped
+
+    hub: Any = untyped
 
     def find(name: str) -> Path | None:
         silent = {f"_raise_exceptions_for_{kind}": False for kind in ("gated_repo", "missing_entries")}
         try:
-            found = cached_file(source, name, **silent, _raise_exceptions_for_connection_errors=False)
+            found = hub.cached_file(source, name, **silent, _raise_exceptions_for_connection_errors=False)
         except (OSError, ValueError):  # no such repository: said when its configuration is read
             return None
         return None if found is None else Path(found)
 
     adapter = find(ADAPTER)
     if adapter is not None and find("config.json") is None:
-        raise BaseModelError(
-            f"{base!r} is an adapter{adapts(adapter)}, not a whole model; give its base model, or merge the adapter of "
-            "LoRA into it with PEFT (merge_and_unload), save the whole and give that folder"
-        )
+        raise adapter_alone(adapter, f"{base!r} is")
     return adapter
 
 
@@ -168,9 +168,9 @@ def _require_decoder(config: Any, base: str) -> None:
 
     kind, own_code = config.model_type, getattr(config, "auto_map", None) or {}
     if getattr(config, "is_encoder_decoder", False):
-        found = f"a model of encoder and decoder ({kind})"
+        found = f"an encoder-decoder model ({kind})"
     elif kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "AutoModelForCausalLM" not in own_code:
-        found = f"of type {kind}, of which transformers has no causal language model: an encoder, or for other data"
+        found = f"of type {kind}, for which transformers has no causal language model (it may be an encoder)"
     else:
         return
     raise BaseModelError(f"the base model {base!r} is {found}; give a causal language model, such as {DEFAULT_BASE}")
@@ -181,8 +181,8 @@ def _require_vocabulary(tokenizer: Any, base: str) -> None:
     empty."""
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise BaseModelError(
-            f"the base model {base!r} should come with a tokenizer, but no vocabulary was found; put tokenizer.json "
-            "(or tokenizer.model) beside config.json, with tokenizer.save_pretrained of its original"
+            f"the base model {base!r} should come with a tokenizer, but no vocabulary was found; "
+            f"{WHERE_TO_PUT_A_TOKENIZER}"
         )
 
 
@@ -252,9 +252,10 @@ def _complete(folder: Path) -> bool:
 
 def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers import modeling_gguf_pytorch_utils as reader
+    from transformers import modeling_gguf_pytorch_utils as untyped
     from transformers.utils import logging
 
+    reader: Any = untyped
     reader.tqdm = logging.tqdm  # the one progress bar that transformers does not let one turn off
     models: Any = AutoModelForCausalLM
     for name in os.listdir(folder.parent):  # what a killed process has left behind
@@ -275,7 +276,8 @@ def _convert(gguf: Path, folder: Path) -> None:
             raise
         except Exception as error:
             raise BaseModelError(
-                f"{gguf} is no GGUF file that transformers can read: {_reason(error)}; give another"
+                f"{gguf} is no GGUF file that transformers can read ({_reason(error)}); it may be cut off: download it "
+                "again, or give another"
             ) from error
         _require_all_weights(str(gguf), found)
         # It is plain fp32 now; transformers refuses to save it while it believes otherwise.

@@ -65,11 +65,11 @@ def _of_file(path: Path) -> Path:
         return path
     if path.suffix.lower() == ".gguf":
         found = f"it begins with {head[:4]!r} instead of b'GGUF'" if head else "it is empty"
-        raise BaseModelError(f"{path} is no GGUF file that transformers can read: {found}; give another")
+        raise BaseModelError(f"{path} is no GGUF file that transformers can read ({found}); give another")
     if path.name in ("config.json", INDEX) or re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", path.name):
         return _checked(path.parent)
     if path.name.startswith("adapter_"):
-        raise _adapter_alone(path.parent / ADAPTER, f"{path} is")
+        raise adapter_alone(path.parent / ADAPTER, f"{path} is")
     if path.suffix == ".safetensors":
         raise BaseModelError(
             f"{path} is no base model by itself; give a folder with config.json, the tokenizer and the weights as "
@@ -91,7 +91,8 @@ def _checked(folder: Path) -> Path:
     if (folder / WEIGHTS).is_file():
         shards = [WEIGHTS]
     elif (folder / INDEX).is_file():
-        shards = sorted(set(map(str, dict(_json_object(folder / INDEX).get("weight_map") or {}).values())))
+        places = _json_object(folder / INDEX).get("weight_map")
+        shards = sorted(set(map(str, places.values()))) if isinstance(places, dict) else []
         if missing := [name for name in shards if not (folder / name).is_file()]:
             raise BaseModelError(
                 f"the folder {folder} should hold {len(shards)} files of weights, but {len(missing)} of them, such as "
@@ -148,12 +149,12 @@ def _names(folder: Path, *suffixes: str) -> list[str]:
 
 def _without_config(folder: Path) -> BaseModelError:
     if (folder / ADAPTER).is_file():
-        return _adapter_alone(folder / ADAPTER, f"the folder {folder} holds")
+        return adapter_alone(folder / ADAPTER, f"the folder {folder} holds")
     lacks = f"the folder {folder} holds no config.json"
     if ggufs := _names(folder, ".gguf"):
         return BaseModelError(f"{lacks}, but GGUF files; give one of them, such as {folder / ggufs[0]}")
     if inner := sorted([*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")]):
-        return BaseModelError(f"{lacks}, but {len(inner)} of the folders in it do; give {inner[-1].parent}")
+        return BaseModelError(f"{lacks}, but {inner[-1].parent} does; give that")
     if not any(folder.iterdir()):
         lacks = f"the folder {folder} is empty"
     return BaseModelError(f"{lacks}; give a folder saved by transformers, or a .gguf file")
@@ -167,7 +168,7 @@ def _without_weights(folder: Path) -> BaseModelError:
             f"Python, {SAVE}"
         )
     if (folder / ADAPTER).is_file():
-        return _adapter_alone(folder / ADAPTER, f"the folder {folder} holds")
+        return adapter_alone(folder / ADAPTER, f"the folder {folder} holds")
     if ggufs := _names(folder, ".gguf"):
         return BaseModelError(f"{lacks}, but GGUF files; give one of them, such as {folder / ggufs[0]}")
     if others := _names(folder, ".safetensors"):
@@ -177,8 +178,13 @@ def _without_weights(folder: Path) -> BaseModelError:
     return BaseModelError(f"{lacks}; copy or download the weights, too")
 
 
-def _adapter_alone(config: Path, found: str) -> BaseModelError:
-    """The refusal of an adapter; ``found`` is its path and a verb."""
+def adapter_alone(config: Path, found: str) -> BaseModelError:
+    """The refusal of an adapter without its base model.
+
+    Args:
+        config: its ``adapter_config.json``.
+        found: where it is, and a verb.
+    """
     return BaseModelError(
         f"{found} an adapter{adapts(config)}, not a whole model; give its base model, or merge the adapter of LoRA "
         "into it with PEFT (merge_and_unload), save the whole and give that folder"

@@ -50,7 +50,7 @@ def heard() -> Iterator[None]:
     loggers = [logging.getLogger(library) for library in LIBRARIES]
     others = {handler for logger in (*loggers, logging.getLogger()) for handler in logger.handlers}
     for handler in others:
-        handler.addFilter(ear.is_not_for_us)
+        handler.addFilter(ear.is_for_others)
     for logger in loggers:
         logger.addHandler(ear)
     own.set_verbosity(min(level, logging.WARNING))
@@ -64,7 +64,7 @@ def heard() -> Iterator[None]:
         for logger in loggers:
             logger.removeHandler(ear)
         for handler in others:
-            handler.removeFilter(ear.is_not_for_us)
+            handler.removeFilter(ear.is_for_others)
 
 
 class _Ear(logging.Handler):
@@ -73,15 +73,17 @@ class _Ear(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self._thread = threading.get_ident()
+        self._said = set[str]()
 
-    def is_not_for_us(self, record: logging.LogRecord) -> bool:
+    def is_for_others(self, record: logging.LogRecord) -> bool:
         """True for a record that other handlers are to write as ever."""
         library = record.name.partition(".")[0]
         return record.thread != self._thread or library not in LIBRARIES or record.levelno < logging.WARNING
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
-        if not self.is_not_for_us(record) and not _NOISE.search(text):
+        if not self.is_for_others(record) and not _NOISE.search(text) and text not in self._said:
+            self._said.add(text)
             say(f"{record.name.partition('.')[0]} says: {as_note(text)}")
 
 
