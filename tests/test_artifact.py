@@ -607,6 +607,7 @@ BASE: Mapping[str, Any] = {
     "base_fingerprint": "ab" * 32,
     "tokenizer_fingerprint": "cd" * 32,
     "hidden_size": 8,
+    "base_settings": {"rms_norm_eps": 1e-05, "rope_parameters.rope_theta": 100_000.0, "sliding_window": None},
 }
 
 
@@ -661,3 +662,43 @@ def test_a_wrong_base_is_refused_by_name(changes: dict[str, Any], tuned: str, lo
     assert str(caught.value) == (
         f"The soft prompt 'sst2' was tuned on the base model {tuned}, but the one loaded is {loaded}; {remedy}."
     )
+
+
+def test_settings_go_through_the_file_and_compare_equal(path: Path) -> None:
+    settings = {"rms_norm_eps": 1e-05, "scale": 0.1 + 0.2, "layer_types": ["full", "sliding"], "sliding_window": None}
+    save(make(base_settings=settings), path)
+    loaded = load(path)
+    assert loaded.base_settings == settings
+    check_base(loaded, **{**BASE, "base_settings": settings})
+
+
+def test_a_file_without_settings_is_as_before_there_were_any(path: Path) -> None:
+    save(make(), path)
+    assert "base_settings" not in document_of(path)
+    check_base(load(path), **BASE)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "loaded"),
+    [
+        ("rms_norm_eps", 1e-06, "1e-05"),
+        ("rope_parameters.rope_theta", 10_000.0, "100000.0"),
+        ("sliding_window", 4096, "None"),
+    ],
+)
+def test_a_base_of_other_settings_is_refused(key: str, value: object, loaded: str) -> None:
+    soft_prompt = make(base_settings={**BASE["base_settings"], key: value})
+    with pytest.raises(BaseModelError) as caught:
+        check_base(soft_prompt, **BASE)
+    assert f"'smollm2-135m' ({key} {value!r}), but" in str(caught.value)
+    assert f"'smollm2-135m' ({key} {loaded}); load" in str(caught.value)
+
+
+def test_a_setting_that_only_one_side_knows_is_not_compared() -> None:
+    check_base(make(base_settings={"unheard_of": 1, "rms_norm_eps": 1e-05}), **BASE)
+
+
+def test_settings_that_are_no_mapping(path: Path) -> None:
+    save(make(), path)
+    write_document(path, document_of(path) | {"base_settings": [1]})
+    assert "no mapping under 'base_settings'" in sentence(path)

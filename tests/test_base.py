@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,18 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from conftest import make_model, make_tokenizer
-from softprompt import base
-from softprompt.base import fingerprint_model, fingerprint_tokenizer, load_base, pick_device, pick_dtype
-from softprompt.errors import BaseModelError, ConfigError
+from softprompt import artifact, base
+from softprompt.base import load_base, pick_device, pick_dtype
+from softprompt.errors import BaseModelError, ConfigError, SoftPromptWarning
+from softprompt.fingerprint import fingerprint_model, fingerprint_tokenizer
 from softprompt.frozen import FrozenLM, Request
+from softprompt.prompt import SoftPrompt
+from softprompt.task import Task
 
 ADVICE = "give smollm2-135m, a hub id, a folder saved by transformers or a .gguf file"
 LAYER_NAMES = {
@@ -161,9 +167,13 @@ def test_a_hub_id_that_does_not_exist() -> None:
 
 
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
-    assert refusal(tmp_path) == (
-        f"the folder {tmp_path} holds no config.json; give a folder saved by transformers, or a .gguf file"
+    assert refusal(tmp_path).startswith(f"the folder {tmp_path} is empty; give a folder saved by transformers")
+    saved(tmp_path / "run" / "checkpoint-500")
+    assert refusal(tmp_path / "run").endswith(
+        f"no config.json, but {tmp_path / 'run' / 'checkpoint-500'} does; give that"
     )
+    (tmp_path / "notes.txt").write_text("")
+    assert refusal(tmp_path).startswith(f"the folder {tmp_path} holds no config.json; give a folder")
 
 
 def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
@@ -176,10 +186,11 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
             return os.mkdir, (str(bomb),)
 
     torch.save({"model.embed_tokens.weight": Bomb()}, folder / "pytorch_model.bin")
-    assert refusal(folder) == (
-        f"the base model '{folder}' could not be loaded as a causal language model in safetensors or GGUF: "
-        f"Error no file named model.safetensors found in directory {folder}; {ADVICE}"
-    )
+    for given in (folder, folder / "pytorch_model.bin"):
+        message = refusal(given)
+        assert "pytorch_model.bin" in message
+        assert "a pickle, which could run any code and is never read" in message
+        assert "save it as safetensors (model.save_pretrained" in message
     assert not bomb.exists()
 
 
@@ -193,22 +204,271 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+def without_tokenizer(folder: Path, name: str | None) -> None:
+    (folder / "tokenizer.json").unlink()
+    settings = folder / "tokenizer_config.json"
+    settings.unlink() if name is None else settings.write_text(json.dumps({"tokenizer_class": name}))
+
+
 @pytest.mark.parametrize(
-    ("damage", "reason"),
+    ("damage", "found", "remedy"),
     [
-        (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON file"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "odd"}'), "does not recognize"),
-        (lambda folder: os.truncate(folder / "model.safetensors", 20_000), "incomplete metadata"),
-        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json is not a valid JSON file", "download it again"),
+        (
+            lambda f: (f / "config.json").write_bytes(b"\xff"),
+            "config.json is not a valid JSON file",
+            "download it again",
+        ),
+        (lambda f: (f / "config.json").write_text("[]"), "config.json is no JSON object", "download it again"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "odd"}'), "does not recognize", ADVICE),
+        (lambda f: (f / "config.json").write_bytes(POINTER), "config.json is a pointer of Git LFS", "git lfs pull"),
+        (lambda f: (f / "tokenizer.json").write_bytes(POINTER), "tokenizer.json is a pointer", "git lfs pull"),
+        (lambda f: (f / "model.safetensors").write_bytes(POINTER), "model.safetensors is a pointer", "git lfs pull"),
+        (lambda f: os.truncate(f / "model.safetensors", 20_000), "incomplete metadata", "download it again"),
+        (lambda f: os.truncate(f / "model.safetensors", 0), "model.safetensors is no whole", "download it again"),
+        (lambda f: (f / "model.safetensors").unlink(), "holds no model.safetensors", "download the weights, too"),
+        (lambda f: (f / "model.safetensors").rename(f / "a.safetensors"), "but a.safetensors", "call it model.safet"),
+        (lambda f: (f / "model.safetensors").rename(f / "a.gguf"), "but GGUF files", "a.gguf"),
+        (
+            lambda f: without_tokenizer(f, "PreTrainedTokenizerFast"),
+            "the tokenizer of the base model",
+            "save_pretrained",
+        ),
+        (lambda f: without_tokenizer(f, None), "the tokenizer of the base model", "save_pretrained"),
+        (lambda f: without_tokenizer(f, "LlamaTokenizer"), "no vocabulary was found", "save_pretrained"),
+        (lambda f: without_tokenizer(f, "GPT2Tokenizer"), "no vocabulary was found", "save_pretrained"),
     ],
 )
-def test_a_damaged_folder_is_one_sentence(damage: Callable[[Path], object], reason: str, tmp_path: Path) -> None:
+def test_a_damaged_folder_is_one_sentence(
+    damage: Callable[[Path], object], found: str, remedy: str, tmp_path: Path
+) -> None:
     folder = saved(tmp_path / "model")
     damage(folder)
     message = refusal(folder)
-    assert message.startswith(f"the base model '{folder}' could not be loaded as a causal language model")
-    assert reason in message
-    assert message.endswith(f"; {ADVICE}")
+    assert str(folder) in message
+    assert found in message.partition("; ")[0]
+    assert remedy in message.partition("; ")[2]
+
+
+def test_pointers_that_are_not_read_do_not_matter(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model")
+    for name in ("consolidated.safetensors", "pytorch_model.bin", "tokenizer.model", "adapter_model.safetensors"):
+        (folder / name).write_bytes(POINTER)
+    load_base(str(folder))
+
+
+def test_a_model_in_several_files(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    make_model("llama").save_pretrained(folder, max_shard_size="60KB")
+    make_tokenizer().save_pretrained(folder)
+    shards = sorted(folder.glob("model-*"))
+    assert len(shards) > 2
+    state = load_base(str(folder))[0].state_dict()
+    assert all(torch.equal(state[name], weight) for name, weight in make_model("llama").state_dict().items())
+    shards[1].unlink()
+    assert f"1 of them, such as {shards[1].name}, are not there; copy or download" in refusal(folder)
+    (folder / "model.safetensors.index.json").write_text("{")
+    assert "index.json is not a valid JSON file" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_file_of_a_folder_stands_for_the_folder(tmp_path: Path, name: str) -> None:
+    folder = saved(tmp_path / "model")
+    state = load_base(str(folder / name))[0].state_dict()
+    assert all(torch.equal(state[name], weight) for name, weight in make_model("llama").state_dict().items())
+
+
+def test_the_users_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    saved(tmp_path / "model")
+    load_base("~/model")
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "remedy"),
+    [
+        ("part.safetensors", "no base model by itself", "a folder with config.json"),
+        ("model.pt", "a pickle", "save it as safetensors"),
+        ("model.ckpt", "a pickle", "save it as safetensors"),
+        ("model.h5", "a file of another kind", "give a folder"),
+        ("no.gguf", "no GGUF file", "give another"),
+    ],
+)
+def test_a_file_that_is_no_model(tmp_path: Path, name: str, found: str, remedy: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"anything")
+    message = refusal(path)
+    assert message.startswith(f"{path} is {found}")
+    assert remedy in message.partition("; ")[2] or remedy in message
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/no/where", "~/no/where", "a/b/c", "weights.GGUF", "model.safetensors"])
+def test_a_path_that_is_not_there_is_no_hub_id(path: str) -> None:
+    assert "there is no such file or folder" in refusal(path)
+
+
+def test_weights_of_another_shape_than_the_configuration_says(tmp_path: Path) -> None:
+    folder = changed(saved(tmp_path / "model"), vocab_size=400)
+    message = refusal(folder)
+    assert "lm_head.weight as [400, 32] by its configuration, but it is [320, 32]" in message
+    assert "give the config.json" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"model_type": "t5", "is_encoder_decoder": True}, "an encoder-decoder model (t5)"),
+        ({"model_type": "bart", "is_encoder_decoder": True}, "an encoder-decoder model (bart)"),
+        ({"model_type": "deberta-v2"}, "of type deberta-v2, for which transformers has no causal language model"),
+    ],
+)
+def test_a_type_that_is_no_causal_language_model(tmp_path: Path, options: dict[str, Any], found: str) -> None:
+    message = refusal(changed(saved(tmp_path / "model"), **options))
+    assert found in message
+    assert "give a causal language model" in message
+
+
+def changed(folder: Path, **options: Any) -> Path:
+    """The folder with other settings in its config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | options))
+    return folder
+
+
+def test_another_configuration_is_another_base_model(tmp_path: Path) -> None:
+    lm = FrozenLM.load(str(saved(tmp_path / "model")), dtype="fp32", device="cpu")
+    soft_prompt = SoftPrompt(
+        vectors=torch.ones(2, 32),
+        name="films",
+        base=lm.name,
+        base_fingerprint=lm.fingerprint,
+        tokenizer_fingerprint=lm.tokenizer_fingerprint,
+        template="{soft_prompt}{input} {target}",
+        base_settings=lm.settings,
+    )
+    artifact.save(soft_prompt, tmp_path / "films.safetensors")
+    stored = artifact.load(tmp_path / "films.safetensors")
+    Task.of(lm, stored)
+    changed(tmp_path / "model", rope_parameters={"rope_type": "default", "rope_theta": 77.0})
+    other = FrozenLM.load(lm.name, dtype="fp32", device="cpu")
+    ids = Request((60, 61, 62), 0, ((70, 71),))
+    assert not torch.allclose(lm.score([ids]), other.score([ids]))
+    with pytest.raises(BaseModelError) as error:
+        Task.of(other, stored)
+    assert "(rope_parameters.rope_theta 10000.0)" in str(error.value)
+    assert "(rope_parameters.rope_theta 77.0)" in str(error.value)
+
+
+# --- adapters --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an adapter of PEFT for the tiny Llama, which changes what it computes."""
+    peft = pytest.importorskip("peft")
+    folder = tmp_path_factory.mktemp("adapter")
+    settings = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+    model = peft.get_peft_model(make_model("llama"), peft.LoraConfig(**settings))
+    model.peft_config["default"].base_model_name_or_path = "org/original"
+    model.save_pretrained(folder)
+    return folder
+
+
+def own_weights(base: str) -> None:
+    """Loads a model beside which an adapter lies, and is the tiny Llama still."""
+    with pytest.warns(SoftPromptWarning, match="adapter of org/original .* is not applied") as said:
+        state = load_base(base)[0].state_dict()
+    assert len(said) == 1
+    expected = make_model("llama").state_dict()
+    assert set(state) == set(expected)
+    assert all(torch.equal(state[name], weight) for name, weight in expected.items())
+
+
+def test_an_adapter_beside_a_model_is_not_applied(tmp_path: Path, adapter: Path) -> None:
+    folder = saved(tmp_path / "model")
+    shutil.copytree(adapter, folder, dirs_exist_ok=True)
+    applied: Any = AutoModelForCausalLM
+    assert any("lora" in name for name in applied.from_pretrained(folder).state_dict())  # as transformers has it
+    own_weights(str(folder))
+
+
+def test_an_adapter_beside_a_gguf_file_is_not_applied(tmp_path: Path, adapter: Path) -> None:
+    shutil.copytree(adapter, tmp_path / "model")
+    weights = write_gguf(tmp_path / "model" / "tiny.gguf")
+    state = load_base(str(tmp_path / "model" / "tiny.gguf"))[0].state_dict()
+    assert set(state) == set(weights)
+    assert all(torch.equal(state[name], weight) for name, weight in weights.items())
+
+
+def test_an_adapter_alone_is_no_model(tmp_path: Path, adapter: Path) -> None:
+    for given in (adapter, adapter / "adapter_model.safetensors"):
+        message = refusal(given)
+        assert str(given) in message
+        assert "an adapter of org/original, not a whole model; give its base model, or merge" in message
+    folder = saved(tmp_path / "model")
+    shutil.copytree(adapter, folder, dirs_exist_ok=True)
+    (folder / "model.safetensors").unlink()
+    assert "an adapter of org/original, not a whole model" in refusal(folder)
+    (folder / "adapter_config.json").write_text("{")  # even if it does not say of what
+    assert "an adapter, not a whole model" in refusal(folder)
+
+
+def test_adapters_on_the_hub(tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the hub's cache, as after a download."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    whole = saved(tmp_path / "model")
+    for name, parts in {"both": (whole, adapter), "alone": (adapter,)}.items():
+        repository = tmp_path / "hub" / f"models--org--{name}"
+        for part in parts:
+            shutil.copytree(part, repository / "snapshots" / ("a" * 40), dirs_exist_ok=True)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("a" * 40)
+    own_weights("org/both")
+    assert "'org/alone' is an adapter of org/original, not a whole model; give its base model" in refusal("org/alone")
+
+
+# --- what is said ----------------------------------------------------------------------------------
+
+
+def notes_of(folder: Path) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_base(str(folder))
+    assert all(issubclass(each.category, SoftPromptWarning) for each in caught)
+    return [str(each.message) for each in caught]
+
+
+def test_weights_without_a_place_are_said(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # of older releases, computed anew
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert notes_of(folder) == []
+    weights["model.layers.0.self_attn.q_norm.weight"] = torch.ones(8)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (note,) = notes_of(folder)
+    assert "hold 1 that its architecture has no place for, such as model.layers.0.self_attn.q_norm.weight" in note
+
+
+def test_what_transformers_says_of_a_model_is_said_once(tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "speed": 3}
+    (note,) = notes_of(changed(saved(tmp_path / "model"), rope_parameters=rope))
+    assert note == "transformers says: Unrecognized keys in `rope_parameters` for 'rope_type'='default': {'speed'}"
+
+
+def test_tokens_that_the_embedding_table_lacks_are_said(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})  # never comes from a text
+    tokenizer.save_pretrained(folder)
+    assert notes_of(folder) == []
+    tokenizer.add_tokens(["worse", "better"])
+    tokenizer.save_pretrained(folder)
+    (note,) = notes_of(folder)
+    assert "has 2 tokens, such as 'worse', for which the embedding table of 320 rows has none" in note
 
 
 def test_missing_weights_are_not_filled_with_random_numbers(tmp_path: Path) -> None:
@@ -332,13 +592,28 @@ def test_a_cache_that_is_no_folder(tmp_path: Path, cache: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["tiny.GGUF", "tiny.Q8_0", "sha256-4d7a"])
+def test_a_gguf_file_by_any_name(tmp_path: Path, name: str) -> None:
+    weights = write_gguf(tmp_path / name)
+    state = load_base(str(tmp_path / name))[0].state_dict()
+    assert all(torch.equal(state[name], weight) for name, weight in weights.items())
+
+
 def test_gguf_files_that_are_none(tmp_path: Path) -> None:
     path = tmp_path / "missing.gguf"
-    assert refusal(path) == f"the base model {path} was not found; give the path of a GGUF file that exists"
-    path.write_bytes(b"no GGUF")
-    message = refusal(path)
-    assert message.startswith(f"{path} is no GGUF file that transformers can read: ")
-    assert message.endswith("; give another")
+    assert f"{path} was not found" in refusal(path)
+    for content, found in ((b"no GGUF", "it begins with b'no G'"), (b"", "it is empty"), (b"GGUF\3", "error")):
+        path.write_bytes(content)
+        message = refusal(path)
+        assert message.startswith(f"{path} is no GGUF file that transformers can read ({found}")
+        assert message.endswith("give another")
+    path.write_bytes(POINTER)
+    assert "run `git lfs pull`" in refusal(path)
+    write_gguf(path)
+    os.truncate(path, path.stat().st_size // 2)
+    assert "it may be cut off: download it again" in refusal(path)
+    write_gguf(part := tmp_path / "tiny-00001-of-00003.gguf")
+    assert f"{part} is one of 3 parts of a GGUF file; join them" in refusal(part)
     write_gguf(path, leave_out="model.layers.1.mlp.up_proj.weight")
     assert refusal(path) == (
         f"the base model '{path}' should hold every weight of its architecture, but 1 of them, such as "

@@ -258,7 +258,6 @@ def test_rotary_frequencies_stay_exact_in_bf16() -> None:
     [
         {},
         {"final_logit_softcapping": 0.5},
-        {"use_bidirectional_attention": True},
         {"rope_parameters": {kind: {"rope_type": "dynamic", "factor": 2.0} for kind in LAYERS}},
     ],
 )

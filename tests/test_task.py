@@ -125,7 +125,7 @@ def test_words_have_ends_where_one_is_the_start_of_another(llama: FrozenLM) -> N
 def certain(task: Task, label: int) -> torch.Tensor:
     """Scores ``[1, W]`` of a model that at each place gives 0.98 to the next token of one label's text and its end, and
     the rest to all others alike: summed here, without the engine."""
-    text = (*task.spellings[label][0], *task.encoder.ends[0])
+    text = (*task.spellings[label][0], *task.ends[0])
 
     def logprob(word: tuple[int, ...]) -> float:
         told = [0.98 if word[: i + 1] == text[: i + 1] else 0.02 / 319 for i in range(len(word))]

@@ -2,7 +2,8 @@
 
 The file holds one tensor, ``soft_prompt`` float32 ``[P, H]``, and in its header, under the key ``softprompt``, a JSON
 document: ``schema_version``, ``num_virtual_tokens`` (P), ``hidden_size`` (H), every other field of :class:`SoftPrompt`
-by its own name (the verbalizer as pairs, since the order of its labels counts), and ``digest``. The digest is the
+by its own name (the verbalizer as pairs, since the order of its labels counts; ``base_settings`` only where there are
+some), and ``digest``. The digest is the
 SHA-256 of the document without it (sorted keys, no spaces, ASCII), followed by the tensor's bytes (little-endian, row
 by row): a flipped bit anywhere is noticed. Equal soft prompts give equal files. ``word_end`` is no field of its own:
 ``schema_version`` is 2 where label words have an end, else 1.
@@ -38,6 +39,7 @@ _TENSOR = "soft_prompt"
 _DOCUMENT = "softprompt"
 _TEXTS = ("name", "base", "base_fingerprint", "tokenizer_fingerprint", "template", "parametrisation", "created")
 _MAPPINGS = ("training", "data", "versions")
+_SETTINGS = "base_settings"  # only where there are some: files of earlier releases have none
 
 
 @contextmanager
@@ -125,19 +127,27 @@ def load(path: Path) -> SoftPrompt:
 
 
 def check_base(
-    soft_prompt: SoftPrompt, *, base: str, base_fingerprint: str, tokenizer_fingerprint: str, hidden_size: int
+    soft_prompt: SoftPrompt,
+    *,
+    base: str,
+    base_fingerprint: str,
+    tokenizer_fingerprint: str,
+    hidden_size: int,
+    base_settings: Mapping[str, Any],
 ) -> None:
     """Refuses every base model but the one that ``soft_prompt`` was tuned on; the same model under another id passes.
 
     Args:
         soft_prompt: what is to be used.
         base: id of the loaded base model.
-        base_fingerprint: hex digest of its configuration and weights.
+        base_fingerprint: hex digest of its type and weights.
         tokenizer_fingerprint: hex digest of its tokenizer.
         hidden_size: its embedding width H, which a trained KV prefix does not show; its fingerprint does.
+        base_settings: the settings of its configuration. Those that only one of both has are not compared: a file of an
+            earlier release has none, and another release of transformers knows others.
 
     Raises:
-        BaseModelError: width, weights or tokenizer differ.
+        BaseModelError: width, weights, tokenizer or a setting differ.
     """
     width = soft_prompt.sizes.get("hidden_size", hidden_size)
     if width != hidden_size:
@@ -147,6 +157,11 @@ def check_base(
     elif soft_prompt.tokenizer_fingerprint != tokenizer_fingerprint:
         tuned = f"tokenizer {soft_prompt.tokenizer_fingerprint[:12]}"
         loaded = f"tokenizer {tokenizer_fingerprint[:12]}"
+    elif differing := [
+        key for key, value in soft_prompt.base_settings.items() if base_settings.get(key, value) != value
+    ]:
+        key = differing[0]
+        tuned, loaded = f"{key} {soft_prompt.base_settings[key]!r}", f"{key} {base_settings[key]!r}"
     else:
         return
     wanted = f"the '{base}' of that time" if soft_prompt.base == base else f"'{soft_prompt.base}'"
@@ -184,6 +199,8 @@ def encode(soft_prompt: SoftPrompt) -> bytes:
         "schema_version": SCHEMA_VERSION if soft_prompt.word_end else 1,
         "verbalizer": None if verbalizer is None else list(verbalizer.items()),
     }
+    if soft_prompt.base_settings:
+        fields[_SETTINGS] = soft_prompt.base_settings
     try:
         document = json.loads(_canonical(fields))
         fault = _fault(document)
@@ -256,6 +273,8 @@ def _fault(document: Mapping[str, Any]) -> str | None:
     for key in _MAPPINGS:
         if not isinstance(document.get(key), dict):
             return f"no mapping under '{key}'"
+    if not isinstance(document.get(_SETTINGS, {}), dict):
+        return f"no mapping under '{_SETTINGS}'"
     if not all(isinstance(value, str) for value in document["versions"].values()):
         return "a version that is no text"
     metrics = document.get("metrics")
@@ -284,6 +303,7 @@ def _soft_prompt(document: Mapping[str, Any], vectors: torch.Tensor) -> SoftProm
         verbalizer=None if verbalizer is None else {label: tuple(words) for label, words in verbalizer},
         word_end=document["schema_version"] > 1,
         metrics=tuple(document["metrics"]),
+        base_settings=document.get(_SETTINGS, {}),
         **{key: document[key] for key in (*_TEXTS, *_MAPPINGS)},
     )
 

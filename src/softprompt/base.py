@@ -3,13 +3,12 @@ tokenizer."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,18 @@ from filelock import FileLock
 from safetensors import SafetensorError
 
 from softprompt.errors import BaseModelError, ConfigError
+from softprompt.model_files import ADAPTER, adapter_alone, adapts, locate
+from softprompt.notes import heard, say
 from softprompt.packages import SMOLLM2_GGUF
 
 DEFAULT_BASE = "smollm2-135m"
+BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+"""Ends of names of what older releases of transformers stored, and is computed anew."""
+WHAT_TO_GIVE = f"give {DEFAULT_BASE}, a hub id, a folder saved by transformers or a .gguf file"
+WHERE_TO_PUT_A_TOKENIZER = "put the original's tokenizer beside config.json (tokenizer.save_pretrained writes it)"
+NO_ADAPTER = {"subfolder": "no adapter"}
+"""Where PEFT is installed, transformers would apply an adapter that lies in the model's own folder."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SAMPLES_PER_TENSOR = 4096
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -67,71 +73,151 @@ def cache_folder() -> Path:
 
 
 def load_base(base: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """Loads a causal language model on the CPU in the dtype it is stored in.
+    """Loads a causal language model on the CPU in the dtype it is stored in: its own weights, whatever adapters lie
+    beside them. What transformers says of it that concerns the user becomes a ``SoftPromptWarning``.
 
     Args:
-        base: ``smollm2-135m``, a folder with ``config.json`` and safetensors, a ``.gguf`` file, or a hub id.
+        base: ``smollm2-135m``, a folder with ``config.json`` and safetensors, a GGUF file, or a hub id.
         trust_remote_code: run code that comes with the model; never unless the user says so.
 
     Returns:
         The transformers model and tokenizer.
 
     Raises:
-        BaseModelError: it cannot be found or read.
+        BaseModelError: it cannot be found or read, lacks weights, or is of a type that is no causal language model.
     """
-    path = Path(base).expanduser()
-    source = base
-    if base == DEFAULT_BASE:
-        source = str(_dequantized(SMOLLM2_GGUF.path(), SMOLLM2_GGUF.sha256[:16]))
-    elif path.suffix == ".gguf":
-        if not path.is_file():
-            raise BaseModelError(f"the base model {base} was not found; give the path of a GGUF file that exists")
-        stat = path.stat()
-        key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
-        source = str(_dequantized(path, key))
-    elif path.is_dir() and not (path / "config.json").is_file():
-        raise BaseModelError(
-            f"the folder {base} holds no config.json; give a folder saved by transformers, or a .gguf file"
-        )
-    return _from_pretrained(source, base, trust_remote_code)
+    with heard():
+        if base == DEFAULT_BASE:
+            path: Path | None = _dequantized(SMOLLM2_GGUF.path(), SMOLLM2_GGUF.sha256[:16])
+        else:
+            path = locate(base)
+            if path is not None and path.is_file():
+                stat = path.stat()
+                key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+                path = _dequantized(path, key)
+        return _from_pretrained(base if path is None else str(path), base, trust_remote_code)
 
 
 def _from_pretrained(source: str, base: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    called = f"base model {base!r} could not be loaded"
+    whole = f"the {called} as a causal language model in safetensors or GGUF"
+
+    def load(loader: Callable[..., Any], refusal: str = whole, remedy: str = WHAT_TO_GIVE, **options: Any) -> Any:
+        try:
+            return loader(source, trust_remote_code=trust_remote_code, **options)
+        except Exception as error:  # of transformers alone: OSError, ValueError, KeyError, HTTP errors, …
+            raise BaseModelError(f"{refusal}: {_reason(error)}; {remedy}") from error
+
+    adapter = _adapter_beside(source, base)
+    config = load(AutoConfig.from_pretrained)
+    _require_decoder(config, base)
+    tokenizer = load(AutoTokenizer.from_pretrained, f"the tokenizer of the {called}", WHERE_TO_PUT_A_TOKENIZER)
+    _require_vocabulary(tokenizer, base)
     models: Any = AutoModelForCausalLM
-    try:
-        with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-            model, found = models.from_pretrained(
-                source,
-                dtype="auto",
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-            )
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError, HTTP errors, …
-        raise BaseModelError(
-            f"the base model {base!r} could not be loaded as a causal language model in safetensors or GGUF: "
-            f"{_reason(error)}; "
-            f"give {DEFAULT_BASE}, a hub id, a folder saved by transformers or a .gguf file"
-        ) from error
+    model, found = load(
+        models.from_pretrained,
+        config=config,
+        dtype="auto",
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused below
+        adapter_kwargs=NO_ADAPTER,
+    )
     _require_all_weights(base, found)
+    if adapter is not None:
+        say(f"an adapter{adapts(adapter)} ({ADAPTER}) lies beside the weights of {base}; it is not applied")
+    _say_what_does_not_fit(model, tokenizer, found, base)
     return model, tokenizer
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence of what a library says went wrong."""
-    return " ".join(str(error).split()).split(". ")[0].rstrip(".")[:200] or type(error).__name__
+    """The first sentence of what a library says went wrong; with the type of an error that no file should cause."""
+    sentence = " ".join(str(error).split()).split(". ")[0].rstrip(".")[:200]
+    expected = isinstance(error, OSError | ValueError | RuntimeError | ImportError | SafetensorError)
+    return sentence if sentence and expected else f"{type(error).__name__}: {sentence}".removesuffix(": ")
+
+
+def _adapter_beside(source: str, base: str) -> Path | None:
+    """The ``adapter_config.json`` in the folder or repository of a whole model; an adapter alone is refused."""
+    if Path(source).is_dir():
+        path = Path(source, ADAPTER)
+        return path if path.is_file() else None
+    from transformers.utils import hub as untyped
+
+    hub: Any = untyped
+
+    def find(name: str) -> Path | None:
+        silent = {f"_raise_exceptions_for_{kind}": False for kind in ("gated_repo", "missing_entries")}
+        try:
+            found = hub.cached_file(source, name, **silent, _raise_exceptions_for_connection_errors=False)
+        except (OSError, ValueError):  # no such repository: said when its configuration is read
+            return None
+        return None if found is None else Path(found)
+
+    adapter = find(ADAPTER)
+    if adapter is not None and find("config.json") is None:
+        raise adapter_alone(adapter, f"{base!r} is")
+    return adapter
+
+
+def _require_decoder(config: Any, base: str) -> None:
+    """What such a model computes is not known yet: an encoder may pass here and be refused by ``require_causal``."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind, own_code = config.model_type, getattr(config, "auto_map", None) or {}
+    if getattr(config, "is_encoder_decoder", False):
+        found = f"an encoder-decoder model ({kind})"
+    elif kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "AutoModelForCausalLM" not in own_code:
+        found = f"of type {kind}, for which transformers has no causal language model (it may be an encoder)"
+    else:
+        return
+    raise BaseModelError(f"the base model {base!r} is {found}; give a causal language model, such as {DEFAULT_BASE}")
+
+
+def _require_vocabulary(tokenizer: Any, base: str) -> None:
+    """Where its files are missing, transformers makes a tokenizer of special tokens alone, for which all text is
+    empty."""
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise BaseModelError(
+            f"the base model {base!r} should come with a tokenizer, but no vocabulary was found; "
+            f"{WHERE_TO_PUT_A_TOKENIZER}"
+        )
 
 
 def _require_all_weights(base: str, found: dict[str, Any]) -> None:
-    """Transformers fills weights that a file lacks with random numbers."""
+    """Transformers fills weights that a file lacks, or has in another shape, with random numbers."""
     missing = sorted(found["missing_keys"])
     if missing:
         raise BaseModelError(
             f"the base model {base!r} should hold every weight of its architecture, but {len(missing)} of them, "
             f"such as {missing[0]}, are not there; give a complete causal language model"
+        )
+    for name, stored, wanted in sorted(found["mismatched_keys"]):
+        raise BaseModelError(
+            f"the base model {base!r} should hold {name} as {list(wanted)} by its configuration, but it is "
+            f"{list(stored)}; give the config.json that the weights were saved with"
+        )
+
+
+def _say_what_does_not_fit(model: Any, tokenizer: Any, found: dict[str, Any], base: str) -> None:
+    unexpected = sorted(name for name in found["unexpected_keys"] if not name.endswith(BUFFERS))
+    if unexpected:
+        say(
+            f"the weights of {base} hold {len(unexpected)} that its architecture has no place for, such as "
+            f"{unexpected[0]}; they are left out"
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    special = set(tokenizer.all_special_ids) | {
+        token for token, added in tokenizer.added_tokens_decoder.items() if added.special
+    }  # these cannot come from a text
+    beyond = sorted(token for token in tokenizer.get_vocab().values() if token >= rows and token not in special)
+    if beyond:
+        token = tokenizer.convert_ids_to_tokens(beyond[0])
+        say(
+            f"the tokenizer of {base} has {len(beyond)} tokens, such as {token!r}, for which the embedding table of "
+            f"{rows} rows has none; texts with them are refused"
         )
 
 
@@ -166,33 +252,41 @@ def _complete(folder: Path) -> bool:
 
 def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import modeling_gguf_pytorch_utils as untyped
+    from transformers.utils import logging
 
+    reader: Any = untyped
+    reader.tqdm = logging.tqdm  # the one progress bar that transformers does not let one turn off
     models: Any = AutoModelForCausalLM
     for name in os.listdir(folder.parent):  # what a killed process has left behind
         if name.startswith(f".{folder.name}-"):
             shutil.rmtree(folder.parent / name, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        with _quiet():
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-                model, found = models.from_pretrained(
-                    str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
-                )
-            except OSError:
-                raise
-            except Exception as error:
-                raise BaseModelError(
-                    f"{gguf} is no GGUF file that transformers can read: {_reason(error)}; give another"
-                ) from error
-            _require_all_weights(str(gguf), found)
-            # It is plain fp32 now; transformers refuses to save it while it believes otherwise.
-            del model.config.quantization_config
-            model.hf_quantizer = None
-            model.quantization_method = None
-            model.config._name_or_path = gguf.stem
-            model.save_pretrained(scratch)
-            tokenizer.save_pretrained(scratch)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+            model, found = models.from_pretrained(
+                str(gguf.parent),
+                gguf_file=gguf.name,
+                dtype=torch.float32,
+                output_loading_info=True,
+                adapter_kwargs=NO_ADAPTER,
+            )
+        except OSError:
+            raise
+        except Exception as error:
+            raise BaseModelError(
+                f"{gguf} is no GGUF file that transformers can read ({_reason(error)}); it may be cut off: download it "
+                "again, or give another"
+            ) from error
+        _require_all_weights(str(gguf), found)
+        # It is plain fp32 now; transformers refuses to save it while it believes otherwise.
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.quantization_method = None
+        model.config._name_or_path = gguf.stem
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
         sizes = {file.name: file.stat().st_size for file in sorted(scratch.iterdir())}
         (scratch / "sizes.json").write_text(json.dumps(sizes))
         if folder.exists():
@@ -200,58 +294,3 @@ def _convert(gguf: Path, folder: Path) -> None:
         os.replace(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _quiet() -> Any:
-    """Keeps transformers' own progress bars and load reports off our stderr."""
-    from transformers.utils import logging as untyped
-
-    logging: Any = untyped
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def fingerprint_model(model: Any) -> str:
-    """Hex digest of a model's kind and of a sample of every stored weight (``SAMPLES_PER_TENSOR`` evenly spaced
-    elements a tensor).
-
-    Taken before any cast, so it does not depend on the dtype that the model is used in.
-    """
-    digest = hashlib.sha256(model.config.model_type.encode())
-    for name, weight in model.named_parameters():
-        flat = weight.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // SAMPLES_PER_TENSOR)].contiguous().cpu()
-        digest.update(f"{name}:{tuple(weight.shape)}:{weight.dtype}".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def fingerprint_tokenizer(tokenizer: Any) -> str:
-    """Hex digest of what a tokenizer does to text: its vocabulary, merges, normalisation and special tokens."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        content: Any = sorted(tokenizer.get_vocab().items())
-    else:
-        content = json.loads(backend.to_str())
-        content.pop("padding", None)
-        content.pop("truncation", None)
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return hashlib.sha256(json.dumps([content, special], sort_keys=True).encode()).hexdigest()
-
-
-def weights_digest(model: Any) -> str:
-    """Hex digest of every bit of every weight as it stands in memory: equal before and after a training (oracle 3)."""
-    digest = hashlib.sha256()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

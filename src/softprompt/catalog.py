@@ -20,7 +20,7 @@ import torch
 from softprompt import artifact
 from softprompt.data import Example
 from softprompt.engine import Job
-from softprompt.errors import SoftPromptError, StoreError, TemplateError
+from softprompt.errors import DataError, SoftPromptError, StoreError, TemplateError
 from softprompt.evaluate import default_sampling
 from softprompt.frozen import FrozenLM, Request, Sampling
 from softprompt.openai_api import ApiError, Message
@@ -476,6 +476,8 @@ def _encoded(make: Callable[[], Request], task: Task, reserve: int, truncate: bo
         request = make()
     except TemplateError:  # not even an empty input fits
         raise _too_long(0) from None
+    except DataError as error:  # a token that the base model does not know
+        raise ApiError(400, str(error)) from error
     if request.truncated and not truncate:
         raise _too_long(task.max_length - task.num_virtual_tokens - task.encoder.num_fixed - reserve)
     return request

@@ -27,9 +27,10 @@ from softprompt.cli_inspect import harden_command, inspect_command
 from softprompt.cli_serve import serve_command
 from softprompt.config import TrainConfig
 from softprompt.data import Example, check_targets, read_dataset
-from softprompt.errors import ConfigError, DataError, SoftPromptError, SoftPromptWarning, StoreError
+from softprompt.errors import ConfigError, DataError, SoftPromptError, StoreError
 from softprompt.evaluate import Prediction, Query, choose_metrics, default_sampling, evaluate, predict
 from softprompt.frozen import FrozenLM, Sampling
+from softprompt.notes import as_note, hear_warnings
 from softprompt.options import (
     SEED_RANGE,
     Base,
@@ -89,16 +90,15 @@ SEVERAL = ("--bases", "--methods", "--prompts", "--upstream")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # but for what notes.heard() hears of it
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that does not know a character
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # other libraries' notes to programmers
-            warnings.simplefilter("default", SoftPromptWarning)
-            warnings.showwarning = lambda message, *_: print(f"Note: {message}.", file=sys.stderr)
+            hear_warnings()
+            warnings.showwarning = lambda message, *_: print(f"Note: {as_note(str(message))}.", file=sys.stderr)
             app(_spread(sys.argv[1:] if arguments is None else arguments), prog_name="softprompt")
         code = 0
     except SystemExit as exit:

@@ -26,6 +26,7 @@ from softprompt.errors import ConfigError
 from softprompt.evaluate import Prediction, Progress, Query, default_sampling, predict
 from softprompt.frozen import FrozenLM, Request
 from softprompt.methods import Learned, Method, Problem
+from softprompt.notes import heard, hide_noise
 from softprompt.objective import Objective
 from softprompt.optimizer import learning_rate
 from softprompt.order import RowOrder
@@ -422,8 +423,8 @@ def _import_peft(purpose: str) -> Any:
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """PEFT draws from torch's global generator, and warns of what it sets right by itself."""
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with torch.random.fork_rng(), warnings.catch_warnings(), heard():
+        hide_noise()
         torch.manual_seed(seed)
         yield
 

@@ -13,21 +13,23 @@ import torch
 from torch import nn
 
 from softprompt import attention
-from softprompt.architecture import SHARED_PREFIX_MODELS, decoder_layers, embedding_table, shares_prefix
-from softprompt.attention import Masks, PrefixKV, stack_prefixes
-from softprompt.base import (
-    DEFAULT_BASE,
-    fingerprint_model,
-    fingerprint_tokenizer,
-    load_base,
-    pick_device,
-    pick_dtype,
-    weights_digest,
+from softprompt.architecture import (
+    SHARED_PREFIX_MODELS,
+    decoder_layers,
+    embedding_table,
+    matrix_ends,
+    require_causal,
+    shares_prefix,
+    window_of,
 )
+from softprompt.attention import Masks, PrefixKV, stack_prefixes
+from softprompt.base import DEFAULT_BASE, load_base, pick_device, pick_dtype
 from softprompt.batch import Batch, Row, Tokens, collate, micro_batches
 from softprompt.compilation import compiled_if_possible
 from softprompt.decoding import Continuation, Decoder, RowKV, Writer, give_back_freed
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, DataError
+from softprompt.fingerprint import fingerprint_model, fingerprint_tokenizer, model_settings, weights_digest
+from softprompt.notes import heard
 from softprompt.prompt import frequent_tokens
 from softprompt.template import SOFT
 
@@ -127,6 +129,7 @@ class FrozenLM:
         name: the id it was loaded by.
         model, tokenizer: transformers' own; in evaluation mode, no weight requires a gradient.
         fingerprint, tokenizer_fingerprint: hex digests that a soft prompt remembers.
+        settings: the settings of its configuration that change what it computes (``model_settings``).
         embedding: the vector that each token feeds into the model, ``[V, H]``.
         embedding_rms: root mean square of the table's elements, the unit of learning rates and random initialisations.
         window: the most tokens in one sequence.
@@ -138,6 +141,7 @@ class FrozenLM:
         self.name = name
         self.fingerprint = fingerprint_model(model)
         self.tokenizer_fingerprint = fingerprint_tokenizer(tokenizer)
+        self.settings = model_settings(model.config)
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
         # Not ``model.to(dtype)``: it would round the rotary frequencies too, which in bf16 is a radian at 1000 tokens.
@@ -150,7 +154,8 @@ class FrozenLM:
         self.embedding = embedding_table(model)
         self.embedding_rms = float(self.embedding.float().square().mean().sqrt())
         config = model.config
-        self.window = int(getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length)
+        self.window = window_of(config, tokenizer)
+        require_causal(self.model, name, rms=self.embedding_rms)
         self.shares_prefix = shares_prefix(config)
         self._mask = Masks.of(config, self.dtype)
         self._layers = decoder_layers(model)
@@ -172,13 +177,14 @@ class FrozenLM:
             trust_remote_code: run code that comes with the model.
 
         Raises:
-            BaseModelError: it cannot be found or read.
+            BaseModelError: it cannot be found or read, or is no causal language model.
             ConfigError: an unknown dtype or device.
         """
         device_found = pick_device(device)
         pick_dtype(dtype, device_found)
-        model, tokenizer = load_base(base, trust_remote_code=trust_remote_code)
-        return cls(model, tokenizer, name=base, dtype=dtype, device=device)
+        with heard():
+            model, tokenizer = load_base(base, trust_remote_code=trust_remote_code)
+            return cls(model, tokenizer, name=base, dtype=dtype, device=device)
 
     @property
     def hidden_size(self) -> int:
@@ -212,7 +218,7 @@ class FrozenLM:
         """
         if self.device.type != "cuda":
             return MAX_TOKENS
-        ends = sum(sum(w.shape) for layer in self._layers for w in layer.parameters() if w.dim() == 2)
+        ends = matrix_ends(self._layers, self.model.config)
         logits = 2 * torch.float32.itemsize * self.embedding.shape[0]
         memory = torch.cuda.get_device_properties(self.device).total_memory
         fitting = int(GPU_SHARE * memory / (self.dtype.itemsize * ends + logits))
@@ -389,6 +395,17 @@ class FrozenLM:
         left_out = embedded.shape[1] - logits.shape[1]
         ends = [len(row) - left_out for row in rows]
         return [line[end - count : end] for line, end, count in zip(logits, ends, last, strict=True)]
+
+    def require_embeddings(self, ids: Sequence[int], where: str = "") -> None:
+        """Raises a ``DataError`` at a token that the tokenizer knows and the embedding table has no row for."""
+        rows, token = len(self.embedding), max(ids, default=0)
+        if token >= rows:
+            raise DataError(
+                f"{f'{where}: e' if where else 'E'}xpected tokens that the base model {self.name} knows, found "
+                f"{self.tokenizer.convert_ids_to_tokens(token)!r}, number {token} of its tokenizer, but its embedding "
+                f"table has {rows} rows; leave it out, or resize the table (model.resize_token_embeddings), save the "
+                "model and give that."
+            )
 
     def look_up(self, ids: torch.Tensor) -> torch.Tensor:
         """What tokens feed into the model: ``[…, H]`` of int64 ids ``[…]``, differentiable in the weights."""

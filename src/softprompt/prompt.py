@@ -34,7 +34,7 @@ class SoftPrompt:
             layer.
         name: what the user calls it.
         base: id of the base model it was tuned on (``smollm2-135m``, a hub id or a path).
-        base_fingerprint: hex digest of that model's configuration and weights (``FrozenLM.fingerprint``).
+        base_fingerprint: hex digest of that model's type and weights (``FrozenLM.fingerprint``).
         tokenizer_fingerprint: hex digest of its tokenizer (``FrozenLM.tokenizer_fingerprint``).
         template: text of the ``Template`` it was tuned with.
         verbalizer: label → words, or None for free-text targets.
@@ -46,6 +46,8 @@ class SoftPrompt:
         metrics: one dict a metric: ``{"split", "metric", "value", "stderr", "n"}``.
         versions: library → version at creation.
         created: time of creation, ISO 8601 with zone.
+        base_settings: the settings of the base model's configuration that change what it computes, JSON values by name
+            (``FrozenLM.settings``); empty in files of earlier releases.
     """
 
     vectors: torch.Tensor
@@ -62,6 +64,7 @@ class SoftPrompt:
     metrics: tuple[Mapping[str, Any], ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
+    base_settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -141,8 +144,13 @@ def initial_vectors(
 
 
 def tokens_of(lm: FrozenLM, text: str) -> list[int]:
-    """The text's token ids, without special tokens around them."""
+    """The text's token ids, without special tokens around them.
+
+    Raises:
+        DataError: the embedding table has no row for one.
+    """
     ids: list[int] = lm.tokenizer(text, add_special_tokens=False).input_ids
+    lm.require_embeddings(ids)
     return ids
 
 

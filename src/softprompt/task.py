@@ -35,6 +35,7 @@ class Task:
             can be the most probable one.
         label_of_word: the label's index for each of ``words``.
         spellings: per label, its words' token ids without an end.
+        ends: what may stand behind a label's word (``Encoder.ends``), as token ids; empty without ``word_end``.
     """
 
     lm: FrozenLM
@@ -47,6 +48,7 @@ class Task:
     words: tuple[Tokens, ...] = field(init=False, repr=False)
     label_of_word: tuple[int, ...] = field(init=False, repr=False)
     spellings: tuple[tuple[Tokens, ...], ...] = field(init=False, repr=False)
+    ends: tuple[Tokens, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.max_length > self.lm.window:
@@ -56,12 +58,15 @@ class Task:
             )
         encoder = self.template.bind(self.lm.tokenizer)
         spellings = () if self.verbalizer is None else self.verbalizer.token_ids(encoder)
+        self.lm.require_embeddings([token for words in spellings for word in words for token in word])
+        ends = tuple(end for end in encoder.ends if max(end) < len(self.lm.embedding))
         object.__setattr__(self, "encoder", encoder)
         object.__setattr__(self, "spellings", spellings)
+        object.__setattr__(self, "ends", ends if self.word_end else ())
         scored = spellings
         if self.word_end and self.overlapping:
-            scored = tuple(tuple(word + end for word in words for end in encoder.ends) for words in spellings)
-            if not encoder.ends or overlap(word for words in scored for word in words):
+            scored = tuple(tuple(word + end for word in words for end in ends) for words in spellings)
+            if not ends or overlap(word for words in scored for word in words):
                 raise TemplateError(
                     f"Expected labels of which none begins with another, found {_pairs(self.labels, spellings)}, and "
                     f"{self.lm.name} has no token that ends a label; rename one of them."
@@ -113,6 +118,7 @@ class Task:
             base_fingerprint=lm.fingerprint,
             tokenizer_fingerprint=lm.tokenizer_fingerprint,
             hidden_size=lm.hidden_size,
+            base_settings=lm.settings,
         )
         verbalizer = None if soft_prompt.verbalizer is None else Verbalizer(dict(soft_prompt.verbalizer))
         length = soft_prompt.training.get("max_length") or lm.window
@@ -161,8 +167,8 @@ class Task:
         if self.verbalizer is None:
             return self._request(example, example.target, 0, prompt, None)
         word = self.spellings[self.labels.index(example.target)][0]
-        if self.word_end and self.encoder.ends:
-            word += self.encoder.ends[0]
+        if self.ends:
+            word += self.ends[0]
         return self._request(example, None, len(word), prompt, (word,))
 
     def open_request(self, example: Example, max_new_tokens: int, prompt: int | None = 0) -> Request:
@@ -180,6 +186,7 @@ class Task:
             append_eos=target is not None,
             reserve=reserve,
         )
+        self.lm.require_embeddings((*encoded.ids, *encoded.target_ids), example.where)
         chosen = (encoded.target_ids,) if words is None else words
         place = prompt if self.template.has_soft_prompt else None
         return Request(encoded.ids, encoded.shared, chosen, place, encoded.truncated)

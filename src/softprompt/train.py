@@ -391,6 +391,7 @@ class Training:
             metrics=tuple(metrics),
             versions=library_versions(),
             created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            base_settings=lm.settings,
         )
 
     # --- preparation ------------------------------------------------------------------------------
