@@ -27,21 +27,25 @@ from softprompt.cli_inspect import harden_command, inspect_command
 from softprompt.cli_serve import serve_command
 from softprompt.config import TrainConfig
 from softprompt.data import Example, check_targets, read_dataset
+from softprompt.encoding import text_of
 from softprompt.errors import ConfigError, DataError, SoftPromptError, StoreError
 from softprompt.evaluate import Prediction, Query, choose_metrics, default_sampling, evaluate, predict
 from softprompt.frozen import FrozenLM, Sampling
 from softprompt.notes import as_note, hear_warnings
 from softprompt.options import (
     SEED_RANGE,
+    SOURCE,
     Base,
     BaseOnly,
     Device,
     Dtype,
+    Encoding,
     InputField,
     Json,
     MaxNewTokens,
     Name,
     Normalise,
+    ReferencesField,
     SampleSeed,
     Stop,
     TargetField,
@@ -51,6 +55,7 @@ from softprompt.options import (
     data_option,
     load_base_model,
     option,
+    references_column,
     with_line_ends,
 )
 from softprompt.packages import ROTTEN_TOMATOES
@@ -200,7 +205,7 @@ def _sampling_options(
 @app.command("evaluate")
 def evaluate_command(
     name: Name,
-    test: Annotated[str, typer.Argument(metavar="TEST", help="JSONL, CSV, TSV, Parquet or hf:DATASET.")],
+    test: Annotated[str, typer.Argument(metavar="TEST", help=SOURCE)],
     base_only: BaseOnly = False,
     metric: Annotated[
         list[str] | None, option("Only this metric; repeatable, the first is the headline.", "all")
@@ -213,6 +218,8 @@ def evaluate_command(
     seed: SampleSeed = None,
     input_field: InputField = None,
     target_field: TargetField = "target",
+    references_field: ReferencesField = None,
+    encoding: Encoding = None,
     base: Base = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -232,7 +239,19 @@ def evaluate_command(
     soft_prompt = Store().load(name)
     form = Template(soft_prompt.template)
     choose_metrics(metric, labels=soft_prompt.verbalizer is not None)
-    dataset = read_dataset(test, fields=form.fields, input_field=input_field, target_field=target_field)
+    if soft_prompt.verbalizer is not None and references_field not in (None, "none"):
+        raise ConfigError(
+            f"--references-field is for free text, but the soft prompt {soft_prompt.name!r} answers with labels; "
+            f"leave it out."
+        )
+    dataset = read_dataset(
+        test,
+        fields=form.fields,
+        input_field=input_field,
+        target_field=target_field,
+        references_field=references_column(references_field),
+        encoding=encoding,
+    )
     if soft_prompt.verbalizer is not None:
         check_targets(dataset, list(soft_prompt.verbalizer))
     lm = load_base_model(base or soft_prompt.base, dtype, device, trust_remote_code)
@@ -279,7 +298,7 @@ def predict_command(
         list[str] | None,
         typer.Argument(metavar="[TEXT…|-]", help="Input texts; - reads one a line from stdin.", show_default=False),
     ] = None,
-    file: Annotated[str | None, data_option("Rows to answer: JSONL, CSV, TSV, Parquet or hf:DATASET.")] = None,
+    file: Annotated[str | None, data_option(f"Rows to answer: {SOURCE}")] = None,
     base_only: BaseOnly = False,
     normalise_length: Normalise = False,
     max_new_tokens: MaxNewTokens = None,
@@ -288,6 +307,7 @@ def predict_command(
     stop: Stop = None,
     seed: SampleSeed = None,
     input_field: InputField = None,
+    encoding: Encoding = None,
     base: Base = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -305,7 +325,7 @@ def predict_command(
     """
     options = _sampling_options(max_new_tokens, temperature, top_p, stop, seed)
     soft_prompt = Store().load(name)
-    examples = _examples(Template(soft_prompt.template).fields, text or [], file, input_field)
+    examples = _examples(Template(soft_prompt.template).fields, text or [], file, input_field, encoding)
     lm = load_base_model(base or soft_prompt.base, dtype, device, trust_remote_code)
     task, vectors = _task(lm, soft_prompt, base_only)
     with rows_bar("predicting") as progress:
@@ -348,19 +368,19 @@ def _answer(prediction: Prediction) -> str:
 
 
 def _examples(
-    names: Sequence[str], texts: Sequence[str], file: str | None, input_field: str | None
+    names: Sequence[str], texts: Sequence[str], file: str | None, input_field: str | None, encoding: str | None
 ) -> tuple[Example, ...]:
     """The inputs to answer, from the command line, standard input or a file."""
     if (file is None) == (not texts):
         raise ConfigError("Either texts or --file are needed to predict, not both; give TEXT, - for stdin, or --file.")
     if file is not None:
-        return read_dataset(file, fields=names, input_field=input_field, require_target=False).examples
+        return read_dataset(
+            file, fields=names, input_field=input_field, require_target=False, references_field="", encoding=encoding
+        ).examples
     if list(texts) != ["-"]:
         return tuple(_example(text, f"text {i}", names) for i, text in enumerate(texts, start=1))
-    try:
-        lines = [(i, line) for i, line in enumerate(sys.stdin.read().split("\n"), start=1) if line.strip()]
-    except UnicodeDecodeError as error:
-        raise DataError("Expected UTF-8 on standard input, found something else; convert it.") from error
+    text = text_of(sys.stdin.buffer.read(), "stdin", encoding).replace("\r\n", "\n").replace("\r", "\n")
+    lines = [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise DataError("Expected a text a line on standard input, found none; pipe some in.")
     return tuple(_example(line, f"stdin:{i}", names) for i, line in lines)
@@ -378,9 +398,9 @@ def _example(text: str, where: str, names: Sequence[str]) -> Example:
                 f"{where}: expected a JSON object with texts for {', '.join(names)}, found {shortened(text, 60)!r}; "
                 f"write one, or give rows with --file."
             )
+    if not any(values[name].strip() for name in names):
+        raise DataError(f"{where}: expected text for {{{'}, {'.join(names)}}}, found only blanks; write some.")
     for name in names:
-        if not values[name].strip():
-            raise DataError(f"{where}: expected text for {{{name}}}, found only blanks; write some.")
         if any("\ud800" <= letter <= "\udfff" for letter in values[name]):
             raise DataError(f"{where}: expected UTF-8 for {{{name}}}, found other bytes; convert it.")
     return Example({name: values[name] for name in names}, None, where=where)

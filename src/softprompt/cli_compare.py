@@ -15,29 +15,35 @@ from softprompt import plots, report
 from softprompt.base import DEFAULT_BASE
 from softprompt.compare import METHODS, Comparison, Plan, cut
 from softprompt.data import check_targets, read_dataset
+from softprompt.encoding import decode
 from softprompt.errors import ConfigError, DataError
 from softprompt.frozen import FrozenLM
 from softprompt.options import (
+    LABELS,
+    SOURCE,
     Device,
     Dtype,
+    Encoding,
     InputField,
     Json,
+    ReferencesField,
     TargetField,
     Trust,
     data_option,
     lasting,
     model_option,
     option,
+    references_column,
     with_line_ends,
 )
-from softprompt.terminal import duration, number, stderr, stdout
-from softprompt.tune import read_task, template_from
+from softprompt.terminal import duration, number, say_reading, stderr, stdout
+from softprompt.tune import read_task, taken_for, template_from
 
 _run = partial(option, panel="The comparison")
 
 
 def compare_command(
-    train: Annotated[str, typer.Argument(metavar="TRAIN", help="JSONL, CSV, TSV, Parquet or hf:DATASET.")],
+    train: Annotated[str, typer.Argument(metavar="TRAIN", help=SOURCE)],
     validation: Annotated[str, data_option("Rows that every method chooses by.")],
     test: Annotated[str, data_option("Rows that are reported, and looked at for nothing else.")],
     out: Annotated[Path, _run("The folder for results, soft prompts and report; a comparison goes on there.")],
@@ -51,11 +57,11 @@ def compare_command(
     template: Annotated[
         str, data_option("default, or text with {soft_prompt}, fields and {target}; \\n: line end.", "default")
     ] = "default",
-    labels: Annotated[
-        str | None, data_option("a,b or a=word|word,b=word or a .json file; none: free text.", "as TRAIN looks")
-    ] = None,
+    labels: Annotated[str | None, data_option(LABELS, "as TRAIN looks")] = None,
     input_field: InputField = None,
     target_field: TargetField = "target",
+    references_field: ReferencesField = None,
+    encoding: Encoding = None,
     bases: Annotated[list[str] | None, model_option("Frozen models: aliases, hub ids, folders.", DEFAULT_BASE)] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -76,9 +82,18 @@ def compare_command(
         pass
     form = None if template == "default" else template_from(template)
     fields = ("input",) if form is None else form.fields
-    rows, held_out, verbalizer = read_task(train, validation, labels, fields, input_field, target_field)
+    rows, held_out, verbalizer = read_task(
+        train, validation, labels, fields, input_field, target_field, references_field, encoding
+    )
     assert held_out is not None  # it was asked for
-    tested = read_dataset(test, fields=fields, input_field=input_field, target_field=target_field)
+    tested = read_dataset(
+        test,
+        fields=fields,
+        input_field=input_field,
+        target_field=target_field,
+        references_field=references_column(references_field),
+        encoding=encoding,
+    )
     if verbalizer is not None:
         check_targets(tested, verbalizer.labels)
     plan = Plan(
@@ -103,6 +118,7 @@ def compare_command(
             notice=lambda text: line.update(f"{plan.task}: {doing} · {text}"),
         )
         todo = comparison.todo()
+        say_reading(taken_for(rows, held_out, tested, verbalizer, labels, references_field))
         if len(comparison.cells) and todo:
             stderr.print(f"going on: {len(todo)} cells are left to run")
         for place, key in enumerate(todo, start=1):
@@ -142,8 +158,9 @@ def _instructions(path: Path | None) -> list[str]:
     if path is None:
         return []
     try:
-        text = path.read_text("utf-8")
-        found = json.loads(text) if path.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
+        text = decode(path.read_bytes())
+        lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        found = json.loads(text) if path.suffix.lower() == ".json" else [line for line in lines if line.strip()]
     except OSError as error:
         raise DataError(
             f"{path} cannot be read: {error.strerror or error}; check the path of --instructions."

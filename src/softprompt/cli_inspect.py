@@ -40,6 +40,7 @@ from softprompt.options import (
     Base,
     Device,
     Dtype,
+    Encoding,
     InputField,
     Json,
     Name,
@@ -84,6 +85,7 @@ def inspect_command(
     out: Annotated[Path | None, option("Write report.html, card.md, report.json and figures to this folder.")] = None,
     input_field: InputField = None,
     target_field: TargetField = "target",
+    encoding: Encoding = None,
     base: Base = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -117,7 +119,7 @@ def inspect_command(
         return
     ((name, soft_prompt),) = chosen.items()
     way = _way(store, name, soft_prompt, run)
-    dataset = None if data is None else _read(soft_prompt, data, rows, input_field, target_field)
+    dataset = None if data is None else _read(soft_prompt, data, rows, input_field, target_field, encoding)
     lm = load_base_model(base or soft_prompt.base, *model)
     with stderr.status("looking"):
         report = inspect(soft_prompt, Task.of(lm, soft_prompt), dataset, text or (), rows_bar, way, NO_WAY)
@@ -146,10 +148,12 @@ def _way(store: Store, name: str, soft_prompt: SoftPrompt, run: Path | None) -> 
         return None
 
 
-def _read(soft_prompt: SoftPrompt, source: str, rows: int, input_field: str | None, target_field: str) -> Dataset:
+def _read(
+    soft_prompt: SoftPrompt, source: str, rows: int, input_field: str | None, target_field: str, encoding: str | None
+) -> Dataset:
     """Rows of the soft prompt's task, a seeded choice of at most ``rows``."""
     fields = Template(soft_prompt.template).fields
-    dataset = read_dataset(source, fields=fields, input_field=input_field, target_field=target_field)
+    dataset = read_dataset(source, fields=fields, input_field=input_field, target_field=target_field, encoding=encoding)
     if soft_prompt.verbalizer is not None:
         check_targets(dataset, list(soft_prompt.verbalizer))
     if len(dataset.examples) < 2:
@@ -354,6 +358,7 @@ def harden_command(
     seed: Annotated[int, option("Seeds the split of the rows and the search.", 0, min=0)] = 0,
     input_field: InputField = None,
     target_field: TargetField = "target",
+    encoding: Encoding = None,
     base: Base = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -372,7 +377,9 @@ def harden_command(
     soft_prompt = Store().load(name)
     require_vectors(soft_prompt)
     fields = Template(soft_prompt.template).fields
-    dataset = read_dataset(validation, fields=fields, input_field=input_field, target_field=target_field)
+    dataset = read_dataset(
+        validation, fields=fields, input_field=input_field, target_field=target_field, encoding=encoding
+    )
     if soft_prompt.verbalizer is not None:
         check_targets(dataset, list(soft_prompt.verbalizer))
     lm = load_base_model(base or soft_prompt.base, dtype, device, trust_remote_code)

@@ -5,20 +5,28 @@ Every row is checked when the file is read, so that nothing fails in the middle 
 
 from __future__ import annotations
 
-import csv
 import datetime
 import decimal
 import hashlib
-import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from softprompt.errors import ConfigError, DataError
+from softprompt.errors import ConfigError, DataError, SoftPromptWarning
+from softprompt.sources import Table, read_table
+from softprompt.wording import and_more, kind, listed, quoted
+
+REFERENCES = "references"
+"""The column of further accepted answers that is used without being asked for, if it holds lists of strings."""
+MOST_LABELS, MOST_WORDS = 200, 8
+"""What is taken for labels without being asked for: at most so many, each of at most so many words."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,7 @@ class Dataset:
     Attributes:
         examples: in the order of the source.
         source: what ``read_dataset`` was given.
+        columns: field, ``target`` or ``references`` → the column it was read from; without those that there are not.
         fingerprint: SHA-256 hex digest of every example's fields, target and references in order. It does not depend
             on the file's name, format or unused columns.
     """
@@ -53,21 +62,7 @@ class Dataset:
     examples: tuple[Example, ...]
     source: str
     fingerprint: str
-
-
-@dataclass(frozen=True)
-class _Table:
-    """The rows of a source before they are checked.
-
-    Attributes:
-        name: how a row's place starts, such as ``train.jsonl``.
-        columns: the names in order of appearance; of a JSON Lines file, those of any row.
-        rows: line or row number → the cells by column, or what is wrong with the row.
-    """
-
-    name: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[int, Mapping[str, Any] | str], ...]
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 class _BadRow(Exception):
@@ -81,39 +76,58 @@ def read_dataset(
     input_field: str | None = None,
     target_field: str = "target",
     require_target: bool = True,
-    references_field: str = "references",
+    references_field: str | None = None,
+    encoding: str | None = None,
 ) -> Dataset:
     """Reads and checks every row of a source.
 
-    A file is UTF-8, with or without a byte order mark. Numbers and booleans become their JSON text (``1``, ``true``),
-    dates their ISO 8601 text, ``ClassLabel`` columns their names.
+    Numbers and booleans become their JSON text (``1``, ``true``), dates their ISO 8601 text, ``ClassLabel`` columns
+    their names. Of several fields, some may be blank in a row, but not all.
 
     Args:
-        source: a ``.jsonl`` file (one object a line; blank lines are skipped), a ``.csv`` or ``.tsv`` file (with a
-            header; cells may be quoted and then hold line ends), a ``.parquet`` file, or
+        source: a file or a data set.
+            ``.jsonl``, ``.ndjson``: one object a line; blank lines are skipped.
+            ``.json``: a list of objects, or an object with one such list in it.
+            ``.csv``: with a header, and commas, semicolons or tabs between the cells; cells in quotation marks may
+            hold these and line ends. Columns without a name are left out.
+            ``.tsv``: with a header; one row a line, quotation marks being text, unless the file is quoted as CSV.
+            Each of these may be compressed, with ``.gz``, ``.bz2`` or ``.xz`` behind its name.
+            ``.parquet``.
             ``hf:DATASET[/CONFIG][:SPLIT]`` of the Hugging Face Hub (``hf:glue/sst2:validation``,
-            ``hf:owner/name/config``; the split is ``train`` if not given) or a local folder that ``datasets`` can
-            load (``hf:./folder:test``). No code of a data set is ever run.
+            ``hf:owner/name/config``), or a local folder that ``datasets`` can load or has saved (``hf:./folder:test``).
+            The split is ``train`` if not given, and may be cut and joined: ``train[:50%]+test``. No code of a data set
+            is ever run.
         fields: names of the template's fields, each the name of a column.
         input_field: the column that feeds the field ``input``, where it has another name.
         target_field: the column of the targets.
         require_target: if False, the target's column or cell may be missing; the target is None then.
-        references_field: the column of further accepted targets, used where there is one: a list of strings, in CSV
-            and TSV written as JSON; an empty cell is an empty list.
+        references_field: the column of further accepted targets: a list of strings, in CSV and TSV written as JSON; an
+            empty cell is an empty list. If None, the column ``references`` is used if there is one that holds lists of
+            strings and nothing else, and left alone otherwise; ``""`` stands for no column.
+        encoding: of a file of text, a name that Python's codecs know; UTF-8 if None. A byte order mark, also of UTF-16
+            and UTF-32, counts for more.
 
     Raises:
-        ConfigError: ``input_field`` without a field ``input``, or a library for this source is not installed.
+        ConfigError: ``input_field`` without a field ``input``, no such encoding, or a library for this source is not
+            installed.
         DataError: the source cannot be read, has no rows, lacks a column, or has a row that is malformed or has an
             empty cell; the sentence names the first bad row and how many more there are.
     """
     if input_field is not None and "input" not in fields:
         raise ConfigError(
             f"An input field can be chosen only for a template with {{input}}, but this template's fields are "
-            f"{_listed(fields)}; rename the column or the template's field."
+            f"{listed(fields)}; rename the column or the template's field."
         )
     columns = {field: input_field if field == "input" and input_field else field for field in fields}
-    table = _read_hub(str(source)) if str(source).startswith("hf:") else _read_file(Path(source))
-    _check_columns(table, [*columns.values(), *([target_field] if require_target else [])], target_field)
+    table = read_table(source, encoding)
+    for wanted, option in (
+        *((column, "--input-field") for column in columns.values()),
+        *([(target_field, "--target-field")] if require_target else []),
+        *([(references_field, "--references-field")] if references_field else []),
+    ):
+        _check_column(table, wanted, option)
+    if references_field is None:
+        references_field = _fitting_references(table, {*columns.values(), target_field})
 
     examples: list[Example] = []
     problems: list[str] = []
@@ -124,8 +138,11 @@ def read_dataset(
         except _BadRow as bad:
             problems.append(f"{where}: {bad}")
     if problems:
-        raise DataError(f"{problems[0]}; correct or remove this row{_and_more(problems)}.")
-    return Dataset(tuple(examples), str(source), _fingerprint(examples))
+        raise DataError(f"{problems[0]}; correct or remove this row{and_more(problems)}.")
+    used = {**columns, "target": target_field} if target_field in table.columns else dict(columns)
+    if references_field:
+        used["references"] = references_field
+    return Dataset(tuple(examples), str(source), _fingerprint(examples), used)
 
 
 def check_targets(dataset: Dataset, labels: Sequence[str]) -> None:
@@ -136,25 +153,57 @@ def check_targets(dataset: Dataset, labels: Sequence[str]) -> None:
     """
     allowed = set(labels)
     bad = [example for example in dataset.examples if example.target is not None and example.target not in allowed]
-    if bad:
-        raise DataError(
-            f"{bad[0].where}: expected one of the labels {_listed(labels)}, found {_quoted(str(bad[0].target))}; "
-            f"correct this row{_and_more(bad)}, or give all labels with --labels."
-        )
+    if not bad:
+        return
+    target = str(bad[0].target)
+    alike = next((label for label in labels if folded(label) == folded(target)), None)
+    differs = "" if alike is None else f", which differs from {quoted(alike)} in {difference(alike, target)} only"
+    raise DataError(
+        f"{bad[0].where}: expected one of the labels {listed(labels)}, found {quoted(target)}{differs}; "
+        f"correct this row{and_more(bad)}, or give all labels with --labels."
+    )
 
 
 def infer_labels(dataset: Dataset) -> tuple[str, ...] | None:
     """The label set if the targets look like labels, sorted by code point; None if they look like free text.
 
-    They are labels if there are 2 to 200 distinct targets, at least 5 rows a target on average, at most 8 words in
-    each, and no example has references. Rows without a target do not count.
+    They are labels if there are 2 to 200 distinct targets of at most 8 words, at least 2 rows a target on average, and
+    at least half of them are there twice. Where there are fewer than 5 rows a target, rows that are there twice count
+    once: a file of free text that was joined to itself does not hold labels. Rows without a target do not count.
     """
-    targets = [example.target for example in dataset.examples if example.target is not None]
-    distinct = set(targets)
-    few_and_repeated = 2 <= len(distinct) <= 200 and len(targets) >= 5 * len(distinct)
-    short = all(len(target.split()) <= 8 for target in distinct)
-    has_references = any(example.references for example in dataset.examples)
-    return tuple(sorted(distinct)) if few_and_repeated and short and not has_references else None
+    rows = Counter(example.target for example in dataset.examples if example.target is not None)
+    if not 2 <= len(rows) <= MOST_LABELS or any(len(target.split()) > MOST_WORDS for target in rows):
+        return None
+    if rows.total() < 5 * len(rows):
+        once = {(example.target, *sorted(example.fields.items())) for example in dataset.examples}
+        rows = Counter(target for target, *_ in once if target is not None)
+    repeated = sum(count > 1 for count in rows.values())
+    few_and_repeated = rows.total() >= 2 * len(rows) and 2 * repeated >= len(rows)
+    return tuple(sorted(rows)) if few_and_repeated else None
+
+
+def folded(label: str) -> str:
+    """What labels have in common that people cannot tell apart, or write in two ways without meaning two labels:
+    without blanks at the ends and doubled ones, upper case, and forms of Unicode; ``1.0`` as ``1``."""
+    text = unicodedata.normalize("NFKC", _without_blanks(label)).casefold()
+    return re.sub(r"^(\d+)\.0+$", r"\1", _without_blanks(unicodedata.normalize("NFKC", text)))
+
+
+def difference(one: str, other: str) -> str:
+    """In what two labels differ that are the same once they are ``folded``."""
+    if _without_blanks(one) == _without_blanks(other):
+        return "blanks"
+    if unicodedata.normalize("NFKC", one) == unicodedata.normalize("NFKC", other):
+        return "the form of Unicode"
+    if one.casefold() == other.casefold():
+        return "upper and lower case"
+    return "blanks, case or the form of numbers and Unicode"
+
+
+def _without_blanks(text: str) -> str:
+    """The text with single spaces, without letters that have no width."""
+    visible = "".join(letter for letter in text if letter not in "\ufeff\u200b\u2060\u00ad")
+    return " ".join(visible.split())
 
 
 # From a row to an example
@@ -166,13 +215,20 @@ def _example(
     columns: Mapping[str, str],
     target_field: str,
     require_target: bool,
-    references_field: str,
+    references_field: str | None,
 ) -> Example:
     if isinstance(row, str):
         raise _BadRow(row)
-    fields = {field: _text(row, column) for field, column in columns.items()}
+    blank = [field for field, column in columns.items() if _is_blank(row.get(column, ...))]
+    some = len(blank) < len(columns)  # an instruction may go without further input
+    fields = {field: "" if some and field in blank else _text(row, column) for field, column in columns.items()}
     target = None if not require_target and _is_missing(row.get(target_field)) else _text(row, target_field)
-    return Example(fields, target, _references(row.get(references_field), references_field), where)
+    references = _references(row.get(references_field), references_field) if references_field else ()
+    return Example(fields, target, references, where)
+
+
+def _is_blank(cell: Any) -> bool:
+    return _is_missing(cell) and cell not in (math.inf, -math.inf)
 
 
 def _is_missing(cell: Any) -> bool:
@@ -184,7 +240,7 @@ def _is_missing(cell: Any) -> bool:
 
 def _text(row: Mapping[str, Any], column: str) -> str:
     if column not in row:
-        raise _BadRow(f"expected the column {_quoted(column)}, found {_listed(tuple(row))}")
+        raise _BadRow(f"expected the column {quoted(column)}, found {listed(tuple(row))}")
     cell = row[column]
     if isinstance(cell, bool | int | float) and not _is_missing(cell):
         cell = json.dumps(cell)
@@ -193,7 +249,7 @@ def _text(row: Mapping[str, Any], column: str) -> str:
     elif isinstance(cell, datetime.date | datetime.time):
         cell = cell.isoformat()
     if not isinstance(cell, str) or _is_missing(cell):
-        raise _BadRow(f"expected text in the column {_quoted(column)}, found {_kind(cell)}")
+        raise _BadRow(f"expected text in the column {quoted(column)}, found {kind(cell)}")
     return _encodable(cell, column)
 
 
@@ -202,7 +258,7 @@ def _encodable(text: str, column: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise _BadRow(f"expected text in the column {_quoted(column)}, found half of a surrogate pair") from None
+        raise _BadRow(f"expected text in the column {quoted(column)}, found half of a surrogate pair") from None
     return text
 
 
@@ -213,12 +269,12 @@ def _references(cell: Any, column: str) -> tuple[str, ...]:
         try:
             cell = json.loads(cell)
         except ValueError:
-            raise _BadRow(f"expected a JSON list of strings in the column {_quoted(column)}, found text") from None
+            raise _BadRow(f"expected a JSON list of strings in the column {quoted(column)}, found text") from None
     if not isinstance(cell, list):
-        raise _BadRow(f"expected a list of strings in the column {_quoted(column)}, found {_kind(cell)}")
+        raise _BadRow(f"expected a list of strings in the column {quoted(column)}, found {kind(cell)}")
     for item in cell:
         if not isinstance(item, str):
-            raise _BadRow(f"expected a list of strings in the column {_quoted(column)}, found {_kind(item)} in it")
+            raise _BadRow(f"expected a list of strings in the column {quoted(column)}, found {kind(item)} in it")
     return tuple(_encodable(item, column) for item in cell)
 
 
@@ -230,238 +286,35 @@ def _fingerprint(examples: Iterable[Example]) -> str:
     return digest.hexdigest()
 
 
-def _check_columns(table: _Table, wanted: Sequence[str], target_field: str) -> None:
+def _check_column(table: Table, column: str, option: str) -> None:
     if not table.rows:
         raise DataError(f"Expected rows of data in {table.name}, found none; check the file.")
-    missing = [column for column in wanted if column not in table.columns]
-    if not missing or not table.columns:  # without any column every row is malformed, and says so itself
+    if column in table.columns or not table.columns:  # without any column every row is malformed, and says so itself
         return
-    option = "--target-field" if missing[0] == target_field else "--input-field"
+    field = "" if option == "--references-field" else " or the template's field"
     raise DataError(
-        f"Expected the column {_quoted(missing[0])} in {table.name}, found {_listed(table.columns)}; "
-        f"choose a column with {option}, or rename the column or the template's field."
+        f"Expected the column {quoted(column)} in {table.name}, found {listed(table.columns)}; "
+        f"choose a column with {option}, or rename the column{field}."
     )
 
 
-# From a source to a table
-
-
-def _read_file(path: Path) -> _Table:
-    readers: dict[str, Callable[[Path], _Table]] = {
-        ".jsonl": _read_jsonl,
-        ".csv": _read_csv,
-        ".tsv": _read_csv,
-        ".parquet": _read_parquet,
-    }
-    if not path.exists():
-        raise DataError(f"Expected a data file at {path}, found nothing; check the path, or write hf: before a Hub id.")
-    if path.is_dir():
-        raise DataError(f"Expected a data file at {path}, found a folder; name one of its files, or write hf:{path}.")
-    if path.suffix.lower() not in readers:
-        raise DataError(
-            f"Expected a data file that ends with {', '.join(readers)}, found {path}; convert or rename the file."
+def _fitting_references(table: Table, used: set[str]) -> str | None:
+    """The column ``references``, if it holds lists of strings and is not used for anything else."""
+    if REFERENCES not in table.columns or REFERENCES in used:
+        return None
+    fitting = 0
+    bad: list[int] = []
+    for number, row in table.rows:
+        try:
+            fitting += not isinstance(row, str) and _references(row.get(REFERENCES), REFERENCES) != ()
+        except _BadRow:
+            bad.append(number)
+    if fitting and bad:
+        warnings.warn(
+            f"the column {quoted(REFERENCES)} of {table.name} is not used, since not every row holds a list of strings "
+            f"in it, the first at {table.name}:{bad[0]}; correct the rows or name the column with --references-field "
+            f"to use it, or say none",
+            SoftPromptWarning,
+            stacklevel=3,
         )
-    try:
-        return readers[path.suffix.lower()](path)
-    except OSError as error:
-        reason = error.strerror or _first_line(error)
-        raise DataError(f"Expected a readable data file at {path}, found: {reason}; check it.") from error
-
-
-def _decoded(path: Path) -> str:
-    """The file's text without a byte order mark, line ends as they are."""
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        # error.object lacks the byte order mark where there is one; no line end is in it
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path.name}:{line}: expected UTF-8, found the byte 0x{error.object[error.start]:02x}; "
-            f"save the file with the encoding UTF-8."
-        ) from None
-    if not text.strip():
-        raise DataError(f"Expected rows of data in {path.name}, found an empty file; check the file.")
-    return text
-
-
-def _read_jsonl(path: Path) -> _Table:
-    rows: list[tuple[int, Mapping[str, Any] | str]] = []
-    columns: dict[str, None] = {}
-    # Not splitlines(): a JSON string may hold U+2028 and its like, which are no line ends to an editor or to JSON Lines
-    for number, line in enumerate(_decoded(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        row = _parsed_line(line)
-        if isinstance(row, dict):
-            columns.update(dict.fromkeys(row))
-        rows.append((number, row))
-    return _Table(path.name, tuple(columns), tuple(rows))
-
-
-def _parsed_line(line: str) -> dict[str, Any] | str:
-    """A line's object, or what is wrong with it."""
-
-    def no_constant(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
-
-    try:
-        row = json.loads(line, parse_constant=no_constant)
-    except json.JSONDecodeError as error:
-        return f"expected a JSON object, found an error at column {error.colno} ({error.msg})"
-    except (ValueError, RecursionError) as error:  # NaN, a number of thousands of digits, a thousand nested lists
-        return f"expected a JSON object, found an error ({error})"
-    return row if isinstance(row, dict) else f"expected a JSON object, found {_kind(row)}"
-
-
-def _read_csv(path: Path) -> _Table:
-    text = _decoded(path)
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    lines: list[tuple[int, list[str]]] = []
-    start = 1
-    limit = csv.field_size_limit(len(text) + 1)  # a long document is no error
-    try:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        for cells in reader:
-            if cells:  # not a blank line
-                lines.append((start, cells))
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(
-            f"{path.name}:{start}: expected cells in the quoting of CSV, found an error ({error}); "
-            f'write a cell that holds a quote as "...""...".'
-        ) from None
-    finally:
-        csv.field_size_limit(limit)
-
-    (header_line, header), *body = lines
-    repeated = [name for position, name in enumerate(header) if name in header[:position]]
-    if repeated:
-        raise DataError(
-            f"{path.name}:{header_line}: expected column names that differ, found {_quoted(repeated[0])} twice; "
-            f"rename a column."
-        )
-    rows: list[tuple[int, Mapping[str, Any] | str]] = [
-        (number, dict(zip(header, cells, strict=True)))
-        if len(cells) == len(header)
-        else (number, f"expected {len(header)} cells as in the header, found {len(cells)}")
-        for number, cells in body
-    ]
-    return _Table(path.name, tuple(header), tuple(rows))
-
-
-def _read_parquet(path: Path) -> _Table:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise _needs_library("pyarrow", "a Parquet file") from error
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            table = file.read()
-    except pyarrow.ArrowException as error:
-        raise DataError(f"Expected a Parquet file at {path}, found: {_first_line(error)}; check the file.") from error
-    try:  # Parquet files of the Hub keep the names of ClassLabel columns beside Arrow's schema
-        features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
-        labels = {column: feature["names"] for column, feature in features.items() if "names" in feature}
-    except (AttributeError, KeyError, TypeError, ValueError):
-        labels = {}
-    return _arrow_table(path.name, table.to_pylist(), table.column_names, labels)
-
-
-def _read_hub(source: str) -> _Table:
-    # the split may be a slice of datasets: train[:100]
-    match = re.fullmatch(r"hf:(?P<name>.+?)(?::(?P<split>\w+(?:\.\w+)*(?:\[[^\]]*\])?))?", source)
-    if match is None:
-        raise DataError(f"Expected hf:DATASET[/CONFIG][:SPLIT], found {source}; name a data set.")
-    name, split = match["name"], match["split"] or "train"
-    try:
-        import datasets
-    except ImportError as error:
-        raise _needs_library("datasets", "a Hugging Face data set") from error
-    try:
-        rows = _loaded(datasets, name, split)
-    except Exception as error:  # the library raises errors of many kinds, its own and those of what it calls
-        raise DataError(
-            f"Expected a data set that datasets can load at {source}, found: {_first_line(error)}; "
-            f"check its name, configuration and split."
-        ) from error
-    labels = {
-        column: feature.names for column, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)
-    }
-    return _arrow_table(f"hf:{name}:{split}", rows.to_list(), rows.column_names, labels)
-
-
-def _loaded(datasets: Any, name: str, split: str) -> Any:
-    """A ``datasets.Dataset``; of ``a/b``, ``a/b`` is tried as a data set before ``b`` as a configuration of ``a``."""
-    folder = Path(name)
-    if (folder / "dataset_dict.json").is_file():  # written by save_to_disk, which load_dataset does not take
-        splits = datasets.load_from_disk(name)
-        if split not in splits:
-            raise ValueError(f"no split {_quoted(split)} but {_listed(tuple(splits))}")
-        return splits[split]
-    if (folder / "state.json").is_file():
-        return datasets.load_from_disk(name)
-    if folder.exists() or name.count("/") == 0:
-        return datasets.load_dataset(name, split=split)
-    dataset, _, config = name.rpartition("/")
-    if name.count("/") > 1:
-        return datasets.load_dataset(dataset, config, split=split)
-    try:
-        return datasets.load_dataset(name, split=split)
-    except datasets.exceptions.DatasetNotFoundError:
-        return datasets.load_dataset(dataset, config, split=split)
-
-
-def _arrow_table(
-    name: str, rows: Sequence[dict[str, Any]], columns: Sequence[str], labels: Mapping[str, Sequence[str]]
-) -> _Table:
-    """The table with the names instead of the numbers of ``ClassLabel`` columns; -1 stands for no label there."""
-    for column, names in labels.items():
-        for row in rows:
-            number = row[column]
-            row[column] = names[number] if isinstance(number, int) and 0 <= number < len(names) else None
-    return _Table(name, tuple(columns), tuple(enumerate(rows, start=1)))
-
-
-# Words of the sentences
-
-
-def _needs_library(library: str, purpose: str) -> ConfigError:
-    return ConfigError(
-        f'Reading {purpose} needs the library {library}, which is not installed; pip install "softprompt[data]".'
-    )
-
-
-def _quoted(text: str) -> str:
-    """The text in double quotes on one line, shortened to 60 characters."""
-    return json.dumps(text if len(text) <= 60 else text[:59] + "…", ensure_ascii=False)
-
-
-def _listed(names: Sequence[str]) -> str:
-    """The names in quotes, the first 10 of them."""
-    if not names:
-        return "none"
-    rest = f", … ({len(names)} in all)" if len(names) > 10 else ""
-    return ", ".join(map(_quoted, names[:10])) + rest
-
-
-def _and_more(bad: Sequence[object]) -> str:
-    """What follows "this row" where several are bad."""
-    more = len(bad) - 1
-    return "" if more == 0 else f" and {more:,} more bad {'row' if more == 1 else 'rows'}"
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, str):
-        return "text" if value.strip() else "only blanks" if value else "nothing"
-    if isinstance(value, bool):
-        return "a boolean"
-    kinds = {type(None): "null", dict: "an object", list: "a list", int: "a number", float: "a number"}
-    return kinds.get(type(value), f"a value of type {type(value).__name__}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return REFERENCES if fitting and not bad else None

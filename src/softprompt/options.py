@@ -41,8 +41,16 @@ Dtype = Annotated[str, model_option("auto, fp32, bf16 or fp16; auto is bf16 wher
 Device = Annotated[str, model_option("auto, cpu, cuda, mps …", "auto")]
 Trust = Annotated[bool, flag("--trust-remote-code", "Run code that comes with the model.", panel="Base model")]
 
+SOURCE = "JSONL, JSON, CSV, TSV, Parquet or hf:DATASET."
+LABELS = "a,b or a=word|word,b=word or a .json file; all: each target is one; none: free text."
+
 InputField = Annotated[str | None, data_option("The column that feeds {input}.", "input")]
 TargetField = Annotated[str, data_option("The column of the targets.", "target")]
+ReferencesField = Annotated[
+    str | None,
+    data_option("The column of further accepted texts, as lists; none: no such.", "references, if it holds such lists"),
+]
+Encoding = Annotated[str | None, data_option("The encoding of files of text, such as cp1252.", "utf-8")]
 
 MaxNewTokens = Annotated[int | None, text_option("The most tokens to generate.", "128, at most half of the room")]
 Temperature = Annotated[float | None, text_option("0 takes the most probable token.", 0)]
@@ -57,6 +65,11 @@ SampleSeed = Annotated[int | None, text_option("Seeds the drawing of tokens.", 0
 def with_line_ends(text: str) -> str:
     r"""The text with ``\n``, as one types it in a shell, for a line end."""
     return text.replace("\\n", "\n")
+
+
+def references_column(option: str | None) -> str | None:
+    """What ``read_dataset`` takes for ``--references-field``."""
+    return "" if option == "none" else option
 
 
 def lasting(base: str) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from softprompt.data import Example
+from softprompt.encoding import decode
 from softprompt.errors import TemplateError
 
 if TYPE_CHECKING:
@@ -489,7 +490,7 @@ class Verbalizer:
         if text_or_path.lower().endswith(".json"):
             return cls(_distinct(_read_words(Path(text_or_path))))
         pairs: list[tuple[str, tuple[str, ...]]] = []
-        for item in text_or_path.split(","):
+        for item in text_or_path.removeprefix("\ufeff").split(","):
             label, equals, words = item.partition("=")
             names = words.split("|") if equals else [label]
             pairs.append((label.strip(), tuple(name.strip() for name in names)))
@@ -538,7 +539,7 @@ def _read_words(path: Path) -> list[tuple[str, tuple[str, ...]]]:
     expected = f"Expected a JSON object of labels and their words in {path}"
     try:
         # pairs instead of a dict, so that a label given twice is seen
-        pairs = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=tuple)
+        pairs = json.loads(decode(path.read_bytes()), object_pairs_hook=tuple)
     except OSError as error:
         raise TemplateError(f"{expected}, found: {error.strerror or error}; check the path.") from error
     except (ValueError, RecursionError) as error:  # malformed JSON, or not UTF-8

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from softprompt.data_checks import Reading
 from softprompt.evaluate import Progress as Report
 from softprompt.train import Training
 
@@ -80,6 +81,13 @@ def _bar(extra: ProgressColumn) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(16), MofNCompleteColumn(), extra, TimeRemainingColumn())
     # not on a terminal, there is nothing to redraw
     return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
+
+
+def say_reading(reading: Reading) -> None:
+    """Says on stderr what the data were taken for, and what in them is probably a mistake."""
+    stderr.print(str(reading))
+    for doubt in reading.doubts:
+        stderr.print(f"warning: {doubt}")
 
 
 def warn_truncated(truncated: int, max_length: int) -> None:

@@ -26,13 +26,18 @@ from softprompt.config import (
 )
 from softprompt.config import preset as published
 from softprompt.data import Dataset, check_targets, infer_labels, read_dataset
+from softprompt.data_checks import Reading, reading, require_label_set
 from softprompt.errors import ConfigError, StoreError, TemplateError, TrainingError
 from softprompt.options import (
+    LABELS,
     SEED_RANGE,
+    SOURCE,
     Device,
     Dtype,
+    Encoding,
     InputField,
     Json,
+    ReferencesField,
     TargetField,
     Trust,
     data_option,
@@ -40,13 +45,14 @@ from softprompt.options import (
     load_base_model,
     model_option,
     option,
+    references_column,
     with_line_ends,
 )
 from softprompt.prompt import SoftPrompt, default_num_virtual_tokens
 from softprompt.store import Store
 from softprompt.task import Task
 from softprompt.template import Template, Verbalizer, chat_template, default_template
-from softprompt.terminal import duration, plain_metric, print_rows, stderr, warn_truncated, watch
+from softprompt.terminal import duration, plain_metric, print_rows, say_reading, stderr, warn_truncated, watch
 from softprompt.train import Training
 
 _D = TrainConfig()
@@ -56,7 +62,7 @@ _learn = partial(option, panel="Learning")
 
 def train_command(
     context: typer.Context,
-    train: Annotated[str, typer.Argument(metavar="TRAIN", help="JSONL, CSV, TSV, Parquet or hf:DATASET.")],
+    train: Annotated[str, typer.Argument(metavar="TRAIN", help=SOURCE)],
     name: Annotated[str | None, _run("What to call the soft prompt.")] = None,
     out: Annotated[Path | None, _run("Write to this .safetensors file instead of the store.")] = None,
     resume: Annotated[bool, flag("--resume", "Go on with a run that was stopped.", panel="The run")] = False,
@@ -65,11 +71,11 @@ def train_command(
     template: Annotated[
         str, data_option("default, chat, or text with {soft_prompt}, fields and {target}; \\n: line end.", "default")
     ] = "default",
-    labels: Annotated[
-        str | None, data_option("a,b or a=word|word,b=word or a .json file; none: free text.", "as TRAIN looks")
-    ] = None,
+    labels: Annotated[str | None, data_option(LABELS, "as TRAIN looks")] = None,
     input_field: InputField = None,
     target_field: TargetField = "target",
+    references_field: ReferencesField = None,
+    encoding: Encoding = None,
     preset: Annotated[str | None, _learn(f"A published recipe as start: {', '.join(PRESETS)}.")] = None,
     num_virtual_tokens: Annotated[int | None, _learn("How many vectors to learn.", "64, more for many labels")] = None,
     init: Annotated[str | None, _learn(f"{', '.join(INITS)}, or a soft prompt's name or path.", _D.init)] = None,
@@ -108,7 +114,7 @@ def train_command(
 ) -> None:
     """Tune a soft prompt on labelled or free-text examples and store it.
 
-    The base model stays as it is, bit for bit. Targets that look like labels are taken for labels.
+    The base model stays as it is, bit for bit. Targets that look like labels are taken for labels; a line says so.
 
     \b
     softprompt train train.jsonl --validation dev.jsonl --name sst2
@@ -121,7 +127,9 @@ def train_command(
     config, start = _configuration(context.params, place.store)
     form = None if template in ("default", "chat") else template_from(template)
     names = ("input",) if form is None else form.fields
-    rows, held_out, verbalizer = read_task(train, validation, labels, names, input_field, target_field)
+    rows, held_out, verbalizer = read_task(
+        train, validation, labels, names, input_field, target_field, references_field, encoding
+    )
     lm = load_base_model(base, dtype, device, trust_remote_code)
     if start is not None:
         Task.of(lm, start)  # refuses vectors of another base model: they mean nothing here
@@ -135,8 +143,10 @@ def train_command(
         training = Training(
             task, rows, held_out, config, name=place.name, start=vectors, folder=place.folder, resume=resume
         )
+    taken = taken_for(rows, held_out, None, verbalizer, labels, references_field)
+    say_reading(taken)
     warn_truncated(training.truncated, task.max_length)
-    _train_and_store(training, place, began, as_json)
+    _train_and_store(training, place, taken, began, as_json)
 
 
 @dataclass(frozen=True)
@@ -250,23 +260,74 @@ def template_from(text: str) -> Template:
 
 
 def read_task(
-    train: str, validation: str | None, labels: str | None, names: Sequence[str], input_field: str | None, target: str
+    train: str,
+    validation: str | None,
+    labels: str | None,
+    names: Sequence[str],
+    input_field: str | None,
+    target: str,
+    references: str | None = None,
+    encoding: str | None = None,
 ) -> tuple[Dataset, Dataset | None, Verbalizer | None]:
-    """Training and validation data and their labels; without ``labels``, targets that look like labels are."""
-    verbalizer = None if labels in (None, "none") else Verbalizer.parse(str(labels))
-    rows = read_dataset(train, fields=names, input_field=input_field, target_field=target)
-    held_out = None
-    if validation is not None:
-        held_out = read_dataset(validation, fields=names, input_field=input_field, target_field=target)
-    if labels is None and (found := infer_labels(rows)) is not None:
-        verbalizer = Verbalizer.from_labels(found)
+    """Training and validation data and their labels, as the options of these names say.
+
+    Without ``labels``, targets that look like labels are; a column of references that was named makes them free text.
+
+    Raises:
+        ConfigError: labels and a column of references together, or an unknown encoding.
+        DataError: data that cannot be read, or labels that cannot be meant.
+    """
+    named = references not in (None, "none")
+    if named and labels not in (None, "none"):
+        raise ConfigError(
+            "--references-field is for free text, but --labels makes the targets labels; leave one of them out."
+        )
+    verbalizer = None if labels in (None, "all", "none") else Verbalizer.parse(str(labels))
+
+    def read(source: str) -> Dataset:
+        return read_dataset(
+            source,
+            fields=names,
+            input_field=input_field,
+            target_field=target,
+            references_field=references_column(references),
+            encoding=encoding,
+        )
+
+    rows = read(train)
+    held_out = None if validation is None else read(validation)
+    if labels is None and not named:
+        found = infer_labels(rows)
+        require_label_set(rows, found)
+        verbalizer = None if found is None else Verbalizer.from_labels(found)
+    elif labels == "all":
+        examples = (*rows.examples, *(held_out.examples if held_out else ()))
+        verbalizer = Verbalizer.from_labels(sorted({str(example.target) for example in examples}))
     if verbalizer is not None:
         for dataset in filter(None, (rows, held_out)):
             check_targets(dataset, verbalizer.labels)
     return rows, held_out, verbalizer
 
 
-def _train_and_store(training: Training, place: Place, began: float, as_json: bool) -> None:
+def taken_for(
+    train: Dataset,
+    validation: Dataset | None,
+    test: Dataset | None,
+    verbalizer: Verbalizer | None,
+    labels: str | None,
+    references: str | None,
+) -> Reading:
+    """What the data were taken for; ``labels`` and ``references`` are the options of these names."""
+    return reading(
+        train,
+        validation,
+        test,
+        labels=None if verbalizer is None else verbalizer.labels,
+        chosen=labels is not None or references not in (None, "none"),
+    )
+
+
+def _train_and_store(training: Training, place: Place, taken: Reading, began: float, as_json: bool) -> None:
     interrupted = False
     try:
         watch(training)
@@ -285,7 +346,7 @@ def _train_and_store(training: Training, place: Place, began: float, as_json: bo
         raise StoreError(f"{saved}; the training is not lost: give the same command with --resume.") from error
     if not interrupted:
         (place.folder / checkpoint.FILE).unlink(missing_ok=True)  # what has ended cannot be resumed
-    _report(training, soft_prompt, place.path, time.perf_counter() - began, as_json)
+    _report(training, soft_prompt, place.path, taken, time.perf_counter() - began, as_json)
     after = f"after step {training.step:,} of {training.total:,}"
     if interrupted:
         stderr.print(f"interrupted {after}; the best so far is stored; to go on, give the same command with --resume")
@@ -297,7 +358,9 @@ def _train_and_store(training: Training, place: Place, began: float, as_json: bo
         )
 
 
-def _report(training: Training, soft_prompt: SoftPrompt, path: Path, seconds: float, as_json: bool) -> None:
+def _report(
+    training: Training, soft_prompt: SoftPrompt, path: Path, taken: Reading, seconds: float, as_json: bool
+) -> None:
     record, size = soft_prompt.training, path.stat().st_size
     if as_json:
         document = {
@@ -307,6 +370,7 @@ def _report(training: Training, soft_prompt: SoftPrompt, path: Path, seconds: fl
             "base": soft_prompt.base,
             "base_unchanged": True,  # or training.result() would have raised
             "num_virtual_tokens": soft_prompt.num_virtual_tokens,
+            "data": taken.as_dict(),
             "metrics": list(soft_prompt.metrics),
             "steps": record["steps_done"],
             "truncated": training.truncated,
