@@ -22,12 +22,13 @@ from starlette.types import ASGIApp
 
 from softprompt import openai_api as api
 from softprompt.answers import Answers, ClientGone, EventStream, chunks, while_connected
-from softprompt.catalog import Catalog, Model, Order, Wish
+from softprompt.catalog import Catalog
 from softprompt.engine import Backend, Job, Piece, Refused, Scores
 from softprompt.errors import SoftPromptError
 from softprompt.gate import Gate
 from softprompt.inspect_live import Inspector
 from softprompt.openai_api import ApiError
+from softprompt.served import Model, Order, Wish
 from softprompt.telemetry import Metrics
 
 log = logging.getLogger("softprompt.server")
