@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from softprompt.data import Example
-from softprompt.engine import Job
+from softprompt.decoding import TokenLogprob, draw
+from softprompt.engine import Job, Piece, Scores
 from softprompt.errors import TemplateError
 from softprompt.evaluate import default_sampling
 from softprompt.frozen import FrozenLM, Request, Sampling
@@ -23,6 +24,9 @@ from softprompt.template import SOFT, Template
 
 USUAL_TOKENS = 128
 """The most tokens to write where neither the client nor a soft prompt's template says."""
+
+LEAST_LOGPROB = -9999.0
+"""Told in the place of minus infinity, which JSON does not have; OpenAI's API and vLLM tell the same."""
 
 Fields = Mapping[str, str]
 
@@ -48,6 +52,54 @@ class Wish:
     stream: bool = False
     truncate: bool = False
 
+    def sampling(self, usual: Sampling) -> Sampling:
+        """How to choose, with what is usual where the client does not say; drawn at random where it gives no seed."""
+        return replace(
+            usual,
+            max_new_tokens=self.max_tokens or usual.max_new_tokens,
+            temperature=self.temperature or 0.0,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            stop=usual.stop if self.stop is None else self.stop,
+            seed=secrets.randbits(32) if self.seed is None else self.seed % 2**32,
+        )
+
+
+@dataclass(frozen=True)
+class LabelText:
+    """Writes a label: what becomes of the scores of a task's words where a client wants text.
+
+    The most probable label, or at a temperature above 0 one drawn from the labels' probabilities to the power of
+    1 / temperature, with the nucleus over labels.
+
+    Attributes:
+        task: the task, with labels.
+        sampling: temperature, nucleus and seed; nothing else of it is looked at.
+        top_logprobs: how many of the most probable labels to tell beside it; None: tell nothing.
+    """
+
+    task: Task
+    sampling: Sampling
+    top_logprobs: int | None
+
+    def __call__(self, scores: Scores) -> Piece:
+        """The label as a whole text, which counts as many tokens as its first word has.
+
+        Its only token is the label, with its log-probability given that it is one of the labels.
+        """
+        found = self.task.label_logprobs(torch.tensor([scores.logprobs]))[0]
+        logprobs = [max(value, LEAST_LOGPROB) for value in found.tolist()]
+        order = sorted(range(len(logprobs)), key=lambda label: -logprobs[label])
+        chosen = order[0]
+        if self.sampling.temperature > 0:
+            chosen = draw(found, self.sampling, torch.Generator().manual_seed(self.sampling.seed))
+        labels = self.task.labels
+        tokens: tuple[TokenLogprob, ...] = ()
+        if self.top_logprobs is not None:
+            top = tuple((labels[label], logprobs[label]) for label in order[: self.top_logprobs])
+            tokens = (TokenLogprob(labels[chosen], logprobs[chosen], top),)
+        count = len(self.task.words[self.task.label_of_word.index(chosen)])
+        return Piece(labels[chosen], tokens, count, "stop")
+
 
 @dataclass(frozen=True)
 class Order:
@@ -56,10 +108,19 @@ class Order:
     Attributes:
         job: the job.
         truncated: whether the end of the input text was cut to fit.
+        label: writes the label where labels are scored to be text.
     """
 
     job: Job
     truncated: bool
+    label: LabelText | None = None
+
+    def choice(self, number: int) -> Job:
+        """The job for choice ``number`` of a request: it draws with ``seed + number``."""
+        if self.label is not None:
+            return replace(self.job, answer=replace(self.label, sampling=_later(self.label.sampling, number)))
+        assert self.job.sampling is not None
+        return replace(self.job, sampling=_later(self.job.sampling, number))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -147,13 +208,16 @@ class Model(Entry):
         return fields
 
     def write(self, fields: Fields, wish: Wish, *, base_only: bool = False) -> Order:
-        """Continues its template with ``fields`` in it.
+        """Continues its template with ``fields`` in it; where it has labels, with one of them.
 
         Raises:
             ApiError: 400, the input does not fit.
         """
         task = self.bare if base_only else self.task
         assert task is not None
+        if task.verbalizer is not None:
+            order = self.label(fields, truncate=wish.truncate, base_only=base_only)
+            return replace(order, label=LabelText(task, wish.sampling(Sampling()), wish.top_logprobs))
         return self.continuing(task, fields, wish, default_sampling(task))
 
     def write_raw(self, prompt: str | Sequence[int], wish: Wish) -> Order:
@@ -228,13 +292,9 @@ class Model(Entry):
 
     def _finished(self, task: Task, request: Request, wish: Wish, usual: Sampling) -> Job:
         job = self._job(task, request)
-        sampling = Sampling(
-            max_new_tokens=min(wish.max_tokens or usual.max_new_tokens, task.max_length - job.prompt_tokens),
-            temperature=wish.temperature or 0.0,
-            top_p=1.0 if wish.top_p is None else wish.top_p,
-            stop=usual.stop if wish.stop is None else wish.stop,
-            seed=secrets.randbits(32) if wish.seed is None else wish.seed % 2**32,
-        )
+        sampling = wish.sampling(usual)
+        room = task.max_length - job.prompt_tokens
+        sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
         lead = " " if task.template.text.endswith(" {target}") else ""  # the template's own space, not the answer's
         return replace(job, sampling=sampling, lead=lead, top_logprobs=wish.top_logprobs, stream=wish.stream)
 
@@ -247,6 +307,10 @@ class Model(Entry):
             vectors=self.vectors if soft else None,
             content=self.content if soft else "",
         )
+
+
+def _later(sampling: Sampling, number: int) -> Sampling:
+    return replace(sampling, seed=sampling.seed + number)
 
 
 def _encoded(make: Callable[[], Request], task: Task, reserve: int, truncate: bool) -> Request:
