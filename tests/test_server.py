@@ -391,5 +391,25 @@ def test_what_says_nothing_is_ignored(server: Running) -> None:
     assert found == server.post("/v1/completions", body)["choices"]
 
 
+@pytest.mark.parametrize("model", ["write", "sst2", "tiny"])
+def test_lm_evaluation_harness_is_answered(server: Running, model: str) -> None:
+    """The bodies that its ``local-chat-completions`` and ``local-completions`` send."""
+    generate = {"model": model, "max_tokens": 4, "temperature": 0, "stop": ["\n\n", "Q:"], "seed": 1234}
+    chat = {**generate, "messages": [{"role": "user", "content": TEXT, "type": "text"}]}
+    plain = {**generate, "messages": [{"role": "user", "content": TEXT}]}
+    (choice,) = server.post("/v1/chat/completions", chat)["choices"]
+    assert choice == server.post("/v1/chat/completions", plain)["choices"][0]
+    both = server.post("/v1/completions", {**generate, "prompt": [TEXT, "dull"]})["choices"]
+    assert [choice["index"] for choice in both] == [0, 1]
+    ids = [ids_of(server, TEXT), ids_of(server, "dull")]
+    if model == "tiny":
+        by_ids = server.post("/v1/completions", {**generate, "prompt": ids})["choices"]
+        assert [choice["text"] for choice in by_ids] == [choice["text"] for choice in both]
+    else:
+        assert server.post("/v1/completions", {**generate, "prompt": ids}, 400)["error"]["param"] == "prompt"
+    likelihood = {"model": model, "prompt": ids, "temperature": 0, "max_tokens": 1, "logprobs": 1, "echo": True}
+    assert server.post("/v1/completions", likelihood, 400)["error"]["param"] == "echo"
+
+
 def test_the_store_of_these_tests_is_not_written(server: Running) -> None:
     assert Store(server.catalog.store.home).names() == ("film", "nli", "sst2", "write")
