@@ -12,10 +12,11 @@ import pytest
 
 from serving import Running, fill, make_lm, serving, soft_prompt
 from softprompt import catalog
-from softprompt.catalog import Catalog, Wish
+from softprompt.catalog import Catalog
 from softprompt.data import Example
 from softprompt.frozen import Sampling
 from softprompt.openai_api import ApiError
+from softprompt.served import Wish
 from softprompt.store import Store
 from softprompt.task import Task
 

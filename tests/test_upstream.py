@@ -23,6 +23,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import test_server
+import test_server_labels
 from conftest import SIZES, make_model, tiny
 from fake_vllm import Fake, fake_vllm
 from serving import Running, fill, make_lm, serving, soft_prompt
@@ -41,14 +42,21 @@ from softprompt.vllm import Unreachable, Vllm
 from test_engine import Inbox, job, text_of
 from test_frozen import mixed
 
-# The API's own tests once more, with this module's server; but the cache is not the engine's.
+LEFT_OUT = {
+    "test_a_stream_tells_its_usage_if_asked",
+    "test_a_label_is_drawn_as_often_as_temperature_and_nucleus_say",
+}
+# The API's own tests once more, with this module's server; but the cache is not the engine's, and hundreds of draws
+# would be as many requests.
 globals().update(
     {
         name: test
-        for name, test in vars(test_server).items()
-        if name.startswith("test_") and name != "test_a_stream_tells_its_usage_if_asked"
+        for module in (test_server, test_server_labels)
+        for name, test in vars(module).items()
+        if name.startswith("test_") and name not in LEFT_OUT
     }
 )
+grades = test_server_labels.grades
 TEXT = test_server.TEXT
 BROKEN = "An upstream server broke off in the middle of the answer; try again."
 NOT_UNDERSTOOD = "An upstream server answered what is not understood; this server's log says what."
@@ -63,7 +71,7 @@ def fake() -> Iterator[Fake]:
 
 @pytest.fixture(scope="module")
 def server(fake: Fake, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with serving(tmp_path_factory.mktemp("store"), limits=Limits(rows=6, waiting=64), upstreams=[fake.url]) as running:
+    with serving(tmp_path_factory.mktemp("store"), limits=Limits(rows=6, waiting=128), upstreams=[fake.url]) as running:
         yield running
 
 

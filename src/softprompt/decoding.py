@@ -39,6 +39,10 @@ NUCLEUS = 1024
 """How many of the most probable tokens nucleus sampling looks at before it sorts the whole vocabulary."""
 
 
+LEAST_TEMPERATURE = 1e-6
+"""Temperatures below count as this one: logits divided by less overflow in float32, and nothing could be drawn."""
+
+
 @dataclass(frozen=True)
 class TokenLogprob:
     """A generated token and what else could have stood there.
@@ -103,7 +107,7 @@ class Writer:
         if best.isnan():
             self.finish = "error"
             return int(likeliest)
-        token = int(likeliest) if self._sampling.temperature == 0 else self._draw(logits)
+        token = int(likeliest) if self._sampling.temperature == 0 else draw(logits, self._sampling, self._generator)
         noted = self._top_logprobs is not None and token not in self.ends
         self.put(token, self._note(logits, token, self._top_logprobs or 0) if noted else None)
         return token
@@ -139,17 +143,6 @@ class Writer:
         noted, self._noted = tuple(self._noted), []
         return text, noted
 
-    def _draw(self, logits: torch.Tensor) -> int:
-        probabilities = (logits.cpu() / self._sampling.temperature).softmax(dim=-1)
-        top_p = self._sampling.top_p
-        if top_p == 1:
-            return int(torch.multinomial(probabilities, 1, generator=self._generator))
-        kept, order = probabilities.topk(min(NUCLEUS, len(probabilities)))
-        if float(kept.sum()) < top_p:
-            kept, order = probabilities.sort(descending=True)
-        kept[kept.cumsum(dim=0) - kept >= top_p] = 0
-        return int(order[torch.multinomial(kept, 1, generator=self._generator)])
-
     def _note(self, logits: torch.Tensor, token: int, top: int) -> TokenLogprob:
         logprobs = logits.log_softmax(dim=-1)
         values, ids = logprobs.topk(min(top, len(logprobs)))
@@ -175,6 +168,18 @@ class Writer:
     def _end(self, finish: str) -> None:
         self._grow(self._characters.flush())
         self.finish = self.finish or finish
+
+
+def draw(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """An index of float32 ``[V]`` logits, drawn by temperature (above 0) and nucleus."""
+    probabilities = (logits.cpu() / max(sampling.temperature, LEAST_TEMPERATURE)).softmax(dim=-1)
+    if sampling.top_p == 1:
+        return int(torch.multinomial(probabilities, 1, generator=generator))
+    kept, order = probabilities.topk(min(NUCLEUS, len(probabilities)))
+    if float(kept.sum()) < sampling.top_p:
+        kept, order = probabilities.sort(descending=True)
+    kept[kept.cumsum(dim=0) - kept >= sampling.top_p] = 0
+    return int(order[torch.multinomial(kept, 1, generator=generator)])
 
 
 class _Characters:

@@ -8,6 +8,7 @@ turns, so that none is held up by another's crowd. A soft prompt's prefix is com
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict, deque
@@ -74,6 +75,7 @@ class Job:
         lead: left out of the continuation if it begins with it.
         top_logprobs: how many of the most probable tokens to tell beside each token; None: tell nothing.
         stream: tell each piece as it comes, not only the whole at the end.
+        answer: of a job whose words are scored, what its ``Scores`` are told as; None: as they are.
     """
 
     request: Request
@@ -85,6 +87,7 @@ class Job:
     lead: str = ""
     top_logprobs: int | None = None
     stream: bool = False
+    answer: Callable[[Scores], Piece] | None = None
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,8 @@ class Ticket:
         """Hands an event over, if anybody waits for it."""
         if self.cancelled:
             return
+        if isinstance(event, Scores) and self.job.answer is not None:
+            event = self.job.answer(event)
         try:
             self.notify(event)
         except Exception as error:  # who asked has gone, which must not harm the others
@@ -509,7 +514,8 @@ class Engine:
             for ticket, row in zip(tickets, scores.tolist(), strict=True):
                 ticket.first = now
                 found = tuple(row[: len(ticket.job.request.words)])
-                ticket.tell(_no_numbers(self.lm) if any(map(_is_nan, found)) else Scores(found))
+                sound = max(found) > -math.inf and not any(map(math.isnan, found))
+                ticket.tell(Scores(found) if sound else _no_numbers(self.lm))
         finally:
             self._scoring = 0
 
@@ -561,10 +567,6 @@ class Engine:
         log.error("a forward pass failed", exc_info=error)
         for ticket in tickets:
             ticket.tell(Failure("error", "The server failed to compute the answer; its log says why."))
-
-
-def _is_nan(value: float) -> bool:
-    return value != value
 
 
 def _no_numbers(lm: FrozenLM) -> Failure:

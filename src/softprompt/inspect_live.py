@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from softprompt import artifact
-from softprompt.catalog import Entry, content_of
+from softprompt.catalog import content_of
 from softprompt.errors import SoftPromptError
 from softprompt.frozen import FrozenLM
 from softprompt.inspect_report import inspect_vectors
 from softprompt.openai_api import ApiError
+from softprompt.served import Entry
 from softprompt.task import Task
 from softprompt.vocabulary import Vocabulary
 

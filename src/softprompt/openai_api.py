@@ -1,7 +1,7 @@
 """The bodies of requests and responses, as OpenAI's API has them, with what is ours beside it.
 
 A field that we do not know, or know and do not offer, is refused where it could change the answer, and ignored where it
-could not.
+could not; in parts of a body, such as messages, as in the body itself.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from softprompt.decoding import TokenLogprob
 
@@ -44,9 +44,22 @@ class ApiError(Exception):
 
 
 class _Body(BaseModel):
+    """A body, or a part of one.
+
+    Attributes:
+        parts: the fields that hold a part of their own, or a list of them.
+    """
+
     model_config = ConfigDict(strict=True, extra="forbid")
+    parts: ClassVar[Mapping[str, type[_Body]]] = {}
 
 
+def _whole(value: object) -> object:
+    """JSON has one kind of number: 1.0 is 1."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Whole = Annotated[int, BeforeValidator(_whole)]
 _Stop = Annotated[str, Field(max_length=MAX_STOP_LETTERS)]
 
 
@@ -59,13 +72,15 @@ class StreamOptions(_Body):
 class _Generation(_Body):
     """What continuing a text takes, whatever the endpoint."""
 
+    parts = {"stream_options": StreamOptions}
+
     model: str
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: _Whole | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1)
-    n: int | None = Field(None, ge=1, le=128)
+    n: _Whole | None = Field(None, ge=1, le=128)
     stop: _Stop | Annotated[list[_Stop], Field(max_length=MAX_STOPS)] | None = None
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    seed: _Whole | None = Field(None, ge=-(2**63), lt=2**63)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # ours
@@ -83,7 +98,8 @@ class CompletionRequest(_Generation):
     """``POST /v1/completions``; ``prompt`` is the input text, ``fields`` takes its place where there are several."""
 
     prompt: str | list[str] | list[int] | list[list[int]] | None = None
-    logprobs: int | None = Field(None, ge=0, le=20)
+    logprobs: _Whole | None = Field(None, ge=0, le=20)
+    add_special_tokens: Literal[True] = True
     raw: bool = False
 
 
@@ -97,17 +113,11 @@ class TextPart(_Body):
 class Message(_Body):
     """One message of a conversation."""
 
+    parts = {"content": TextPart}
+
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nothing(cls, message: Any) -> Any:
-        """Leaves out what an answer says it lacks (``refusal``, ``tool_calls`` …): clients send it back."""
-        if not isinstance(message, dict):
-            return message
-        return {key: value for key, value in message.items() if key in cls.model_fields or value not in (None, [])}
 
     @property
     def text(self) -> str:
@@ -118,10 +128,13 @@ class Message(_Body):
 class ChatRequest(_Generation):
     """``POST /v1/chat/completions``."""
 
+    parts = {**_Generation.parts, "messages": Message}
+
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: _Whole | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    top_logprobs: _Whole | None = Field(None, ge=0, le=20)
+    add_special_tokens: Literal[False] = False
 
 
 class ClassifyRequest(_Body):
@@ -154,31 +167,50 @@ class UnloadRequest(_Body):
     name: str
 
 
-# Fields of OpenAI's API, and of vLLM's, that change no answer.
+# Fields of other APIs that change no answer here, wherever they stand: what a client notes for itself, what OpenAI's
+# API and vLLM keep beside an answer, and what clients send back of earlier answers.
 _HARMLESS = frozenset(
     {
-        *("user", "metadata", "store", "service_tier", "safety_identifier", "moderation"),
-        *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "parallel_tool_calls", "request_id"),
+        *("user", "metadata", "store", "service_tier", "safety_identifier", "moderation", "priority"),
+        *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "cache_control", "cache_salt"),
+        *("id", "request_id", "index", "status", "created", "created_at", "timestamp", "weight"),
+        *("parallel_tool_calls", "include_obfuscation", "continuous_usage_stats"),
+        *("annotations", "reasoning_content", "reasoning_details", "thinking_blocks"),
+        *("provider_options", "providerOptions", "provider_specific_fields"),
     }
 )
-# Fields that we do not offer, and the values with which they say nothing.
+# Fields that we do not offer, and the values with which they say nothing; ``str``: any text. Of all that is not here,
+# what is empty says nothing.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
+    "add_generation_prompt": (True,),
     "best_of": (1,),
-    "echo": (False,),
+    "detokenize": (True,),
+    "do_sample": (),
+    "enable_thinking": (),
     "frequency_penalty": (0,),
     "function_call": ("none",),
-    "functions": ([],),
-    "logit_bias": ({},),
+    "include_reasoning": (True, False),
+    "length_penalty": (1,),
     "min_p": (0,),
-    "modalities": (["text"],),
+    "min_tokens": (0,),
+    "modalities": (["text"], []),
+    "no_repeat_ngram_size": (0,),
+    "num_beams": (1,),
     "presence_penalty": (0,),
+    "prompt_embeds": (),
+    "reasoning": (str,),
+    "reasoning_effort": ("none", "medium"),
     "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
-    "suffix": ("",),
+    "response_format": ({"type": "text"}, {}),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
     "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "top_k": (0, -1),
+    "type": ("text", "message"),
+    "typical_p": (1,),
+    "verbosity": ("medium",),
 }
+_EMPTY = (False, "", [], {})
 
 _Request = TypeVar("_Request", bound=_Body)
 
@@ -191,24 +223,15 @@ def parse(model: type[_Request], document: object) -> _Request:
     """
     if not isinstance(document, dict):
         raise ApiError(400, f"Expected a JSON object as body, found {type(document).__name__}; send one.")
-    known = {}
-    for key, value in document.items():
-        if key in model.model_fields:
-            known[key] = value
-        elif not (key in _HARMLESS or value is None or any(_same(value, neutral) for neutral in _NEUTRAL.get(key, ()))):
-            reason = (
-                "Embeddings of a client's own are never run; send text"
-                if key == "prompt_embeds"
-                else "It is not supported here and could change the answer; leave it out"
-            )
-            raise ApiError(400, f"Found the field {_short(key)}. {reason}.", param=key[:64], code="unsupported_field")
+    known = _known(model, document, "")
     try:
         return model.model_validate(known)
     except ValidationError as error:
         # of a union's alternatives, the one that came furthest
         first = min(error.errors(), key=lambda fault: (fault["type"].endswith("_type"), -len(fault["loc"])))
-        place = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in _names(model))
+        place = _place(known, first["loc"])
         if first["type"] == "missing":
+            place = ".".join(filter(None, (place, str(first["loc"][-1]))))
             raise ApiError(400, f"Expected the field {place}, found none; give it.", param=place) from None
         reason = first["msg"][0].lower() + first["msg"][1:]
         raise ApiError(
@@ -216,14 +239,58 @@ def parse(model: type[_Request], document: object) -> _Request:
         ) from None
 
 
-def _names(model: type[BaseModel]) -> set[str]:
-    """The names of the fields of a body and of what is in it; other steps of a fault's place name types."""
-    parts = (StreamOptions, Message, TextPart)
-    return {name for of in (model, *parts) for name in of.model_fields}
+def _known(body: type[_Body], document: dict[str, Any], place: str) -> dict[str, Any]:
+    """What a body, or a part of one at ``place``, says in the fields that it has, at every level.
+
+    Raises:
+        ApiError: 400, it says something in another field.
+    """
+    known = {}
+    for key, value in document.items():
+        here = f"{place}{key[:64]}"
+        if key not in body.model_fields:
+            _require_nothing(key, value, here)
+        elif value is not None:
+            known[key] = _known_parts(body.parts[key], value, here) if key in body.parts else value
+    return known
+
+
+def _known_parts(part: type[_Body], value: object, place: str) -> object:
+    if isinstance(value, dict):
+        return _known(part, value, f"{place}.")
+    if isinstance(value, list):
+        return [_known_parts(part, one, f"{place}.{number}") for number, one in enumerate(value)]
+    return value
+
+
+def _require_nothing(key: str, value: object, place: str) -> None:
+    """Refuses a field that we do not offer if it could change the answer."""
+    neutral = _NEUTRAL.get(key, _EMPTY)
+    if key in _HARMLESS or value is None or any(_same(value, one) for one in neutral):
+        return
+    reason = (
+        "Embeddings of a client's own are never run; send text"
+        if key == "prompt_embeds"
+        else "It is not supported here and could change the answer; leave it out"
+    )
+    raise ApiError(400, f"Found the field {_short(place)}. {reason}.", param=place, code="unsupported_field")
+
+
+def _place(document: object, steps: Sequence[str | int]) -> str:
+    """The steps of a fault's place that lead through the document; others name types."""
+    found = []
+    for step in steps:
+        in_list = isinstance(document, list) and isinstance(step, int) and step < len(document)
+        if in_list or (isinstance(document, dict) and step in document):
+            document = document[step]  # type: ignore[index]
+            found.append(str(step)[:64])
+    return ".".join(found)
 
 
 def _same(value: object, neutral: object) -> bool:
-    """Equal as JSON: ``False`` is not 0."""
+    """Equal as JSON, where ``False`` is not 0; or any text, if ``neutral`` is ``str``."""
+    if neutral is str:
+        return isinstance(value, str)
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 

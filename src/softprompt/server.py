@@ -7,7 +7,6 @@ import logging
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,12 +21,13 @@ from starlette.types import ASGIApp
 
 from softprompt import openai_api as api
 from softprompt.answers import Answers, ClientGone, EventStream, chunks, while_connected
-from softprompt.catalog import Catalog, Model, Order, Wish
+from softprompt.catalog import Catalog
 from softprompt.engine import Backend, Job, Piece, Refused, Scores
 from softprompt.errors import SoftPromptError
 from softprompt.gate import Gate
 from softprompt.inspect_live import Inspector
 from softprompt.openai_api import ApiError
+from softprompt.served import Model, Order, Wish
 from softprompt.telemetry import Metrics
 
 log = logging.getLogger("softprompt.server")
@@ -176,7 +176,7 @@ class Server:
         model = await self._model(body.model)
         wish = _wish(body, body.max_tokens, body.logprobs)
         orders = await self._read(lambda: _completion_orders(model, body, wish))
-        return await self._write(request, body, model, orders, api.COMPLETION)
+        return await self._write(request, body, wish, model, orders, api.COMPLETION)
 
     async def chat(self, request: Request) -> Response:
         """``POST /v1/chat/completions``."""
@@ -192,24 +192,25 @@ class Server:
         wish = _wish(body, body.max_completion_tokens or body.max_tokens, top_logprobs)
         order = await self._read(lambda: self._chat_order(model, body, wish))
         ignored = 0 if model.task is None else len(body.messages) - 1
-        return await self._write(request, body, model, [order], api.CHAT, ignored_messages=ignored)
+        return await self._write(request, body, wish, model, [order], api.CHAT, ignored_messages=ignored)
 
     async def _write(
         self,
         request: Request,
         body: api.CompletionRequest | api.ChatRequest,
+        wish: Wish,
         model: Model,
         orders: Sequence[Order],
         form: api.Form,
         **more: object,
     ) -> Response:
-        jobs = [_seeded(order.job, number) for order in orders for number in range(body.n or 1)]
+        jobs = [order.choice(number) for order in orders for number in range(body.n or 1)]
         answers = self._submit(request, jobs, model.name)
         if model.content:
             more["system_fingerprint"] = f"sp-{model.content[:12]}"
         more["truncated"] = any(order.truncated for order in orders)
         id = form.prefix + request.scope["request_id"]
-        noted = jobs[0].top_logprobs is not None
+        noted = wish.top_logprobs is not None
         if body.stream:
             head = api.envelope(form.chunk_kind, id, model.name, **more)
             with_usage = body.stream_options is not None and body.stream_options.include_usage
@@ -411,12 +412,6 @@ def _inputs(body: api.ClassifyRequest) -> list[tuple[str | None, dict[str, str] 
     if body.fields is not None:
         return [(None, fields) for fields in (body.fields if isinstance(body.fields, list) else [body.fields])]
     return [(text, None) for text in (body.input if isinstance(body.input, list) else [str(body.input)])]
-
-
-def _seeded(job: Job, number: int) -> Job:
-    """The job for choice ``number`` of a request."""
-    assert job.sampling is not None
-    return replace(job, sampling=replace(job.sampling, seed=job.sampling.seed + number))
 
 
 def _labelled(model: Model, scores: Scores, normalise: bool) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Metrics:
             self._queue.labels(self._base).observe(ticket.started - ticket.submitted)
         if ticket.first is not None:
             self._first.labels(self._base).observe(ticket.first - ticket.submitted)
-            if count > 1:
+            if count > 1 and ticket.job.sampling is not None:  # a label comes all at once
                 self._each.labels(self._base).observe((now - ticket.first) / (count - 1))
         self._whole.labels(self._base).observe(now - ticket.submitted)
 

@@ -44,7 +44,7 @@ from softprompt.template import SOFT
 from softprompt.vllm import Unreachable, UpstreamError, Vllm
 
 if TYPE_CHECKING:
-    from softprompt.catalog import Model
+    from softprompt.served import Model
 
 log = logging.getLogger("softprompt.upstream")
 
