@@ -28,15 +28,13 @@ from typing import Any
 
 import torch
 from benchmarks.train_step import (
-    BUCKET,
-    Batches,
     Side,
     all_batches,
     alternate,
     gradient_difference,
     load_base,
-    longest,
     matrix_peak,
+    of_one_bucket,
     step_of,
     useful_operations,
     useful_tokens,
@@ -395,13 +393,6 @@ def pair(
         )
 
 
-def of_one_bucket(batches: Batches) -> Batches:
-    """Those batches whose longest rows round up to the commonest length, so that a peer who pads compiles once."""
-    lengths = [math.ceil(longest(batch) / BUCKET) for batch in batches]
-    commonest = Counter(lengths).most_common(1)[0][0]
-    return [batch for batch, length in zip(batches, lengths, strict=True) if length == commonest]
-
-
 # --- evaluation and decoding ---------------------------------------------------------------------------
 
 
@@ -447,7 +438,8 @@ def answers_of(options: argparse.Namespace, model: str) -> None:
     )
     for what, work in kinds:
         for rows in (1, options.batch_size):
-            times, done = [], 0
+            times: list[float] = []
+            done = 0
             work(0, rows)
             while len(times) < 3 or (sum(times) < 1.5 and len(times) < 40):
                 began = time.perf_counter()

@@ -27,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,11 +79,13 @@ def sharing_weights(model: Any) -> Any:
 
 def load(options: argparse.Namespace) -> tuple[FrozenLM, Any, Batches]:
     """What ``load_base`` gives, and seeded batches of requests whose only word is the target (plain cross-entropy of
-    the target)."""
+    the target); against a compiled peer those of one bucket."""
     lm, plain = load_base(options)
     data = read_dataset(options.data, fields=("input",))
-    count = options.warmup + options.steps
-    return lm, plain, all_batches(lm, data, options.num_virtual_tokens, options.batch_size)[:count]
+    batches = all_batches(lm, data, options.num_virtual_tokens, options.batch_size)
+    if options.against != "peft":
+        batches = of_one_bucket(batches)
+    return lm, plain, batches[: options.warmup + options.steps]
 
 
 def all_batches(lm: FrozenLM, data: Dataset, num_virtual_tokens: int, batch_size: int) -> Batches:
@@ -91,6 +94,13 @@ def all_batches(lm: FrozenLM, data: Dataset, num_virtual_tokens: int, batch_size
     requests = [task.target_request(example) for example in data.examples]
     random.Random(0).shuffle(requests)
     return [requests[i : i + batch_size] for i in range(0, len(requests) - batch_size + 1, batch_size)]
+
+
+def of_one_bucket(batches: Batches) -> Batches:
+    """Those batches whose longest rows round up to the commonest length, so that a peer who pads compiles once."""
+    lengths = [math.ceil(longest(batch) / BUCKET) for batch in batches]
+    commonest = Counter(lengths).most_common(1)[0][0]
+    return [batch for batch, length in zip(batches, lengths, strict=True) if length == commonest]
 
 
 def start(lm: FrozenLM, options: argparse.Namespace) -> torch.Tensor:
@@ -159,7 +169,7 @@ def peft_step(lm: FrozenLM, plain: Any, options: argparse.Namespace, side: str) 
         ids, mask, labels = (tensor.to(lm.device) for tensor in (ids, mask, labels))
         optimizer.zero_grad()
         if side == "peft-compiled":
-            torch.compiler.cudagraph_mark_step_begin()
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         loss.backward()
         gradient = weight.grad.clone()
@@ -272,7 +282,7 @@ def useful_operations(lm: FrozenLM, batch: list[Request], num_virtual_tokens: in
     besides = table.numel() + (0 if head is table else head.numel())
     targets = sum(len(r.words[0]) for r in batch)
     tokens = useful_tokens(batch, num_virtual_tokens)
-    return 4.0 * ((lm.num_parameters - besides) * tokens + head.numel() * targets)
+    return 4.0 * float((lm.num_parameters - besides) * tokens + head.numel() * targets)
 
 
 def peak_memory(options: argparse.Namespace, side: str) -> int:
@@ -280,7 +290,7 @@ def peak_memory(options: argparse.Namespace, side: str) -> int:
     command = [sys.executable, __file__, "--memory-of", side, "--data", options.data, "--base", options.base]
     command += ["--num-virtual-tokens", str(options.num_virtual_tokens), "--batch-size", str(options.batch_size)]
     command += ["--dtype", options.dtype, "--steps", "2", "--warmup", "1", "--compile", options.compile]
-    command += ["--device", options.device]
+    command += ["--device", options.device, "--against", options.against]
     command += ["--random-weights"] if options.random_weights else []
     command += ["--max-tokens", str(options.max_tokens)] if options.max_tokens else []
     done = subprocess.run(command, check=True, capture_output=True, text=True)
