@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,7 @@ def test_a_token_that_the_base_model_does_not_know_is_the_clients_mistake(store:
     lm.tokenizer_fingerprint = make_lm().tokenizer_fingerprint  # of the soft prompts, which never saw such a text
     found = Catalog(lm, store, 64)
     found.sync()
-    asked = [
+    asked: list[Callable[[], object]] = [
         lambda: found.get("sst2").label({"input": "much worse"}, truncate=True),
         lambda: found.base.write_raw("much worse", Wish()),
         lambda: found.converse([Message(role="user", content="much worse")], Wish()),

@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from transformers.utils import logging as of_transformers
@@ -73,13 +74,13 @@ def test_noise_is_not_said(noise: str, theirs: io.StringIO) -> None:
 
 
 def test_after_the_block_all_is_as_before(theirs: io.StringIO) -> None:
-    logger = logging.getLogger("transformers")
+    logger, verbosity = logging.getLogger("transformers"), cast(Any, of_transformers)
     before = (list(logger.handlers), [list(handler.filters) for handler in logger.handlers], logger.level)
-    of_transformers.set_verbosity_error()
+    verbosity.set_verbosity_error()
     try:
         with pytest.raises(KeyError), heard(), heard():
             raise KeyError
-        assert of_transformers.get_verbosity() == logging.ERROR
+        assert verbosity.get_verbosity() == logging.ERROR
     finally:
         logger.setLevel(before[2])
     assert (list(logger.handlers), [list(handler.filters) for handler in logger.handlers], logger.level) == before

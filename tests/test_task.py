@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -224,13 +225,14 @@ def test_a_token_that_the_embedding_table_lacks_is_refused_at_its_row(gained: Fr
     assert free.target_request(EXAMPLE).ids == bound(tiny("llama"), None).target_request(EXAMPLE).ids
     row = Example({"input": "it is worse than that"}, "bad", where="toy.jsonl:7")
     target = Example({"input": "a film"}, "the worse", where="toy.jsonl:7")
-    for make in (
+    asked: list[Callable[[], object]] = [
         lambda: task.label_request(row),
         lambda: free.open_request(row, 3),
         lambda: free.target_request(target),
-    ):
+    ]
+    for ask in asked:
         with pytest.raises(DataError) as error:
-            make()
+            ask()
         assert str(error.value).startswith("toy.jsonl:7: expected tokens that the base model gained knows")
         assert refused(error.value, "worse", 320)
 
