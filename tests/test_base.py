@@ -13,14 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
-from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from conftest import make_model, make_tokenizer
+from models_on_disk import ADVICE, POINTER, changed, refusal, saved, write_gguf
 from softprompt import artifact, base
 from softprompt.base import load_base, pick_device, pick_dtype
 from softprompt.errors import BaseModelError, ConfigError, SoftPromptWarning
@@ -29,84 +27,12 @@ from softprompt.frozen import FrozenLM, Request
 from softprompt.prompt import SoftPrompt
 from softprompt.task import Task
 
-ADVICE = "give smollm2-135m, a hub id, a folder saved by transformers or a .gguf file"
-LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "mlp.down_proj": "ffn_down",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.v_proj": "attn_v",
-}
-
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder."""
     monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-def saved(folder: Path, kind: str = "llama") -> Path:
-    make_model(kind).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def write_gguf(path: Path, *, leave_out: str = "") -> dict[str, torch.Tensor]:
-    """The tiny Llama as a GGUF file, queries and keys in Q8_0, the rest in F32; returns the weights it stands for."""
-    model, vocabulary = make_model("llama"), json.loads(make_tokenizer().backend_tokenizer.to_str())["model"]
-    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    for layer in range(3):
-        names |= {f"model.layers.{layer}.{ours}": f"blk.{layer}.{theirs}" for ours, theirs in LAYER_NAMES.items()}
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(128)
-    writer.add_embedding_length(32)
-    writer.add_block_count(3)
-    writer.add_feed_forward_length(48)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(model.config.rms_norm_eps)
-    writer.add_rope_freq_base(10_000.0)
-    writer.add_vocab_size(320)
-    tokens = sorted(vocabulary["vocab"], key=vocabulary["vocab"].get)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in ("<pad>", "</s>") else 1 for token in tokens])
-    writer.add_token_merges([" ".join(merge) for merge in vocabulary["merges"]])
-    writer.add_pad_token_id(0)
-    writer.add_eos_token_id(1)
-    weights = {}
-    for name, weight in model.state_dict().items():
-        if name == leave_out:
-            continue
-        stem, array = name.removesuffix(".weight"), weight.detach().numpy()
-        heads = {"q_proj": 4, "k_proj": 2}.get(stem[-6:])
-        if heads is None:
-            writer.add_tensor(f"{names[stem]}.weight", array)
-            weights[name] = weight.detach()
-            continue
-        q8 = gguf.GGMLQuantizationType.Q8_0
-        rotated = array.reshape(heads, 2, 4, 32).swapaxes(1, 2).reshape(-1, 32)  # GGUF's order of rotary pairs
-        packed = gguf.quants.quantize(rotated, q8)
-        writer.add_tensor(f"{names[stem]}.weight", packed, raw_dtype=q8)
-        unpacked = torch.from_numpy(gguf.quants.dequantize(packed, q8))
-        weights[name] = unpacked.view(heads, 4, 2, 32).transpose(1, 2).reshape(-1, 32)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return weights
-
-
-def refusal(source: object, **options: Any) -> str:
-    with pytest.raises(BaseModelError) as error:
-        FrozenLM.load(str(source), **options)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # --- devices and dtypes --------------------------------------------------------------------------------------
@@ -166,34 +92,6 @@ def test_a_hub_id_that_does_not_exist() -> None:
     assert 0 < len(message) - len(start) - len(ADVICE) <= 202  # transformers' own words, one sentence of them
 
 
-def test_a_folder_without_a_model(tmp_path: Path) -> None:
-    assert refusal(tmp_path).startswith(f"the folder {tmp_path} is empty; give a folder saved by transformers")
-    saved(tmp_path / "run" / "checkpoint-500")
-    assert refusal(tmp_path / "run").endswith(
-        f"no config.json, but {tmp_path / 'run' / 'checkpoint-500'} does; give that"
-    )
-    (tmp_path / "notes.txt").write_text("")
-    assert refusal(tmp_path).startswith(f"the folder {tmp_path} holds no config.json; give a folder")
-
-
-def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "model")
-    (folder / "model.safetensors").unlink()
-    bomb = tmp_path / "exploded"
-
-    class Bomb:
-        def __reduce__(self) -> Any:
-            return os.mkdir, (str(bomb),)
-
-    torch.save({"model.embed_tokens.weight": Bomb()}, folder / "pytorch_model.bin")
-    for given in (folder, folder / "pytorch_model.bin"):
-        message = refusal(given)
-        assert "pytorch_model.bin" in message
-        assert "a pickle, which could run any code and is never read" in message
-        assert "save it as safetensors (model.save_pretrained" in message
-    assert not bomb.exists()
-
-
 def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
     folder = saved(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
@@ -202,232 +100,6 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
     (folder / "mine.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
     assert ADVICE in refusal(folder)
     assert not (tmp_path / "ran").exists()
-
-
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
-
-
-def without_tokenizer(folder: Path, name: str | None) -> None:
-    (folder / "tokenizer.json").unlink()
-    settings = folder / "tokenizer_config.json"
-    settings.unlink() if name is None else settings.write_text(json.dumps({"tokenizer_class": name}))
-
-
-@pytest.mark.parametrize(
-    ("damage", "found", "remedy"),
-    [
-        (lambda f: (f / "config.json").write_text("{"), "config.json is not a valid JSON file", "download it again"),
-        (
-            lambda f: (f / "config.json").write_bytes(b"\xff"),
-            "config.json is not a valid JSON file",
-            "download it again",
-        ),
-        (lambda f: (f / "config.json").write_text("[]"), "config.json is no JSON object", "download it again"),
-        (lambda f: (f / "config.json").write_text('{"model_type": "odd"}'), "does not recognize", ADVICE),
-        (lambda f: (f / "config.json").write_bytes(POINTER), "config.json is a pointer of Git LFS", "git lfs pull"),
-        (lambda f: (f / "tokenizer.json").write_bytes(POINTER), "tokenizer.json is a pointer", "git lfs pull"),
-        (lambda f: (f / "model.safetensors").write_bytes(POINTER), "model.safetensors is a pointer", "git lfs pull"),
-        (lambda f: os.truncate(f / "model.safetensors", 20_000), "incomplete metadata", "download it again"),
-        (lambda f: os.truncate(f / "model.safetensors", 0), "model.safetensors is no whole", "download it again"),
-        (lambda f: (f / "model.safetensors").unlink(), "holds no model.safetensors", "download the weights, too"),
-        (lambda f: (f / "model.safetensors").rename(f / "a.safetensors"), "but a.safetensors", "call it model.safet"),
-        (lambda f: (f / "model.safetensors").rename(f / "a.gguf"), "but GGUF files", "a.gguf"),
-        (
-            lambda f: without_tokenizer(f, "PreTrainedTokenizerFast"),
-            "the tokenizer of the base model",
-            "save_pretrained",
-        ),
-        (lambda f: without_tokenizer(f, None), "the tokenizer of the base model", "save_pretrained"),
-        (lambda f: without_tokenizer(f, "LlamaTokenizer"), "no vocabulary was found", "save_pretrained"),
-        (lambda f: without_tokenizer(f, "GPT2Tokenizer"), "no vocabulary was found", "save_pretrained"),
-    ],
-)
-def test_a_damaged_folder_is_one_sentence(
-    damage: Callable[[Path], object], found: str, remedy: str, tmp_path: Path
-) -> None:
-    folder = saved(tmp_path / "model")
-    damage(folder)
-    message = refusal(folder)
-    assert str(folder) in message
-    assert found in message.partition("; ")[0]
-    assert remedy in message.partition("; ")[2]
-
-
-def test_pointers_that_are_not_read_do_not_matter(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "model")
-    for name in ("consolidated.safetensors", "pytorch_model.bin", "tokenizer.model", "adapter_model.safetensors"):
-        (folder / name).write_bytes(POINTER)
-    load_base(str(folder))
-
-
-def test_a_model_in_several_files(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    make_model("llama").save_pretrained(folder, max_shard_size="60KB")
-    make_tokenizer().save_pretrained(folder)
-    shards = sorted(folder.glob("model-*"))
-    assert len(shards) > 2
-    state = load_base(str(folder))[0].state_dict()
-    assert all(torch.equal(state[name], weight) for name, weight in make_model("llama").state_dict().items())
-    shards[1].unlink()
-    assert f"1 of them, such as {shards[1].name}, are not there; copy or download" in refusal(folder)
-    (folder / "model.safetensors.index.json").write_text("{")
-    assert "index.json is not a valid JSON file" in refusal(folder)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_a_file_of_a_folder_stands_for_the_folder(tmp_path: Path, name: str) -> None:
-    folder = saved(tmp_path / "model")
-    state = load_base(str(folder / name))[0].state_dict()
-    assert all(torch.equal(state[name], weight) for name, weight in make_model("llama").state_dict().items())
-
-
-def test_the_users_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    saved(tmp_path / "model")
-    load_base("~/model")
-
-
-@pytest.mark.parametrize(
-    ("name", "found", "remedy"),
-    [
-        ("part.safetensors", "no base model by itself", "a folder with config.json"),
-        ("model.pt", "a pickle", "save it as safetensors"),
-        ("model.ckpt", "a pickle", "save it as safetensors"),
-        ("model.h5", "a file of another kind", "give a folder"),
-        ("no.gguf", "no GGUF file", "give another"),
-    ],
-)
-def test_a_file_that_is_no_model(tmp_path: Path, name: str, found: str, remedy: str) -> None:
-    path = tmp_path / name
-    path.write_bytes(b"anything")
-    message = refusal(path)
-    assert message.startswith(f"{path} is {found}")
-    assert remedy in message.partition("; ")[2] or remedy in message
-
-
-@pytest.mark.parametrize("path", ["./nowhere", "/no/where", "~/no/where", "a/b/c", "weights.GGUF", "model.safetensors"])
-def test_a_path_that_is_not_there_is_no_hub_id(path: str) -> None:
-    assert "there is no such file or folder" in refusal(path)
-
-
-def test_weights_of_another_shape_than_the_configuration_says(tmp_path: Path) -> None:
-    folder = changed(saved(tmp_path / "model"), vocab_size=400)
-    message = refusal(folder)
-    assert "lm_head.weight as [400, 32] by its configuration, but it is [320, 32]" in message
-    assert "give the config.json" in message
-
-
-@pytest.mark.parametrize(
-    ("options", "found"),
-    [
-        ({"model_type": "t5", "is_encoder_decoder": True}, "an encoder-decoder model (t5)"),
-        ({"model_type": "bart", "is_encoder_decoder": True}, "an encoder-decoder model (bart)"),
-        ({"model_type": "deberta-v2"}, "of type deberta-v2, for which transformers has no causal language model"),
-    ],
-)
-def test_a_type_that_is_no_causal_language_model(tmp_path: Path, options: dict[str, Any], found: str) -> None:
-    message = refusal(changed(saved(tmp_path / "model"), **options))
-    assert found in message
-    assert "give a causal language model" in message
-
-
-def changed(folder: Path, **options: Any) -> Path:
-    """The folder with other settings in its config.json."""
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | options))
-    return folder
-
-
-def test_another_configuration_is_another_base_model(tmp_path: Path) -> None:
-    lm = FrozenLM.load(str(saved(tmp_path / "model")), dtype="fp32", device="cpu")
-    soft_prompt = SoftPrompt(
-        vectors=torch.ones(2, 32),
-        name="films",
-        base=lm.name,
-        base_fingerprint=lm.fingerprint,
-        tokenizer_fingerprint=lm.tokenizer_fingerprint,
-        template="{soft_prompt}{input} {target}",
-        base_settings=lm.settings,
-    )
-    artifact.save(soft_prompt, tmp_path / "films.safetensors")
-    stored = artifact.load(tmp_path / "films.safetensors")
-    Task.of(lm, stored)
-    changed(tmp_path / "model", rope_parameters={"rope_type": "default", "rope_theta": 77.0})
-    other = FrozenLM.load(lm.name, dtype="fp32", device="cpu")
-    ids = Request((60, 61, 62), 0, ((70, 71),))
-    assert not torch.allclose(lm.score([ids]), other.score([ids]))
-    with pytest.raises(BaseModelError) as error:
-        Task.of(other, stored)
-    assert "(rope_parameters.rope_theta 10000.0)" in str(error.value)
-    assert "(rope_parameters.rope_theta 77.0)" in str(error.value)
-
-
-# --- adapters --------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an adapter of PEFT for the tiny Llama, which changes what it computes."""
-    peft = pytest.importorskip("peft")
-    folder = tmp_path_factory.mktemp("adapter")
-    settings = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear", "init_lora_weights": False}
-    model = peft.get_peft_model(make_model("llama"), peft.LoraConfig(**settings))
-    model.peft_config["default"].base_model_name_or_path = "org/original"
-    model.save_pretrained(folder)
-    return folder
-
-
-def own_weights(base: str) -> None:
-    """Loads a model beside which an adapter lies, and is the tiny Llama still."""
-    with pytest.warns(SoftPromptWarning, match="adapter of org/original .* is not applied") as said:
-        state = load_base(base)[0].state_dict()
-    assert len(said) == 1
-    expected = make_model("llama").state_dict()
-    assert set(state) == set(expected)
-    assert all(torch.equal(state[name], weight) for name, weight in expected.items())
-
-
-def test_an_adapter_beside_a_model_is_not_applied(tmp_path: Path, adapter: Path) -> None:
-    folder = saved(tmp_path / "model")
-    shutil.copytree(adapter, folder, dirs_exist_ok=True)
-    applied: Any = AutoModelForCausalLM
-    assert any("lora" in name for name in applied.from_pretrained(folder).state_dict())  # as transformers has it
-    own_weights(str(folder))
-
-
-def test_an_adapter_beside_a_gguf_file_is_not_applied(tmp_path: Path, adapter: Path) -> None:
-    shutil.copytree(adapter, tmp_path / "model")
-    weights = write_gguf(tmp_path / "model" / "tiny.gguf")
-    state = load_base(str(tmp_path / "model" / "tiny.gguf"))[0].state_dict()
-    assert set(state) == set(weights)
-    assert all(torch.equal(state[name], weight) for name, weight in weights.items())
-
-
-def test_an_adapter_alone_is_no_model(tmp_path: Path, adapter: Path) -> None:
-    for given in (adapter, adapter / "adapter_model.safetensors"):
-        message = refusal(given)
-        assert str(given) in message
-        assert "an adapter of org/original, not a whole model; give its base model, or merge" in message
-    folder = saved(tmp_path / "model")
-    shutil.copytree(adapter, folder, dirs_exist_ok=True)
-    (folder / "model.safetensors").unlink()
-    assert "an adapter of org/original, not a whole model" in refusal(folder)
-    (folder / "adapter_config.json").write_text("{")  # even if it does not say of what
-    assert "an adapter, not a whole model" in refusal(folder)
-
-
-def test_adapters_on_the_hub(tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the hub's cache, as after a download."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    whole = saved(tmp_path / "model")
-    for name, parts in {"both": (whole, adapter), "alone": (adapter,)}.items():
-        repository = tmp_path / "hub" / f"models--org--{name}"
-        for part in parts:
-            shutil.copytree(part, repository / "snapshots" / ("a" * 40), dirs_exist_ok=True)
-        (repository / "refs").mkdir()
-        (repository / "refs" / "main").write_text("a" * 40)
-    own_weights("org/both")
-    assert "'org/alone' is an adapter of org/original, not a whole model; give its base model" in refusal("org/alone")
 
 
 # --- what is said ----------------------------------------------------------------------------------
@@ -469,18 +141,6 @@ def test_tokens_that_the_embedding_table_lacks_are_said(tmp_path: Path) -> None:
     tokenizer.save_pretrained(folder)
     (note,) = notes_of(folder)
     assert "has 2 tokens, such as 'worse', for which the embedding table of 320 rows has none" in note
-
-
-def test_missing_weights_are_not_filled_with_random_numbers(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "model")
-    weights = load_file(folder / "model.safetensors")
-    for layer in (2, 1):
-        del weights[f"model.layers.{layer}.mlp.up_proj.weight"]
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    assert refusal(folder) == (
-        f"the base model '{folder}' should hold every weight of its architecture, but 2 of them, such as "
-        f"model.layers.1.mlp.up_proj.weight, are not there; give a complete causal language model"
-    )
 
 
 def test_loading_is_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -708,6 +368,30 @@ def test_the_embedded_base_model_is_that_of_its_package(
 
 
 # --- fingerprints --------------------------------------------------------------------------------------------
+
+
+def test_another_configuration_is_another_base_model(tmp_path: Path) -> None:
+    lm = FrozenLM.load(str(saved(tmp_path / "model")), dtype="fp32", device="cpu")
+    soft_prompt = SoftPrompt(
+        vectors=torch.ones(2, 32),
+        name="films",
+        base=lm.name,
+        base_fingerprint=lm.fingerprint,
+        tokenizer_fingerprint=lm.tokenizer_fingerprint,
+        template="{soft_prompt}{input} {target}",
+        base_settings=lm.settings,
+    )
+    artifact.save(soft_prompt, tmp_path / "films.safetensors")
+    stored = artifact.load(tmp_path / "films.safetensors")
+    Task.of(lm, stored)
+    changed(tmp_path / "model", rope_parameters={"rope_type": "default", "rope_theta": 77.0})
+    other = FrozenLM.load(lm.name, dtype="fp32", device="cpu")
+    ids = Request((60, 61, 62), 0, ((70, 71),))
+    assert not torch.allclose(lm.score([ids]), other.score([ids]))
+    with pytest.raises(BaseModelError) as error:
+        Task.of(other, stored)
+    assert "(rope_parameters.rope_theta 10000.0)" in str(error.value)
+    assert "(rope_parameters.rope_theta 77.0)" in str(error.value)
 
 
 def test_a_models_fingerprint_does_not_depend_on_the_dtype_it_is_used_in(tmp_path: Path) -> None:

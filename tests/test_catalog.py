@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from softprompt import catalog
 from softprompt.catalog import Catalog
 from softprompt.data import Example
 from softprompt.frozen import Sampling
-from softprompt.openai_api import ApiError
+from softprompt.openai_api import ApiError, Message
 from softprompt.served import Wish
 from softprompt.store import Store
 from softprompt.task import Task
@@ -144,3 +144,21 @@ def test_a_file_changed_meanwhile_is_answered_with_and_said(running: Running, st
     card = running.http.get("/v1/models/write").json()
     assert after[1] == f"sp-{card['content_hash'][:12]}"
     assert running.post("/v1/load_soft_prompt", {"name": "write", "load_inplace": True}) == card
+
+
+def test_a_token_that_the_base_model_does_not_know_is_the_clients_mistake(store: Store) -> None:
+    lm = make_lm()
+    lm.tokenizer.add_tokens(["worse"])
+    lm.tokenizer_fingerprint = make_lm().tokenizer_fingerprint  # of the soft prompts, which never saw such a text
+    found = Catalog(lm, store, 64)
+    found.sync()
+    asked: list[Callable[[], object]] = [
+        lambda: found.get("sst2").label({"input": "much worse"}, truncate=True),
+        lambda: found.base.write_raw("much worse", Wish()),
+        lambda: found.converse([Message(role="user", content="much worse")], Wish()),
+    ]
+    for ask in asked:
+        with pytest.raises(ApiError) as error:
+            ask()
+        assert error.value.status == 400
+        assert "found 'worse', number 320 of its tokenizer" in str(error.value)

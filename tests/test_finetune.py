@@ -3,8 +3,10 @@ of ours, and PEFT's prompt tuning against PEFT."""
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -571,6 +573,31 @@ def test_without_peft(name: str, purpose: str, monkeypatch: pytest.MonkeyPatch) 
     assert str(error.value) == (
         f'{purpose} needs the library peft, which is not installed; pip install "softprompt[compare]".'
     )
+
+
+def test_what_peft_says_is_heard_but_for_noise(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of GPT-2's layers PEFT says what it sets right by itself; anything else is for the user."""
+    import peft
+
+    quick(monkeypatch)
+    adapt = peft.get_peft_model
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):
+        adapt(plain_copy("gpt2"), settings)
+
+    def told(*arguments: Any) -> Any:
+        warnings.warn("some weights are not what they should be", UserWarning, stacklevel=1)
+        logging.getLogger("peft.tuners").warning("a layer was left out.")
+        return adapt(*arguments)
+
+    monkeypatch.setattr(peft, "get_peft_model", told)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        METHODS["lora"](problem("gpt2", budget=1.0, began=clock.now))
+    assert [str(each.message) for each in caught if issubclass(each.category, UserWarning)] == [
+        "some weights are not what they should be",
+        "peft says: a layer was left out",
+    ]
 
 
 # --- PEFT's prompt tuning -----------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import plain_score, tiny
+from conftest import make_model, make_tokenizer, plain_score, tiny
 from softprompt import artifact
 from softprompt.config import TrainConfig
 from softprompt.data import Dataset, Example
 from softprompt.errors import BaseModelError, ConfigError, DataError, SoftPromptWarning, TemplateError
 from softprompt.evaluate import Query, predict
 from softprompt.frozen import FrozenLM
-from softprompt.prompt import VIRTUAL_TOKENS, SoftPrompt
+from softprompt.prompt import VIRTUAL_TOKENS, SoftPrompt, initial_vectors
 from softprompt.task import Task
 from softprompt.template import SOFT, Template, Verbalizer
 from softprompt.train import Training
@@ -38,6 +38,15 @@ def bound(lm: FrozenLM, verbalizer: Verbalizer | None = LABELS, length: int = 5,
 
 def ids_of(lm: FrozenLM, text: str) -> tuple[int, ...]:
     return tuple(lm.tokenizer(text, add_special_tokens=False).input_ids)
+
+
+@pytest.fixture
+def gained() -> FrozenLM:
+    """A base model to whose tokenizer two tokens were added, 320 and 321, but not to its embedding table."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["worse"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    return FrozenLM(make_model("llama"), tokenizer, name="gained", dtype="fp32", device="cpu")
 
 
 # --- examples to requests ------------------------------------------------------------------------------------
@@ -305,3 +314,57 @@ def test_validation_survives_vectors_that_are_not_finite(llama: FrozenLM) -> Non
     for verbalizer in (LABELS, None):
         found = bound(llama, verbalizer).validator([EXAMPLE])(vectors)
         assert math.isnan(found["loss"])
+
+
+# --- tokens without an embedding ------------------------------------------------------------------------------
+
+
+def refused(error: BaseException, token: str, number: int) -> bool:
+    """Whether the sentence names the token and what to do."""
+    found, remedy = f"found {token!r}, number {number} of its tokenizer", "resize the table"
+    return found in str(error) and "has 320 rows" in str(error) and remedy in str(error)
+
+
+def test_a_token_that_the_embedding_table_lacks_is_refused_at_its_row(gained: FrozenLM) -> None:
+    free, task = bound(gained, None), bound(gained)
+    assert free.target_request(EXAMPLE).ids == bound(tiny("llama"), None).target_request(EXAMPLE).ids
+    row = Example({"input": "it is worse than that"}, "bad", where="toy.jsonl:7")
+    target = Example({"input": "a film"}, "the worse", where="toy.jsonl:7")
+    asked: list[Callable[[], object]] = [
+        lambda: task.label_request(row),
+        lambda: free.open_request(row, 3),
+        lambda: free.target_request(target),
+    ]
+    for ask in asked:
+        with pytest.raises(DataError) as error:
+            ask()
+        assert str(error.value).startswith("toy.jsonl:7: expected tokens that the base model gained knows")
+        assert refused(error.value, "worse", 320)
+
+
+def test_a_special_token_that_the_embedding_table_lacks(gained: FrozenLM) -> None:
+    plain = Example({"input": "<turn>"}, "bad", where="toy.jsonl:1")  # in data it is plain text
+    assert max(bound(gained).label_request(plain).ids) < 320
+    task = Task(gained, Template("<turn>{soft_prompt}{input}{target}"), None, 5, 128)
+    with pytest.raises(DataError) as error:
+        task.open_request(EXAMPLE, 3)
+    assert refused(error.value, "<turn>", 321)
+
+
+def test_a_labels_word_that_the_embedding_table_lacks(gained: FrozenLM) -> None:
+    with pytest.raises(DataError) as error:
+        bound(gained, Verbalizer({"good": ("good",), "bad": ("much worse",)}))
+    assert refused(error.value, "worse", 320)
+
+
+def test_a_text_to_start_from_that_the_embedding_table_lacks(gained: FrozenLM) -> None:
+    with pytest.raises(DataError) as error:
+        initial_vectors(gained, 4, init="text", seed=0, text="it is worse")
+    assert refused(error.value, "worse", 320)
+
+
+def test_a_padded_embedding_table_is_no_mistake() -> None:
+    model = make_model("llama")
+    model.resize_token_embeddings(384)
+    padded = FrozenLM(model, make_tokenizer(), name="padded", dtype="fp32", device="cpu")
+    assert bound(padded).label_request(EXAMPLE).ids == bound(tiny("llama")).label_request(EXAMPLE).ids

@@ -394,7 +394,8 @@ def plain_perplexity(lm: FrozenLM, passages: int = PLAIN_PASSAGES, length: int =
     """Perplexity of plain text, ``passages`` of ``length`` tokens each: what it is before and after tells how much of
     its language a model has forgotten."""
     length = min(length, lm.window)
-    tokens = lm.tokenizer(plain_text(), add_special_tokens=False, verbose=False).input_ids
+    ids = lm.tokenizer(plain_text(), add_special_tokens=False, verbose=False).input_ids
+    tokens = [token for token in ids if token < len(lm.embedding)]  # a tokenizer may have more than its model
     starts = range(0, len(tokens) - length, max(1, (len(tokens) - length) // passages))[:passages]
     requests = [Request((tokens[i],), 0, (tuple(tokens[i + 1 : i + length]),)) for i in starts]
     nll = -lm.score(requests)[:, 0]
