@@ -6,7 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from softprompt.batch import Batch, Row, Tokens, collate, micro_batches
 from softprompt.compilation import compiled_if_possible
 from softprompt.decoding import Continuation, Decoder, RowKV, Writer, give_back_freed
 from softprompt.errors import ConfigError
+from softprompt.prefixes import KeptPrefixes
 from softprompt.prompt import frequent_tokens
 from softprompt.template import SOFT
 
@@ -282,16 +283,14 @@ class FrozenLM:
         return _in_a_row(before, own)
 
     def kept_prefixes(self, most: int | None) -> PrefixOf:
-        """``prefix_kv`` without gradient that keeps its last ``most`` results, or all; vectors are told apart by
-        identity."""
+        """``prefix_kv`` without gradient that keeps its last ``most`` results, or all."""
 
-        @lru_cache(most)
         @torch.no_grad()
-        def kept(ids: Tokens, vectors: torch.Tensor | None) -> PrefixKV:
+        def compute(ids: Tokens, vectors: torch.Tensor | None) -> PrefixKV:
             with self._eager():
                 return self.prefix_kv(ids, vectors)
 
-        return kept
+        return KeptPrefixes(compute, most)
 
     def score_batch(self, batch: Batch, prefix: PrefixKV) -> torch.Tensor:
         """Log-probabilities of each row's words; differentiable in ``prefix``.
