@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from serving import Running, fill, make_lm, serving, soft_prompt
-from softprompt import catalog
-from softprompt.catalog import Catalog
+from softprompt import artifact, catalog
+from softprompt.catalog import Catalog, content_of
 from softprompt.data import Example
 from softprompt.frozen import Sampling
 from softprompt.openai_api import ApiError, Message
@@ -120,6 +120,85 @@ def test_a_damaged_or_missing_file_is_said_when_it_is_needed(store: Store, littl
     with pytest.raises(ApiError) as gone:
         found.get("film")
     assert gone.value.status == 404
+
+
+def save(path: Path, seed: int) -> None:
+    artifact.save(soft_prompt(make_lm(), "write", "{soft_prompt}{input} {target}", seed=seed), path)
+
+
+def content_at(path: Path) -> str:
+    return content_of(artifact.load(path), 64)
+
+
+def test_what_is_served_follows_its_own_file_and_no_other_of_its_name(store: Store, tmp_path: Path) -> None:
+    found, own = Catalog(make_lm(), store, 64), tmp_path / "elsewhere" / "write.safetensors"
+    save(own, 21)
+    found.load("write", own)
+    (refused,) = (error for _, error in found.sync() if error is not None)  # the store has another one
+    assert str(own) in str(refused)
+    assert str(store.path("write")) in str(refused)
+    assert found.entry("write").content == content_at(own) != content_at(store.path("write"))
+    save(store.path("write"), 22)
+    assert len(found.sync()) == 1
+    assert found.sync() == []
+    assert found.entry("write").content == content_at(own)
+    save(own, 23)
+    assert found.sync() == [("reloaded write", None)]
+    assert found.entry("write").content == content_at(own)
+    own.unlink()
+    assert [what for what, _ in found.sync()] == ["unloaded write, whose file has gone"]
+    assert found.sync() == []
+    save(store.path("write"), 24)
+    assert found.sync() == [("loaded write", None)]
+
+
+def test_only_the_files_that_were_chosen_are_followed(store: Store, tmp_path: Path) -> None:
+    found, own = Catalog(make_lm(), store, 64), tmp_path / "elsewhere" / "write.safetensors"
+    files = {"write": own, "film": store.path("film")}
+    assert found.sync(files) == [("loaded film", None)]
+    save(own, 21)
+    assert found.sync(files) == [("loaded write", None)]
+    own.unlink()
+    found.sync(files)
+    save(store.path("write"), 22)
+    assert found.sync(files) == []
+    save(own, 23)
+    assert found.sync(files) == [("loaded write", None)]
+    assert found.entry("write").content == content_at(own)
+    assert [entry.name for entry in found.entries()] == ["tiny", "film", "write"]
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_what_was_unloaded_stays_away_until_its_file_changes(store: Store, tmp_path: Path, elsewhere: bool) -> None:
+    found = Catalog(make_lm(), store, 64)
+    found.sync()
+    if elsewhere:
+        save(tmp_path / "elsewhere" / "other.safetensors", 21)
+        found.load("write", tmp_path / "elsewhere" / "other.safetensors")
+    save(store.path("write"), 22)  # nobody has looked at it when it is unloaded
+    found.unload("write")
+    assert found.sync() == []
+    save(store.path("write"), 23)
+    assert found.sync() == [("loaded write", None)]
+    assert found.entry("write").content == content_at(store.path("write"))
+
+
+def test_a_file_under_two_names_is_followed_under_both(store: Store) -> None:
+    found = Catalog(make_lm(), store, 64)
+    found.sync()
+    found.load("twin", store.path("write"))
+    save(store.path("write"), 31)
+    assert sorted(found.sync()) == [("reloaded twin", None), ("reloaded write", None)]
+    assert found.entry("twin").content == found.entry("write").content == content_at(store.path("write"))
+
+
+def test_a_file_that_cannot_be_loaded_is_told_once(store: Store) -> None:
+    found = Catalog(make_lm(), store, 64)
+    found.sync()
+    store.path("write").write_bytes(b"half a file")
+    store.path("tiny").write_bytes(store.path("film").read_bytes())  # the base model's name
+    assert {what for what, error in found.sync() if error is not None} == {"write", "tiny"}
+    assert found.sync() == []
 
 
 def test_a_server_with_little_memory_answers_as_the_base_model_itself(running: Running, store: Store) -> None:

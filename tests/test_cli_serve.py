@@ -17,7 +17,9 @@ from openai import OpenAI
 
 from conftest import make_model, make_tokenizer
 from serving import fill, soft_prompt
+from softprompt import server
 from softprompt.cli import main
+from softprompt.errors import ConfigError
 from softprompt.frozen import FrozenLM
 from softprompt.store import Store
 
@@ -89,6 +91,49 @@ def test_the_process_serves_and_finishes_what_has_begun_when_it_is_asked_to_end(
     assert lines[1]["event"].startswith(f"{warning} is '{base}' (fingerprint ")
     assert (lines[1]["level"], lines[1]["soft_prompt"]) == ("warning", "foreign")
     assert [line["status"] for line in lines if line["event"] == "request"] == [401, 200, 200]
+
+
+def test_files_of_one_name_are_refused_before_a_model_is_loaded(
+    store: Store, no_model: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = (tmp_path / folder / "film.safetensors" for folder in ("a", "b"))
+    for path in (one, other):
+        path.parent.mkdir()
+        path.write_bytes(store.path("film").read_bytes())
+    for prompts in ([one, other], ["film", other], [one, "film"], ["all", other], [other, "all"], ["sst2", one, other]):
+        assert main(["serve", "--port", "0", "--prompts", *map(str, prompts)]) == 2
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert "'film'" in shown.err
+        assert "rename" in shown.err
+        assert str(other if other in prompts else one) in shown.err
+
+
+def test_what_was_chosen_is_served_and_followed(
+    store: Store, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path beside a name, twice, in any spelling; and beside all of the store."""
+    path = tmp_path / "a" / "mine.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(store.path("write").read_bytes())
+    made: dict[str, Any] = {}
+
+    def create_app(engine: Any, catalog: Any, **options: Any) -> Any:
+        made.update(options, names=[entry.name for entry in catalog.entries()])
+        engine.close()
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(server, "create_app", create_app)
+    options = ["serve", "--base", str(base), "--port", "0", "--dtype", "fp32", "--watch", "--prompts"]
+    spelt = f"{tmp_path}/a/../a/mine.safetensors"
+    assert main([*options, "film", str(path), spelt, "film"]) == 2
+    assert made["names"] == ["tiny", "film", "mine"]
+    assert made["files"] == {"film": store.path("film"), "mine": path}
+    assert main([*options, "all", str(path)]) == 2
+    assert made["names"] == ["tiny", "film", "mine", "nli", "sst2", "write"]
+    assert made["files"] is None
+    path.rename(path.with_name("tiny.safetensors"))
+    assert main([*options, str(path.with_name("tiny.safetensors"))]) == 2
 
 
 def test_mistakes_are_one_sentence_before_anything_is_served(

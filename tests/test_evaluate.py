@@ -33,7 +33,7 @@ from softprompt.evaluate import (
 )
 from softprompt.frozen import FrozenLM, Generated, Request, Sampling
 from softprompt.task import Task
-from softprompt.template import Template, Verbalizer
+from softprompt.template import SOFT, Template, Verbalizer
 
 TEXTS = ("a stirring film", "the plot is thin and the acting is worse", "dull", "one of the best movies of the year")
 
@@ -150,6 +150,38 @@ def test_a_prefix_is_computed_once_for_all_chunks(llama: FrozenLM, monkeypatch: 
     one_at_a_time = [predict([query], prefix_of=kept)[0] for query in queries]
     assert sorted(computed) == [3, 3, 4, 4]
     assert [answer.text for answer in one_at_a_time] == [answer.text for answer in predict(queries)]
+
+
+def test_a_kept_prefix_is_that_of_the_numbers_of_now(llama: FrozenLM) -> None:
+    """Vectors that change in place, with and without autograd's notice, and others at an address that was free."""
+    kept = llama.kept_prefixes(2)
+    ids = (3, SOFT, 4)
+
+    def check(soft: torch.Tensor) -> None:
+        found, expected = kept(ids, soft), llama.prefix_kv(ids, soft)
+        for one, other in zip((*found.keys, *found.values), (*expected.keys, *expected.values), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+    soft = vectors(llama, 4, 1)
+    check(soft)
+    soft.mul_(2)
+    check(soft)
+    soft.data += 1
+    check(soft)
+    soft.numpy()[0] = 0
+    check(soft)
+    address, tried = id(soft), []
+    del soft
+    for seed in range(100):
+        tried.append(vectors(llama, 4, seed))
+        check(tried[-1])
+        if id(tried[-1]) == address:
+            break
+    task, row = label_task(llama), Example({"input": TEXTS[0]}, None)
+    soft = vectors(llama, 4, 1)
+    predict([Query(task, row, soft)], prefix_of=kept)
+    soft += 0.5
+    assert predict([Query(task, row, soft)], prefix_of=kept) == predict([Query(task, row, soft.clone())])
 
 
 def test_default_sampling(llama: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:

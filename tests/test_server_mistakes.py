@@ -213,7 +213,10 @@ def test_other_addresses_and_methods_are_refused_in_the_same_form(server: Runnin
     ):
         answer = server.http.request(method, path)
         assert answer.status_code == status
-        assert answer.json()["error"]["message"] == f"{method} {path}: {reason}; see the API's pages."
+        message = answer.json()["error"]["message"]
+        assert f"found {method} {path} ({reason})" in message
+        assert "POST /v1/chat/completions, POST /v1/classify" in message
+        assert "GET /v1/models, GET /v1/models/NAME" in message
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ import pytest
 
 from serving import Running, fill, make_lm, serving, slowed, soft_prompt
 from softprompt import artifact, server
+from softprompt.catalog import Catalog
 from softprompt.data import Example
 from softprompt.engine import Limits
 from softprompt.frozen import Sampling
@@ -129,7 +131,7 @@ def test_every_answer_has_the_requests_id(running: Running) -> None:
 
 
 def test_the_page_is_shut_in(running: Running, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(server, "files", lambda package: tmp_path)
+    monkeypatch.setattr(server, "resources", lambda package: tmp_path)
     missing = running.http.get("/")
     assert missing.status_code == 404
     assert missing.json()["error"]["message"] == "There is no page here; the API is at /v1."
@@ -217,7 +219,7 @@ def test_what_cannot_be_loaded_is_said_in_one_sentence(running: Running, tmp_pat
         (
             {"name": "tiny", "path": str(running.catalog.store.path("write")), "load_inplace": True},
             400,
-            "The name 'tiny' is the base model's; serve the soft prompt under another name.",
+            "The name 'tiny' is the base model's; rename the soft prompt's file, or load it under another name.",
         ),
         (
             {"name": "foreign", "path": str(foreign)},
@@ -241,10 +243,13 @@ def until(condition: Any) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("only", [None, {"write", "new"}])
-def test_watching_follows_the_store(store: Store, monkeypatch: pytest.MonkeyPatch, only: set[str] | None) -> None:
+@pytest.mark.parametrize("only", [None, ("write", "new")])
+def test_watching_follows_the_store(
+    store: Store, monkeypatch: pytest.MonkeyPatch, only: tuple[str, ...] | None
+) -> None:
     monkeypatch.setattr(server, "WATCH_SECONDS", 0.02)
-    with serving(store.home, watch=True, only=only, allow_loading=True) as running:
+    files = None if only is None else {name: store.path(name) for name in only}
+    with serving(store.home, watch=True, files=files, allow_loading=True) as running:
 
         def names() -> list[str]:
             return [entry.name for entry in running.catalog.entries()]
@@ -267,6 +272,59 @@ def test_watching_follows_the_store(store: Store, monkeypatch: pytest.MonkeyPatc
         assert "new" not in names()  # until its file changes
         store.remove("film")
         until(lambda: "film" not in names())
+
+
+def test_watching_leaves_alone_what_was_loaded_from_elsewhere(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "WATCH_SECONDS", 0.02)
+    other = tmp_path / "elsewhere.safetensors"
+    with serving(store.home, watch=True, allow_loading=True) as running:
+        lm, template = running.lm, "{soft_prompt}{input} {target}"
+        artifact.save(soft_prompt(lm, "write", template, seed=6), other)
+        card = running.post("/v1/load_soft_prompt", {"name": "write", "path": str(other), "load_inplace": True})
+        store.save(soft_prompt(lm, "write", template, seed=7), overwrite=True)
+        store.save(soft_prompt(lm, "sign", template, seed=8))  # loaded after it was looked at
+        until(lambda: "sign" in [entry.name for entry in running.catalog.entries()])
+        assert running.http.get("/v1/models/write").json() == card
+        artifact.save(soft_prompt(lm, "write", template, seed=9), other)
+        until(lambda: running.http.get("/v1/models/write").json() != card)
+        assert answer_of(running)["choices"][0]["text"] == expected_of(running, other)
+        running.post("/v1/unload_soft_prompt", {"name": "write"})
+        store.save(soft_prompt(lm, "sign-2", template, seed=8))
+        until(lambda: "sign-2" in [entry.name for entry in running.catalog.entries()])
+        assert running.http.get("/v1/models/write").status_code == 404
+
+
+def test_the_catalog_is_used_from_one_thread(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is changed while others ask what there is: all of it must take turns."""
+    used: dict[str, set[str]] = {}
+
+    def watched(name: str) -> None:
+        whole = getattr(Catalog, name)
+
+        def noting(*arguments: Any, **options: Any) -> Any:
+            used.setdefault(name, set()).add(threading.current_thread().name)
+            return whole(*arguments, **options)
+
+        monkeypatch.setattr(Catalog, name, noting)
+
+    with serving(store.home, watch=True, allow_loading=True) as running:
+        for name in ("entries", "entry", "get", "load", "unload", "sync"):
+            watched(name)
+        monkeypatch.setattr(server, "WATCH_SECONDS", 0.02)
+        running.http.get("/v1/models")
+        running.http.get("/v1/models/write")
+        running.http.get("/v1/soft_prompts/write/inspection")
+        running.post("/v1/completions", WRITE)
+        running.post("/v1/classify", {"model": "sst2", "input": TEXT})
+        running.post("/v1/unload_soft_prompt", {"name": "write"})
+        running.post("/v1/load_soft_prompt", {"name": "write"})
+        until(lambda: "sync" in used)
+    assert set(used) == {"entries", "entry", "get", "load", "unload", "sync"}
+    assert len(set.union(*used.values())) == 1
 
 
 def test_answers_under_way_are_the_old_soft_prompts(store: Store) -> None:

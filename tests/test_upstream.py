@@ -465,6 +465,22 @@ def test_a_server_that_is_too_slow_to_be_checked_is_not_there(monkeypatch: pytes
         assert str(error.value) == f"The upstream {there.url} does not answer in time."
 
 
+def test_a_token_that_is_wanted_twice_is_told_once(fake: Fake) -> None:
+    async def ask() -> dict[int, float]:
+        server = Vllm(fake.url, make_lm())
+        try:
+            await server.look()
+            found, _ = await asyncio.wait_for(server.next_logprobs([3, 60], None, [5, 7, 5, 5, 9]), 20)
+        finally:
+            await server.close()
+        return found
+
+    with torch.no_grad():
+        logits = make_model("llama").eval()(torch.tensor([[3, 60]])).logits[0, -1]
+    expected = {token: float(logits.log_softmax(dim=-1)[token]) for token in (5, 7, 9)}
+    assert asyncio.run(ask()) == pytest.approx(expected, abs=1e-5)
+
+
 def test_the_window_is_the_smallest_of_all() -> None:
     with fake_vllm(window=100) as one, fake_vllm(window=None) as other:
         with upstreams(make_lm(), [one.url, other.url]) as engine:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import lru_cache
@@ -62,7 +62,7 @@ class Catalog:
         self._lm.tokenizer = copy.deepcopy(lm.tokenizer)
         self._listed: dict[str, Entry] = {}
         self._held: OrderedDict[str, Model] = OrderedDict()  # the one asked last is last
-        self._seen: dict[str, tuple[int, ...]] = {}
+        self._seen: dict[tuple[str, Path], tuple[int, ...]] = {}  # what each file was like when it was last tried
         name = Path(lm.name).name if Path(lm.name).is_absolute() else lm.name
         card = {**_card(name, int(time.time()), name, window), "chat_template": bool(lm.tokenizer.chat_template)}
         self.base = Model(name=name, card=card, lm=self._lm, window=window)
@@ -113,9 +113,12 @@ class Catalog:
             TemplateError: its template does not fit the base model.
             ConfigError: what computes here cannot serve it.
         """
+        path = path.absolute()
+        self._seen[name, path] = stamp = _stamp(path)
         if name == self.base.name:
-            raise StoreError(f"The name '{name}' is the base model's; serve the soft prompt under another name.")
-        self._seen[name] = stamp = _stamp(path)
+            raise StoreError(
+                f"The name '{name}' is the base model's; rename the soft prompt's file, or load it under another name."
+            )
         soft_prompt = artifact.load(path)
         task = Task.of(self._lm, soft_prompt)
         if task.max_length > self._window:
@@ -158,30 +161,41 @@ class Catalog:
             self._held.popitem(last=False)
 
     def unload(self, name: str) -> None:
-        """Stops serving a soft prompt; requests that have begun are finished.
+        """Stops serving a soft prompt; requests that have begun are finished. ``sync`` loads it again only if its file
+        changes after that.
 
         Raises:
             ApiError: 404; or 400 for the base model.
         """
         if self.entry(name) is self.base:
             raise ApiError(400, "The base model cannot be unloaded; name a soft prompt.", param="name")
+        for known, path in self._seen:
+            if known == name:
+                self._seen[name, path] = _stamp(path)
         del self._listed[name]
         self._held.pop(name, None)
 
-    def sync(self, only: Collection[str] | None = None) -> list[tuple[str, SoftPromptError | None]]:
-        """Follows the store: loads what is new there or has changed, drops what has gone.
+    def sync(self, files: Mapping[str, Path] | None = None) -> list[tuple[str, SoftPromptError | None]]:
+        """Follows files: loads what is new or has changed, drops what has gone. What is served follows the file that
+        it was read from, and no other of its name.
 
         Args:
-            only: the names to look at; None: all.
+            files: what to serve from which files, where they are there; None: all of the store.
 
         Returns:
             A sentence, or a name and why it could not be loaded, for each soft prompt that is not as it was.
         """
         done: list[tuple[str, SoftPromptError | None]] = []
-        there = {name: self.store.path(name) for name in self.store.names() if only is None or name in only}
-        for name, path in there.items():
-            stamp = _stamp(path)
-            if self._seen.get(name) == stamp or not stamp:
+        if files is None:
+            files = {name: self.store.path(name) for name in self.store.names()}
+        wanted = {name: path.absolute() for name, path in files.items()}
+        for name, path in self._files().items():
+            other, wanted[name] = wanted.get(name, path), path
+            if other != path and self._is_news(name, other) and _stamp(other) != _stamp(path):
+                sentence = f"Expected one soft prompt named '{name}', found {other} beside {path}, which is served"
+                done.append((name, StoreError(f"{sentence}; rename the file, or load it with load_inplace.")))
+        for name, path in wanted.items():
+            if not self._is_news(name, path):
                 continue
             known = name in self._listed
             try:
@@ -189,12 +203,23 @@ class Catalog:
                 done.append((f"{'reloaded' if known else 'loaded'} {name}", None))
             except SoftPromptError as error:
                 done.append((name, error))
-        for name, entry in list(self._listed.items()):
-            if entry.path is not None and not entry.path.exists():
+        for name, path in self._files().items():
+            if not path.exists():
                 self.unload(name)
-                self._seen.pop(name, None)
+                self._seen.pop((name, path), None)
                 done.append((f"unloaded {name}, whose file has gone", None))
         return done
+
+    def _is_news(self, name: str, path: Path) -> bool:
+        """Whether a file is there that is not as it was when this was last asked, or when it was last loaded."""
+        before, now = self._seen.get((name, path)), _stamp(path)
+        if now:
+            self._seen[name, path] = now
+        return now not in ((), before)
+
+    def _files(self) -> dict[str, Path]:
+        """What each soft prompt that is served was read from."""
+        return {name: entry.path for name, entry in self._listed.items() if entry.path is not None}
 
     def converse(self, messages: Sequence[Message], wish: Wish) -> Order:
         """Continues a conversation with the base model, by its own chat template.

@@ -31,7 +31,7 @@ def serve_command(
     prompts: Annotated[
         list[str] | None, option("Names in the store or paths; all: the store's of this base model.", "all")
     ] = None,
-    watch: Annotated[bool, flag("--watch", "Follow what is added to, changed in and removed from the store.")] = False,
+    watch: Annotated[bool, flag("--watch", "Follow the files that are served, and with all the whole store.")] = False,
     host: Annotated[str, _door("The address to listen on.", "127.0.0.1")] = "127.0.0.1",
     port: Annotated[int, _door("0: any that is free.", 8000, min=0, max=65535, metavar="<int>")] = 8000,
     api_key: Annotated[
@@ -103,8 +103,9 @@ def serve_command(
         raise ConfigError("The API key is blank; give another one, or none to let anyone ask.")
     _check_upstreams(backend, upstream)
     store = Store()
-    chosen = None if prompts is None or "all" in prompts else {_name(one): store.find(one) for one in prompts}
-    first = next(iter(chosen.values())) if chosen else None
+    everything = prompts is None or "all" in prompts
+    chosen = _chosen(store, [one for one in prompts or () if one != "all"], everything)
+    first = next(iter(chosen.values()), None)
     listener = _bound(host, port)
     if backend == "vllm":  # only embeds: vLLM rounds to its own dtype, and twice would be once too often
         dtype, device = ("fp32" if dtype == "auto" else dtype), "cpu"
@@ -120,10 +121,10 @@ def serve_command(
         catalog = Catalog(lm, store, upstreams.window, check=partial(check_model, block_size))
     else:
         catalog = Catalog(lm, store, limits.window(lm))
-    if chosen is None:
-        server.report(catalog.sync())
-    for name, path in (chosen or {}).items():
+    for name, path in chosen.items():
         catalog.load(name, path)
+    if everything:
+        server.report(catalog.sync())
     if api_key is None and not _is_local(host):
         log.warning(f"no API key: anyone who reaches {host} may use this server; set one with --api-key")
     app = server.create_app(
@@ -132,7 +133,7 @@ def serve_command(
         api_key=api_key,
         allow_loading=allow_loading,
         watch=watch,
-        only=chosen and set(chosen),
+        files=None if everything else chosen,
     )
     config = uvicorn.Config(
         app,
@@ -164,9 +165,31 @@ def _check_upstreams(backend: str, upstream: Sequence[str] | None) -> None:
             raise ConfigError(f"Expected a URL such as http://host:8000 as --upstream, found {url!r}; correct it.")
 
 
-def _name(name_or_path: str) -> str:
-    """What a soft prompt is called in requests: its name, or the name of its file."""
-    return Path(name_or_path).name.removesuffix(artifact.SUFFIX)
+def _chosen(store: Store, prompts: Sequence[str], everything: bool) -> dict[str, Path]:
+    """The files of ``--prompts`` by what they are called in requests: their names without suffix.
+
+    Args:
+        store: where names are looked up.
+        prompts: names and paths.
+        everything: whether all of the store is served beside them.
+
+    Raises:
+        StoreError: there is no such name in the store.
+        ConfigError: two files would be called the same.
+    """
+    known = {name: store.path(name) for name in store.names()} if everything else {}
+    chosen = {}
+    for one in prompts:
+        path = store.find(one)
+        name = path.name.removesuffix(artifact.SUFFIX)
+        other = known.setdefault(name, path)
+        if path.resolve() != other.resolve():
+            raise ConfigError(
+                f"Expected files of different names as --prompts, found {other} and {path}, which would both be served "
+                f"as {name!r}; rename one of them."
+            )
+        chosen[name] = other
+    return chosen
 
 
 def _bound(host: str, port: int) -> socket.socket:

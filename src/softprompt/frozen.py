@@ -6,7 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from softprompt.decoding import Continuation, Decoder, RowKV, Writer, give_back_
 from softprompt.errors import ConfigError, DataError
 from softprompt.fingerprint import fingerprint_model, fingerprint_tokenizer, model_settings, weights_digest
 from softprompt.notes import heard
+from softprompt.prefixes import KeptPrefixes
 from softprompt.prompt import frequent_tokens
 from softprompt.template import SOFT
 
@@ -288,16 +289,14 @@ class FrozenLM:
         return _in_a_row(before, own)
 
     def kept_prefixes(self, most: int | None) -> PrefixOf:
-        """``prefix_kv`` without gradient that keeps its last ``most`` results, or all; vectors are told apart by
-        identity."""
+        """``prefix_kv`` without gradient that keeps its last ``most`` results, or all."""
 
-        @lru_cache(most)
         @torch.no_grad()
-        def kept(ids: Tokens, vectors: torch.Tensor | None) -> PrefixKV:
+        def compute(ids: Tokens, vectors: torch.Tensor | None) -> PrefixKV:
             with self._eager():
                 return self.prefix_kv(ids, vectors)
 
-        return kept
+        return KeptPrefixes(compute, most)
 
     def score_batch(self, batch: Batch, prefix: PrefixKV) -> torch.Tensor:
         """Log-probabilities of each row's words; differentiable in ``prefix``.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from importlib.resources import files
+from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,7 +36,7 @@ MAX_BODY_BYTES = 2 << 20
 """The largest body of a request."""
 
 WATCH_SECONDS = 1.0
-"""How often the store is looked at."""
+"""How often files are looked at."""
 
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
@@ -52,7 +52,7 @@ def create_app(
     api_key: str | None = None,
     allow_loading: bool = False,
     watch: bool = False,
-    only: Collection[str] | None = None,
+    files: Mapping[str, Path] | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> ASGIApp:
     """The server as an ASGI application; the engine is closed when it shuts down.
@@ -62,15 +62,15 @@ def create_app(
         catalog: what is served.
         api_key: what clients must send as Bearer token; None: anyone may ask.
         allow_loading: whether clients may load and unload soft prompts.
-        watch: whether to follow changes in the store.
-        only: with ``watch``, the names to look at; None: all.
+        watch: whether to follow changes in files, as ``Catalog.sync`` does.
+        files: with ``watch``, what to serve from which files; None: all of the store.
         max_body_bytes: the largest body of a request.
     """
     server = Server(engine, catalog, allow_loading)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        watching = asyncio.create_task(server.watch(only)) if watch else None
+        watching = asyncio.create_task(server.watch(files)) if watch else None
         yield
         if watching is not None:
             watching.cancel()
@@ -110,7 +110,7 @@ class Server:
         self._catalog = catalog
         self._allow_loading = allow_loading
         self._metrics = Metrics(engine, catalog.base.name)
-        # The catalog's tokenizer is for one thread at a time, and long inputs must not hold up the event loop.
+        # The catalog is for one thread at a time, and long inputs must not hold up the event loop.
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader")
         self._inspector = Inspector(catalog.base.lm)
 
@@ -120,22 +120,22 @@ class Server:
         self._reader.shutdown()
         self._inspector.close()
 
-    async def watch(self, only: Collection[str] | None) -> None:
-        """Follows the store until it is cancelled."""
+    async def watch(self, files: Mapping[str, Path] | None) -> None:
+        """Follows files until it is cancelled."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             try:
-                report(await self._read(lambda: self._catalog.sync(only)))
+                report(await self._read(lambda: self._catalog.sync(files)))
             except SoftPromptError as error:
                 log.warning(str(error))
             except Exception as error:  # whatever it is, the next look may find things in order
-                log.error("the store could not be followed", exc_info=error)
+                log.error("the files could not be followed", exc_info=error)
 
     # --- looking ----------------------------------------------------------------------------------
 
     async def page(self) -> Response:
         """The playground."""
-        page = files("softprompt") / "playground.html"
+        page = resources("softprompt") / "playground.html"
         if not page.is_file():
             raise ApiError(404, "There is no page here; the API is at /v1.")
         return HTMLResponse(
@@ -157,16 +157,19 @@ class Server:
 
     async def models(self) -> Response:
         """The base model and every soft prompt, and whether clients may load more of them."""
-        listed = api.model_list([entry.card for entry in self._catalog.entries()])
+        entries = await self._read(self._catalog.entries)
+        listed = api.model_list([entry.card for entry in entries])
         return JSONResponse({**listed, "allow_loading": self._allow_loading})
 
     async def model(self, name: str) -> Response:
         """One of them."""
-        return JSONResponse(self._catalog.entry(name).card)
+        entry = await self._read(lambda: self._catalog.entry(name))
+        return JSONResponse(entry.card)
 
     async def inspection(self, name: str) -> Response:
         """What the vectors of a soft prompt show with the embedding table alone."""
-        return JSONResponse(await self._inspector.views(self._catalog.entry(name)))
+        entry = await self._read(lambda: self._catalog.entry(name))
+        return JSONResponse(await self._inspector.views(entry))
 
     # --- writing ----------------------------------------------------------------------------------
 
@@ -294,7 +297,7 @@ class Server:
 
     def _loaded(self, body: api.LoadRequest) -> Model:
         catalog = self._catalog
-        if not body.load_inplace and body.name in {entry.name for entry in catalog.entries()}:
+        if not body.load_inplace and body.name in {entry.name for entry in catalog.entries() if entry.path}:
             raise ApiError(
                 400,
                 f"The name {body.name!r} is served already; unload it first, or replace it with load_inplace.",
@@ -439,9 +442,11 @@ async def _document(request: Request) -> object:
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
-        error = ApiError(
-            error.status_code, f"{request.method} {request.url.path}: {error.detail}; see the API's pages."
-        )
+        there = [f"{'/'.join(route.methods)} {route.path}" for route in request.app.routes]
+        expected = ", ".join(there).replace("{name:path}", "NAME")
+        found = f"{request.method} {request.url.path[:100]}"
+        sentence = f"Expected one of {expected}, found {found} ({error.detail}); correct the address."
+        error = ApiError(error.status_code, sentence)
     elif not isinstance(error, ApiError):
         error = ApiError(500, "The server failed; its log says why.")
     headers = {"Retry-After": "1"} if error.status == 503 else {}

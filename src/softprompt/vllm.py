@@ -236,7 +236,7 @@ class Vllm:
         Args:
             ids: token ids, ``SOFT`` where ``vectors`` stand.
             vectors: the soft prompt, or None.
-            wanted: the tokens.
+            wanted: the tokens; one that stands twice is told once.
 
         Returns:
             Each one's, and how many tokens of the sequence had been computed before, as far as the server tells.
@@ -245,6 +245,7 @@ class Vllm:
             Unreachable: nothing came back.
             UpstreamError: it failed.
         """
+        wanted = list(dict.fromkeys(wanted))
         found: dict[int, float] = {}
         cached = 0
         while len(found) < len(wanted):
