@@ -147,7 +147,7 @@ def test_a_base_model_that_is_not_there(run: Run, tmp_path: Path) -> None:
     empty.mkdir()
     is_refused(
         run("train", "train.jsonl", "--name", "x", "--base", str(empty)),
-        f"the folder {empty} holds no config.json; give a folder saved by transformers, or a .gguf file",
+        f"the folder {empty} is empty; give a folder saved by transformers, or a .gguf file",
     )
 
 

@@ -172,8 +172,7 @@ class FrozenLM:
 
         Args:
             base: ``smollm2-135m``, a hub id, a folder with safetensors, or a GGUF file.
-            dtype: ``fp32``, ``bf16``, ``fp16``, or ``auto``: bf16 where the processor computes it natively, otherwise
-                fp32.
+            dtype: ``fp32``, ``bf16``, ``fp16``, or ``auto``: bf16 where the processor computes it natively, else fp32.
             device: ``auto``, ``cpu``, ``cuda``, ``mps`` …
             trust_remote_code: run code that comes with the model.
 
