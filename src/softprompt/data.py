@@ -175,8 +175,8 @@ def infer_labels(dataset: Dataset) -> tuple[str, ...] | None:
     if not 2 <= len(rows) <= MOST_LABELS or any(len(target.split()) > MOST_WORDS for target in rows):
         return None
     if rows.total() < 5 * len(rows):
-        once = {(example.target, *sorted(example.fields.items())) for example in dataset.examples}
-        rows = Counter(target for target, *_ in once if target is not None)
+        once = {(example.target, tuple(sorted(example.fields.items()))) for example in dataset.examples}
+        rows = Counter(target for target, _ in once if target is not None)
     repeated = sum(count > 1 for count in rows.values())
     few_and_repeated = rows.total() >= 2 * len(rows) and 2 * repeated >= len(rows)
     return tuple(sorted(rows)) if few_and_repeated else None
