@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from conftest import Run, is_refused, write_labels, write_texts
+from softprompt.cli_compare import read_instructions
+from softprompt.errors import DataError
 
 DATA = ("train.jsonl", "--validation", "dev.jsonl", "--test", "test.jsonl", "--out", "report")
 QUICK = ("--dtype", "fp32", "--device", "cpu", "--budget", "1s")
@@ -101,3 +103,18 @@ def test_free_text(run: Run, base: str) -> None:
     assert ran.code == 0, ran.err
     assert [cell["metric"] for cell in ran.json["cells"]] == ["bleu", "bleu"]
     assert [cell["n"] for cell in ran.json["cells"]] == [6, 6]
+
+
+def test_instructions_come_with_any_byte_order_mark_and_line_end(tmp_path: Path) -> None:
+    texts = ["Good or bad?", "Urteile: schön\u2028oder nicht?"]
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        for line_end in ("\n", "\r\n", "\r"):
+            path = tmp_path / "texts.txt"
+            path.write_bytes((line_end.join(["", *texts]) + line_end).encode(encoding))
+            assert read_instructions(path) == texts
+    path.write_bytes("schön".encode("latin-1"))
+    with pytest.raises(DataError, match="save the file as UTF-8"):
+        read_instructions(path)
+    (tmp_path / "half.json").write_text(r'["\ud83d"]')
+    with pytest.raises(DataError, match="one a line or a JSON list"):
+        read_instructions(tmp_path / "half.json")

@@ -93,6 +93,18 @@ MISTAKES: dict[tuple[str, ...], str] = {
     ),
     ("predict", "films", "a film", " "): "text 2: expected text for {input}, found only blanks; write some.",
     ("predict", "films", "a \udcff film"): "text 1: expected UTF-8 for {input}, found other bytes; convert it.",
+    ("train", "train.jsonl", "--name", "x", "--init-text", "a \udcff"): (
+        "Expected UTF-8 in the text 'a \\udcff', found other bytes; convert it."
+    ),
+    ("train", "train.jsonl", "--name", "x", "--template", "\udcff{soft_prompt}{input} {target}"): (
+        "Expected UTF-8 in the text '\\udcff{soft_prompt}{input} {target}', found other bytes; convert it."
+    ),
+    ("train", "train.jsonl", "--name", "x", "--labels", "positive,\udcff"): (
+        "Expected UTF-8 in the labels, found other bytes in '\\udcff'; convert them."
+    ),
+    ("train", "train.jsonl", "--name", "x", "--encoding", "klingon"): (
+        "--encoding must be an encoding of text such as utf-8, latin-1, cp1252 or gb18030, not 'klingon'."
+    ),
     (
         "show",
         "nothing",

@@ -5,6 +5,7 @@ import datetime
 import hashlib
 import json
 import sys
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -16,29 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from reading import failure, read_pairs, write
 from softprompt.data import Dataset, Example, check_targets, infer_labels, read_dataset
-from softprompt.errors import ConfigError, DataError
-
-
-def write(folder: Path, name: str, content: str | bytes) -> Path:
-    path = folder / name
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
-
-
-def failure(path: str | Path, **options: Any) -> str:
-    """The sentence that reading the file ends in."""
-    with pytest.raises(DataError) as caught:
-        read_dataset(path, **{"fields": ["input"], **options})
-    return str(caught.value)
-
-
-def read_pairs(path: str | Path, **options: Any) -> list[tuple[str, str | None]]:
-    return [
-        (example.fields["input"], example.target)
-        for example in read_dataset(path, fields=["input"], **options).examples
-    ]
-
+from softprompt.errors import ConfigError, DataError, SoftPromptWarning
 
 # What is read
 
@@ -161,6 +142,8 @@ def test_what_json_writes_is_read(
 def test_what_csv_writes_is_read(
     tmp_path: Path, rows: list[tuple[str, str, list[str]]], suffix: str, quoting: int
 ) -> None:
+    if suffix == ".tsv":  # a cell that holds tabs and line ends may look like rows
+        rows = [(a.replace("\t", " "), b.replace("\t", " "), c) for a, b, c in rows]
     if sys.version_info < (3, 11):  # its csv module refuses NUL
         rows = [(a.replace("\0", "0"), b.replace("\0", "0"), c) for a, b, c in rows]
     path = tmp_path / f"a{suffix}"
@@ -199,105 +182,71 @@ def test_parquet_with_numbers_dates_lists_and_class_labels(tmp_path: Path) -> No
     assert read_pairs(path) == [("a", "pos"), ("b", "neg")]
 
 
-# Hugging Face data sets
+# Blank fields and references
 
 
-@pytest.fixture
-def labelled() -> datasets.Dataset:
-    features = datasets.Features(input=datasets.Value("string"), target=datasets.ClassLabel(names=["neg", "pos"]))
-    return datasets.Dataset.from_dict({"input": ["a", "b", "c"], "target": [1, 0, 1]}, features=features)
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def test_saved_datasets_are_read_with_label_names(tmp_path: Path, labelled: datasets.Dataset) -> None:
-    datasets.DatasetDict(train=labelled, test=labelled.select([1])).save_to_disk(tmp_path / "both")
-    labelled.save_to_disk(tmp_path / "one")
-    whole = [("a", "pos"), ("b", "neg"), ("c", "pos")]
-    assert read_pairs(f"hf:{tmp_path}/both") == whole
-    assert read_pairs(f"hf:{tmp_path}/both:test") == [("b", "neg")]
-    dataset = read_dataset(f"hf:{tmp_path}/one", fields=["input"])
-    assert [(e.fields["input"], e.target) for e in dataset.examples] == whole
-    assert dataset.examples[2].where == f"hf:{tmp_path}/one:train:3"
-    assert dataset.source == f"hf:{tmp_path}/one"
-
-
-@pytest.mark.usefixtures("cache")
-def test_a_folder_of_data_files_is_read(tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    write(folder, "train.jsonl", "".join(f'{{"input": "{n}", "target": "x"}}\n' for n in "abc"))
-    write(folder, "test.jsonl", '{"input": "d", "target": "y"}\n')
-    assert read_pairs(f"hf:{folder}") == [("a", "x"), ("b", "x"), ("c", "x")]
-    assert read_pairs(f"hf:{folder}:train[:2]") == [("a", "x"), ("b", "x")]
-    assert read_pairs(f"hf:{folder}:test") == [("d", "y")]
-
-
-def test_an_unlabelled_row_is_named(tmp_path: Path) -> None:
-    features = datasets.Features(input=datasets.Value("string"), target=datasets.ClassLabel(names=["neg", "pos"]))
-    datasets.Dataset.from_dict({"input": ["a", "b"], "target": [1, -1]}, features=features).save_to_disk(tmp_path / "d")
-    assert failure(f"hf:{tmp_path}/d:test") == (
-        f'hf:{tmp_path}/d:test:2: expected text in the column "target", found null; correct or remove this row.'
+def test_some_fields_of_a_row_may_be_blank(tmp_path: Path) -> None:
+    rows = [("do it", ""), ("do it", None), ("do it", "with this"), (" ", "this alone")]
+    path = write(tmp_path, "a.json", json.dumps([{"instruction": a, "input": b, "output": "done"} for a, b in rows]))
+    both = {"fields": ["instruction", "input"], "target_field": "output"}
+    examples = read_dataset(path, **both).examples  # type: ignore[arg-type]
+    assert [example.fields["input"] for example in examples] == ["", "", "with this", "this alone"]
+    assert examples[3].fields["instruction"] == ""
+    assert failure(path, target_field="output").startswith(
+        'a.json:1: expected text in the column "input", found nothing'
     )
-
-
-def test_ids_configurations_and_splits_are_told_apart(
-    monkeypatch: pytest.MonkeyPatch, labelled: datasets.Dataset
-) -> None:
-    calls: list[tuple[Any, ...]] = []
-
-    def load_dataset(*arguments: str, split: str) -> datasets.Dataset:
-        calls.append((*arguments, split))
-        if arguments[0] in ("glue/sst2", "no/such"):
-            raise datasets.exceptions.DatasetNotFoundError("Dataset doesn't exist on the Hub.\nMore lines")
-        if arguments[0] == "no":
-            raise ValueError("Couldn't find it.")
-        return labelled
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    for source in ["hf:imdb", "hf:imdb:test", "hf:o/n", "hf:o/n/c:validation", "hf:glue/sst2:train[:10%]"]:
-        assert len(read_pairs(source)) == 3
-    assert calls == [
-        ("imdb", "train"),
-        ("imdb", "test"),
-        ("o/n", "train"),
-        ("o/n", "c", "validation"),
-        ("glue/sst2", "train[:10%]"),
-        ("glue", "sst2", "train[:10%]"),
-    ]
-    assert failure("hf:no/such") == (
-        "Expected a data set that datasets can load at hf:no/such, found: Couldn't find it; "
-        "check its name, configuration and split."
+    bad = write(tmp_path, "b.csv", "instruction,input,output\na,,x\n,,x\n")
+    assert failure(bad, **both).startswith("b.csv:3: expected text in the column ")
+    bad = write(
+        tmp_path, "c.jsonl", '{"instruction": "a", "output": "x"}\n{"instruction": "a", "input": 1, "output": 2}'
     )
-    assert failure("hf:") == "Expected hf:DATASET[/CONFIG][:SPLIT], found hf:; name a data set."
-
-
-def test_an_unknown_split_is_named(tmp_path: Path, labelled: datasets.Dataset) -> None:
-    datasets.DatasetDict(train=labelled, test=labelled).save_to_disk(tmp_path / "d")
-    source = f"hf:{tmp_path}/d:dev"
-    assert failure(source) == (
-        f'Expected a data set that datasets can load at {source}, found: no split "dev" but "train", "test"; '
-        "check its name, configuration and split."
-    )
+    assert failure(bad, **both).startswith('c.jsonl:1: expected the column "input"')  # not blank: not there
+    bad = write(tmp_path, "d.jsonl", '{"instruction": "a", "input": "b", "output": ""}')
+    assert 'in the column "output", found nothing' in failure(bad, **both)
 
 
 @pytest.mark.parametrize(
-    ("source", "library", "purpose"),
-    [("hf:imdb", "datasets", "a Hugging Face data set"), ("a.parquet", "pyarrow", "a Parquet file")],
+    "cells",
+    [
+        ["Smith 1999; Lee 2004", "x"],
+        [[1, 2], [3]],
+        [{"id": 1}, None],
+        [[["p1"]], []],
+        [None, []],
+        [True, "y"],
+    ],
 )
-def test_a_missing_library_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, library: str, purpose: str
-) -> None:
-    monkeypatch.chdir(write(tmp_path, "a.parquet", "").parent)
-    monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(ConfigError) as caught:
-        read_dataset(source, fields=["input"])
-    assert str(caught.value) == (
-        f'Reading {purpose} needs the library {library}, which is not installed; pip install "softprompt[data]".'
+def test_a_column_of_that_name_that_holds_something_else_is_left_alone(tmp_path: Path, cells: list[Any]) -> None:
+    lines = [json.dumps({"input": "a", "target": "x", "references": cell}) for cell in cells]
+    path = write(tmp_path, "a.jsonl", "\n".join(lines))
+    dataset = read_dataset(path, fields=["input"])
+    assert [example.references for example in dataset.examples] == [(), ()]
+    assert dataset.columns == {"input": "input", "target": "target"}
+    if cells[0] is not None:
+        assert failure(path, references_field="references").startswith("a.jsonl:1: expected a")
+
+
+def test_references_are_read_where_they_fit_and_as_asked(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", 'input,target,references,more\na,x,"[""y""]",\nb,x,,"[""z""]"\n')
+    assert [example.references for example in read_dataset(path, fields=["input"]).examples] == [("y",), ()]
+    named = read_dataset(path, fields=["input"], references_field="more")
+    assert [example.references for example in named.examples] == [(), ("z",)]
+    assert named.columns["references"] == "more"
+    off = read_dataset(path, fields=["input"], references_field="")
+    assert [example.references for example in off.examples] == [(), ()]
+    assert "--references-field" in failure(path, references_field="answers")
+    used = write(tmp_path, "b.csv", 'input,references\na,"[""y""]"\n')
+    assert read_dataset(used, fields=["input"], target_field="references").examples[0].references == ()
+
+
+def test_references_that_fit_in_some_rows_only_are_told(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "a.jsonl",
+        '{"input": "a", "target": "x", "references": ["y"]}\n{"input": "a", "target": "x", "references": "y"}',
     )
+    with pytest.warns(SoftPromptWarning, match=r"a\.jsonl:2.*--references-field"):
+        assert read_dataset(path, fields=["input"]).examples[0].references == ()
 
 
 # What is refused
@@ -324,22 +273,6 @@ GOOD = '{"input": "a", "target": "x"}\n'
         ('{"input": ["a"], "target": "x"}', 'expected text in the column "input", found a list'),
         ('{"input": "a", "target": {"b": 1}}', 'expected text in the column "target", found an object'),
         ('{"input": "\\ud800", "target": "x"}', 'expected text in the column "input", found half of a surrogate pair'),
-        (
-            '{"input": "a", "target": "x", "references": {}}',
-            'expected a list of strings in the column "references", found an object',
-        ),
-        (
-            '{"input": "a", "target": "x", "references": ["y", 1]}',
-            'expected a list of strings in the column "references", found a number in it',
-        ),
-        (
-            '{"input": "a", "target": "x", "references": "y"}',
-            'expected a JSON list of strings in the column "references", found text',
-        ),
-        (
-            '{"input": "a", "target": "x", "references": true}',
-            'expected a list of strings in the column "references", found a boolean',
-        ),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, problem: str) -> None:
@@ -368,8 +301,11 @@ def test_bad_csv_rows_are_named(tmp_path: Path) -> None:
     )
     path = write(tmp_path, "c.csv", 'input,target\na,x\n"b,x\nc,x\n')
     assert failure(path) == (
-        "c.csv:3: expected cells in the quoting of CSV, found an error (unexpected end of data); "
-        'write a cell that holds a quote as "...""...".'
+        "c.csv:3: expected cells in the quoting of CSV, found a quotation mark that is never closed; write a cell that "
+        'holds a quotation mark as "...""...", or give the rows as JSON Lines or as TSV without quoting.'
+    )
+    assert "c.csv:2: expected cells in the quoting of CSV, found text behind a closing" in failure(
+        write(tmp_path, "c.csv", 'input,target\n"Nightfall" is good,x\n')
     )
     path = write(tmp_path, "d.csv", "input,target,input\na,x,b\n")
     assert failure(path) == 'd.csv:1: expected column names that differ, found "input" twice; rename a column.'
@@ -395,13 +331,14 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path) -> None:
 
 
 def test_a_wrong_encoding_is_named_with_its_line(tmp_path: Path) -> None:
-    rest = "save the file with the encoding UTF-8."
     path = write(tmp_path, "a.csv", "input,target\na,x\nä,y\n".encode("latin-1"))
-    assert failure(path) == f"a.csv:3: expected UTF-8, found the byte 0xe4; {rest}"
+    assert failure(path) == (
+        "a.csv:3: expected UTF-8, found the byte 0xe4; name the right encoding with --encoding, for instance latin-1, "
+        "or save the file as UTF-8."
+    )
     path = write(tmp_path, "a.jsonl", b"\xef\xbb\xbf" + GOOD.encode() + b'{"input": "\xff"}')
-    assert failure(path) == f"a.jsonl:2: expected UTF-8, found the byte 0xff; {rest}"
-    path = write(tmp_path, "b.jsonl", GOOD.encode("utf-16"))
-    assert failure(path) == f"b.jsonl:1: expected UTF-8, found the byte 0xff; {rest}"
+    assert failure(path).startswith("a.jsonl:2: expected UTF-8, found the byte 0xff; ")
+    assert "--encoding, for instance cp1252," in failure(write(tmp_path, "b.csv", "input\n“a”\n".encode("cp1252")))
 
 
 def test_what_is_no_data_file_is_named(tmp_path: Path) -> None:
@@ -414,9 +351,13 @@ def test_what_is_no_data_file_is_named(tmp_path: Path) -> None:
     )
     path = write(tmp_path, "a.xlsx", "")
     assert failure(path) == (
-        f"Expected a data file that ends with .jsonl, .csv, .tsv, .parquet, found {path}; convert or rename the file."
+        f"Expected a data file that ends with .jsonl, .ndjson, .json, .csv, .tsv or .parquet, found {path}; "
+        f"convert or rename the file."
     )
-    for name in ("a.jsonl", "a.csv", "a.tsv"):
+    assert "ends with .jsonl" in failure(write(tmp_path, "a.gz", ""))
+    assert "an Excel workbook" in failure(write(tmp_path, "x.csv", b"PK\x03\x04..."))
+    assert "git lfs pull" in failure(write(tmp_path, "y.csv", "version https://git-lfs.github.com/spec/v1\noid 1\n"))
+    for name in ("a.jsonl", "a.json", "a.csv", "a.tsv"):
         path = write(tmp_path, name, b"\xef\xbb\xbf \n\n")
         assert failure(path) == f"Expected rows of data in {name}, found an empty file; check the file."
     path = write(tmp_path, "b.csv", "input,target\n")
@@ -441,7 +382,10 @@ def test_an_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def made(targets: list[str | None], references: tuple[str, ...] = ()) -> Dataset:
     return Dataset(
-        tuple(Example({"input": "a"}, target, references, f"a.csv:{n}") for n, target in enumerate(targets, start=2)),
+        tuple(
+            Example({"input": f"text {n}"}, target, references, f"a.csv:{n}")
+            for n, target in enumerate(targets, start=2)
+        ),
         "a.csv",
         "",
     )
@@ -452,7 +396,8 @@ def test_targets_outside_the_label_set_are_named() -> None:
     with pytest.raises(DataError) as caught:
         check_targets(made(["x", "X", "y"]), ["x", "y"])
     assert str(caught.value) == (
-        'a.csv:3: expected one of the labels "x", "y", found "X"; correct this row, or give all labels with --labels.'
+        'a.csv:3: expected one of the labels "x", "y", found "X", which differs from "x" in upper and lower case only; '
+        "correct this row, or give all labels with --labels."
     )
     with pytest.raises(DataError) as caught:
         check_targets(made(["l" * 100, "y", "z"]), [str(n) for n in range(77)])
@@ -466,11 +411,14 @@ def test_targets_outside_the_label_set_are_named() -> None:
 @pytest.mark.parametrize(
     ("targets", "labels"),
     [
+        (["refund", "login", "delivery"] * 4, ("delivery", "login", "refund")),
         (["b", "a"] * 5, ("a", "b")),
         (["a", "b"] * 5, ("a", "b")),  # whatever the order of the rows
         (["a"] * 9 + ["b"], ("a", "b")),
-        (["a"] * 8 + ["b"], None),  # 4.5 rows a label
-        (["a"] * 8 + ["b", None], None),  # a row without target does not count
+        (["a", "b", "a", "b"], ("a", "b")),
+        (["a", "b", "a"], None),  # 1.5 rows a target
+        (["a", "b", "a", None], None),  # a row without target does not count
+        (["a"] * 30 + [str(n) for n in range(10)], None),  # most targets are there once
         (["a"] * 10, None),  # a single target tells nothing apart
         ([str(n) for n in range(200)] * 5, tuple(sorted(str(n) for n in range(200)))),
         ([str(n) for n in range(201)] * 5, None),
@@ -481,4 +429,9 @@ def test_targets_outside_the_label_set_are_named() -> None:
 )
 def test_labels_are_told_from_free_text(targets: list[str | None], labels: tuple[str, ...] | None) -> None:
     assert infer_labels(made(targets)) == labels
-    assert infer_labels(made(targets, references=("a",))) is None
+    assert infer_labels(made(targets, references=("a",))) == labels  # whatever else a file holds
+
+
+def test_free_text_that_is_there_twice_is_no_label() -> None:
+    once = made([f"answer {n}" for n in range(20)])
+    assert infer_labels(replace(once, examples=once.examples * 3)) is None

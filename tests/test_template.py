@@ -637,3 +637,18 @@ def test_words_that_a_tokenizer_cannot_tell_apart_are_refused() -> None:
         "Expected words in the verbalizer that the base model's tokenizer tells apart, found the same tokens for "
         "'☃' and '☂'; choose another word for one of them."
     )
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_labels_come_with_any_byte_order_mark_and_line_end(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "labels.json"
+    path.write_bytes('{\r\n "schön": "gut",\r "schlecht": ["übel"]}'.encode(encoding))
+    assert Verbalizer.parse(str(path)).words == {"schön": ("gut",), "schlecht": ("übel",)}
+    assert Verbalizer.parse("\ufeffgood,bad\r\n").labels == ("good", "bad")
+
+
+def test_labels_that_are_half_a_letter_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "labels.json"
+    path.write_text(r'{"good": ["\ud83d"], "bad": "x"}')
+    with pytest.raises(TemplateError, match="found other bytes in 'good'"):
+        Verbalizer.parse(str(path))

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from typer.core import TyperCommand
 
 from softprompt import __version__, artifact, demo
 from softprompt.base import DEFAULT_BASE
@@ -291,7 +292,19 @@ def evaluate_command(
     stdout.print(metrics_table(metric.as_dict() for metric in found.metrics))
 
 
-@app.command("predict")
+class _TextsCommand(TyperCommand):
+    """A command whose arguments are texts, which may begin with a dash as options do."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if hasattr(error, "option_name") and isinstance(getattr(error, "message", None), str):  # no such option
+                error.message += "; put -- before a text that begins with a dash, and options before it"  # type: ignore[attr-defined]
+            raise
+
+
+@app.command("predict", cls=_TextsCommand)
 def predict_command(
     name: Name,
     text: Annotated[

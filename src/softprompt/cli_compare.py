@@ -96,6 +96,7 @@ def compare_command(
     )
     if verbalizer is not None:
         check_targets(tested, verbalizer.labels)
+    texts = () if instructions is None else read_instructions(instructions)
     plan = Plan(
         task=task or _task_name(train),
         train=rows,
@@ -107,7 +108,7 @@ def compare_command(
         methods=tuple(dict.fromkeys(methods or ())),
         seeds=seeds,
         budget=seconds(budget),
-        instructions=tuple(map(with_line_ends, (*(instruction or ()), *_instructions(instructions)))),
+        instructions=tuple(map(with_line_ends, (*(instruction or ()), *texts))),
     )
 
     with stderr.status("") as line:
@@ -153,10 +154,12 @@ def seconds(text: str) -> float:
     return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
 
 
-def _instructions(path: Path | None) -> list[str]:
-    """The texts of a JSON list, or the lines of any other file that are not blank."""
-    if path is None:
-        return []
+def read_instructions(path: Path) -> list[str]:
+    """The texts of a JSON list, or the lines of any other file that are not blank.
+
+    Raises:
+        DataError: the file cannot be read, or has no such texts.
+    """
     try:
         text = decode(path.read_bytes())
         lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
@@ -165,11 +168,18 @@ def _instructions(path: Path | None) -> list[str]:
         raise DataError(
             f"{path} cannot be read: {error.strerror or error}; check the path of --instructions."
         ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"Expected UTF-8 in {path}, found other bytes; save the file as UTF-8.") from error
     except ValueError:
         found = None
-    if not isinstance(found, list) or not found or not all(isinstance(one, str) and one.strip() for one in found):
+    if not isinstance(found, list) or not found or not all(isinstance(one, str) and _sound(one) for one in found):
         raise DataError(f"{path}: expected hard prompts, one a line or a JSON list of texts, found none; write some.")
     return found
+
+
+def _sound(text: str) -> bool:
+    """Whether it is text that a tokenizer takes, and not only blanks."""
+    return bool(text.strip()) and not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _task_name(train: str) -> str:

@@ -48,6 +48,7 @@ from softprompt.options import (
     Trust,
     data_option,
     flag,
+    in_utf8,
     load_base_model,
     option,
 )
@@ -120,9 +121,10 @@ def inspect_command(
     ((name, soft_prompt),) = chosen.items()
     way = _way(store, name, soft_prompt, run)
     dataset = None if data is None else _read(soft_prompt, data, rows, input_field, target_field, encoding)
+    texts = tuple(map(in_utf8, text or ()))
     lm = load_base_model(base or soft_prompt.base, *model)
     with stderr.status("looking"):
-        report = inspect(soft_prompt, Task.of(lm, soft_prompt), dataset, text or (), rows_bar, way, NO_WAY)
+        report = inspect(soft_prompt, Task.of(lm, soft_prompt), dataset, texts, rows_bar, way, NO_WAY)
     if out is not None:
         written = inspect_page.write(report, out)
         stderr.print(f"written: {', '.join(map(str, written[:2]))} and {len(written) - 2} more")

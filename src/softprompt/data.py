@@ -175,8 +175,8 @@ def infer_labels(dataset: Dataset) -> tuple[str, ...] | None:
     if not 2 <= len(rows) <= MOST_LABELS or any(len(target.split()) > MOST_WORDS for target in rows):
         return None
     if rows.total() < 5 * len(rows):
-        once = {(example.target, *sorted(example.fields.items())) for example in dataset.examples}
-        rows = Counter(target for target, *_ in once if target is not None)
+        once = {(example.target, tuple(sorted(example.fields.items()))) for example in dataset.examples}
+        rows = Counter(target for target, _ in once if target is not None)
     repeated = sum(count > 1 for count in rows.values())
     few_and_repeated = rows.total() >= 2 * len(rows) and 2 * repeated >= len(rows)
     return tuple(sorted(rows)) if few_and_repeated else None
@@ -185,8 +185,8 @@ def infer_labels(dataset: Dataset) -> tuple[str, ...] | None:
 def folded(label: str) -> str:
     """What labels have in common that people cannot tell apart, or write in two ways without meaning two labels:
     without blanks at the ends and doubled ones, upper case, and forms of Unicode; ``1.0`` as ``1``."""
-    text = unicodedata.normalize("NFKC", _without_blanks(label)).casefold()
-    return re.sub(r"^(\d+)\.0+$", r"\1", _without_blanks(unicodedata.normalize("NFKC", text)))
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", _without_blanks(label)).casefold())
+    return _without_zeros(_without_blanks(text))
 
 
 def difference(one: str, other: str) -> str:
@@ -197,7 +197,14 @@ def difference(one: str, other: str) -> str:
         return "the form of Unicode"
     if one.casefold() == other.casefold():
         return "upper and lower case"
-    return "blanks, case or the form of numbers and Unicode"
+    if _without_zeros(one) == _without_zeros(other):
+        return "the form of numbers"
+    return "blanks, case or form"
+
+
+def _without_zeros(text: str) -> str:
+    """A whole number as such: pandas writes 1.0 for the 1 of a column with empty cells."""
+    return re.sub(r"^([+-]?\d+)\.0+$", r"\1", text)
 
 
 def _without_blanks(text: str) -> str:

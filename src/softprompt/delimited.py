@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from softprompt.errors import DataError, SoftPromptWarning
 from softprompt.wording import counted, quoted
 
 _LINE_END = re.compile(r"\r\n|\n|\r")
+_NUMBER = re.compile(r"\s*[+-]?\d+(?:\.\d+)?\s*")
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,8 @@ def _warn_of_unnamed(header: _Record, body: Sequence[_Record], name: str) -> Non
     filled = [record for record in body if any("".join(record.cells[i : i + 1]).strip() for i in unnamed)]
     if filled and len(filled) < len(body):
         warnings.warn(
-            f"{name}:{filled[0].line}: {counted(len(filled), 'row')} of {len(body):,} hold text in columns without a "
-            f"name, which is not used; name the columns to use them",
+            f"{name}:{filled[0].line}: text in columns without a name is not used; {len(filled):,} of "
+            f"{counted(len(body), 'row')} hold some; name the columns to use it",
             SoftPromptWarning,
             stacklevel=2,
         )
@@ -160,7 +162,8 @@ def _records(text: str, delimiter: str, first_line: int) -> list[_Record]:
             match = cell.match(text, place)
             if match is None:
                 closed = re.compile(r'"[^"]*(?:""[^"]*)*"').match(text, place) is not None
-                raise _Malformed(line, "text behind a closing quotation mark" if closed else "one that is never closed")
+                what = "text behind a closing quotation mark" if closed else "a quotation mark that is never closed"
+                raise _Malformed(line, what)
             if match["inner"] is None:
                 cells.append(match[0])
             else:
@@ -243,40 +246,46 @@ def _check_swallowed(records: Sequence[_Record], name: str, delimiter: str) -> N
     some other column is a value of that column in other rows, or a number where all of those are numbers.
     """
     width = len(records[0].cells) if records else 0
-    doubtful: list[_Record] = []
-    for record in records[1:]:
-        rows = _swallowed(record, width, delimiter)
-        if not rows:
-            continue
-        lines = len(_LINE_END.split(record.raw))
-        others = [other for other in records[1:] if other is not record and len(other.cells) == width]
+    doubtful = [(record, rows) for record in records[1:] if (rows := _swallowed(record, width, delimiter))]
+    if not doubtful:
+        return
+    columns = [_Column(records[1:], place) for place in range(width)]
+    for record, rows in doubtful:
+        last = len(_LINE_END.findall(record.raw))
         over_lines = {i for i in record.quoted if _LINE_END.search(record.cells[i])}
-        for column in set(range(width)) - over_lines:
-            fits = _fits([other.cells[column] for other in others])
+        for place in set(range(width)) - over_lines:
             # the record's own cells stand in its first line before the quoted cell, and in its last line behind it
-            own = 0 if column < min(over_lines) else lines - 1
-            told = [fits(cells[column]) for place, cells in rows if place != own]
-            if told and 2 * sum(told) >= max(len(told), lines - 2):
+            own = 0 if place < min(over_lines) else last
+            told = [columns[place].takes(cells[place], record) for line, cells in rows if line != own]
+            if told and 2 * sum(told) >= max(len(told), last - 1):
                 raise DataError(
                     f"{name}:{record.line}: expected a row a line, found a quotation mark that opens here and closes "
-                    f"{lines - 1} lines below, with lines between that look like rows; if the mark is text, write the "
-                    f'cell as """...", or give the rows as JSON Lines or as TSV without quoting.'
+                    f"{counted(last, 'line')} below, with text between that looks like rows; write a cell that "
+                    f'holds a quotation mark as "...""...", or give the rows as JSON Lines or as TSV without quoting.'
                 )
-        doubtful.append(record)
-    if doubtful:
-        lines = len(_LINE_END.split(doubtful[0].raw))
-        more = f" ({counted(len(doubtful), 'cell')} in all are like it)" if len(doubtful) > 1 else ""
-        warnings.warn(
-            f"{name}:{doubtful[0].line}: a quoted cell goes over {lines} lines, each of which could be a row{more}; "
-            f"if they are rows, its quotation marks are text and must be doubled",
+    first = doubtful[0][0]
+    quoting = [record for record in records if record.quoted]
+    if len(doubtful) == len(quoting) and not any('"' in record.cells[i] for record in quoting for i in record.quoted):
+        warnings.warn(  # nothing else tells that marks are quoting in this file
+            f"{name}:{first.line}: a quoted cell goes over {len(_LINE_END.findall(first.raw)) + 1} lines, each of "
+            f"which could be a row; if they are rows, its quotation marks are text and must be doubled",
             SoftPromptWarning,
             stacklevel=2,
         )
 
 
-def _fits(values: Sequence[str]) -> Callable[[str], bool]:
-    """Whether a text looks like one of a column's values: it is among them, or all of them are numbers and so is it."""
-    known = set(values)
-    number = re.compile(r"\s*[+-]?\d+(?:\.\d+)?\s*")
-    numbers = len(known) > 1 and all(number.fullmatch(value) for value in known)
-    return lambda text: text.strip() != "" and (text in known or (numbers and number.fullmatch(text) is not None))
+class _Column:
+    """The cells of one column, to tell whether a text looks like one of them."""
+
+    def __init__(self, records: Sequence[_Record], place: int) -> None:
+        self.place = place
+        self.count = Counter(record.cells[place] for record in records if place < len(record.cells))
+        self.wordy = sum(count for text, count in self.count.items() if not _NUMBER.fullmatch(text))
+
+    def takes(self, text: str, record: _Record) -> bool:
+        """Whether the text is a cell of another record, or a number as the cells of all other records are."""
+        own = record.cells[self.place] if self.place < len(record.cells) else None
+        if self.count[text] > (own == text):
+            return text.strip() != ""
+        others_are_numbers = self.wordy == (own is not None and not _NUMBER.fullmatch(own)) and len(self.count) > 2
+        return others_are_numbers and _NUMBER.fullmatch(text) is not None

@@ -81,11 +81,10 @@ def text_of(data: bytes, name: str, encoding: str | None = None) -> str:
             f"Expected the encoding {encoding} in {name}, found: {first_line(error)}; "
             f"name the right one with --encoding, or save the file as UTF-8."
         ) from error
-    if text.count("\0") > len(text) // 4:
-        wide = "utf-16-le" if data[1::2].count(0) > data[0::2].count(0) else "utf-16-be"
+    if _wide(data) and "\0" in text:
         raise DataError(
-            f"Expected {encoding or 'UTF-8'} in {name}, found a zero byte beside every letter; "
-            f"it looks like UTF-16: give --encoding {wide}, or save the file as UTF-8."
+            f"Expected {encoding or 'UTF-8'} in {name}, found a zero byte beside most letters; "
+            f"name the right encoding with --encoding, for instance {_wide(data)}, or save the file as UTF-8."
         )
     if encoding is not None:
         _warn_of_encoding(data, text, name, encoding)
@@ -93,7 +92,15 @@ def text_of(data: bytes, name: str, encoding: str | None = None) -> str:
 
 
 def _likely(data: bytes) -> str:
-    return "cp1252" if re.search(rb"[\x80-\x9f]", data) else "latin-1"
+    return _wide(data) or ("cp1252" if re.search(rb"[\x80-\x9f]", data) else "latin-1")
+
+
+def _wide(data: bytes) -> str:
+    """The form of UTF-16 that the bytes look like, or nothing."""
+    even, odd = data[0::2].count(0), data[1::2].count(0)
+    if even + odd <= len(data) // 4:
+        return ""
+    return "utf-16-le" if odd > even else "utf-16-be"
 
 
 def _warn_of_encoding(data: bytes, text: str, name: str, encoding: str) -> None:

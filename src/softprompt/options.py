@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from softprompt.base import DEFAULT_BASE
+from softprompt.errors import ConfigError
 from softprompt.frozen import FrozenLM
 from softprompt.terminal import stderr
 
@@ -63,8 +64,23 @@ SampleSeed = Annotated[int | None, text_option("Seeds the drawing of tokens.", 0
 
 
 def with_line_ends(text: str) -> str:
-    r"""The text with ``\n``, as one types it in a shell, for a line end."""
-    return text.replace("\\n", "\n")
+    r"""The text with ``\n``, as one types it in a shell, for a line end.
+
+    Raises:
+        ConfigError: it is not UTF-8.
+    """
+    return in_utf8(text).replace("\\n", "\n")
+
+
+def in_utf8(text: str) -> str:
+    """The text, if a tokenizer can take it: a shell may hand over any bytes, which come as halves of surrogate pairs.
+
+    Raises:
+        ConfigError: it is not UTF-8.
+    """
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ConfigError(f"Expected UTF-8 in the text {text!r}, found other bytes; convert it.")
+    return text
 
 
 def references_column(option: str | None) -> str | None:

@@ -216,7 +216,7 @@ def _name_and_split(source: str) -> tuple[str, str | None]:
     path = str(Path(rest).expanduser()) if rest.startswith("~") else rest
     if path and Path(path).exists():
         return path, None
-    match = re.fullmatch(r"(?P<name>[^\[\]]+?)(?::(?P<split>(?:[^:/\\\[\]]|\[[^\[\]/\\]*\])+))?", path)
+    match = re.fullmatch(r"(?P<name>[^\[\]]*?[^\[\]:])(?::(?P<split>(?:[^:/\\\[\]]|\[[^\[\]/\\]*\])+))?", path)
     if match is None:
         raise DataError(f"Expected hf:DATASET[/CONFIG][:SPLIT], found {source}; name a data set, and a split after it.")
     return match["name"], match["split"]
@@ -263,7 +263,9 @@ def _cut(datasets: Any, splits: Mapping[str, Any], wanted: str) -> tuple[Any, st
         if re.sub(r"\[.*", "", wanted) in splits:
             raise
         raise ValueError(f"no split {quoted(wanted)} but {listed(tuple(splits))}") from error
-    chosen = [splits[part.splitname].select(range(part.from_, max(part.from_, part.to))) for part in parts]
+    chosen = [
+        splits[part.splitname].select(range(part.from_, part.to) if part.from_ < part.to else ()) for part in parts
+    ]
     return datasets.concatenate_datasets(chosen), wanted
 
 

@@ -527,6 +527,8 @@ def overlap(words: Iterable[tuple[int, ...]]) -> bool:
 def _distinct(pairs: Iterable[tuple[str, tuple[str, ...]]]) -> dict[str, tuple[str, ...]]:
     words: dict[str, tuple[str, ...]] = {}
     for label, label_words in pairs:
+        if any("\ud800" <= letter <= "\udfff" for text in (label, *label_words) for letter in text):
+            raise TemplateError(f"Expected UTF-8 in the labels, found other bytes in {label!r}; convert them.")
         if label in words:
             raise TemplateError(
                 f"Expected each label of the verbalizer once, found {label!r} twice; join its words with |."

@@ -42,6 +42,7 @@ from softprompt.options import (
     Trust,
     data_option,
     flag,
+    in_utf8,
     load_base_model,
     model_option,
     option,
@@ -214,6 +215,7 @@ def _configuration(parameters: dict[str, Any], store: Store) -> tuple[TrainConfi
     """The run's settings, and the soft prompt to start from if ``--init`` names one."""
     names = [field.name for field in fields(TrainConfig)]
     given = {name: parameters[name] for name in names if parameters[name] is not None}
+    in_utf8(given.get("init_text", ""))
     if "lengths" in given:
         given["lengths"] = _lengths(given["lengths"])
     start, init = None, given.get("init", "auto")
