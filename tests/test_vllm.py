@@ -102,8 +102,10 @@ def server(vllm: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runn
 
 def alone(server: Running, name: str, text: str, tokens: int) -> str:
     soft = server.catalog.store.load(name)
-    task = Task.of(server.lm, soft)
-    request = task.open_request(Example({"input": text}, None), tokens)
+    task, example = Task.of(server.lm, soft), Example({"input": text}, None)
+    if task.verbalizer is not None:
+        return predict([Query(task, example, soft.vectors)])[0].text
+    request = task.open_request(example, tokens)
     (found,) = server.lm.generate([request], [soft.vectors], Sampling(max_new_tokens=tokens))
     return found.text.removeprefix(" ") if soft.template.endswith(" {target}") else found.text
 
