@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.errors import ConfigError, DataError
+from softprompt.files import StrPath, local_path
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class _BadRow(Exception):
 
 
 def read_dataset(
-    source: str | Path,
+    source: StrPath,
     *,
     fields: Sequence[str],
     input_field: str | None = None,
@@ -112,7 +114,8 @@ def read_dataset(
             f"{_listed(fields)}; rename the column or the template's field."
         )
     columns = {field: input_field if field == "input" and input_field else field for field in fields}
-    table = _read_hub(str(source)) if str(source).startswith("hf:") else _read_file(Path(source))
+    name = os.fspath(source)
+    table = _read_hub(name) if name.startswith("hf:") else _read_file(local_path(name))
     _check_columns(table, [*columns.values(), *([target_field] if require_target else [])], target_field)
 
     examples: list[Example] = []
@@ -125,7 +128,7 @@ def read_dataset(
             problems.append(f"{where}: {bad}")
     if problems:
         raise DataError(f"{problems[0]}; correct or remove this row{_and_more(problems)}.")
-    return Dataset(tuple(examples), str(source), _fingerprint(examples))
+    return Dataset(tuple(examples), name, _fingerprint(examples))
 
 
 def check_targets(dataset: Dataset, labels: Sequence[str]) -> None:
@@ -394,6 +397,8 @@ def _read_hub(source: str) -> _Table:
 
 def _loaded(datasets: Any, name: str, split: str) -> Any:
     """A ``datasets.Dataset``; of ``a/b``, ``a/b`` is tried as a data set before ``b`` as a configuration of ``a``."""
+    if name.startswith("~"):
+        name = str(local_path(name))
     folder = Path(name)
     if (folder / "dataset_dict.json").is_file():  # written by save_to_disk, which load_dataset does not take
         splits = datasets.load_from_disk(name)

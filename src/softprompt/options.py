@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from softprompt.base import DEFAULT_BASE
+from softprompt.files import local_path
 from softprompt.frozen import FrozenLM
 from softprompt.terminal import stderr
 
@@ -49,7 +49,7 @@ Temperature = Annotated[float | None, text_option("0 takes the most probable tok
 TopP = Annotated[float | None, text_option("Draw from the tokens that hold this probability.", 1)]
 Stop = Annotated[
     list[str] | None,
-    text_option("End the text before this; \\n is a line end. Repeatable.", "\\n with --base-only, else none"),
+    text_option("End the text before this; \\n is a line end. Several may follow, -- ends them.", "\\n with --base-only, else none"),
 ]
 SampleSeed = Annotated[int | None, text_option("Seeds the drawing of tokens.", 0, **SEED_RANGE)]
 
@@ -61,7 +61,7 @@ def with_line_ends(text: str) -> str:
 
 def lasting(base: str) -> str:
     """The base model's id, a path on this machine by its full name, so that it is found again from another folder."""
-    path = Path(base).expanduser()
+    path = local_path(base)
     return str(path.resolve()) if base != DEFAULT_BASE and path.exists() else base
 
 
