@@ -189,9 +189,7 @@ def evaluate_command(
     name: Name,
     test: Annotated[str, typer.Argument(metavar="TEST", help="JSONL, CSV, TSV, Parquet or hf:DATASET.")],
     base_only: BaseOnly = False,
-    metric: Annotated[
-        list[str] | None, option("Only these metrics, the first is the headline.", "all")
-    ] = None,
+    metric: Annotated[list[str] | None, option("Only these metrics, the first is the headline.", "all")] = None,
     normalise_length: Normalise = False,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,

@@ -49,7 +49,10 @@ Temperature = Annotated[float | None, text_option("0 takes the most probable tok
 TopP = Annotated[float | None, text_option("Draw from the tokens that hold this probability.", 1)]
 Stop = Annotated[
     list[str] | None,
-    text_option("End the text before this; \\n is a line end. Several may follow, -- ends them.", "\\n with --base-only, else none"),
+    text_option(
+        "End the text before this; \\n is a line end. Several may follow, -- ends them.",
+        "\\n with --base-only, else none",
+    ),
 ]
 SampleSeed = Annotated[int | None, text_option("Seeds the drawing of tokens.", 0, **SEED_RANGE)]
 

@@ -46,9 +46,9 @@ class RunFolder:
             name: of the soft prompt or task.
             kind: ``training`` or ``comparison``.
         """
+        self._held, self._made = 0, False
         self.path, self.name, self._kind = local_path(path), name, kind
         self._lock = FileLock(self.path / _LOCK, thread_local=False)
-        self._held, self._made = 0, False
 
     def hold(self) -> None:
         """Takes the folder, or takes it once more; to be given back as often, see :meth:`release`.
@@ -100,6 +100,11 @@ class RunFolder:
                 if self._made:
                     self.path.rmdir()
             self._lock.release()
+
+    def __del__(self) -> None:
+        if self._held:
+            self._held = 1
+            self.release()
 
     def require_free(self) -> None:
         """Refuses a folder that another run holds at the moment; nothing is made.
