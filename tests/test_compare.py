@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from conftest import TOY_LABELS, TOY_TEMPLATE, make_model, make_tokenizer, plain_logprobs, tiny, toy
 from softprompt import compare, metrics
-from softprompt.cli import _spread
 from softprompt.cli_compare import seconds
 from softprompt.compare import Comparison, Key, Plan, cut, peak_memory, plain_perplexity
 from softprompt.data import Dataset, Example
@@ -324,20 +323,6 @@ def test_no_times(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         seconds(text)
     assert str(caught.value) == f"Expected a time such as 90s, 10m or 1h for --budget, found {text!r}; write one."
-
-
-WORDS = st.sampled_from(["train.jsonl", "a", "b", "10m"])
-FLAGS = st.sampled_from(["--json", "--budget", "--seeds=2"])
-
-
-@given(WORDS, st.lists(WORDS, min_size=1, max_size=4), FLAGS, WORDS)
-def test_several_values_after_an_option(first: str, values: list[str], flag: str, last: str) -> None:
-    repeated = [part for value in values for part in ("--bases", value)]
-    assert _spread(["compare", first, "--bases", *values, flag, last]) == ["compare", first, *repeated, flag, last]
-
-
-def test_an_option_without_a_value_stays_for_the_parser() -> None:
-    assert _spread(["compare", "--methods", "--seeds", "2"]) == ["compare", "--methods", "--seeds", "2"]
 
 
 def test_instructions_may_be_added_after_methods_that_do_not_read_them(

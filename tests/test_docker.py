@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 from typer.main import get_command
 
-from softprompt.cli import _spread, app
+from softprompt.arguments import spread
+from softprompt.cli import app
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
@@ -24,8 +25,9 @@ def parsed(arguments: list[str]) -> dict[str, Any]:
     assert ENTRYPOINT is not None
     program, command, *fixed = json.loads(ENTRYPOINT[1])
     assert (program, command) == ("softprompt", "serve")
-    serve = get_command(app).commands["serve"]  # type: ignore[attr-defined]
-    options: dict[str, Any] = serve.make_context("serve", _spread([*fixed, *arguments])).params
+    group: Any = get_command(app)
+    words = spread(group, ["serve", *fixed, *arguments])
+    options: dict[str, Any] = group.commands["serve"].make_context("serve", words[1:]).params
     return options
 
 

@@ -288,12 +288,11 @@ def test_before_training_a_kv_prefix_is_the_plain_soft_prompt(kind: str, templat
     made = {}
     for form in ("plain", "prefix"):
         training = Training(task, data, data, train_settings(init="vocab", seed=3, parametrisation=form))
-        made[form] = training.result()
-    assert made["prefix"].vectors.shape == (6, *lm.kv_shape)
-    assert made["prefix"].parametrisation == "prefix"
-    torch.testing.assert_close(made["plain"].vectors, start)
+        made[form] = training.vectors
+    assert made["prefix"].shape == (6, *lm.kv_shape)
+    torch.testing.assert_close(made["plain"], start)
     requests = [task.label_request(example) for example in data.examples]
-    scores = [lm.score(requests, [made[form].vectors]) for form in ("plain", "prefix")]
+    scores = [lm.score(requests, [made[form]]) for form in ("plain", "prefix")]
     torch.testing.assert_close(scores[1], scores[0], rtol=1e-5, atol=1e-5)
 
 
@@ -302,8 +301,8 @@ def test_a_kv_prefix_starts_from_another_soft_prompt_of_either_kind() -> None:
     task = toy_task(lm, data)
     vectors, kv = initial_vectors(lm, 6, init="random", seed=3), some_kv(lm)
     config = train_settings(parametrisation="prefix")
-    torch.testing.assert_close(Training(task, data, data, config, start=kv).result().vectors, kv)
-    of_vectors = Training(task, data, data, config, start=vectors).result().vectors
+    torch.testing.assert_close(Training(task, data, data, config, start=kv).vectors, kv)
+    of_vectors = Training(task, data, data, config, start=vectors).vectors
     torch.testing.assert_close(of_vectors, kv_of(lm, (), vectors))
     for start, settings, sentence in (
         (
@@ -507,7 +506,7 @@ def test_an_average_is_validated_and_kept(kind: str, monkeypatch: pytest.MonkeyP
         numbers[average] = scripted(monkeypatch, [(0.1 * i, 1.0) for i in range(6)])
         config = train_settings(steps=6, eval_every=1, parametrisation=kind, average=average)
         training = Training(toy_task(tiny("llama"), data), data, data, config)
-        start = training.result().vectors
+        start = training.vectors
         list(training)
         assert torch.equal(training.result().vectors, numbers[average][-1])
         monkeypatch.undo()

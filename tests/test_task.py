@@ -241,7 +241,9 @@ def test_a_soft_prompt_brings_its_task(llama: FrozenLM) -> None:
     rows = data(*["good", "bad"] * 5)
     task = Task.for_data(llama, rows, TEMPLATE, verbalizer=LABELS, num_virtual_tokens=3, max_length=50)
     config = TrainConfig(num_virtual_tokens=3, steps=1, max_length=50)
-    made: SoftPrompt = Training(task, rows, rows, config, name="mine").result()
+    training = Training(task, rows, rows, config, name="mine")
+    list(training)
+    made: SoftPrompt = training.result()
     again = Task.of(llama, made)
     assert (again.template, again.verbalizer, again.num_virtual_tokens) == (TEMPLATE, LABELS, 3)
     assert again.max_length == 50

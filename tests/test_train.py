@@ -19,7 +19,7 @@ from conftest import ALL, TOY_TEMPLATE, scripted, tiny, toy, toy_task, train_set
 from softprompt import compilation
 from softprompt.config import DEFAULT_STEPS, TrainConfig
 from softprompt.data import Dataset, Example
-from softprompt.errors import ConfigError, DataError, SoftPromptWarning
+from softprompt.errors import ConfigError, DataError, SoftPromptWarning, TrainingError
 from softprompt.frozen import FrozenLM, Request
 from softprompt.inspection import starting_vectors
 from softprompt.objective import Objective
@@ -119,7 +119,8 @@ def test_a_start_of_ones_own(llama: FrozenLM) -> None:
     data = toy(10, 0)
     start = torch.full((6, 32), 0.01)
     training = Training(toy_task(llama, data), data, data, train_settings(), start=start)
-    torch.testing.assert_close(training.result().vectors, start)
+    torch.testing.assert_close(training.vectors, start)
+    next(iter(training))
     assert training.result().training["stopped"] == "interrupted"
     assert training.result().training["init"] == "given"
     assert starting_vectors(training.task, training.result()) == (
@@ -127,6 +128,7 @@ def test_a_start_of_ones_own(llama: FrozenLM) -> None:
         "its record names the start 'given', which is no rule",
     )
     named = Training(toy_task(llama, data), data, data, train_settings(init="sst2"), start=start)
+    next(iter(named))
     assert named.result().training["init"] == "sst2"
     with pytest.raises(ConfigError) as error:
         Training(toy_task(llama, data), data, data, train_settings(), start=torch.zeros(5, 32))
@@ -149,10 +151,8 @@ def test_a_run_from_one_start_is_not_resumed_from_another(llama: FrozenLM, tmp_p
     for other in (0.02, None):
         with pytest.raises(ConfigError) as error:
             made(other)
-        assert str(error.value) == (
-            f"the checkpoint in {tmp_path} is of a run with other start; "
-            "resume with the same settings and data, or start anew without --resume"
-        )
+        assert "with other start" in str(error.value) or "with other init" in str(error.value)
+        assert "--overwrite" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -373,7 +373,8 @@ def test_a_gradient_that_is_not_finite_ends_it(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Objective, "backward", poisoned)
     training = run(train_settings())
     assert (training.stopped, training.step) == ("not finite", 0)
-    assert bool(training.result().vectors.isfinite().all())
+    with pytest.raises(TrainingError, match="not finite at the very first step"):
+        training.result()
 
 
 def test_a_validation_that_is_not_finite_is_never_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -505,14 +506,16 @@ def test_many_labels_are_started_from_without_commas(llama: FrozenLM) -> None:
     ids = llama.tokenizer(line).input_ids
     template, verbalizer = Template("{soft_prompt}{input} {target}"), Verbalizer.from_labels(many)
     task = Task(llama, template, verbalizer, len(ids) + 3, llama.window)
-    start = Training(task, data, data, TrainConfig(init_scale=1.0)).result().vectors
+    start = Training(task, data, data, TrainConfig(init_scale=1.0)).vectors
     torch.testing.assert_close(start, llama.embedding[ids[-3:] + ids])
 
 
 def test_without_a_number_of_virtual_tokens_it_is_the_tasks(llama: FrozenLM) -> None:
     data = toy(40, 0)
     task = Task.for_data(llama, data, Template("{soft_prompt}{input} {target}"), num_virtual_tokens=5)
-    made = Training(task, data, config=TrainConfig(steps=1)).result()
+    training = Training(task, data, config=TrainConfig(steps=1))
+    list(training)
+    made = training.result()
     assert made.num_virtual_tokens == made.training["num_virtual_tokens"] == 5
 
 
@@ -534,7 +537,7 @@ def test_all_but_the_first_start_as_long_as_what_the_first_layer_gives(init: str
 
     def start(**options: Any) -> torch.Tensor:
         config = train_settings(**settings | options)
-        return Training(task, data, config=config).result().vectors
+        return Training(task, data, config=config).vectors
 
     embeddings, gain = start(), llama.first_layer_gain
     assert gain > 1.01  # or it would show nothing
@@ -543,15 +546,16 @@ def test_all_but_the_first_start_as_long_as_what_the_first_layer_gives(init: str
         torch.testing.assert_close(vectors[1:], scale * embeddings[1:])
     prefix = {"parametrisation": "prefix"}
     assert torch.equal(start(**prefix, init_scale=None), start(**prefix))
-    record = Training(task, data, config=train_settings(**settings | prefix, init_scale=None)).result().training
-    assert record["init_scale"] == 1.0
+    training = Training(task, data, config=train_settings(**settings | prefix, init_scale=None))
+    next(iter(training))
+    assert training.result().training["init_scale"] == 1.0
 
 
 def test_training_goes_on_from_a_soft_prompt_as_it_is(llama: FrozenLM) -> None:
     data = toy(40, 0)
     given = initial_vectors(llama, 6, init="random", seed=1) * torch.tensor([[1], [1], [2], [5], [9], [30]])
     training = Training(toy_task(llama, data), data, config=train_settings(init_scale=9.0), start=given)
-    torch.testing.assert_close(training.result().vectors, given)
+    torch.testing.assert_close(training.vectors, given)
 
 
 def test_labels_that_fit_are_the_text_that_auto_starts_from(llama: FrozenLM) -> None:
@@ -561,6 +565,6 @@ def test_labels_that_fit_are_the_text_that_auto_starts_from(llama: FrozenLM) -> 
     for size, expected in ((len(line), llama.embedding[line]), (len(line) - 1, None)):
         task = Task.for_data(llama, data, Template("{soft_prompt}{input} {target}"), num_virtual_tokens=size)
         config = TrainConfig(num_virtual_tokens=size, init_scale=1.0)
-        start = Training(task, data, config=config).result().vectors
+        start = Training(task, data, config=config).vectors
         words = initial_vectors(llama, size, init="labels", seed=0, label_words=task.label_words)
         torch.testing.assert_close(start, words if expected is None else expected, rtol=1e-6, atol=1e-7)

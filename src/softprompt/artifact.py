@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
 from softprompt.errors import ArtifactError, BaseModelError, StoreError
+from softprompt.files import StrPath, local_path
 from softprompt.prompt import SoftPrompt, size_names
 
 SCHEMA_VERSION = 2
@@ -65,14 +66,14 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def save(soft_prompt: SoftPrompt, path: Path) -> None:
-    """Writes ``soft_prompt`` to ``path``, in place of what was there, atomically.
+def save(soft_prompt: SoftPrompt, path: StrPath) -> None:
+    """Writes ``soft_prompt`` to ``path``, in place of what was there, atomically; missing folders are made.
 
     Raises:
         ArtifactError: the vectors are not finite float32 of their parametrisation's shape, or a field has no JSON form.
         StoreError: the folder cannot be written, or is full; a file that was there before is unchanged.
     """
-    content = encode(soft_prompt)
+    content, path = encode(soft_prompt), local_path(path)
     try:
         with atomic_writer(path) as file:
             file.write(content)
@@ -85,7 +86,7 @@ def save(soft_prompt: SoftPrompt, path: Path) -> None:
         ) from error
 
 
-def load(path: Path) -> SoftPrompt:
+def load(path: StrPath) -> SoftPrompt:
     """Reads what :func:`save` wrote; vectors float32 on the CPU.
 
     Sequences inside ``training``, ``data`` and ``metrics`` come back as lists, as JSON has it.
@@ -93,6 +94,7 @@ def load(path: Path) -> SoftPrompt:
     Raises:
         ArtifactError: there is no such file, or it is truncated, corrupted, foreign or of a newer schema.
     """
+    path = local_path(path)
     try:
         if not path.is_file():
             raise ArtifactError(
@@ -243,8 +245,8 @@ def _read_document(path: Path, text: str | None) -> tuple[dict[str, Any], object
     """The header's document without its digest, of the right types; and the digest."""
     if text is None:
         raise ArtifactError(
-            f"{path} is a safetensors file, but its header has no entry '{_DOCUMENT}': it is not a soft prompt of "
-            f"ours; other tools' soft prompts are read with `softprompt import`."
+            f"{path} is a safetensors file, but its header has no entry '{_DOCUMENT}': softprompt reads the soft "
+            f"prompts that it saved itself, not yet those of other tools such as PEFT; tune one by `softprompt train`."
         )
     try:
         document = json.loads(text)

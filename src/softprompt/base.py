@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from softprompt.errors import BaseModelError, ConfigError
 from softprompt.model_files import ADAPTER, adapter_alone, adapts, locate
 from softprompt.notes import heard, say
-from softprompt.packages import SMOLLM2_GGUF
+from softprompt.packages import SMOLLM2_GGUF, cache_folder
 
 DEFAULT_BASE = "smollm2-135m"
 BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
@@ -65,11 +64,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise ConfigError(f"--dtype must be auto, fp32, bf16 or fp16, not {name!r}")
     return DTYPES[name]
-
-
-def cache_folder() -> Path:
-    """``$SOFTPROMPT_CACHE``, or the user's cache directory."""
-    return Path(os.environ.get("SOFTPROMPT_CACHE") or platformdirs.user_cache_dir("softprompt"))
 
 
 def load_base(base: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:

@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +23,7 @@ import typer
 from typer.core import TyperCommand
 
 from softprompt import __version__, artifact, demo
+from softprompt.arguments import spread
 from softprompt.base import DEFAULT_BASE
 from softprompt.cli_compare import compare_command
 from softprompt.cli_inspect import harden_command, inspect_command
@@ -31,6 +33,7 @@ from softprompt.data import Example, check_targets, read_dataset
 from softprompt.encoding import text_of
 from softprompt.errors import ConfigError, DataError, SoftPromptError, StoreError
 from softprompt.evaluate import Prediction, Query, choose_metrics, default_sampling, evaluate, predict
+from softprompt.files import local_path, strict_json
 from softprompt.frozen import FrozenLM, Sampling
 from softprompt.notes import as_note, hear_warnings
 from softprompt.options import (
@@ -61,7 +64,9 @@ from softprompt.options import (
 )
 from softprompt.packages import ROTTEN_TOMATOES
 from softprompt.prompt import SoftPrompt
+from softprompt.run_folder import RunFolder
 from softprompt.store import Store
+from softprompt.summary import short_names
 from softprompt.task import Task
 from softprompt.template import Template
 from softprompt.terminal import (
@@ -90,22 +95,19 @@ app = typer.Typer(
 )
 
 
-SEVERAL = ("--bases", "--methods", "--prompts", "--upstream")
-"""Options that may be followed by several values."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # but for what notes.heard() hears of it
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that does not know a character
+            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show must still be told apart
     try:
         with warnings.catch_warnings():
             hear_warnings()
             warnings.showwarning = lambda message, *_: print(f"Note: {as_note(str(message))}.", file=sys.stderr)
-            app(_spread(sys.argv[1:] if arguments is None else arguments), prog_name="softprompt")
+            typed = sys.argv[1:] if arguments is None else arguments
+            app(spread(typer.main.get_command(app), typed), prog_name="softprompt")
         code = 0
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else 1
@@ -117,21 +119,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = f"{error.filename} " if error.filename else ""
         code = _fail(f"{place}cannot be read or written: {error.strerror or error}; check the disk and permissions")
     return code if _flushed() else 1
-
-
-def _spread(arguments: Sequence[str]) -> list[str]:
-    """``--bases A B`` → ``--bases A --bases B``, for the options that take several values, as people write them."""
-    spread: list[str] = []
-    option, count = "", 0
-    for argument in arguments:
-        if argument.startswith("-"):
-            option, count = (argument if argument in SEVERAL else ""), 0
-        elif option:
-            count += 1
-            if count > 1:
-                spread.append(option)
-        spread.append(argument)
-    return spread
 
 
 def _fail(sentence: str) -> int:
@@ -150,7 +137,7 @@ def _flushed() -> bool:
 
 
 def _print_json(document: dict[str, Any]) -> None:
-    print(json.dumps(document, allow_nan=False))
+    print(strict_json(document))
 
 
 def _show_version(wanted: bool) -> None:
@@ -208,9 +195,7 @@ def evaluate_command(
     name: Name,
     test: Annotated[str, typer.Argument(metavar="TEST", help=SOURCE)],
     base_only: BaseOnly = False,
-    metric: Annotated[
-        list[str] | None, option("Only this metric; repeatable, the first is the headline.", "all")
-    ] = None,
+    metric: Annotated[list[str] | None, option("Only these metrics, the first is the headline.", "all")] = None,
     normalise_length: Normalise = False,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
@@ -446,6 +431,7 @@ def list_command(as_json: Json = False) -> None:
     if not entries:
         stderr.print(f"the store {store.home} is empty; see `softprompt train --help` or `softprompt demo`")
         return
+    names = short_names(entry.soft_prompt.base for entry in entries if isinstance(entry.soft_prompt, SoftPrompt))
     table = simple_table("name", "base model", ">P", "task", "validation", ">bytes", "created")
     for entry in entries:
         if isinstance(entry.soft_prompt, SoftPrompt):
@@ -453,7 +439,7 @@ def list_command(as_json: Json = False) -> None:
             kind = "free text" if brief["labels"] is None else f"{len(brief['labels'])} labels"
             metric = next(iter(brief["metrics"]), None)
             value = "" if metric is None else f"{metric['metric']} {number(metric['metric'], metric['value'])}"
-            base = Path(brief["base"]).name
+            base = names[brief["base"]]
             length = str(brief["num_virtual_tokens"])
             table.add_row(entry.name, base, length, kind, value, f"{entry.bytes:,}", str(brief["created"])[:10])
         else:
@@ -515,15 +501,19 @@ def rm_command(names: Annotated[list[str], typer.Argument(metavar="N…", help="
     """
     store = Store()
     stored = set(store.names())
-    for name in names:
-        if not store.run_folder(name).is_dir():  # a run that was stopped may have left no soft prompt
-            store.find(name)
-    for name in dict.fromkeys(names):
-        if name in stored:
-            store.remove(name)
-        if store.run_folder(name).is_dir():
-            shutil.rmtree(store.run_folder(name))
-        stdout.print(f"removed {name}")
+    with ExitStack() as held:
+        runs = {}
+        for name in dict.fromkeys(names):
+            if store.run_folder(name).is_dir():  # a run that was stopped may have left no soft prompt
+                runs[name] = held.enter_context(RunFolder(store.run_folder(name), name))
+            else:
+                store.find(name)
+        for name in dict.fromkeys(names):
+            if name in stored:
+                store.remove(name)
+            if name in runs:
+                runs[name].remove()
+            stdout.print(f"removed {name}")
 
 
 # --- demo ----------------------------------------------------------------------------------------
@@ -554,15 +544,16 @@ def demo_command(
             f"The name 'demo' is taken by a soft prompt that is not the demo's, {store.path('demo')}; "
             f"rename or remove it first."
         )
-    splits = demo.write_splits(demo.read_reviews(ROTTEN_TOMATOES.path()), folder, seed=seed)
-    outcome = demo.run(lambda: load_base_model(DEFAULT_BASE, dtype, device, False), splits, config)
-    path = store.save(outcome.soft_prompt, overwrite=True)
-    document = {"name": "demo", "path": str(path), "bytes": path.stat().st_size, **outcome.as_dict()}
-    if out is not None:
-        with artifact.atomic_writer(out / "results.json") as file:
-            file.write(json.dumps(document, indent=2).encode() + b"\n")
-        for source in (path, *(folder / f"{name}.jsonl" for name in splits)):
-            shutil.copyfile(source, out / source.name)
+    with RunFolder(folder, "demo"):
+        splits = demo.write_splits(demo.read_reviews(ROTTEN_TOMATOES.path()), folder, seed=seed)
+        outcome = demo.run(lambda: load_base_model(DEFAULT_BASE, dtype, device, False), splits, config)
+        path = store.save(outcome.soft_prompt, overwrite=True)
+        document = {"name": "demo", "path": str(path), "bytes": path.stat().st_size, **outcome.as_dict()}
+        if out is not None:
+            with artifact.atomic_writer(local_path(out) / "results.json") as file:
+                file.write(json.dumps(document, indent=2).encode() + b"\n")
+            for source in (path, *(folder / f"{name}.jsonl" for name in splits)):
+                shutil.copyfile(source, local_path(out) / source.name)
     if as_json:
         _print_json(document)
     else:

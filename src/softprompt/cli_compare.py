@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +18,7 @@ from softprompt.compare import METHODS, Comparison, Plan, cut
 from softprompt.data import check_targets, read_dataset
 from softprompt.encoding import decode
 from softprompt.errors import ConfigError, DataError
+from softprompt.files import local_path, strict_json
 from softprompt.frozen import FrozenLM
 from softprompt.options import (
     LABELS,
@@ -36,6 +38,8 @@ from softprompt.options import (
     references_column,
     with_line_ends,
 )
+from softprompt.run_folder import RunFolder
+from softprompt.summary import short_names
 from softprompt.terminal import duration, number, say_reading, stderr, stdout
 from softprompt.tune import read_task, taken_for, template_from
 
@@ -48,7 +52,7 @@ def compare_command(
     test: Annotated[str, data_option("Rows that are reported, and looked at for nothing else.")],
     out: Annotated[Path, _run("The folder for results, soft prompts and report; a comparison goes on there.")],
     methods: Annotated[list[str] | None, _run(f"Some of {', '.join(METHODS)}.", "all that fit")] = None,
-    instruction: Annotated[list[str] | None, _run("A hard prompt; repeatable, the best on validation counts.")] = None,
+    instruction: Annotated[list[str] | None, _run("Hard prompts; the best on validation counts.")] = None,
     instructions: Annotated[Path | None, _run("A file of hard prompts: one a line, or a JSON list.")] = None,
     seeds: Annotated[int, _run("Seeds of each method that draws something.", 1)] = 1,
     budget: Annotated[str, _run("Time to learn for each cell: 90s, 10m, 1h.", "10m")] = "10m",
@@ -111,35 +115,50 @@ def compare_command(
         instructions=tuple(map(with_line_ends, (*(instruction or ()), *texts))),
     )
 
-    with stderr.status("") as line:
-        comparison = Comparison(
+    say_reading(taken_for(rows, held_out, tested, verbalizer, labels, references_field))
+    out = local_path(out)
+    with RunFolder(out, plan.task, "comparison"):
+        comparison = _run_cells(
             plan,
             out,
             lambda base: FrozenLM.load(lasting(base), dtype=dtype, device=device, trust_remote_code=trust_remote_code),
-            notice=lambda text: line.update(f"{plan.task}: {doing} · {text}"),
         )
-        todo = comparison.todo()
-        say_reading(taken_for(rows, held_out, tested, verbalizer, labels, references_field))
-        if len(comparison.cells) and todo:
-            stderr.print(f"going on: {len(todo)} cells are left to run")
-        for place, key in enumerate(todo, start=1):
-            doing = f"cell {place} of {len(todo)}, {key.method}, seed {key.seed}, {Path(key.base).name}"
-            line.update(f"{plan.task}: {doing}")
-            began = time.perf_counter()
-            cell = comparison.run(key)
-            took = duration(time.perf_counter() - began)
-            if cell["status"] == "done":
-                found = f"{cell['metric']} {number(cell['metric'], cell['value'])}"
-                stderr.print(f"{place:>3}/{len(todo)}  {key.method}, seed {key.seed}: {found}, in {took}")
-            else:
-                stderr.print(f"{place:>3}/{len(todo)}  {key.method}, seed {key.seed} failed: {cell['reason']}")
     wanted = [cell for cell in comparison.cells if cell["base"] in plan.bases and cell["method"] in plan.methods]
-    report.write(comparison.cells, out)
     if as_json:
-        print(json.dumps({"out": str(out), "cells": wanted}, allow_nan=False))
+        print(strict_json({"out": str(out), "cells": wanted}))
         return
     stdout.print(report.table(wanted))
     stdout.print(f"results: {out / 'results.json'}, report: {out / 'report.html'}")
+
+
+def _run_cells(plan: Plan, out: Path, load: Callable[[str], FrozenLM]) -> Comparison:
+    """Runs what is left to run, a line on stderr for each cell, and writes the report, whatever ends it."""
+    names = short_names(plan.bases)
+    doing = ""
+    with stderr.status("") as line:
+        comparison = Comparison(
+            plan, out, load, notice=lambda text: line.update(f"{plan.task}: {doing} · {text}" if doing else text)
+        )
+        todo = comparison.todo()
+        if len(comparison.cells) and todo:
+            stderr.print(f"going on: {len(todo)} cells are left to run")
+        try:
+            for place, key in enumerate(todo, start=1):
+                what = f"{key.method}, seed {key.seed}" + f", {names[key.base]}" * (len(names) > 1)
+                doing = f"cell {place} of {len(todo)}, {key.method}, seed {key.seed}, {names[key.base]}"
+                line.update(f"{plan.task}: {doing}")
+                began = time.perf_counter()
+                cell = comparison.run(key)
+                took = duration(time.perf_counter() - began)
+                if cell["status"] == "done":
+                    found = f"{cell['metric']} {number(cell['metric'], cell['value'])}"
+                    stderr.print(f"{place:>3}/{len(todo)}  {what}: {found}, in {took}")
+                else:
+                    stderr.print(f"{place:>3}/{len(todo)}  {what} failed: {cell['reason']}")
+        finally:
+            if comparison.cells:
+                report.write(comparison.cells, out)
+    return comparison
 
 
 def seconds(text: str) -> float:
@@ -160,6 +179,7 @@ def read_instructions(path: Path) -> list[str]:
     Raises:
         DataError: the file cannot be read, or has no such texts.
     """
+    path = local_path(path)
     try:
         text = decode(path.read_bytes())
         lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")

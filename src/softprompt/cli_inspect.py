@@ -55,6 +55,7 @@ from softprompt.options import (
 from softprompt.prompt import SoftPrompt
 from softprompt.similarity import Similarity, similarity
 from softprompt.store import Store
+from softprompt.summary import short_names
 from softprompt.task import Task
 from softprompt.template import Template
 from softprompt.terminal import duration, number, rows_bar, shortened, simple_table, stderr, stdout
@@ -79,7 +80,7 @@ def inspect_command(
     every: Annotated[bool, flag("--all", "Compare all soft prompts of the store.")] = False,
     data: Annotated[str | None, data_option("Rows with targets, for all that needs the model.")] = None,
     rows: Rows = 200,
-    text: Annotated[list[str] | None, option("Show what follows this input text. Repeatable.")] = None,
+    text: Annotated[list[str] | None, option("Show what follows these input texts; -- ends them.")] = None,
     run: Annotated[
         Path | None, data_option("The run folder of its training, for the way it took.", "the store's")
     ] = None,
@@ -139,8 +140,8 @@ def _way(store: Store, name: str, soft_prompt: SoftPrompt, run: Path | None) -> 
     if run is not None:
         return way_of(soft_prompt, run)
     path = store.find(name)
-    stored = path.parent == store.home and path.stem in store.names()
-    folder = store.run_folder(path.stem) if stored else Path(f"{path}.run")
+    stored_as = store.name_of(path)
+    folder = Path(f"{path}.run") if stored_as is None else store.run_folder(stored_as)
     if not (folder / HISTORY).is_file():
         return None
     try:
@@ -331,12 +332,13 @@ def _show_store(store: Store, as_json: bool) -> None:
         stderr.print(f"the store {store.home} holds nothing to inspect; see `softprompt train --help`")
         return
     rows = []
+    names = short_names(each["base"] for each in listed)
     for each in listed:
         metric = next(iter(each["metrics"]), None)
         rows.append(
             [
                 each["name"],
-                Path(each["base"]).name,
+                names[each["base"]],
                 str(each["num_virtual_tokens"]),
                 "free text" if each["labels"] is None else f"{len(each['labels'])} labels",
                 "" if metric is None else f"{metric['metric']} {number(metric['metric'], metric['value'])}",

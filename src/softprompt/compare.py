@@ -27,8 +27,9 @@ from softprompt import artifact, classical, finetune, hardprompt, methods
 from softprompt.artifact import atomic_writer
 from softprompt.data import Dataset
 from softprompt.decoding import give_back_freed
-from softprompt.errors import ConfigError, SoftPromptError
+from softprompt.errors import BaseModelError, ConfigError, SoftPromptError
 from softprompt.evaluate import Prediction, headline, headline_difference, headline_metric
+from softprompt.files import StrPath, finite, local_path
 from softprompt.frozen import FrozenLM, Request
 from softprompt.methods import Learned, Method, Problem
 from softprompt.prompt import SoftPrompt, library_versions
@@ -155,9 +156,15 @@ class Key:
 
     @property
     def file_name(self) -> str:
-        """A name for the cell's own files."""
-        base = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(self.base).name)
-        return f"{base}.{self.method}.{self.seed}"
+        """A name for the cell's own files, another for each base model."""
+        readable = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(self.base).name)[:80]
+        digest = "" if readable == self.base else f"-{_digest(self.base)[:8]}"
+        return f"{readable}{digest}.{self.method}.{self.seed}"
+
+    @property
+    def earlier_file_name(self) -> str:
+        """What earlier releases called them: alike for base models that share the last part of their ids."""
+        return f"{re.sub(r'[^A-Za-z0-9.-]+', '-', Path(self.base).name)}.{self.method}.{self.seed}"
 
 
 class Comparison:
@@ -170,7 +177,11 @@ class Comparison:
     """
 
     def __init__(
-        self, plan: Plan, folder: Path, load: Callable[[str], FrozenLM], notice: Callable[[str], None] = lambda _: None
+        self,
+        plan: Plan,
+        folder: StrPath,
+        load: Callable[[str], FrozenLM],
+        notice: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Opens a folder, which may hold earlier cells of the same task.
 
@@ -183,9 +194,10 @@ class Comparison:
         Raises:
             ConfigError: the folder holds results of another task, other data or another budget.
         """
-        self.plan, self.folder, self._load, self._notice = plan, folder, load, notice
+        self.plan, self.folder, self._load, self._notice = plan, local_path(folder), load, notice
         self._loaded: tuple[str, FrozenLM, float] | None = None
-        self.cells: list[dict[str, Any]] = _read_cells(folder / "results.json")
+        self._checked = False
+        self.cells: list[dict[str, Any]] = _read_cells(self.folder / "results.json")
         for cell in self.cells:
             theirs = {"task": cell["task"], "metric": cell.get("metric", plan.metric), **cell["identity"]}
             known = cell["method"] if cell["method"] in plan.methods else OURS
@@ -211,13 +223,19 @@ class Comparison:
     def run(self, key: Key) -> dict[str, Any]:
         """Runs one cell, keeps what came of it, and returns it.
 
-        What goes wrong inside a method makes a cell with status ``failed`` and its reason; the next try runs it again.
+        A method that finds too little memory, or numbers that are not finite, or that says itself what is wrong, makes
+        a cell with status ``failed`` and its reason; the next try runs it again.
+
+        Raises:
+            BaseModelError: before the first cell, a base model of the plan cannot be loaded.
         """
-        lm, perplexity = self._base(key.base)
+        self._check_bases()
         torch.compiler.reset()  # it keeps few graphs of a function; beyond, layers would run uncompiled without a word
         try:
-            cell = self._measured(key, lm, perplexity)
-        except (SoftPromptError, RuntimeError, MemoryError) as error:  # a model may be too large for this machine
+            cell = self._measured(key, *self._base(key.base))
+        except (SoftPromptError, FloatingPointError, RuntimeError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and not _may_happen(error):
+                raise  # a mistake of ours, which must not look like a method that does not work
             reason = str(error) or type(error).__name__
             cell = {"status": "failed", "reason": " ".join(reason.split())[:300], "value": None}
         cell = {"task": self.plan.task, "method": key.method, "base": key.base, "seed": key.seed, **cell}
@@ -230,12 +248,31 @@ class Comparison:
         _write_json(self.folder / "results.json", self.cells)
         return cell
 
+    def _check_bases(self) -> None:
+        """Loads and asks each base model that there are cells for once, the first of them last: it is used next."""
+        if self._checked:
+            return
+        bases = list(dict.fromkeys(key.base for key in self.todo()))
+        for base in reversed(bases):
+            self._notice(f"checking that {base} can be loaded")
+            try:
+                self._base(base)
+            except (RuntimeError, MemoryError) as error:
+                if isinstance(error, RuntimeError) and not _may_happen(error):
+                    raise
+                raise BaseModelError(
+                    f"The base model {base} does not fit into memory here ({' '.join(str(error).split())[:200]}); "
+                    f"leave it out of --bases, or choose another --dtype or --device."
+                ) from error
+        self._checked = True
+
     def _base(self, base: str) -> tuple[FrozenLM, float]:
         """A base model and its perplexity on plain text; one is held at a time."""
         if self._loaded is None or self._loaded[0] != base:
             self._loaded = None
             gc.collect()
             lm = self._load(base)
+            _ = lm.digest_before  # now, and not in the time of a method
             self._loaded = (base, lm, plain_perplexity(lm))
         return self._loaded[1:]
 
@@ -304,8 +341,8 @@ class Comparison:
 
     def _soft_prompts(self, base: str) -> Iterator[SoftPrompt]:
         for seed in range(self.plan.seeds):
-            path = self.folder / "soft-prompts" / f"{Key(base, OURS, seed).file_name}{artifact.SUFFIX}"
-            if path.exists():
+            path = self._file("soft-prompts", Key(base, OURS, seed), artifact.SUFFIX)
+            if path is not None:
                 yield artifact.load(path)
 
     def _compare_with_ours(self) -> None:
@@ -328,8 +365,20 @@ class Comparison:
         return {"value": value, "low": low, "high": high}
 
     def _answers(self, key: Key) -> list[str] | None:
-        path = self.folder / "predictions" / f"{key.file_name}.json"
-        return [row["text"] for row in json.loads(path.read_text("utf-8"))] if path.exists() else None
+        path = self._file("predictions", key, ".json")
+        return None if path is None else [row["text"] for row in json.loads(path.read_text("utf-8"))]
+
+    def _file(self, folder: str, key: Key, suffix: str) -> Path | None:
+        """A cell's own file, also one that an earlier release wrote, if it can be no other base model's."""
+        parent = self.folder / folder
+        own, earlier = (parent / f"{name}{suffix}" for name in (key.file_name, key.earlier_file_name))
+        if own != earlier and own.exists():
+            return own
+        others = (_key(cell) for cell in self.cells if cell["status"] == "done" and _key(cell) != key)
+        rivals = [other for other in others if other.earlier_file_name == key.earlier_file_name]
+        theirs = [parent / f"{other.file_name}{suffix}" for other in rivals]
+        unclear = any(path == earlier or not path.exists() for path in theirs)
+        return earlier if earlier.exists() and not unclear else None
 
 
 def cut(dataset: Dataset, rows: int | None, seed: int = 0) -> Dataset:
@@ -405,6 +454,16 @@ def plain_perplexity(lm: FrozenLM, passages: int = PLAIN_PASSAGES, length: int =
 # --- files ----------------------------------------------------------------------------------------
 
 
+_EXPECTED = re.compile(
+    r"out of memory|(can't|cannot) allocate memory|not enough memory|ALLOC_FAILED|\binf\b.*\bnan\b", re.I
+)
+
+
+def _may_happen(error: RuntimeError) -> bool:
+    """Whether an error of torch's says that memory was too small, or that numbers were not finite."""
+    return type(error).__name__ == "LinAlgError" or _EXPECTED.search(str(error)) is not None
+
+
 def _key(cell: Mapping[str, Any]) -> Key:
     return Key(cell["base"], cell["method"], cell["seed"])
 
@@ -423,7 +482,8 @@ def _digest(value: object) -> str:
 
 def _write_json(path: Path, document: object) -> None:
     with atomic_writer(path) as file:
-        file.write(json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1).encode() + b"\n")
+        text = json.dumps(finite(document), ensure_ascii=False, allow_nan=False, indent=1)
+        file.write(text.encode() + b"\n")
 
 
 def _read_cells(path: Path) -> list[dict[str, Any]]:

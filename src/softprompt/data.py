@@ -10,16 +10,17 @@ import decimal
 import hashlib
 import json
 import math
+import os
 import re
 import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from softprompt.errors import ConfigError, DataError, SoftPromptWarning
+from softprompt.files import StrPath
 from softprompt.sources import Table, read_table
 from softprompt.wording import and_more, kind, listed, quoted
 
@@ -70,7 +71,7 @@ class _BadRow(Exception):
 
 
 def read_dataset(
-    source: str | Path,
+    source: StrPath,
     *,
     fields: Sequence[str],
     input_field: str | None = None,
@@ -142,7 +143,7 @@ def read_dataset(
     used = {**columns, "target": target_field} if target_field in table.columns else dict(columns)
     if references_field:
         used["references"] = references_field
-    return Dataset(tuple(examples), str(source), _fingerprint(examples), used)
+    return Dataset(tuple(examples), os.fspath(source), _fingerprint(examples), used)
 
 
 def check_targets(dataset: Dataset, labels: Sequence[str]) -> None:

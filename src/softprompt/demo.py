@@ -175,7 +175,6 @@ def run(load: Callable[[], FrozenLM], splits: Mapping[str, Dataset], config: Tra
     began = time.perf_counter()
     lm = load()
     load_seconds = time.perf_counter() - began
-    digest = lm.weights_digest()
     task = Task.for_data(lm, splits["train"], default_template(labelled=True))
 
     stderr.print("2/4  asking the base model alone")
@@ -185,7 +184,7 @@ def run(load: Callable[[], FrozenLM], splits: Mapping[str, Dataset], config: Tra
     stderr.print(f"3/4  tuning {task.num_virtual_tokens} virtual tokens")
     training = Training(task, splits["train"], splits["validation"], config, name="demo")
     warn_truncated(training.truncated, task.max_length)
-    untuned = training.result()
+    untuned = training.vectors
     began = time.perf_counter()
     watch(training)
     train_seconds = time.perf_counter() - began
@@ -199,10 +198,10 @@ def run(load: Callable[[], FrozenLM], splits: Mapping[str, Dataset], config: Tra
         soft_prompt=replace(tuned, metrics=(*tuned.metrics, *on_test)),
         zero_shot=zero_shot,
         tuned=after,
-        base_digests=(digest, lm.weights_digest()),
+        base_digests=(lm.digest_before, lm.weights_digest()),
         base_bytes=sum(weight.nbytes for weight in lm.model.parameters()),
-        answers=tuple(_answers(task, (untuned.vectors, tuned.vectors))),
-        swap_seconds=_swap_seconds(lm, (untuned.vectors, tuned.vectors)),
+        answers=tuple(_answers(task, (untuned, tuned.vectors))),
+        swap_seconds=_swap_seconds(lm, (untuned, tuned.vectors)),
         load_seconds=load_seconds,
         train_seconds=train_seconds,
     )

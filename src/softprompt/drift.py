@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from softprompt import history
 from softprompt.errors import StoreError
+from softprompt.files import StrPath
 from softprompt.inspection import plain
 from softprompt.prompt import SoftPrompt
 from softprompt.vocabulary import Vocabulary
@@ -72,7 +72,7 @@ class Drift:
         return dict(plain(self))
 
 
-def way_of(soft_prompt: SoftPrompt, folder: Path) -> Way:
+def way_of(soft_prompt: SoftPrompt, folder: StrPath) -> Way:
     """The way of the start that a soft prompt came from.
 
     Args:

@@ -29,10 +29,10 @@ from softprompt.methods import Learned, Method, Problem
 from softprompt.notes import heard, hide_noise
 from softprompt.objective import Objective
 from softprompt.optimizer import learning_rate
-from softprompt.order import RowOrder
+from softprompt.order import RowOrder, split_rows
 from softprompt.task import Task
 from softprompt.template import SOFT
-from softprompt.train import better, split_rows
+from softprompt.train import better
 
 FULL_RATES = (3e-5, 1e-4, 3e-4)
 LORA_RATES = (3e-4, 1e-3, 3e-3)

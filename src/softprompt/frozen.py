@@ -239,6 +239,11 @@ class FrozenLM:
         """Hex digest of every bit of every weight in memory; no training may change it."""
         return weights_digest(self.model)
 
+    @cached_property
+    def digest_before(self) -> str:
+        """``weights_digest()`` when it was first asked for: before the first training, what all must leave so."""
+        return self.weights_digest()
+
     # --- the shared-prefix path --------------------------------------------------------------------------------------
 
     def prefix_kv(self, ids: Sequence[int], vectors: torch.Tensor | None, before: PrefixKV | None = None) -> PrefixKV:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from safetensors.torch import save as to_bytes
 
 from softprompt.artifact import atomic_writer
 from softprompt.errors import StoreError
+from softprompt.files import StrPath, local_path
 
 FILE = "history.safetensors"
 MOST = 32
@@ -31,13 +31,13 @@ _NAME = re.compile(r"start\.(\d{1,9})\.step\.(\d{1,12})")
 class History:
     """The history of a training in the making."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: StrPath | None) -> None:
         """Begins without entries.
 
         Args:
             folder: the run folder; None keeps nothing.
         """
-        self._folder = folder
+        self._folder = None if folder is None else local_path(folder)
         self._entries: Entries = {}
 
     def add(self, start: int, step: int, vectors: torch.Tensor) -> None:
@@ -83,15 +83,17 @@ class History:
             self._entries |= {key: vectors for key, vectors in load(self._folder).items() if key[1] <= step}
 
 
-def load(folder: Path) -> Entries:
+def load(folder: StrPath) -> Entries:
     """Reads the history in a run folder.
 
     Raises:
         StoreError: there is none, or it is damaged.
     """
-    path = folder / FILE
+    path = local_path(folder) / FILE
     if not path.is_file():
-        raise StoreError(f"There is no training's history in {folder}; expected the file {FILE} of a run folder there.")
+        raise StoreError(
+            f"There is no training's history in {path.parent}; expected the file {FILE} of a run folder there."
+        )
     entries: Entries = {}
     try:
         with safe_open(path, "pt") as file:

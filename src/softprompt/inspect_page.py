@@ -12,6 +12,7 @@ from softprompt import plots
 from softprompt.artifact import atomic_writer
 from softprompt.behaviour import Continuation
 from softprompt.drift import Drift
+from softprompt.files import StrPath, local_path
 from softprompt.inspect_figures import share, shown
 from softprompt.inspect_report import (
     DRIFT,
@@ -45,7 +46,7 @@ MEASURES_EXPLAINED: Mapping[str, str] = {
 }
 
 
-def write(report: Report, folder: Path) -> list[Path]:
+def write(report: Report, folder: StrPath) -> list[Path]:
     """Writes ``report.html``, ``card.md``, ``report.json`` and the figures as PNGs.
 
     Returns:
@@ -60,7 +61,8 @@ def write(report: Report, folder: Path) -> list[Path]:
     return _save(folder, page, pictures, {"card.md": card(report), "report.json": _json(report.as_dict())})
 
 
-def _save(folder: Path, page: Page, pictures: Mapping[str, Figure], texts: Mapping[str, str]) -> list[Path]:
+def _save(folder: StrPath, page: Page, pictures: Mapping[str, Figure], texts: Mapping[str, str]) -> list[Path]:
+    folder = local_path(folder)
     paths = [folder / "report.html"]
     page.save(paths[0])
     contents = {name: text.encode() for name, text in texts.items()}
@@ -342,7 +344,7 @@ def _markdown(text: str) -> str:
 # --- several soft prompts ------------------------------------------------------------------------
 
 
-def write_similarity(found: Similarity, added: Similarity | None, folder: Path) -> list[Path]:
+def write_similarity(found: Similarity, added: Similarity | None, folder: StrPath) -> list[Path]:
     """Writes ``report.html``, ``report.json`` and the figures of a comparison.
 
     Args:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from softprompt.base import DEFAULT_BASE
 from softprompt.errors import ConfigError
+from softprompt.files import local_path
 from softprompt.frozen import FrozenLM
 from softprompt.terminal import stderr
 
@@ -38,7 +38,14 @@ BaseOnly = Annotated[bool, flag("--base-only", "Leave the soft prompt out, keep 
 Normalise = Annotated[bool, flag("--normalise-length", "Divide a label's log-probability by its tokens.")]
 
 Base = Annotated[str | None, model_option("The base model, where it has moved since.", "as in training")]
-Dtype = Annotated[str, model_option("auto, fp32, bf16 or fp16; auto is bf16 where it is native. In 16 bits, rounding depends on what else is in a batch.", "auto")]
+Dtype = Annotated[
+    str,
+    model_option(
+        "auto, fp32, bf16 or fp16; auto is bf16 where it is native. "
+        "In 16 bits, rounding depends on what else is in a batch.",
+        "auto",
+    ),
+]
 Device = Annotated[str, model_option("auto, cpu, cuda, mps …", "auto")]
 Trust = Annotated[bool, flag("--trust-remote-code", "Run code that comes with the model.", panel="Base model")]
 
@@ -58,7 +65,10 @@ Temperature = Annotated[float | None, text_option("0 takes the most probable tok
 TopP = Annotated[float | None, text_option("Draw from the tokens that hold this probability.", 1)]
 Stop = Annotated[
     list[str] | None,
-    text_option("End the text before this; \\n is a line end. Repeatable.", "\\n with --base-only, else none"),
+    text_option(
+        "End the text before this; \\n is a line end. Several may follow, -- ends them.",
+        "\\n with --base-only, else none",
+    ),
 ]
 SampleSeed = Annotated[int | None, text_option("Seeds the drawing of tokens.", 0, **SEED_RANGE)]
 
@@ -90,7 +100,7 @@ def references_column(option: str | None) -> str | None:
 
 def lasting(base: str) -> str:
     """The base model's id, a path on this machine by its full name, so that it is found again from another folder."""
-    path = Path(base).expanduser()
+    path = local_path(base)
     return str(path.resolve()) if base != DEFAULT_BASE and path.exists() else base
 
 

@@ -1,10 +1,15 @@
-"""In which order rows are learned from."""
+"""Which rows are learned from, and in which order."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
+
+from softprompt.config import TrainConfig
+from softprompt.data import Dataset, Example
+from softprompt.errors import DataError
 
 
 class RowOrder:
@@ -54,3 +59,33 @@ class RowOrder:
             places = (rank + chance) / sizes[kinds]
             self._kept = (seed, epoch), shuffled[places.argsort(stable=True)].tolist()
         return self._kept[1]
+
+
+def split_rows(
+    train: Dataset, validation: Dataset | None, config: TrainConfig
+) -> tuple[Sequence[Example], Sequence[Example]]:
+    """Training and validation examples; without validation data, a seeded tenth of the training data is held back."""
+    generator = torch.Generator().manual_seed(config.seed)
+    pool = train.examples if validation is None else validation.examples
+    order = torch.randperm(len(pool), generator=generator).tolist()
+    if validation is not None:
+        return train.examples, [pool[i] for i in sorted(order[: config.validation_rows])]
+    if len(pool) < 2:
+        raise DataError(
+            f"{train.source} has {len(pool)} row, but training needs at least 2 when no validation data is given; "
+            "add rows or give --validation"
+        )
+    held = set(order[: min(config.validation_rows, max(1, len(pool) // 10))])
+    return [e for i, e in enumerate(pool) if i not in held], [pool[i] for i in sorted(held)]
+
+
+def describe_rows(train: Dataset, validation: Dataset | None, rows: int, held_out: int) -> dict[str, Any]:
+    """What a soft prompt remembers of its data: where they came from, what they were, how many were used."""
+    return {
+        "train": {"source": train.source, "fingerprint": train.fingerprint, "rows": rows},
+        "validation": {
+            "source": f"held out of {train.source}" if validation is None else validation.source,
+            "fingerprint": (validation or train).fingerprint,
+            "rows": held_out,
+        },
+    }

@@ -20,6 +20,7 @@ import platformdirs
 from filelock import FileLock
 
 from softprompt.errors import SoftPromptError
+from softprompt.files import local_path
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ ROTTEN_TOMATOES = PackageFile(  # film reviews with their critics' verdicts, in 
 
 def cache_folder() -> Path:
     """``$SOFTPROMPT_CACHE``, or the user's cache folder for ``softprompt``; it may not exist yet."""
-    return Path(os.environ.get("SOFTPROMPT_CACHE") or platformdirs.user_cache_dir("softprompt"))
+    return local_path(os.environ.get("SOFTPROMPT_CACHE") or platformdirs.user_cache_dir("softprompt"))
 
 
 def package_file(distribution: str, version: str, member: str, *, sha256: str) -> Path:

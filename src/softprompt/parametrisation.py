@@ -14,9 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from softprompt.frozen import FrozenLM
+from softprompt.architecture import SHARED_PREFIX_MODELS
+from softprompt.config import PARAMETRISATIONS
+from softprompt.errors import ConfigError
+from softprompt.frozen import FrozenLM, Request
 from softprompt.prompt import frequent_tokens
-from softprompt.template import SOFT
+from softprompt.template import SOFT, Template
 
 BOTTLENECK = 800
 """Width of the residual network, at most H: the default of the authors' code."""
@@ -54,7 +57,12 @@ def parametrise(
         seed: seeds what is drawn.
         scale: the largest unit, in RMS of the embedding table.
         before: for ``prefix``, the token ids before the soft prompt.
+
+    Raises:
+        ConfigError: another kind.
     """
+    if kind not in PARAMETRISATIONS:
+        raise ConfigError(f"The parametrisation must be one of {', '.join(PARAMETRISATIONS)}, not {kind!r}.")
     if kind == "prefix":
         return _prefix(start if start.dim() == 5 else kv_of(lm, before, start))
     rms = start.square().mean(dim=1, keepdim=True).sqrt()
@@ -173,6 +181,30 @@ def _prefix(kv: torch.Tensor) -> Parametrisation:
     unit = torch.where(rms > 0, rms, 1.0) / 10
     learned = {"kv": (kv / unit).requires_grad_()}
     return Parametrisation(learned, lambda: learned["kv"], unit)
+
+
+def require_shared_prefix(lm: FrozenLM, template: Template, requests: Sequence[Request]) -> None:
+    """Refuses what a trained KV prefix cannot be learned with.
+
+    Args:
+        lm: the base model.
+        template: of the task.
+        requests: its training rows.
+
+    Raises:
+        ConfigError: the base model has no shared prefix, or something stands before the soft prompt.
+    """
+    if not lm.shares_prefix:
+        raise ConfigError(
+            f"the parametrisation prefix needs a base model with a shared prefix "
+            f"({', '.join(sorted(SHARED_PREFIX_MODELS))}), but {lm.name} has none; "
+            "choose another base model or parametrisation"
+        )
+    if not all(request.shares_prefix for request in requests):
+        raise ConfigError(
+            f"the parametrisation prefix needs {{soft_prompt}} before every input field, and no empty input, but "
+            f"the template is {template.text!r}; move {{soft_prompt}} to the front, or choose another parametrisation"
+        )
 
 
 @torch.no_grad()

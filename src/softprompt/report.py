@@ -16,6 +16,7 @@ from rich.text import Text
 
 from softprompt import plots
 from softprompt.artifact import atomic_writer
+from softprompt.files import StrPath, local_path
 from softprompt.page import Page
 from softprompt.summary import METHODS, METRICS, OURS, Cell, Estimate, Row, grouped, summary
 from softprompt.terminal import amount, duration, shortened, simple_table
@@ -233,7 +234,7 @@ def _texts(row: Row, columns: Sequence[str]) -> list[str]:
 # --- the page -------------------------------------------------------------------------------------
 
 
-def write(cells: Sequence[Cell], folder: Path) -> list[Path]:
+def write(cells: Sequence[Cell], folder: StrPath) -> list[Path]:
     """Writes ``report.html``, which needs no other file, and its figures as PNGs of their own.
 
     Returns:
@@ -243,7 +244,7 @@ def write(cells: Sequence[Cell], folder: Path) -> list[Path]:
         ConfigError: matplotlib is not installed.
         OSError: the folder cannot be written.
     """
-    rows = summary(cells)
+    folder, rows = local_path(folder), summary(cells)
     groups = grouped(rows)
     figures = _figures(rows)
     page = Page(_title(rows), _verdict(groups))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 from softprompt.delimited import read_delimited
 from softprompt.encoding import text_of
 from softprompt.errors import ConfigError, DataError
+from softprompt.files import StrPath, local_path
 from softprompt.wording import first_line, kind, listed, quoted
 
 COMPRESSED = (".gz", ".bz2", ".xz")
@@ -32,14 +34,15 @@ class Table:
     rows: tuple[tuple[int, Mapping[str, Any] | str], ...]
 
 
-def read_table(source: str | Path, encoding: str | None = None) -> Table:
+def read_table(source: StrPath, encoding: str | None = None) -> Table:
     """The table of a file or of a Hugging Face data set, see ``softprompt.data.read_dataset``.
 
     Raises:
         ConfigError: a library for this source is not installed, or there is no such encoding.
         DataError: the source cannot be read.
     """
-    return _read_hub(str(source)) if str(source).startswith("hf:") else _read_file(Path(source).expanduser(), encoding)
+    name = os.fspath(source)
+    return _read_hub(name) if name.startswith("hf:") else _read_file(local_path(name), encoding)
 
 
 # Files
@@ -213,7 +216,7 @@ def _read_hub(source: str) -> Table:
 def _name_and_split(source: str) -> tuple[str, str | None]:
     """``hf:NAME[:SPLIT]`` in its parts; the split may be an expression of datasets: ``train[:100]+test[50%:]``."""
     rest = source.removeprefix("hf:")
-    path = str(Path(rest).expanduser()) if rest.startswith("~") else rest
+    path = str(local_path(rest)) if rest.startswith("~") else rest
     if path and Path(path).exists():
         return path, None
     match = re.fullmatch(r"(?P<name>[^\[\]]*?[^\[\]:])(?::(?P<split>(?:[^:/\\\[\]]|\[[^\[\]/\\]*\])+))?", path)

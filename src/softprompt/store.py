@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from filelock import FileLock
 
 from softprompt import artifact
 from softprompt.errors import ArtifactError, StoreError
+from softprompt.files import StrPath, local_path
 from softprompt.prompt import SoftPrompt
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
@@ -42,8 +45,8 @@ class Store:
         home: the folder: as given, or ``$SOFTPROMPT_HOME``, or the user's data folder. It may not exist yet.
     """
 
-    def __init__(self, home: Path | None = None) -> None:
-        self.home = home or Path(os.environ.get("SOFTPROMPT_HOME") or platformdirs.user_data_dir("softprompt"))
+    def __init__(self, home: StrPath | None = None) -> None:
+        self.home = local_path(home or os.environ.get("SOFTPROMPT_HOME") or platformdirs.user_data_dir("softprompt"))
 
     def path(self, name: str) -> Path:
         """Where the soft prompt ``name`` lies, or would lie.
@@ -90,33 +93,50 @@ class Store:
             ArtifactError: as for :func:`softprompt.artifact.save`.
         """
         path = self.path(soft_prompt.name)
-        self._require_writable()
-        try:
-            with FileLock(self.home / ".lock"):  # of two trainings that end at once, neither may lose its result
-                if not overwrite:
-                    self.require_free(soft_prompt.name)
-                artifact.save(soft_prompt, path)
-        except OSError as error:
-            raise self._unwritable(error.strerror or str(error)) from error
+        with self.locked():
+            if not overwrite:
+                self.require_free(soft_prompt.name)
+            artifact.save(soft_prompt, path)
         return path
 
-    def find(self, name_or_path: str | Path) -> Path:
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps others from storing anything meanwhile: of two that see a name free, neither may lose its result.
+
+        Raises:
+            StoreError: the folder cannot be made or written.
+        """
+        self._require_writable()
+        try:
+            with FileLock(self.home / ".lock"):
+                yield
+        except OSError as error:
+            raise self._unwritable(error.strerror or str(error)) from error
+
+    def find(self, name_or_path: StrPath) -> Path:
         """The file of a stored soft prompt by name, or of any by path: a ``Path``, or a text with a separator or
         ``.safetensors``. Only a name is looked up.
 
         Raises:
             StoreError: no soft prompt has that name.
         """
-        text = str(name_or_path)
+        text = os.fspath(name_or_path)
         separators = {"/", os.sep, os.altsep}
-        if isinstance(name_or_path, Path) or text.endswith(artifact.SUFFIX) or not separators.isdisjoint(text):
-            return Path(text)
+        if text is not name_or_path or text.endswith(artifact.SUFFIX) or not separators.isdisjoint(text):
+            return local_path(text)
         path = self.path(text)
         if text not in self.names():
             raise self._unknown(text)
         return path
 
-    def load(self, name_or_path: str | Path) -> SoftPrompt:
+    def name_of(self, path: StrPath) -> str | None:
+        """The name under which a file at ``path`` lies in this store; None if it lies elsewhere."""
+        path = local_path(path)
+        if path.suffix != artifact.SUFFIX or not _NAME.fullmatch(path.stem):
+            return None
+        return path.stem if path.parent.resolve() == self.home.resolve() else None
+
+    def load(self, name_or_path: StrPath) -> SoftPrompt:
         """The soft prompt of a name or path, see :meth:`find`.
 
         Raises:

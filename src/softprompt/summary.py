@@ -252,11 +252,27 @@ def _t_quantile(freedom: float) -> float:
     return float(np.sqrt(freedom) * np.tan(np.interp(0.95 * mass[-1], mass, ends[1:])))
 
 
+def short_names(bases: Iterable[str]) -> dict[str, str]:
+    """Base model's id or path → its last part; where several share that, as many of the last parts as tell them
+    apart."""
+    parts = {base: Path(base).parts or (base,) for base in bases}
+    most = max(map(len, parts.values()), default=0)
+
+    def last(base: str, count: int) -> str:
+        return str(Path(*parts[base][-count:]))
+
+    names = {base: last(base, 1) for base in parts}
+    for count in range(2, most + 1):
+        shown = list(names.values())
+        names = {base: last(base, count) if shown.count(name) > 1 else name for base, name in names.items()}
+    shown = list(names.values())
+    return {base: base if shown.count(name) > 1 else name for base, name in names.items()}
+
+
 def grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Title → the rows of one task and base model; the base model is named if there are several."""
     bases = {row.base for row in rows}
-    short = {base: Path(base).name for base in bases}
-    names = short if len(set(short.values())) == len(bases) else {base: base for base in bases}
+    names = short_names(bases)
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(f"{row.task} on {names[row.base]}" if len(bases) > 1 else row.task, []).append(row)

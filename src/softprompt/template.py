@@ -8,6 +8,7 @@ the target, so a sequence at inference is the start of the sequence in training.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from softprompt.data import Example
 from softprompt.encoding import decode
 from softprompt.errors import TemplateError
+from softprompt.files import StrPath, local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -478,7 +480,7 @@ class Verbalizer:
         return cls(_distinct((label, (label,)) for label in labels))
 
     @classmethod
-    def parse(cls, text_or_path: str) -> Verbalizer:
+    def parse(cls, text_or_path: StrPath) -> Verbalizer:
         """Reads ``positive,negative``, ``good=positive|great,bad=negative|awful``, or a file ``labels.json``.
 
         The file holds an object that maps each label to its word or a list of its words; use it for labels with a
@@ -487,10 +489,11 @@ class Verbalizer:
         Raises:
             TemplateError: the file cannot be read or has another content, or the labels do not make a verbalizer.
         """
-        if text_or_path.lower().endswith(".json"):
-            return cls(_distinct(_read_words(Path(text_or_path))))
+        text = os.fspath(text_or_path)
+        if text.lower().endswith(".json"):
+            return cls(_distinct(_read_words(local_path(text))))
         pairs: list[tuple[str, tuple[str, ...]]] = []
-        for item in text_or_path.removeprefix("\ufeff").split(","):
+        for item in text.removeprefix("\ufeff").split(","):
             label, equals, words = item.partition("=")
             names = words.split("|") if equals else [label]
             pairs.append((label.strip(), tuple(name.strip() for name in names)))

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from softprompt import checkpoint, compilation
-from softprompt.architecture import SHARED_PREFIX_MODELS
+from softprompt.base import DTYPES
 from softprompt.batch import Row
 from softprompt.config import DEFAULT_STEPS, EVAL_EVERY, INITS, TrainConfig
 from softprompt.data import Dataset, Example, check_targets
-from softprompt.errors import ConfigError, DataError, StoreError
+from softprompt.errors import ConfigError, StoreError, TrainingError
+from softprompt.files import StrPath
 from softprompt.frozen import FrozenLM, Request
-from softprompt.history import FILE as HISTORY
 from softprompt.history import History
 from softprompt.objective import Objective
 from softprompt.optimizer import learning_rate, make_optimizer
-from softprompt.order import RowOrder
-from softprompt.parametrisation import Parametrisation, parametrise
+from softprompt.order import RowOrder, describe_rows, split_rows
+from softprompt.parametrisation import Parametrisation, parametrise, require_shared_prefix
 from softprompt.prompt import SoftPrompt, initial_vectors, label_list, library_versions, tokens_of
+from softprompt.run_folder import RunFolder
 from softprompt.task import Task
 from softprompt.template import SOFT
 
@@ -134,6 +133,8 @@ class Training:
         total: optimizer steps planned.
         stopped: why it ended: ``steps``, ``early``, ``interrupted``, ``not finite``; empty while it runs.
         compiled: whether the decoder layers are compiled while it trains; False, too, where that was seen not to work.
+        base_unchanged: whether every bit of the base model's weights is as it was before any training, as the latest
+            ``result`` found; None before that.
     """
 
     def __init__(
@@ -145,7 +146,7 @@ class Training:
         *,
         name: str = "soft-prompt",
         start: torch.Tensor | None = None,
-        folder: Path | None = None,
+        folder: StrPath | RunFolder | None = None,
         resume: bool = False,
     ) -> None:
         """Prepares a run.
@@ -159,20 +160,23 @@ class Training:
             name: name of the soft prompt.
             start: float ``[P, H]``, or for a KV prefix ``[P, L, 2, H_kv, D]``, to start from instead of
                 ``config.init``.
-            folder: where checkpoints, ``log.jsonl`` and the history of the vectors are kept; None keeps none.
+            folder: where checkpoints, ``log.jsonl`` and the history of the vectors are kept; None keeps none. It is
+                held, so that no other training writes there, until the iteration ends or the training is deleted.
             resume: go on from the checkpoint in ``folder``, if there is one.
 
         Raises:
             DataError: too few rows.
             ConfigError: an initialisation that does not fit, a KV prefix for a base model or template that cannot
                 have one, or a checkpoint of a run with other settings or data.
-            StoreError: ``folder`` cannot be written, or its checkpoint is damaged.
+            StoreError: another training holds ``folder``, it cannot be written, or its checkpoint is damaged.
         """
         config = config or TrainConfig()
         if config.num_virtual_tokens is None:
             config = replace(config, num_virtual_tokens=max(1, task.num_virtual_tokens))
         self.config = config
-        self.task, self.name, self.folder = task, name, folder
+        self.task, self.name = task, name
+        self._run = folder if isinstance(folder, RunFolder) or folder is None else RunFolder(folder, name)
+        self.folder = None if self._run is None else self._run.path
         if start is not None and self.config.lengths:
             raise ConfigError("other lengths cannot be tried from a soft prompt to start from; leave one of them out")
         found = task.num_virtual_tokens if task.template.has_soft_prompt else 0
@@ -181,9 +185,10 @@ class Training:
                 f"the task's template holds {found} virtual tokens, but {self.config.longest} are to be "
                 "learned; give Task and TrainConfig the same num_virtual_tokens, and the template a {soft_prompt}"
             )
-        self._base_digest = task.lm.weights_digest()
+        self._base_digest = task.lm.digest_before
+        self.base_unchanged: bool | None = None
         examples, held_out = split_rows(train, validation, self.config)
-        self._data = _describe(train, validation, len(examples), len(held_out))
+        self._data = describe_rows(train, validation, len(examples), len(held_out))
         if task.verbalizer is not None:
             check_targets(train, task.labels)
         self._order = RowOrder([None if task.verbalizer is None else example.target for example in examples])
@@ -200,12 +205,12 @@ class Training:
             self._requests = [task.target_request(e) for e in examples]
             self._gold = [0] * len(examples)
         if self.config.parametrisation == "prefix":
-            self._require_shared_prefix()
+            require_shared_prefix(task.lm, task.template, self._requests)
         self.truncated = sum(request.truncated for request in self._requests)
         self._validator = task.validator(held_out)
         self._best: dict[str, Any] | None = None
         self._validations: list[dict[str, Any]] = []
-        self._history = History(folder)
+        self._history = History(self.folder)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.stopped: str = ""
         self._planned = self._planned_steps()
@@ -220,14 +225,22 @@ class Training:
         self._leader: _Learner | None = None  # the best of several starts so far
         self._good = self._learner.numbers()
         self._best_vectors = self._good.clone()
+        self._holds, self._iterating = False, False
         self._open_folder(resume)
 
     def __iter__(self) -> Iterator[Step]:
-        """Trains, one step at a time, until the planned steps are done or there is a reason to stop earlier."""
+        """Trains, one step at a time, until the planned steps are done or there is a reason to stop earlier.
+
+        Raises:
+            StoreError: the folder cannot be written; or it was given back when an earlier iteration ended, and another
+                training has it now, or has had it since.
+        """
         lm = self.task.lm
-        if self.compiled:
-            lm.compile_layers()
+        self._hold_folder()
         try:
+            self._iterating = True
+            if self.compiled:
+                lm.compile_layers()
             while not self.stopped:
                 if self.step >= self.total:
                     self.stopped = "steps"
@@ -244,6 +257,8 @@ class Training:
                 yield step
         finally:
             lm.uncompile_layers()
+            self._iterating = False
+            self._give_back_folder()
 
     def _advance(self) -> Step:
         """One optimizer step, with a validation when it is due."""
@@ -351,14 +366,34 @@ class Training:
         self._compare_starts(None)
         return True
 
+    @property
+    def vectors(self) -> torch.Tensor:
+        """The soft prompt as it is now, trained or not: float32 ``[P, H]`` or ``[P, L, 2, H_kv, D]`` on the CPU."""
+        return self._learner.numbers().cpu()
+
     def result(self) -> SoftPrompt:
         """The best soft prompt so far; before any validation, the last one whose loss was finite.
 
         Raises:
-            AssertionError: a weight of the base model changed, which must never happen.
+            TrainingError: no step was done yet, the loss of the very first was not finite, or a weight of the base
+                model changed, which must never happen.
         """
         lm, best = self.task.lm, self._best
-        assert lm.weights_digest() == self._base_digest, "a weight of the frozen base model changed"
+        if not self.tokens:
+            raise TrainingError(
+                "The loss is not finite at the very first step, so nothing was learned; try --dtype fp32."
+                if self.stopped == "not finite"
+                else "The training has done no step yet, so there is no result; iterate over it first, for instance "
+                "with `for step in training: print(step)`."
+            )
+        if not self._iterating:
+            self._give_back_folder()
+        self.base_unchanged = lm.weights_digest() == self._base_digest
+        if not self.base_unchanged:
+            raise TrainingError(
+                f"A weight of the base model {lm.name} is not what it was before the training, so its soft prompt "
+                "would fit no model; load the base model anew, and report this unless you changed the weight yourself."
+            )
         metrics = []
         if best is not None:
             metrics = [{"split": "validation", **metric} for metric in best["metrics"]]
@@ -416,20 +451,6 @@ class Training:
         tokens = _tokens(self._requests) / len(self._requests) * self.config.batch_size + self.config.longest
         return self.config.compile == "on" or compilation.pays(lm, self.total, tokens)
 
-    def _require_shared_prefix(self) -> None:
-        lm, text = self.task.lm, self.task.template.text
-        if not lm.shares_prefix:
-            raise ConfigError(
-                f"the parametrisation prefix needs a base model with a shared prefix "
-                f"({', '.join(sorted(SHARED_PREFIX_MODELS))}), but {lm.name} has none; "
-                "choose another base model or parametrisation"
-            )
-        if not all(request.shares_prefix for request in self._requests):
-            raise ConfigError(
-                f"the parametrisation prefix needs {{soft_prompt}} before every input field, and no empty input, but "
-                f"the template is {text!r}; move {{soft_prompt}} to the front, or choose another parametrisation"
-            )
-
     def _initial(self, number: int) -> torch.Tensor:
         """What the start of that number begins with: float32 ``[P, H]`` or ``[P, L, 2, H_kv, D]``."""
         lm, config, start = self.task.lm, self.config, self._start
@@ -460,38 +481,58 @@ class Training:
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be gone on with."""
+        task, data = self.task, self._data
         settings = self.config.as_dict()
-        labels = [self.task.labels, self.task.words, self.task.label_of_word, self.task.word_end]
-        content = [self.task.template.text, labels, self.task.lm.fingerprint, str(self.task.lm.dtype)]
+        del settings["checkpoint_every"]  # which changes no number
         start = None if self._start is None else self._start.detach().float().cpu().contiguous().numpy().tobytes()
         return {
             **settings,
+            "init": self.config.init if start is None else "given",  # not the path, which may change
             "start": None if start is None else hashlib.sha256(start).hexdigest(),
             "total": self.total,
-            "task": hashlib.sha256(json.dumps(content).encode()).hexdigest(),
-            "data": self._data,
+            "template": task.template.text,
+            "labels": [task.labels, task.words, task.label_of_word, task.ends],
+            "base model": task.lm.fingerprint,
+            "dtype": next(name for name, dtype in DTYPES.items() if dtype == task.lm.dtype),
+            "training data": [data["train"]["fingerprint"], data["train"]["rows"]],
+            "validation data": [data["validation"]["fingerprint"], data["validation"]["rows"]],
         }
 
     def _open_folder(self, resume: bool) -> None:
-        if self.folder is None:
+        run = self._run
+        if run is None:
             return
+        run.hold()
+        self._holds = True
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.tidy(self.folder)
-            if resume and (self.folder / checkpoint.FILE).exists():
+            checkpoint.tidy(run.path)
+            if resume and run.stopped:
                 self._load()
             else:
-                for name in (checkpoint.FILE, checkpoint.LOG, HISTORY):
-                    (self.folder / name).unlink(missing_ok=True)
-                (self.folder / checkpoint.LOG).touch()
-        except OSError as error:
-            raise self._unwritable(error) from error
+                run.clear()
+        except BaseException as error:
+            self._give_back_folder()
+            if isinstance(error, OSError):
+                raise run.unwritable(error) from error
+            raise
 
-    def _unwritable(self, error: OSError) -> StoreError:
-        return StoreError(
-            f"the training's folder {self.folder} cannot be written: {error.strerror or error}; "
-            "free some space there, or set SOFTPROMPT_HOME to a folder that can"
-        )
+    def _hold_folder(self) -> None:
+        """Takes the folder again where an earlier iteration gave it back, unless another training has had it."""
+        if self._run is None or self._holds:
+            return
+        self._run.hold()
+        self._holds = True
+        if self._run.stamp() != self._stamp:
+            self._give_back_folder()
+            raise StoreError(
+                f"Another training has used {self.folder} since this one was interrupted; "
+                "make a new one, with resume=True to go on from what is there."
+            )
+
+    def _give_back_folder(self) -> None:
+        if self._run is not None and self._holds:
+            self._stamp, self._holds = self._run.stamp(), False
+            self._run.release()
 
     def _save(self) -> None:
         if self.folder is None:
@@ -520,13 +561,7 @@ class Training:
     def _load(self) -> None:
         assert self.folder is not None
         tensors, optimizers, state = checkpoint.load(self.folder)
-        ours = self._identity()
-        differing = [key for key in ours if state["identity"].get(key) != ours[key]]
-        if differing:
-            raise ConfigError(
-                f"the checkpoint in {self.folder} is of a run with other {', '.join(differing)}; "
-                "resume with the same settings and data, or start anew without --resume"
-            )
+        checkpoint.require_same(self.folder, self._identity(), state["identity"])
         began = {role: self._begin(number) for role, (number, _) in state["starts"].items()}
         for role, learner in began.items():
             with torch.no_grad():
@@ -547,45 +582,14 @@ class Training:
         checkpoint.trim_log(self.folder / checkpoint.LOG, self.step)
 
     def _log(self, step: Step) -> None:
-        if self.folder is None:
+        if self._run is None:
             return
-        line = {key: value for key, value in step.__dict__.items() if value is not None}
         try:
-            with open(self.folder / checkpoint.LOG, "a", encoding="utf-8") as log:
-                log.write(json.dumps(line) + "\n")
+            self._run.log({key: value for key, value in step.__dict__.items() if value is not None})
             if step.validation is not None:
                 self._history.write(self._validations, self._best)
         except OSError as error:
-            raise self._unwritable(error) from error
-
-
-def split_rows(
-    train: Dataset, validation: Dataset | None, config: TrainConfig
-) -> tuple[Sequence[Example], Sequence[Example]]:
-    """Training and validation examples; without validation data, a seeded tenth of the training data is held back."""
-    generator = torch.Generator().manual_seed(config.seed)
-    pool = train.examples if validation is None else validation.examples
-    order = torch.randperm(len(pool), generator=generator).tolist()
-    if validation is not None:
-        return train.examples, [pool[i] for i in sorted(order[: config.validation_rows])]
-    if len(pool) < 2:
-        raise DataError(
-            f"{train.source} has {len(pool)} row, but training needs at least 2 when no validation data is given; "
-            "add rows or give --validation"
-        )
-    held = set(order[: min(config.validation_rows, max(1, len(pool) // 10))])
-    return [e for i, e in enumerate(pool) if i not in held], [pool[i] for i in sorted(held)]
-
-
-def _describe(train: Dataset, validation: Dataset | None, rows: int, held_out: int) -> dict[str, Any]:
-    return {
-        "train": {"source": train.source, "fingerprint": train.fingerprint, "rows": rows},
-        "validation": {
-            "source": f"held out of {train.source}" if validation is None else validation.source,
-            "fingerprint": (validation or train).fingerprint,
-            "rows": held_out,
-        },
-    }
+            raise self._run.unwritable(error) from error
 
 
 def better(found: Mapping[str, Any], best: Mapping[str, Any]) -> bool:

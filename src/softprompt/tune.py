@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from softprompt.config import preset as published
 from softprompt.data import Dataset, check_targets, infer_labels, read_dataset
 from softprompt.data_checks import Reading, reading, require_label_set
 from softprompt.errors import ConfigError, StoreError, TemplateError, TrainingError
+from softprompt.files import local_path, strict_json
 from softprompt.options import (
     LABELS,
     SEED_RANGE,
@@ -50,6 +51,7 @@ from softprompt.options import (
     with_line_ends,
 )
 from softprompt.prompt import SoftPrompt, default_num_virtual_tokens
+from softprompt.run_folder import RunFolder
 from softprompt.store import Store
 from softprompt.task import Task
 from softprompt.template import Template, Verbalizer, chat_template, default_template
@@ -131,42 +133,47 @@ def train_command(
     rows, held_out, verbalizer = read_task(
         train, validation, labels, names, input_field, target_field, references_field, encoding
     )
-    lm = load_base_model(base, dtype, device, trust_remote_code)
-    if start is not None:
-        Task.of(lm, start)  # refuses vectors of another base model: they mean nothing here
-    form = form or (chat_template(lm.tokenizer) if template == "chat" else default_template(verbalizer is not None))
-    if config.num_virtual_tokens is None:
-        length = default_num_virtual_tokens(lm, () if verbalizer is None else verbalizer.labels)
-        config = replace(config, num_virtual_tokens=length)
-    task = Task(lm, form, verbalizer, config.longest, config.max_length or lm.window)
-    vectors = None if start is None else start.vectors
-    with stderr.status("preparing"):
-        training = Training(
-            task, rows, held_out, config, name=place.name, start=vectors, folder=place.folder, resume=resume
-        )
-    taken = taken_for(rows, held_out, None, verbalizer, labels, references_field)
-    say_reading(taken)
-    warn_truncated(training.truncated, task.max_length)
-    _train_and_store(training, place, taken, began, as_json)
+    with place.claimed():
+        lm = load_base_model(base, dtype, device, trust_remote_code)
+        if start is not None:
+            Task.of(lm, start)  # refuses vectors of another base model: they mean nothing here
+        form = form or (chat_template(lm.tokenizer) if template == "chat" else default_template(verbalizer is not None))
+        if config.num_virtual_tokens is None:
+            length = default_num_virtual_tokens(lm, () if verbalizer is None else verbalizer.labels)
+            config = replace(config, num_virtual_tokens=length)
+        task = Task(lm, form, verbalizer, config.longest, config.max_length or lm.window)
+        vectors = None if start is None else start.vectors
+        with stderr.status("preparing"):
+            training = Training(
+                task, rows, held_out, config, name=place.name, start=vectors, folder=place.run, resume=resume
+            )
+        taken = taken_for(rows, held_out, None, verbalizer, labels, references_field)
+        say_reading(taken)
+        warn_truncated(training.truncated, task.max_length)
+        _train_and_store(training, place, taken, began, as_json)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tuned soft prompt goes.
+    """Where a tuned soft prompt goes: what is looked at before the training is what is written after it.
 
     Attributes:
         name: what it is called.
         path: its file.
-        folder: what the run leaves behind: checkpoint, log and history.
+        run: the folder of what the run leaves behind: checkpoint, log and history.
         store: the store, even if ``path`` is elsewhere.
-        replaces: whether a file that is there already may go.
+        stored_as: its name in the store; None if ``path`` is elsewhere.
+        overwrite: whether what is there at the start may be replaced.
+        resume: whether a run that was stopped is gone on with.
     """
 
     name: str
     path: Path
-    folder: Path
+    run: RunFolder
     store: Store
-    replaces: bool
+    stored_as: str | None
+    overwrite: bool
+    resume: bool
 
     @classmethod
     def of(cls, name: str | None, out: Path | None, *, overwrite: bool, resume: bool) -> Place:
@@ -174,41 +181,86 @@ class Place:
 
         Raises:
             ConfigError: neither a name nor a path, or a path of another kind.
-            StoreError: the name or the path is taken, or there is a run that was stopped.
+            StoreError: as for :meth:`check`, or the name is none.
         """
         store = Store()
         if out is not None:
-            if out.suffix != artifact.SUFFIX or out.is_dir():
+            path = local_path(out)
+            if path.suffix != artifact.SUFFIX or path.is_dir():
                 raise ConfigError(f"--out needs the path of a file that ends with {artifact.SUFFIX}, not {out}.")
-            place = cls(name or out.stem, out, Path(f"{out}.run"), store, overwrite or resume)
+            stored_as = store.name_of(path)
         elif name is None:
             raise ConfigError("A soft prompt needs a name to be stored under; give --name, or --out with a path.")
         else:
-            place = cls(name, store.path(name), store.run_folder(name), store, overwrite or resume)
-        stopped = (place.folder / checkpoint.FILE).exists()
-        if stopped and not place.replaces:
+            path, stored_as = store.path(name), name
+        folder = Path(f"{path}.run") if stored_as is None else store.run_folder(stored_as)
+        place = cls(
+            name or path.stem, path, RunFolder(folder, path.stem), store, stored_as, overwrite=overwrite, resume=resume
+        )
+        place.run.require_free()
+        place.check()
+        return place
+
+    def check(self) -> None:
+        """Refuses a place that a training must not write to.
+
+        Raises:
+            StoreError: a run was stopped there, or a soft prompt is there that may not be replaced.
+        """
+        stopped = self.run.stopped
+        if self.overwrite:
+            return
+        if stopped and not self.resume:
             raise StoreError(
-                f"A training of {place.name!r} was stopped before its end, see {place.folder}; "
+                f"A training of {self.path.stem!r} was stopped before its end, see {self.run.path}; "
                 f"add --resume to go on with it, or --overwrite to start anew."
             )
-        if overwrite or (resume and stopped):
-            return place
-        if out is None:
-            store.require_free(place.name)
-        elif out.exists():
-            raise StoreError(f"The file {out} exists; choose another --out, or add --overwrite to replace it.")
-        return place
+        if stopped:
+            if self._taken():
+                raise StoreError(
+                    f"The soft prompt {self.path} is not of the training that was stopped, see {self.run.path}; "
+                    f"move it away, or add --overwrite to --resume to replace it."
+                )
+        elif self.stored_as is not None:
+            self.store.require_free(self.stored_as)
+        elif self.path.exists():
+            raise StoreError(f"The file {self.path} exists; choose another --out, or add --overwrite to replace it.")
+
+    def _taken(self) -> bool:
+        return self.path.exists() and not self.run.may_replace(self.path)
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keeps the place for this run until the block ends.
+
+        Raises:
+            StoreError: as for :meth:`check`; or another run has the place, or the folder cannot be written.
+        """
+        with self.run:
+            self.check()
+            given_up = [self.path.read_bytes()] if self.overwrite and self.path.is_file() else []
+            self.run.allow(*given_up, anew=not (self.resume and self.run.stopped))
+            yield
 
     def save(self, soft_prompt: SoftPrompt) -> None:
         """Writes the soft prompt.
 
         Raises:
-            StoreError: the file cannot be written, or the name was taken in the meantime.
+            StoreError: the file cannot be written, or another soft prompt was put there in the meantime.
         """
-        if self.path.parent == self.store.home:
-            self.store.save(soft_prompt, overwrite=self.replaces)
-        else:
-            artifact.save(soft_prompt, self.path)
+        with nullcontext() if self.stored_as is None else self.store.locked():
+            if self._taken():
+                raise StoreError(
+                    f"Another soft prompt was put at {self.path} while this one was trained; the training is not "
+                    f"lost: give the same command with --resume after moving that file away, or with --resume and "
+                    f"--overwrite to replace it."
+                )
+            try:
+                self.run.allow(artifact.encode(soft_prompt))
+                artifact.save(soft_prompt, self.path)
+            except StoreError as error:
+                saved = f"{error}".rstrip(".")
+                raise StoreError(f"{saved}; the training is not lost: give the same command with --resume.") from error
 
 
 def _configuration(parameters: dict[str, Any], store: Store) -> tuple[TrainConfig, SoftPrompt | None]:
@@ -338,16 +390,10 @@ def _train_and_store(training: Training, place: Place, taken: Reading, began: fl
     if training.step == 0 and interrupted:
         stderr.print("interrupted before the first step; nothing was stored")
         raise typer.Exit(130)
-    if training.tokens == 0 and training.stopped == "not finite":
-        raise TrainingError("The loss is not finite at the very first step, so nothing was stored; try --dtype fp32.")
     soft_prompt = training.result()
-    try:
-        place.save(soft_prompt)
-    except StoreError as error:
-        saved = f"{error}".rstrip(".")
-        raise StoreError(f"{saved}; the training is not lost: give the same command with --resume.") from error
+    place.save(soft_prompt)
     if not interrupted:
-        (place.folder / checkpoint.FILE).unlink(missing_ok=True)  # what has ended cannot be resumed
+        (place.run.path / checkpoint.FILE).unlink(missing_ok=True)  # what has ended cannot be resumed
     _report(training, soft_prompt, place.path, taken, time.perf_counter() - began, as_json)
     after = f"after step {training.step:,} of {training.total:,}"
     if interrupted:
@@ -370,7 +416,7 @@ def _report(
             "path": str(path),
             "bytes": size,
             "base": soft_prompt.base,
-            "base_unchanged": True,  # or training.result() would have raised
+            "base_unchanged": training.base_unchanged,
             "num_virtual_tokens": soft_prompt.num_virtual_tokens,
             "data": taken.as_dict(),
             "metrics": list(soft_prompt.metrics),
@@ -379,13 +425,13 @@ def _report(
             "seconds": round(seconds, 3),
             **{key: record[key] for key in ("best_step", "stopped", "loss", "tokens", "train_seconds")},
         }
-        print(json.dumps(document, allow_nan=False))
+        print(strict_json(document))
         return
     print_rows(
         [
             ("soft prompt", f"{soft_prompt.name}, {soft_prompt.num_virtual_tokens} virtual tokens"),
             ("file", f"{path} ({size:,} bytes)"),
-            ("base model", f"{soft_prompt.base}, unchanged, bit for bit"),
+            ("base model", f"{soft_prompt.base}" + ", unchanged, bit for bit" * bool(training.base_unchanged)),
             *(("validation", plain_metric(metric)) for metric in soft_prompt.metrics),
             ("steps", f"{record['steps_done']:,}, the best of them {record['best_step']:,}"),
             ("time", duration(seconds)),
