@@ -345,7 +345,7 @@ class Encoder:
         one goes without it.
         """
         eos, unknown = self.tokenizer.eos_token_id, self.tokenizer.unk_token_id
-        found = [(eos,)] if isinstance(eos, int) else []
+        found: list[tuple[int, ...]] = [(eos,)] if isinstance(eos, int) else []
         for text in ("\n", "\n\n"):
             ids = tuple(self._piece(text, literal=True, starts=False))
             if ids and unknown not in ids and not overlap([*found, ids]):
