@@ -321,13 +321,10 @@ def test_a_pickle_is_never_read(tmp_path: Path) -> None:
 def test_another_tools_safetensors_file(tmp_path: Path) -> None:
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(safetensors_bytes({"prompt_embeddings": torch.ones(2, 2)}, metadata={"format": "pt"}))
-    expected = (
-        f"{path} is a safetensors file, but its header has no entry 'softprompt': it is not a soft prompt of ours; "
-        f"other tools' soft prompts are read with `softprompt import`."
-    )
-    assert sentence(path) == expected
+    assert str(path) in sentence(path)
+    assert "PEFT" in sentence(path)
     path.write_bytes(safetensors_bytes({"prompt_embeddings": torch.ones(2, 2)}))
-    assert sentence(path) == expected
+    assert "PEFT" in sentence(path)
 
 
 def test_a_newer_schema(tmp_path: Path) -> None:

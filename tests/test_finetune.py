@@ -402,7 +402,7 @@ def test_free_text_has_no_margin(clock: Clock, monkeypatch: pytest.MonkeyPatch) 
     ("name", "middle"), [("full-fine-tuning", finetune.FULL_RATES[1]), ("lora", finetune.LORA_RATES[1])]
 )
 def test_without_time_to_try_it_is_the_middle_rate(name: str, middle: float, clock: Clock) -> None:
-    learned = METHODS[name](problem(budget=40.0, began=clock.now))
+    learned = METHODS[name](problem(budget=30.0, began=clock.now))
     assert learned.chosen["lr"] == middle
     assert learned.chosen["steps"] > 20
 

@@ -65,8 +65,7 @@ def test_the_requests_of_an_example(llama: FrozenLM) -> None:
     assert (labels.ids, labels.words, labels.prompt, labels.truncated) == (before, task.words, 3, False)
     assert labels.shared == len(ids_of(llama, "Review :")) + 1
     assert labels.shares_prefix
-    end = llama.tokenizer.eos_token_id
-    assert task.target_request(EXAMPLE) == replace(labels, words=((*bad, end),), prompt=0)
+    assert task.target_request(EXAMPLE) == replace(labels, words=(bad,), prompt=0)
     assert task.open_request(EXAMPLE, 9) == replace(labels, words=(), prompt=0)
 
 
@@ -87,7 +86,7 @@ def test_long_inputs_leave_room_for_the_longest_word(llama: FrozenLM) -> None:
     longest = max(map(len, task.words))
     for request, reserved in (
         (task.label_request(long), longest),
-        (task.target_request(long), len(task.words[2]) + 1),
+        (task.target_request(long), len(task.words[2])),
         (task.open_request(long, 9), 9),
     ):
         assert request.truncated
@@ -128,13 +127,15 @@ def test_words_have_ends_where_one_is_the_start_of_another(llama: FrozenLM) -> N
     assert task.words == tuple((*ids_of(llama, f" {label}"), *end) for label in ("1", "10", "2") for end in ends)
     assert task.label_of_word == (0, 0, 1, 1, 2, 2)
     assert task.target_request(replace(EXAMPLE, target="1")).words == ((*ids_of(llama, " 1"), *ends[0]),)
-    assert words_of(llama, ["1", "20", "3"]).words == tuple(ids_of(llama, f" {label}") for label in ("1", "20", "3"))
+    apart = words_of(llama, ["1", "20", "3"])
+    assert apart.words == tuple(ids_of(llama, f" {label}") for label in ("1", "20", "3"))
+    assert apart.target_request(replace(EXAMPLE, target="1")).words == (ids_of(llama, " 1"),)
 
 
 def certain(task: Task, label: int) -> torch.Tensor:
     """Scores ``[1, W]`` of a model that at each place gives 0.98 to the next token of one label's text and its end, and
     the rest to all others alike: summed here, without the engine."""
-    text = (*task.spellings[label][0], *task.ends[0])
+    text = (*task.spellings[label][0], *task.encoder.ends[0])
 
     def logprob(word: tuple[int, ...]) -> float:
         told = [0.98 if word[: i + 1] == text[: i + 1] else 0.02 / 319 for i in range(len(word))]

@@ -33,7 +33,7 @@ from softprompt.files import StrPath, finite, local_path
 from softprompt.frozen import FrozenLM, Request
 from softprompt.methods import Learned, Method, Problem
 from softprompt.prompt import SoftPrompt, library_versions
-from softprompt.template import Template, Verbalizer, default_template
+from softprompt.template import Template, Verbalizer, default_template, overlap
 
 METHODS: dict[str, Method] = {
     **hardprompt.METHODS,
@@ -139,8 +139,8 @@ class Plan:
             "test_rows": len(self.test.examples),
             "budget": self.budget,
         }
-        if words is not None:
-            content["label_ends"] = True  # cells of releases whose label words had no end do not stand beside these
+        if words is not None and overlap(word for several in words.values() for word in several):
+            content["label_ends"] = True  # earlier releases could not predict all of these labels
         if method.startswith(READS_INSTRUCTIONS):
             content["instructions"] = list(self.instructions)
         return {key: _digest(value) if key in ("instructions", "labels") else value for key, value in content.items()}

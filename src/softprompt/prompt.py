@@ -38,8 +38,8 @@ class SoftPrompt:
         tokenizer_fingerprint: hex digest of its tokenizer (``FrozenLM.tokenizer_fingerprint``).
         template: text of the ``Template`` it was tuned with.
         verbalizer: label → words, or None for free-text targets.
-        word_end: whether it was tuned with an end behind each label's word; False for free text, and for soft prompts
-            of releases that had none.
+        word_end: whether it was tuned with an end behind each label's word, as labels need of which one begins with
+            another; False for free text and other labels, and in files of releases that had no ends.
         parametrisation: what it was folded from; ``"plain"`` for free vectors, ``"prefix"`` for a trained KV prefix.
         training: the training configuration and what came of it (steps, seconds, tokens), JSON values only.
         data: fingerprints and row counts of the training and validation data, JSON values only.

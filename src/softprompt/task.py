@@ -29,13 +29,14 @@ class Task:
         verbalizer: label → words; None for free-text targets.
         num_virtual_tokens: P; 0 for a template without a soft prompt.
         max_length: the most tokens in a sequence, soft prompt and target included.
-        word_end: whether label words have an end. Soft prompts of earlier releases were tuned without.
-        words: the token ids that are scored, of all labels in order. Where one label's tokens are the start of
-            another's ("1", "10"), every word stands once with each of ``Encoder.ends`` behind it, so that every label
-            can be the most probable one.
-        label_of_word: the label's index for each of ``words``.
+        word_end: whether words have an end where one is the start of another. Soft prompts of earlier releases were
+            tuned without.
         spellings: per label, its words' token ids without an end.
-        ends: what may stand behind a label's word (``Encoder.ends``), as token ids; empty without ``word_end``.
+        ends: where one label's tokens are the start of another's ("1", "10"), what may stand behind a word, as token
+            ids (``Encoder.ends``); else nothing.
+        words: the token ids that are scored, of all labels in order: the spellings, or each once with each of the ends,
+            so that every label can be the most probable one.
+        label_of_word: the label's index for each of ``words``.
     """
 
     lm: FrozenLM
@@ -59,18 +60,18 @@ class Task:
         encoder = self.template.bind(self.lm.tokenizer)
         spellings = () if self.verbalizer is None else self.verbalizer.token_ids(encoder)
         self.lm.require_embeddings([token for words in spellings for word in words for token in word])
-        ends = tuple(end for end in encoder.ends if max(end) < len(self.lm.embedding))
         object.__setattr__(self, "encoder", encoder)
         object.__setattr__(self, "spellings", spellings)
-        object.__setattr__(self, "ends", ends if self.word_end else ())
-        scored = spellings
+        scored, ends = spellings, ()
         if self.word_end and self.overlapping:
+            ends = tuple(end for end in encoder.ends if max(end) < len(self.lm.embedding))
             scored = tuple(tuple(word + end for word in words for end in ends) for words in spellings)
             if not ends or overlap(word for words in scored for word in words):
                 raise TemplateError(
                     f"Expected labels of which none begins with another, found {_pairs(self.labels, spellings)}, and "
                     f"{self.lm.name} has no token that ends a label; rename one of them."
                 )
+        object.__setattr__(self, "ends", ends)
         object.__setattr__(self, "words", tuple(word for words in scored for word in words))
         owners = tuple(label for label, words in enumerate(scored) for _ in words)
         object.__setattr__(self, "label_of_word", owners)
@@ -161,7 +162,8 @@ class Task:
         return self._request(example, None, reserve, prompt, self.words)
 
     def target_request(self, example: Example, prompt: int | None = 0) -> Request:
-        """A request whose only word is the target, with its end: a label's first word, or free text."""
+        """A request whose only word is the target: a label's first word, with its end where labels have one, or free
+        text with an end token."""
         if example.target is None:
             raise DataError(f"{example.where}: expected a target, found none; add one.")
         if self.verbalizer is None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from softprompt.data import Example
 from softprompt.encoding import decode
@@ -520,10 +520,10 @@ class Verbalizer:
         return ids
 
 
-def overlap(words: Iterable[tuple[int, ...]]) -> bool:
-    """Whether one of the words, as token ids, is the start of another: then the longer one can never be the more
-    probable of the two, unless both have an end."""
-    ordered = sorted(words)
+def overlap(words: Iterable[tuple[int, ...]] | Iterable[str]) -> bool:
+    """Whether one of the words, as token ids or text, is the start of another: then the longer one can never be the
+    more probable of the two, unless both have an end."""
+    ordered: list[Any] = sorted(words)
     return any(second[: len(first)] == first for first, second in pairwise(ordered))
 
 

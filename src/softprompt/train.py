@@ -405,7 +405,7 @@ class Training:
             tokenizer_fingerprint=lm.tokenizer_fingerprint,
             template=self.task.template.text,
             verbalizer=None if self.task.verbalizer is None else dict(self.task.verbalizer.words),
-            word_end=self.task.verbalizer is not None and self.task.word_end,
+            word_end=bool(self.task.ends),
             parametrisation=self.config.parametrisation,
             training={
                 **self.config.as_dict(),
