@@ -143,3 +143,12 @@ def test_a_file_changed_meanwhile_is_answered_with_and_said(running: Running, st
     card = running.http.get("/v1/models/write").json()
     assert after[1] == f"sp-{card['content_hash'][:12]}"
     assert running.post("/v1/load_soft_prompt", {"name": "write", "load_inplace": True}) == card
+
+
+def test_one_of_several_fields_may_be_blank(running: Running) -> None:
+    """As in the rows that a soft prompt was tuned on, say instructions without further input."""
+    blank, text = {"premise": "it rains", "hypothesis": ""}, {"premise": " ", "hypothesis": "\n"}
+    answer = running.post("/v1/completions", {"model": "nli", "fields": blank, "max_tokens": 2})
+    assert answer["choices"][0]["finish_reason"] in ("stop", "length")
+    refused = running.post("/v1/completions", {"model": "nli", "fields": text}, status=400)
+    assert "text for {premise}, {hypothesis}, found only blanks" in refused["error"]["message"]
