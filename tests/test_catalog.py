@@ -241,3 +241,12 @@ def test_a_token_that_the_base_model_does_not_know_is_the_clients_mistake(store:
             ask()
         assert error.value.status == 400
         assert "found 'worse', number 320 of its tokenizer" in str(error.value)
+
+
+def test_one_of_several_fields_may_be_blank(running: Running) -> None:
+    """As in the rows that a soft prompt was tuned on, say instructions without further input."""
+    blank, text = {"premise": "it rains", "hypothesis": ""}, {"premise": " ", "hypothesis": "\n"}
+    answer = running.post("/v1/completions", {"model": "nli", "fields": blank, "max_tokens": 2})
+    assert answer["choices"][0]["finish_reason"] in ("stop", "length")
+    refused = running.post("/v1/completions", {"model": "nli", "fields": text}, status=400)
+    assert "text for {premise}, {hypothesis}, found only blanks" in refused["error"]["message"]

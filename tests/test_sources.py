@@ -170,6 +170,27 @@ def test_a_folder_of_data_files_is_read(tmp_path: Path) -> None:
     assert read_pairs(f"hf:{folder}:test") == [("d", "y")]
 
 
+@pytest.mark.usefixtures("cache")
+def test_a_folder_that_is_not_there_is_no_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data" / "films"
+    folder.mkdir(parents=True)
+    write(folder, "train.jsonl", GOOD)
+    write(tmp_path, "train.jsonl", GOOD)
+    assert read_pairs("hf:data/films") == read_pairs("hf:./data/films") == [("a", "x")]
+    for source in (
+        "hf:data/film",
+        "hf:./data/film",
+        "hf:./film",
+        "hf:data/films/dev",
+        f"hf:{tmp_path}/data/film:train",
+    ):
+        assert ", found: no folder " in failure(source)
+    write(folder, "README.md", "---\nconfigs:\n- config_name: short\n  data_files: train.jsonl\n---\n")
+    assert read_pairs("hf:./data/films/short") == [("a", "x")]
+    assert 'configuration "long"' in failure("hf:./data/films/long")
+
+
 def test_an_unlabelled_row_is_named(tmp_path: Path) -> None:
     features = datasets.Features(input=datasets.Value("string"), target=datasets.ClassLabel(names=["neg", "pos"]))
     datasets.Dataset.from_dict({"input": ["a", "b"], "target": [1, -1]}, features=features).save_to_disk(tmp_path / "d")

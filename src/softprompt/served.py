@@ -185,7 +185,7 @@ class Model(Entry):
             param: what the request calls ``text``.
 
         Raises:
-            ApiError: 400, neither or both are given, or a field is missing, blank or not of the template.
+            ApiError: 400, neither or both are given, a field is missing or not of the template, or all are blank.
         """
         assert self.task is not None
         names = self.task.template.fields
@@ -202,9 +202,9 @@ class Model(Entry):
                 f"give an object with a text for each as fields.",
                 param="fields",
             )
-        for name, value in fields.items():
-            if not value.strip():
-                raise ApiError(400, f"Expected text for {{{name}}}, found only blanks; write some.", param=param)
+        if not any(value.strip() for value in fields.values()):  # some may be blank, as in training
+            wanted = ", ".join(f"{{{name}}}" for name in names)
+            raise ApiError(400, f"Expected text for {wanted}, found only blanks; write some.", param=param)
         return fields
 
     def write(self, fields: Fields, wish: Wish, *, base_only: bool = False) -> Order:

@@ -241,6 +241,12 @@ def _loaded(datasets: Any, name: str, split: str | None) -> tuple[Any, str]:
     dataset, _, config = name.rpartition("/")
     if folder.exists() or not dataset:
         return datasets.load_dataset(name, split=split), split
+    if name.startswith((".", "/")) or Path(dataset).is_dir():  # a path
+        # a folder's configurations are in its README.md; without one, datasets takes any name for the only one
+        described = (Path(dataset) / "README.md").is_file()
+        if not described or config not in datasets.get_dataset_config_names(dataset):
+            raise ValueError(f"no folder {quoted(name)}, nor a configuration {quoted(config)} in {quoted(dataset)}")
+        return datasets.load_dataset(dataset, config, split=split), split
     if "/" in dataset:
         return datasets.load_dataset(dataset, config, split=split), split
     try:
