@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,7 @@ from softprompt.batch import Batch, Row, Tokens, collate, micro_batches
 from softprompt.compilation import compiled_if_possible
 from softprompt.decoding import Continuation, Decoder, RowKV, Writer, give_back_freed
 from softprompt.errors import ConfigError, DataError
+from softprompt.files import StrPath, local_path
 from softprompt.fingerprint import fingerprint_model, fingerprint_tokenizer, model_settings, weights_digest
 from softprompt.notes import heard
 from softprompt.prefixes import KeptPrefixes
@@ -166,7 +168,7 @@ class FrozenLM:
 
     @classmethod
     def load(
-        cls, base: str = DEFAULT_BASE, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+        cls, base: StrPath = DEFAULT_BASE, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
     ) -> FrozenLM:
         """Loads and freezes a base model.
 
@@ -180,6 +182,9 @@ class FrozenLM:
             BaseModelError: it cannot be found or read, or is no causal language model.
             ConfigError: an unknown dtype or device.
         """
+        base = os.fspath(base)
+        if base.startswith("~"):
+            base = str(local_path(base))
         device_found = pick_device(device)
         pick_dtype(dtype, device_found)
         with heard():
