@@ -52,6 +52,18 @@ class PrefixKV:
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
 
+def in_a_row(first: PrefixKV | None, second: PrefixKV) -> PrefixKV:
+    """One prefix from two, the second behind the first, if there is one."""
+    if first is None:
+        return second
+
+    def join(one: tuple[torch.Tensor, ...], two: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.cat(pair, dim=2) for pair in zip(one, two, strict=True))
+
+    lengths = (first.width + second.width,)
+    return PrefixKV(join(first.keys, second.keys), join(first.values, second.values), lengths)
+
+
 def stack_prefixes(prefixes: list[PrefixKV]) -> PrefixKV:
     """Stands prefixes of any lengths beside each other, padded on the right to the longest."""
     if len(prefixes) == 1:

@@ -23,7 +23,7 @@ from softprompt.architecture import (
     shares_prefix,
     window_of,
 )
-from softprompt.attention import Masks, PrefixKV, stack_prefixes
+from softprompt.attention import Masks, PrefixKV, in_a_row, stack_prefixes
 from softprompt.base import DEFAULT_BASE, load_base, pick_device, pick_dtype
 from softprompt.batch import Batch, Row, Tokens, collate, micro_batches
 from softprompt.compilation import compiled_if_possible
@@ -270,7 +270,7 @@ class FrozenLM:
         trained = PrefixKV(tuple(layers[:, :1]), tuple(layers[:, 1:]), (len(vectors),))
         if place:
             before = self._run_prefix(ids[:place], None, before)
-        known = _in_a_row(before, trained)
+        known = in_a_row(before, trained)
         behind = ids[place + 1 :]
         return self._run_prefix(behind, None, known) if behind else known
 
@@ -295,7 +295,7 @@ class FrozenLM:
             values=tuple(layer[0][1][:, :, :length] for layer in kept),
             lengths=(length,),
         )
-        return _in_a_row(before, own)
+        return in_a_row(before, own)
 
     def kept_prefixes(self, most: int | None) -> PrefixOf:
         """``prefix_kv`` without gradient that keeps its last ``most`` results, or all."""
@@ -590,18 +590,6 @@ class FrozenLM:
 
     def _eager(self) -> contextlib.AbstractContextManager[Any]:
         return torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext()
-
-
-def _in_a_row(first: PrefixKV | None, second: PrefixKV) -> PrefixKV:
-    """One prefix from two, the second behind the first, if there is one."""
-    if first is None:
-        return second
-
-    def join(one: tuple[torch.Tensor, ...], two: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.cat(pair, dim=2) for pair in zip(one, two, strict=True))
-
-    lengths = (first.width + second.width,)
-    return PrefixKV(join(first.keys, second.keys), join(first.values, second.values), lengths)
 
 
 def _prompt_of(request: Request, soft_prompts: Sequence[torch.Tensor]) -> torch.Tensor | None:
