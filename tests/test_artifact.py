@@ -321,13 +321,14 @@ def test_a_pickle_is_never_read(tmp_path: Path) -> None:
 def test_another_tools_safetensors_file(tmp_path: Path) -> None:
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(safetensors_bytes({"prompt_embeddings": torch.ones(2, 2)}, metadata={"format": "pt"}))
-    expected = (
-        f"{path} is a safetensors file, but its header has no entry 'softprompt': it is not a soft prompt of ours; "
-        f"other tools' soft prompts are read with `softprompt import`."
-    )
-    assert sentence(path) == expected
-    path.write_bytes(safetensors_bytes({"prompt_embeddings": torch.ones(2, 2)}))
-    assert sentence(path) == expected
+    for metadata in ({"format": "pt"}, None):
+        path.write_bytes(safetensors_bytes({"prompt_embeddings": torch.ones(2, 2)}, metadata=metadata))
+        said = sentence(path)
+        assert said.startswith(f"{path} is a safetensors file, but its header has no entry 'softprompt': ")
+        assert "not yet those of other tools such as PEFT" in said
+    said = sentence(tmp_path)
+    assert said.startswith(f"{tmp_path} is a folder, ")
+    assert "PEFT are not read yet" in said
 
 
 def test_a_newer_schema(tmp_path: Path) -> None:
