@@ -282,7 +282,7 @@ def test_missing_file(path: Path) -> None:
 
 
 def test_a_folder_is_not_a_file(tmp_path: Path) -> None:
-    assert sentence(tmp_path).startswith(f"There is no soft prompt at {tmp_path}; ")
+    assert sentence(tmp_path).startswith(f"{tmp_path} is a folder, but a soft prompt is one .safetensors file")
 
 
 def test_unreadable_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

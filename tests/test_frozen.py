@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from conftest import ALL, SHARED, make_model, make_tokenizer, plain, plain_logprobs, plain_score, tiny
-from softprompt import base, frozen
+from softprompt import digest, frozen
 from softprompt.data import Example
 from softprompt.decoding import Decoder
 from softprompt.errors import ConfigError, SoftPromptWarning
@@ -306,20 +306,20 @@ def splitmix64(word: int) -> int:
 def test_the_hash_on_a_device_is_a_sum_of_splitmix64(
     size: int, llama: FrozenLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base, "HASHED_AT_ONCE", 256)
+    monkeypatch.setattr(digest, "HASHED_AT_ONCE", 256)
     content = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
     padded = bytes(content.tolist()) + bytes(-size % 8)
     words = [int.from_bytes(padded[i : i + 8], "little") for i in range(0, len(padded), 8)]
     expected = sum(splitmix64((word + (i + 1) * 0x9E3779B97F4A7C15) % 2**64) for i, word in enumerate(words)) % 2**64
-    assert base.device_hash(content) == expected
+    assert digest.device_hash(content) == expected
     shifted = torch.cat([torch.zeros(3, dtype=torch.uint8), content])[3:]  # where no word of 8 bytes may begin
-    assert base.device_hash(shifted) == expected
+    assert digest.device_hash(shifted) == expected
 
 
 def test_the_hash_on_a_device_notices_bits_signs_and_swaps() -> None:
     """Two flipped signs at once, which a sum of multiples would not notice, too."""
     weights = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    seen = {base.device_hash(weights.view(torch.uint8))}
+    seen = {digest.device_hash(weights.view(torch.uint8))}
     changed = []
     for bit in range(0, 32_000, 797):
         words = weights.clone().view(torch.uint8)
@@ -332,7 +332,7 @@ def test_the_hash_on_a_device_notices_bits_signs_and_swaps() -> None:
         odd[[2 * (i // 2) + 1, 2 * (j // 2) + 1]] *= -1  # the highest bits of two words
         changed += [each.view(torch.uint8) for each in (swapped, signs, odd)]
     for each in changed:
-        seen.add(base.device_hash(each))
+        seen.add(digest.device_hash(each))
     assert len(seen) == 1 + len(changed)
 
 
