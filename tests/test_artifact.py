@@ -282,7 +282,7 @@ def test_missing_file(path: Path) -> None:
 
 
 def test_a_folder_is_not_a_file(tmp_path: Path) -> None:
-    assert sentence(tmp_path).startswith(f"There is no soft prompt at {tmp_path}; ")
+    assert sentence(tmp_path).startswith(f"{tmp_path} is a folder, but a soft prompt is one .safetensors file")
 
 
 def test_unreadable_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,10 +321,14 @@ def test_a_pickle_is_never_read(tmp_path: Path) -> None:
 def test_another_tools_safetensors_file(tmp_path: Path) -> None:
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(safetensors_bytes({"prompt_embeddings": torch.ones(2, 2)}, metadata={"format": "pt"}))
-    assert str(path) in sentence(path)
-    assert "PEFT" in sentence(path)
-    path.write_bytes(safetensors_bytes({"prompt_embeddings": torch.ones(2, 2)}))
-    assert "PEFT" in sentence(path)
+    for metadata in ({"format": "pt"}, None):
+        path.write_bytes(safetensors_bytes({"prompt_embeddings": torch.ones(2, 2)}, metadata=metadata))
+        said = sentence(path)
+        assert said.startswith(f"{path} is a safetensors file, but its header has no entry 'softprompt': ")
+        assert "not yet those of other tools such as PEFT" in said
+    said = sentence(tmp_path)
+    assert said.startswith(f"{tmp_path} is a folder, ")
+    assert "PEFT are not read yet" in said
 
 
 def test_a_newer_schema(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Run, is_refused, write_labels, write_texts
+from conftest import Run, is_refused, make_model, make_tokenizer, write_labels, write_texts
 from softprompt.cli_compare import read_instructions
 from softprompt.errors import DataError
 
@@ -31,8 +31,8 @@ def test_the_whole_way(run: Run, base: str, tmp_path: Path) -> None:
     assert json.loads((folder / "results.json").read_text()) == compared.json["cells"]
     assert "soft-prompt" in (folder / "report.html").read_text()
     # the soft prompt that was tuned is there to be used, and gives the score that was reported
-    name = f"report/soft-prompts/{Path(base).name}.soft-prompt.0.safetensors"
-    found = run("evaluate", name, "test.jsonl", "--dtype", "fp32", "--metric", "accuracy", "--json")
+    (path,) = Path("report/soft-prompts").glob("*.soft-prompt.0.safetensors")
+    found = run("evaluate", str(path), "test.jsonl", "--dtype", "fp32", "--metric", "accuracy", "--json")
     assert found.json["value"] == compared.json["cells"][1]["value"]
 
     again = run("compare", *DATA, *QUICK, "--methods", "zero-shot", "soft-prompt", "tf-idf", "--bases", base)
@@ -59,6 +59,46 @@ def test_a_failed_cell_is_told_and_the_rest_goes_on(
     assert "1/2  zero-shot, seed 0 failed: not enough of it" in ran.err
     assert "2/2  tf-idf, seed 0: accuracy" in ran.err
     assert "not enough of it" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_a_mistake_of_ours_ends_it_with_the_report_of_the_cells_so_far(
+    run: Run, base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from softprompt import compare
+
+    def broken(problem: object) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)")
+
+    monkeypatch.setitem(compare.METHODS, "zero-shot", broken)
+    options = (*DATA, *QUICK, "--bases", base, "--methods", "tf-idf")
+    assert run("compare", *options).code == 0
+    page = tmp_path / "report" / "report.html"
+    page.unlink()
+    with pytest.raises(RuntimeError, match="shapes"):
+        run("compare", *options, "zero-shot")
+    assert "tf-idf" in page.read_text()
+    cells = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert [(cell["method"], cell["status"]) for cell in cells] == [("tf-idf", "done")]
+
+
+def test_a_base_model_that_is_not_there_is_told_before_the_first_cell(run: Run, base: str, tmp_path: Path) -> None:
+    ran = run("compare", *DATA, *QUICK, "--methods", "tf-idf", "--bases", base, "./no-such-model")
+    assert (ran.code, ran.out) == (2, "")
+    assert "no-such-model" in ran.err
+    assert "tf-idf, seed 0" not in ran.err
+    assert not (tmp_path / "report").exists()
+
+
+def test_base_models_of_one_name_are_told_apart(run: Run, tmp_path: Path) -> None:
+    for organisation, kind in (("org1", "llama"), ("org2", "gpt2")):
+        make_model(kind).save_pretrained(tmp_path / organisation / "model")
+        make_tokenizer().save_pretrained(tmp_path / organisation / "model")
+    ran = run("compare", *DATA, *QUICK, "--methods", "zero-shot", "--bases", "org1/model", "org2/model")
+    assert ran.code == 0, ran.err
+    for name in ("org1/model", "org2/model"):
+        assert f"zero-shot, seed 0, {name}: accuracy" in ran.err
+        assert f"on {name}" in (tmp_path / "report" / "report.html").read_text()
+    assert len(list((tmp_path / "report" / "predictions").iterdir())) == 2
 
 
 @pytest.mark.usefixtures("no_model")

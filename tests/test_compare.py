@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from softprompt import compare, metrics
 from softprompt.cli_compare import seconds
 from softprompt.compare import Comparison, Key, Plan, cut, peak_memory, plain_perplexity
 from softprompt.data import Dataset, Example
-from softprompt.errors import ConfigError, TrainingError
+from softprompt.errors import BaseModelError, ConfigError, TrainingError
 from softprompt.evaluate import Prediction, Progress
 from softprompt.frozen import FrozenLM
 from softprompt.methods import Learned, Method, Problem
@@ -342,3 +343,191 @@ def test_instructions_may_be_added_after_methods_that_do_not_read_them(
     assert comparison(tmp_path, methods=("zero-shot", "soft-prompt")).todo() == []
     with pytest.raises(ConfigError, match="with other instructions; "):
         comparison(tmp_path, methods=("instruction",), instructions=("Another one?",))
+
+
+# --- base models of one name -------------------------------------------------------------------------
+
+
+def test_every_cell_has_files_of_its_own() -> None:
+    bases = ("tiny", "org1/tiny", "org2/tiny", "/models/tiny", "./tiny", "a_b", "a-b", "a b", "x" * 200, "x" * 201)
+    names = [Key(base, method, seed).file_name for base in bases for method in ("lora", "prefix") for seed in (0, 1)]
+    assert len({name.lower() for name in names}) == len(names)
+    for name in names:
+        assert re.fullmatch(r"[A-Za-z0-9.-]{1,150}", name)
+    assert Key("smollm2-135m", "lora", 1).file_name == "smollm2-135m.lora.1"
+    assert Key("org1/tiny", "lora", 1).file_name.startswith("tiny-")
+
+
+BASES = ("org1/tiny", "org2/tiny")
+SAID = {"org1/tiny": ["negative"], "org2/tiny": ["positive"]}
+
+
+@pytest.fixture
+def two(made_up: dict[str, Method]) -> Callable[..., Comparison]:
+    """A comparison of two base models of one name, which answer differently."""
+    models = {"org1/tiny": tiny("llama"), "org2/tiny": tiny("gpt2")}
+
+    def zero_shot(problem: Problem) -> Learned:
+        base = next(base for base, lm in models.items() if lm is problem.lm)
+        return says(SAID[base])(problem)
+
+    made_up["zero-shot"] = zero_shot
+
+    def open_folder(folder: Path, **options: Any) -> Comparison:
+        settings: dict[str, Any] = {"bases": BASES, "methods": ("zero-shot", "soft-prompt")}
+        return Comparison(plan(**settings | options), folder, lambda base: models[base])
+
+    return open_folder
+
+
+def difference(labels: Sequence[str]) -> float:
+    """To ``soft-prompt`` of ``made_up``, counted by hand."""
+    gold = [example.target for example in toy(30, 3).examples]
+    ours = [("negative", "positive", "positive")[i % 3] == target for i, target in enumerate(gold)]
+    return float(np.mean([labels[0] == target for target in gold]) - np.mean(ours))
+
+
+def test_differences_are_of_each_base_models_own_answers(tmp_path: Path, two: Callable[..., Comparison]) -> None:
+    found = two(tmp_path)
+    run_all(found)
+    for base in BASES:
+        (cell,) = [cell for cell in found.cells if (cell["base"], cell["method"]) == (base, "zero-shot")]
+        assert cell["difference"]["value"] == pytest.approx(difference(SAID[base]))
+    assert difference(SAID["org1/tiny"]) != difference(SAID["org2/tiny"])
+
+
+def as_earlier(folder: Path, *bases: str) -> None:
+    """Gives the files the names that earlier releases gave them; of two alike, the last one stays."""
+    for base in bases:
+        for method in ("zero-shot", "soft-prompt"):
+            key = Key(base, method, 0)
+            path = folder / "predictions" / f"{key.file_name}.json"
+            path.replace(folder / "predictions" / f"tiny.{method}.0.json")
+
+
+def test_files_of_earlier_releases_are_read(
+    tmp_path: Path, two: Callable[..., Comparison], made_up: dict[str, Method]
+) -> None:
+    run_all(two(tmp_path, bases=("org1/tiny",)))
+    as_earlier(tmp_path, "org1/tiny")
+    run_all(two(tmp_path))  # another of that name joins
+    made_up["lora"] = says(["positive"])
+    later = two(tmp_path, methods=("zero-shot", "soft-prompt", "lora"))
+    run_all(later)
+    found = {(cell["base"], cell["method"]): cell["difference"] for cell in later.cells}
+    for base in BASES:
+        assert found[base, "zero-shot"]["value"] == pytest.approx(difference(SAID[base]))
+        assert found[base, "lora"]["value"] == pytest.approx(difference(["positive"]))
+
+
+def test_files_of_earlier_releases_that_may_be_anothers_are_not_read(
+    tmp_path: Path, two: Callable[..., Comparison], made_up: dict[str, Method]
+) -> None:
+    run_all(two(tmp_path))
+    as_earlier(tmp_path, *BASES)
+    made_up["lora"] = says(["positive"])
+    later = two(tmp_path, methods=("zero-shot", "soft-prompt", "lora"))
+    run_all(later)
+    assert {cell["difference"] is None for cell in later.cells} == {True}
+
+
+# --- what goes wrong ---------------------------------------------------------------------------------
+
+
+def test_base_models_are_checked_before_the_first_cell(tmp_path: Path) -> None:
+    def load(base: str) -> FrozenLM:
+        if base == "gone":
+            raise BaseModelError("There is no such model.")
+        return tiny("llama")
+
+    found = Comparison(plan(bases=("tiny", "gone")), tmp_path, load)
+    with pytest.raises(BaseModelError):
+        found.run(found.todo()[0])
+    assert RAN == []
+    only = Comparison(plan(bases=("tiny", "gone"), methods=("zero-shot",)), tmp_path, load)
+    only.plan = plan(bases=("tiny",), methods=("zero-shot",))
+    assert only.run(only.todo()[0])["status"] == "done"
+
+
+def test_a_base_model_too_large_for_the_machine_is_told_before_the_first_cell(tmp_path: Path) -> None:
+    def load(base: str) -> FrozenLM:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory")
+
+    found = Comparison(plan(), tmp_path, load)
+    with pytest.raises(BaseModelError, match="does not fit into memory here"):
+        found.run(found.todo()[0])
+
+
+def test_a_base_model_that_is_gone_later_fails_its_cells_only(tmp_path: Path) -> None:
+    loads: list[str] = []
+
+    def load(base: str) -> FrozenLM:
+        loads.append(base)
+        if base == "b" and loads.count("b") > 1:
+            raise BaseModelError("It is gone.")
+        return tiny("llama")
+
+    found = Comparison(plan(bases=("a", "b"), methods=("zero-shot", "soft-prompt")), tmp_path, load)
+    assert [(cell["base"], cell["status"], cell["reason"]) for cell in run_all(found)] == [
+        ("a", "done", None),
+        ("a", "done", None),
+        ("b", "failed", "It is gone."),
+        ("b", "failed", "It is gone."),
+    ]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("probability tensor contains either `inf`, `nan` or element < 0"),
+        FloatingPointError("overflow"),
+        TrainingError("The loss is not finite."),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_a_method_may_run_into_fails_its_cell(
+    error: Exception, tmp_path: Path, made_up: dict[str, Method]
+) -> None:
+    def method(problem: Problem) -> Learned:
+        raise error
+
+    made_up["lora"] = method
+    assert [cell["status"] for cell in run_all(comparison(tmp_path))] == ["done", "done", "failed"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("The size of tensor a (3) must match the size of tensor b (4) at non-singleton dimension 0"),
+        AssertionError("ours"),
+        ZeroDivisionError(),
+        KeyError("loss"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_mistake_of_ours_is_no_failed_cell(error: Exception, tmp_path: Path, made_up: dict[str, Method]) -> None:
+    def method(problem: Problem) -> Learned:
+        raise error
+
+    made_up["lora"] = method
+    found = comparison(tmp_path)
+    with pytest.raises(type(error)):
+        run_all(found)
+    kept = json.loads((tmp_path / "results.json").read_text())
+    assert [(cell["method"], cell["status"]) for cell in kept] == [("zero-shot", "done"), ("soft-prompt", "done")]
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path: Path, made_up: dict[str, Method]) -> None:
+    def method(problem: Problem) -> Learned:
+        curve = ({"seconds": 1.0, "step": 1, "value": 0.5, "loss": math.inf},)
+        return replace(says(["positive"])(problem), curve=curve, validation=math.nan)
+
+    made_up["lora"] = method
+    run_all(comparison(tmp_path))
+    cell = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)[-1]
+    assert (cell["curve"][0]["loss"], cell["validation"]) == (None, None)

@@ -14,12 +14,11 @@ import torch
 import softprompt
 from conftest import TOY_LABELS, TOY_TEMPLATE, Run, make_model, make_tokenizer, tiny, toy, toy_task, train_settings
 from softprompt import checkpoint, history, report
-from softprompt.base import cache_folder
 from softprompt.compare import Comparison, Plan
 from softprompt.drift import way_of
 from softprompt.files import local_path, strict_json
 from softprompt.options import lasting
-from softprompt.packages import cache_folder as packages_folder
+from softprompt.packages import cache_folder
 from softprompt.prompt import SoftPrompt
 from softprompt.store import Store
 from softprompt.template import Verbalizer
@@ -166,4 +165,4 @@ def test_a_data_set_in_the_home_folder(at_home: Path) -> None:
 
 def test_the_cache_may_be_in_the_home_folder(at_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOFTPROMPT_CACHE", "~/cache")
-    assert cache_folder() == packages_folder() == at_home / "cache"
+    assert cache_folder() == at_home / "cache"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from conftest import ALL, SHARED, make_model, make_tokenizer, plain, plain_logprobs, plain_score, tiny
-from softprompt import frozen
+from softprompt import digest, frozen
 from softprompt.data import Example
 from softprompt.decoding import Decoder
 from softprompt.errors import ConfigError, SoftPromptWarning
@@ -292,6 +292,47 @@ def test_no_weight_requires_a_gradient_and_none_changes(lm: FrozenLM) -> None:
     Objective(lm).backward([Request((SOFT, 60, 61), 1, ((70, 71),), 0)], [0], leaf)
     lm.generate([Request((SOFT, 60, 61), 1, (), 0)], [leaf.detach()], Sampling(max_new_tokens=3))
     assert lm.weights_digest() == before
+
+
+def splitmix64(word: int) -> int:
+    """Steele, Lea and Flood 2014, figure 17, with numbers of any size."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        word = (word ^ (word >> shift)) * factor % 2**64
+    return word ^ (word >> 31)
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 64, 1003])
+def test_the_hash_on_a_device_is_a_sum_of_splitmix64(
+    size: int, llama: FrozenLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digest, "HASHED_AT_ONCE", 256)
+    content = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
+    padded = bytes(content.tolist()) + bytes(-size % 8)
+    words = [int.from_bytes(padded[i : i + 8], "little") for i in range(0, len(padded), 8)]
+    expected = sum(splitmix64((word + (i + 1) * 0x9E3779B97F4A7C15) % 2**64) for i, word in enumerate(words)) % 2**64
+    assert digest.device_hash(content) == expected
+    shifted = torch.cat([torch.zeros(3, dtype=torch.uint8), content])[3:]  # where no word of 8 bytes may begin
+    assert digest.device_hash(shifted) == expected
+
+
+def test_the_hash_on_a_device_notices_bits_signs_and_swaps() -> None:
+    """Two flipped signs at once, which a sum of multiples would not notice, too."""
+    weights = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    seen = {digest.device_hash(weights.view(torch.uint8))}
+    changed = []
+    for bit in range(0, 32_000, 797):
+        words = weights.clone().view(torch.uint8)
+        words[bit // 8] ^= 1 << bit % 8
+        changed.append(words)
+    for i, j in ((0, 2), (5, 998)):
+        swapped, signs, odd = weights.clone(), weights.clone(), weights.clone()
+        swapped[[i, j]] = weights[[j, i]]
+        signs[[i, j]] = -weights[[i, j]]
+        odd[[2 * (i // 2) + 1, 2 * (j // 2) + 1]] *= -1  # the highest bits of two words
+        changed += [each.view(torch.uint8) for each in (swapped, signs, odd)]
+    for each in changed:
+        seen.add(digest.device_hash(each))
+    assert len(seen) == 1 + len(changed)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ from softprompt.methods import Learned, Problem
 from softprompt.objective import Objective
 from softprompt.prompt import VIRTUAL_TOKENS, SoftPrompt
 from softprompt.task import Task
+from softprompt.train import Step, Training
 
 
 def problem(lm: FrozenLM, **options: Any) -> Problem:
@@ -244,3 +246,28 @@ def test_an_ensemble_of_one_is_refused(llama: FrozenLM) -> None:
     with pytest.raises(ConfigError) as caught:
         methods.ensemble(problem(llama, siblings=siblings(llama, 1)))
     assert str(caught.value) == ("An ensemble needs the soft prompts of at least 2 seeds, found 1; run them first.")
+
+
+@pytest.mark.usefixtures("short")
+def test_the_weights_are_looked_at_once_after_the_budget(llama: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, they were already: when the base model was loaded."""
+    _ = llama.digest_before
+    looked: list[bool] = []
+    real = FrozenLM.weights_digest
+    given = problem(llama)
+
+    def digest(lm: FrozenLM) -> str:
+        looked.append(ended[0])
+        return real(lm)
+
+    ended = [False]
+    steps = Training.__iter__
+
+    def until_the_end(training: Training) -> Iterator[Step]:
+        yield from steps(training)
+        ended[0] = training.total > methods.PROBE
+
+    monkeypatch.setattr(FrozenLM, "weights_digest", digest)
+    monkeypatch.setattr(Training, "__iter__", until_the_end)
+    methods.soft_prompt(given)
+    assert looked == [True]

@@ -515,3 +515,8 @@ def test_an_average_is_validated_and_kept(kind: str, monkeypatch: pytest.MonkeyP
         decay = min(0.3, (1 + t) / (10 + t))
         expected = decay * expected + (1 - decay) * current
         torch.testing.assert_close(numbers[0.3][t - 1], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_unknown_kind_is_refused(llama: FrozenLM) -> None:
+    with pytest.raises(ConfigError, match="must be one of plain, residual, superpos, mlp, prefix, not 'MLP'"):
+        parametrise(llama, "MLP", torch.ones(2, 32), seed=0, scale=1.0, before=())

@@ -96,6 +96,11 @@ def load(path: StrPath) -> SoftPrompt:
     """
     path = local_path(path)
     try:
+        if path.is_dir():
+            raise ArtifactError(
+                f"{path} is a folder, but a soft prompt is one {SUFFIX} file that softprompt saved; "
+                f"name that file (folders of other tools such as PEFT are not read yet)."
+            )
         if not path.is_file():
             raise ArtifactError(
                 f"There is no soft prompt at {path}; check the path, or see the stored ones with `softprompt list`."

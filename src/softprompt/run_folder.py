@@ -200,3 +200,35 @@ class RunFolder:
             f"the {self._kind}'s folder {self.path} cannot be written: {error.strerror or error}; "
             "free some space there, or set SOFTPROMPT_HOME to a folder that can"
         )
+
+
+class Hold:
+    """One training's hold on its folder: given back while it pauses, and taken again unless another had it since."""
+
+    def __init__(self, run: RunFolder | None) -> None:
+        """Takes nothing yet; a training without a folder has nothing to take."""
+        self._run, self._has = run, False
+        self._left: list[tuple[int, int] | None] = []  # what was there when it was given back last
+
+    def take(self) -> None:
+        """Takes the folder, if it has not got it.
+
+        Raises:
+            StoreError: another training has it, or has written a checkpoint there since it was given back.
+        """
+        if self._run is None or self._has:
+            return
+        self._run.hold()
+        if self._left and self._run.stamp() != self._left[-1]:
+            self._run.release()
+            raise StoreError(
+                f"Another training has used {self._run.path} since this one was interrupted; "
+                "make a new one, with resume=True to go on from what is there."
+            )
+        self._has = True
+
+    def give_back(self) -> None:
+        """Gives the folder back, if it has got it."""
+        if self._run is not None and self._has:
+            self._left, self._has = [self._run.stamp()], False
+            self._run.release()

@@ -16,7 +16,7 @@ from softprompt.base import DTYPES
 from softprompt.batch import Row
 from softprompt.config import DEFAULT_STEPS, EVAL_EVERY, INITS, TrainConfig
 from softprompt.data import Dataset, Example, check_targets
-from softprompt.errors import ConfigError, StoreError, TrainingError
+from softprompt.errors import ConfigError, TrainingError
 from softprompt.files import StrPath
 from softprompt.frozen import FrozenLM, Request
 from softprompt.history import History
@@ -25,7 +25,7 @@ from softprompt.optimizer import learning_rate, make_optimizer
 from softprompt.order import RowOrder, describe_rows, split_rows
 from softprompt.parametrisation import Parametrisation, parametrise, require_shared_prefix
 from softprompt.prompt import SoftPrompt, initial_vectors, label_list, library_versions, tokens_of
-from softprompt.run_folder import RunFolder
+from softprompt.run_folder import Hold, RunFolder
 from softprompt.task import Task
 from softprompt.template import SOFT
 
@@ -192,18 +192,7 @@ class Training:
         if task.verbalizer is not None:
             check_targets(train, task.labels)
         self._order = RowOrder([None if task.verbalizer is None else example.target for example in examples])
-        if self.config.loss == "labels":
-            if task.verbalizer is None:
-                raise ConfigError(
-                    "The loss 'labels' needs class labels, but the targets are free text; give --labels or use lm."
-                )
-            self._objective = Objective(task.lm, torch.tensor(task.label_of_word, device=task.lm.device))
-            self._requests = [task.label_request(e) for e in examples]
-            self._gold = [task.labels.index(str(e.target)) for e in examples]
-        else:
-            self._objective = Objective(task.lm)
-            self._requests = [task.target_request(e) for e in examples]
-            self._gold = [0] * len(examples)
+        self._prepare(examples)
         if self.config.parametrisation == "prefix":
             require_shared_prefix(task.lm, task.template, self._requests)
         self.truncated = sum(request.truncated for request in self._requests)
@@ -225,8 +214,24 @@ class Training:
         self._leader: _Learner | None = None  # the best of several starts so far
         self._good = self._learner.numbers()
         self._best_vectors = self._good.clone()
-        self._holds, self._iterating = False, False
+        self._hold, self._iterating = Hold(self._run), False
         self._open_folder(resume)
+
+    def _prepare(self, examples: Sequence[Example]) -> None:
+        """What each row asks, and its label's number where the loss is over labels."""
+        task = self.task
+        if self.config.loss == "labels":
+            if task.verbalizer is None:
+                raise ConfigError(
+                    "The loss 'labels' needs class labels, but the targets are free text; give --labels or use lm."
+                )
+            self._objective = Objective(task.lm, torch.tensor(task.label_of_word, device=task.lm.device))
+            self._requests = [task.label_request(e) for e in examples]
+            self._gold = [task.labels.index(str(e.target)) for e in examples]
+        else:
+            self._objective = Objective(task.lm)
+            self._requests = [task.target_request(e) for e in examples]
+            self._gold = [0] * len(examples)
 
     def __iter__(self) -> Iterator[Step]:
         """Trains, one step at a time, until the planned steps are done or there is a reason to stop earlier.
@@ -236,7 +241,7 @@ class Training:
                 training has it now, or has had it since.
         """
         lm = self.task.lm
-        self._hold_folder()
+        self._hold.take()
         try:
             self._iterating = True
             if self.compiled:
@@ -258,7 +263,7 @@ class Training:
         finally:
             lm.uncompile_layers()
             self._iterating = False
-            self._give_back_folder()
+            self._hold.give_back()
 
     def _advance(self) -> Step:
         """One optimizer step, with a validation when it is due."""
@@ -387,7 +392,7 @@ class Training:
                 "with `for step in training: print(step)`."
             )
         if not self._iterating:
-            self._give_back_folder()
+            self._hold.give_back()
         self.base_unchanged = lm.weights_digest() == self._base_digest
         if not self.base_unchanged:
             raise TrainingError(
@@ -502,8 +507,7 @@ class Training:
         run = self._run
         if run is None:
             return
-        run.hold()
-        self._holds = True
+        self._hold.take()
         try:
             checkpoint.tidy(run.path)
             if resume and run.stopped:
@@ -511,28 +515,10 @@ class Training:
             else:
                 run.clear()
         except BaseException as error:
-            self._give_back_folder()
+            self._hold.give_back()
             if isinstance(error, OSError):
                 raise run.unwritable(error) from error
             raise
-
-    def _hold_folder(self) -> None:
-        """Takes the folder again where an earlier iteration gave it back, unless another training has had it."""
-        if self._run is None or self._holds:
-            return
-        self._run.hold()
-        self._holds = True
-        if self._run.stamp() != self._stamp:
-            self._give_back_folder()
-            raise StoreError(
-                f"Another training has used {self.folder} since this one was interrupted; "
-                "make a new one, with resume=True to go on from what is there."
-            )
-
-    def _give_back_folder(self) -> None:
-        if self._run is not None and self._holds:
-            self._stamp, self._holds = self._run.stamp(), False
-            self._run.release()
 
     def _save(self) -> None:
         if self.folder is None:
