@@ -113,7 +113,12 @@ def test_log_probabilities_are_those_of_the_labels(server: Running, grades: None
     """As a client reads the probabilities of classes from a completion's first token."""
     found = expected_of(server, "grades", {"input": TEXT})
     best = sorted(found, key=found.__getitem__, reverse=True)
-    body = {"model": "grades", "messages": [{"role": "user", "content": TEXT}], "logprobs": True, "top_logprobs": 3}
+    body: dict[str, Any] = {
+        "model": "grades",
+        "messages": [{"role": "user", "content": TEXT}],
+        "logprobs": True,
+        "top_logprobs": 3,
+    }
     (entry,) = server.openai.chat.completions.create(**body).choices[0].logprobs.content
     assert (entry.token, entry.bytes) == (best[0], list(best[0].encode()))
     assert entry.logprob == pytest.approx(math.log(found[best[0]]), abs=1e-5)
@@ -169,7 +174,7 @@ def test_choice_i_draws_with_seed_plus_i(server: Running, grades: None) -> None:
 
 
 def test_an_input_that_does_not_fit_is_refused_or_cut(server: Running, grades: None) -> None:
-    body = {"model": "grades", "messages": [{"role": "user", "content": "the film " * 100}]}
+    body: dict[str, Any] = {"model": "grades", "messages": [{"role": "user", "content": "the film " * 100}]}
     assert server.post("/v1/chat/completions", body, 400)["error"]["code"] == "context_length_exceeded"
     answer = server.post("/v1/chat/completions", {**body, "truncate": True})
     assert answer["truncated"] is True

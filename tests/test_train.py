@@ -487,7 +487,8 @@ def test_many_labels_get_as_many_virtual_tokens_as_spell_them_out(
     names = [f"label {i}" for i in range(labels)]
     line = llama.tokenizer(f"Options: {' '.join(names)}.\n").input_ids
     assert (64 < len(line) <= min(1024, window / 4)) == grows
-    lm = cast(FrozenLM, SimpleNamespace(tokenizer=llama.tokenizer, window=window))
+    known = SimpleNamespace(tokenizer=llama.tokenizer, window=window, require_embeddings=llama.require_embeddings)
+    lm = cast(FrozenLM, known)
     found = default_num_virtual_tokens(lm, names)
     if grows:
         assert found % 16 == 0

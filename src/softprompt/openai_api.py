@@ -210,7 +210,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "typical_p": (1,),
     "verbosity": ("medium",),
 }
-_EMPTY = (False, "", [], {})
+_EMPTY: tuple[object, ...] = (False, "", [], {})
 
 _Request = TypeVar("_Request", bound=_Body)
 

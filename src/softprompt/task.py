@@ -62,7 +62,7 @@ class Task:
         self.lm.require_embeddings([token for words in spellings for word in words for token in word])
         object.__setattr__(self, "encoder", encoder)
         object.__setattr__(self, "spellings", spellings)
-        scored, ends = spellings, ()
+        scored, ends = spellings, tuple[Tokens, ...]()
         if self.word_end and self.overlapping:
             ends = tuple(end for end in encoder.ends if max(end) < len(self.lm.embedding))
             scored = tuple(tuple(word + end for word in words for end in ends) for words in spellings)
