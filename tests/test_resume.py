@@ -67,6 +67,17 @@ def test_how_often_is_saved_may_change(tmp_path: Path) -> None:
     assert made(tmp_path, checkpoint_every=1).step == 4
 
 
+def test_another_base_model_is_named(tmp_path: Path) -> None:
+    first = made(tmp_path)
+    stopped_at(first, 4)
+    model = make_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[0] += 1
+    lm = FrozenLM(model, make_tokenizer(), name=tiny("llama").name, dtype="fp32", device="cpu")
+    with pytest.raises(ConfigError, match="with other base model;"):
+        Training(toy_task(lm, toy(15, 0)), toy(15, 0), toy(20, 1), first.config, folder=tmp_path, resume=True)
+
+
 def as_version_2(folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, source: str) -> None:
     """Writes a run's checkpoint anew as the releases of schema version 2 did: one digest of four things, and paths."""
     tensors, optimizers, state = checkpoint.load(folder)

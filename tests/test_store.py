@@ -6,6 +6,7 @@ import errno
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import platformdirs
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import Run
 from softprompt.errors import ArtifactError, SoftPromptError, StoreError
 from softprompt.prompt import SoftPrompt
 from softprompt.store import Store
@@ -287,3 +289,11 @@ def test_a_full_disk_on_which_not_even_the_lock_can_be_made(store: Store, monkey
     assert str(caught.value) == (
         f"The store {store.home} cannot be written: No space left on device; set SOFTPROMPT_HOME to a folder that can."
     )
+
+
+def test_listed_base_models_of_one_name_are_told_apart(run: Run, home: Path) -> None:
+    store = Store()
+    for name, base in (("a", "org1/model"), ("b", "org2/model"), ("c", "/here/org2/model"), ("d", "other/one")):
+        store.save(replace(make(name), base=base))
+    shown = [line.split()[1] for line in run("list").out.splitlines()[1:]]
+    assert shown == ["org1/model", "org2/model", "here/org2/model", "one"]
