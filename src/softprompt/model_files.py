@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from softprompt.errors import BaseModelError
+from softprompt.files import local_path
 
 ADAPTER = "adapter_config.json"
 WEIGHTS = "model.safetensors"
@@ -30,7 +30,7 @@ def locate(base: str) -> Path | None:
     Raises:
         BaseModelError: it is no path of either, or files of it are missing, cut off or pointers.
     """
-    path = Path(os.path.expanduser(base))
+    path = local_path(base)
     try:
         if path.is_dir():
             return _checked(path)
@@ -59,8 +59,8 @@ def _of_file(path: Path) -> Path:
     if head[:4] == b"GGUF":
         if part := re.search(r"-\d{5}-of-(\d{5})$", path.stem):
             raise BaseModelError(
-                f"{path} is one of {int(part[1])} parts of a GGUF file; join them (llama-gguf-split --merge) and give "
-                "the whole"
+                f"{path} is one of {int(part[1])} parts of a GGUF file; join them with llama.cpp's llama-gguf-split, "
+                "and give the whole"
             )
         return path
     if path.suffix.lower() == ".gguf":
