@@ -75,9 +75,11 @@ def test_a_text_initialised_soft_prompt_gives_the_logits_of_the_text(kind: str, 
 
 
 def test_the_words_of_these_tests_share_beginnings_and_have_several_tokens() -> None:
-    words = task(tiny("llama"), "{soft_prompt}{input} {target}").words
-    assert [len(word) for word in words] == [5, 3, 2, 4, 4, 3]
-    assert words[0][:3] == words[3][:3] == words[5]
+    bound = task(tiny("llama"), "{soft_prompt}{input} {target}")
+    spelled = [word for words in bound.spellings for word in words]
+    assert [len(word) for word in spelled] == [5, 3, 2, 4, 4, 3]
+    assert spelled[0][:3] == spelled[3][:3] == spelled[5]
+    assert bound.words == tuple(word + end for word in spelled for end in bound.ends)  # the sixth begins two others
 
 
 def test_the_gain_of_the_first_layer_is_what_transformers_hidden_states_show(kind: str) -> None:
@@ -383,13 +385,14 @@ def test_a_mixed_batch_scores_like_one_request_at_a_time(kind: str, data: st.Dat
     order = data.draw(st.permutations(range(len(requests))))
     max_tokens = data.draw(st.sampled_from([1, 100, 10_000]))
     together = lm.score([requests[i] for i in order], prompts, max_tokens=max_tokens)
-    assert together.shape == (len(requests), max(len(request.words) for request in requests))
+    most = max(len(request.words) for request in requests)
+    assert together.shape == (len(requests), most)
     for row, i in zip(together, order, strict=True):
         request = requests[i]
         vectors = None if request.prompt is None else prompts[request.prompt]
         expected = torch.stack([plain_score(kind, request.ids, word, vectors) for word in request.words])
         torch.testing.assert_close(row[: len(request.words)], expected, **TOLERANCE)
-        assert row[len(request.words) :].tolist() == [-math.inf] * (6 - len(request.words))
+        assert row[len(request.words) :].tolist() == [-math.inf] * (most - len(request.words))
 
 
 def own_generation(
