@@ -37,7 +37,14 @@ BaseOnly = Annotated[bool, flag("--base-only", "Leave the soft prompt out, keep 
 Normalise = Annotated[bool, flag("--normalise-length", "Divide a label's log-probability by its tokens.")]
 
 Base = Annotated[str | None, model_option("The base model, where it has moved since.", "as in training")]
-Dtype = Annotated[str, model_option("auto, fp32, bf16 or fp16; auto is bf16 where it is native. In 16 bits, rounding depends on what else is in a batch.", "auto")]
+Dtype = Annotated[
+    str,
+    model_option(
+        "auto, fp32, bf16 or fp16; auto is bf16 where it is native. In 16 bits, what else is in a batch can change an "
+        "answer's last digits, on a GPU its text.",
+        "auto",
+    ),
+]
 Device = Annotated[str, model_option("auto, cpu, cuda, mps …", "auto")]
 Trust = Annotated[bool, flag("--trust-remote-code", "Run code that comes with the model.", panel="Base model")]
 
