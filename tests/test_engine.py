@@ -9,16 +9,19 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from conftest import ALL, tiny
+from conftest import ALL, SIZES, make_tokenizer, tiny
 from serving import slowed
 from softprompt.attention import PrefixKV
+from softprompt.base import pick_dtype
 from softprompt.engine import (
     Busy,
     Closed,
@@ -418,6 +421,45 @@ def test_limits_are_checked(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError) as error:
         Limits(**options)
     assert str(error.value) == sentence
+
+
+@pytest.mark.skipif(
+    pick_dtype("auto", torch.device("cpu")) != torch.bfloat16 or torch.cpu._is_amx_tile_supported(),
+    reason="measured on processors with AVX512-BF16 and without AMX, whose kernels are others",
+)
+def test_in_bf16_an_answer_is_the_same_in_any_company() -> None:
+    """To the last bit of its log-probabilities: alone, beside one other, and beside all."""
+    config = AutoConfig.for_model(
+        "llama", **SIZES | {"hidden_size": 128, "intermediate_size": 2048, "num_attention_heads": 2}
+    )
+    config.num_key_value_heads, config.max_position_embeddings = 1, 700
+    torch.manual_seed(5)
+    models: Any = AutoModelForCausalLM
+    lm = FrozenLM(models.from_config(config), make_tokenizer(), name="wide", dtype="bf16", device="cpu")
+    with torch.no_grad():
+        for weight in lm.model.parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 0.1)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [0.3 * torch.randn(length, 128, generator=generator) for length in (50, 90)]
+    jobs = []
+    for number, length in enumerate((*(1, 2, 3, 2) * 20, 7, 30, 33, 70, 150, 230, 300)):
+        ids = tuple(torch.randint(2, 320, (length,), generator=generator).tolist())
+        prompt = (None, 0, 1)[number % 3]
+        request = Request(ids, 0) if prompt is None else Request((SOFT, *ids), 1, (), prompt)
+        jobs.append(job(request, prompts, Sampling(max_new_tokens=4), top_logprobs=2))
+
+    def answers(engine: Engine, together: Sequence[Job]) -> list[Any]:
+        inbox = Inbox()
+        engine.submit(together, inbox)
+        events = inbox.until_done(len(together))
+        return [events[index] for index in range(len(together))]
+
+    with running(lm) as engine:
+        alone = [answers(engine, [one])[0] for one in jobs]
+        assert answers(engine, jobs) == alone
+        for one, other in pairwise(range(75, len(jobs))):
+            assert answers(engine, [jobs[one], jobs[other]]) == [alone[one], alone[other]]
 
 
 # --- the cache of prefixes ---------------------------------------------------------------------------------

@@ -22,6 +22,12 @@ NAME = "softprompt"
 SLIDING = "sliding_attention"
 """Transformers' name of layers whose tokens see the last few tokens only."""
 
+BLOCK = 512
+"""Keys that PyTorch's attention on a CPU works on at once."""
+
+UNDIVIDED = 192
+"""As many keys and fewer are added up in one go in 16 bits; more, in parts of a size that depends on their number."""
+
 
 @dataclass(frozen=True)
 class PrefixKV:
@@ -311,10 +317,24 @@ def _attention(
         value = torch.cat([prefix_value.expand(len(value), -1, -1, -1), value], dim=2)
     if torch.is_grad_enabled():
         return attend(query, key, value, attention_mask, factor), None
+    if query.shape[2] > 1 and prefix_layer is None and query.device.type == "cpu" and query.dtype != torch.float32:
+        key, value, attention_mask = _in_whole_blocks(key, value, attention_mask)
     out = nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, scale=factor, enable_gqa=True
     )
     return out.transpose(1, 2), None
+
+
+def _in_whole_blocks(
+    key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys and values ``[B, H_kv, S, D]`` and their mask, with unseen ones behind up to whole blocks of the kernel: how
+    it rounds depends on the size of the last block, and with it on the longest row's length."""
+    extra = -key.shape[2] % BLOCK if key.shape[2] > UNDIVIDED else 0
+    if not extra:
+        return key, value, mask
+    key, value = (nn.functional.pad(tensor, (0, 0, 0, extra)) for tensor in (key, value))
+    return key, value, nn.functional.pad(mask, (0, extra), value=torch.finfo(mask.dtype).min)
 
 
 def _pick_layer(index: int) -> Any:

@@ -35,6 +35,10 @@ READ_EVERY = 2
 """Passes over the rows that have begun for one over input that joined. On a CPU each takes most of its time for the
 weights alone, so that input of several rows is read together rather than each as it comes, and waits a pass for it."""
 
+EVEN_TOKENS = 4
+"""Tokens that are read in a pass are padded to a multiple of this many a row. In 16 bits, attention on a CPU rounds one
+to three queries otherwise than more, and an answer should not depend on how long the other rows are."""
+
 NUCLEUS = 1024
 """How many of the most probable tokens nucleus sampling looks at before it sorts the whole vocabulary."""
 
@@ -299,12 +303,13 @@ class RowKV:
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Transformers' call in each layer: takes a pass's ``[B, H_kv, T, D]``, returns ``[B, H_kv, width, D]``."""
+        """Transformers' call in each layer: takes a pass's ``[B, H_kv, T, D]``, returns ``[B, H_kv, width, D]``. A row
+        alone may come twice."""
         rows = len(self.lengths)
         keys, values = self._layers[layer]
-        keys[self._places] = key.transpose(1, 2)
-        values[self._places] = value.transpose(1, 2)
-        return keys[:rows], values[:rows]
+        keys[self._places] = key[:rows].transpose(1, 2)
+        values[self._places] = value[:rows].transpose(1, 2)
+        return keys[:rows].expand(len(key), -1, -1, -1), values[:rows].expand(len(key), -1, -1, -1)
 
     def get_seq_length(self, layer: int = 0) -> int:
         """Transformers asks it where positions are not given; ours are."""
@@ -412,7 +417,7 @@ class Decoder:
     def _begin(self, rows: list[Continuation]) -> None:
         prefixes = [row.prefix for row in rows if row.prefix is not None]
         kv = RowKV()
-        kv.add(prefixes, min(CHUNK, max(len(row.embedded) for row in rows)))
+        kv.add(prefixes, _rounded(min(CHUNK, max(len(row.embedded) for row in rows)), EVEN_TOKENS))
         for row in rows:
             row.prefix = None  # its copy is in use now
         self._joining.append((rows, kv))
@@ -437,6 +442,7 @@ class Decoder:
         rows, kv = self._joining.popleft()
         chunks = [row.embedded[:CHUNK] for row in rows]
         padded = nn.utils.rnn.pad_sequence(chunks, batch_first=True)
+        padded = nn.functional.pad(padded, (0, 0, 0, -padded.shape[1] % EVEN_TOKENS))
         logits = self._lm.next_logits(kv, padded, [len(chunk) for chunk in chunks])
         for row in rows:
             row.embedded = row.embedded[CHUNK:]

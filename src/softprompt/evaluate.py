@@ -122,8 +122,9 @@ def predict(
         prefix_of: where prefixes come from; by default ``FrozenLM.kept_prefixes``, for as long as this call lasts.
 
     Returns:
-        One prediction a query, in order. In fp32 the same query gives the same greedy answer in any company; in bf16
-        and fp16 the other queries change how its numbers are rounded, and with them, rarely, a label or a text.
+        One prediction a query, in order. In fp32 the same query gives the same greedy answer in any company; in 16
+        bits the others change how its numbers are rounded, and with them, rarely, a label, or on a GPU a text; load the
+        base model with dtype fp32 where that matters.
 
     Raises:
         ConfigError: the queries are of several base models, or the model's numbers overflow in its dtype.

@@ -162,6 +162,9 @@ class FrozenLM:
         self.shares_prefix = shares_prefix(config)
         self._mask = Masks.of(config, self.dtype)
         self._layers = decoder_layers(model)
+        # In 16 bits, a CPU rounds the matrix product of one row otherwise than that row's among others: where a row
+        # alone is computed twice, its text is the same in any company.
+        self._avoids_one_row = self.device.type == "cpu" and self.dtype != torch.float32
         self.compiled = False
         if self.shares_prefix:
             attention.install(model, self._layers)
@@ -336,6 +339,8 @@ class FrozenLM:
         return out.last_hidden_state  # type: ignore[no-any-return]
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self._avoids_one_row and len(hidden) == 1:
+            return self._logits(hidden.expand(2, -1))[:1]
         return self.model.get_output_embeddings()(hidden).float()  # type: ignore[no-any-return]
 
     def next_logits(self, kv: RowKV, embedded: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
@@ -350,6 +355,9 @@ class FrozenLM:
             float32 ``[B, V]``, the logits after each row's last token.
         """
         columns = kv.extend(counts, embedded.shape[1])
+        alone = self._avoids_one_row and embedded.shape[:2] == (1, 1)
+        if alone:
+            embedded, columns, counts = embedded.expand(2, -1, -1), columns.expand(2, -1), [*counts, *counts]
         own = torch.tensor(counts)
         padding = torch.arange(embedded.shape[1]) >= own[:, None]
         columns, places = columns.to(self.device), torch.arange(kv.width, device=self.device)[None]
@@ -360,7 +368,8 @@ class FrozenLM:
             past_key_values=kv,
             use_cache=True,
         )
-        return self._logits(out.last_hidden_state[torch.arange(len(own)), own - 1])
+        logits = self._logits(out.last_hidden_state[torch.arange(len(own)), own - 1])
+        return logits[:1] if alone else logits
 
     # --- the concatenation path: the reference, and what serves every other architecture ----------
 

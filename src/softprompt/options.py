@@ -41,8 +41,8 @@ Base = Annotated[str | None, model_option("The base model, where it has moved si
 Dtype = Annotated[
     str,
     model_option(
-        "auto, fp32, bf16 or fp16; auto is bf16 where it is native. "
-        "In 16 bits, rounding depends on what else is in a batch.",
+        "auto, fp32, bf16 or fp16; auto is bf16 where it is native. In 16 bits, what else is in a batch can change an "
+        "answer's last digits, on a GPU its text.",
         "auto",
     ),
 ]
