@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from conftest import ALL, SENTENCES, make_tokenizer, tiny
 from softprompt import decoding
 from softprompt.attention import PrefixKV
-from softprompt.decoding import Continuation, Decoder, RowKV, Writer
-from softprompt.frozen import FrozenLM, Generated, Request, Sampling
+from softprompt.decoding import Continuation, Decoder, Generated, RowKV, Writer
+from softprompt.frozen import FrozenLM, Request, Sampling
 from test_frozen import mixed
 
 few = settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -16,6 +16,7 @@ from conftest import plain_score, tiny
 from softprompt import evaluate as function_of_the_package
 from softprompt import metrics
 from softprompt.data import Dataset, Example
+from softprompt.decoding import Generated
 from softprompt.errors import ConfigError, DataError
 from softprompt.evaluate import (
     LABEL_METRICS,
@@ -31,7 +32,7 @@ from softprompt.evaluate import (
     headline_metric,
     predict,
 )
-from softprompt.frozen import FrozenLM, Generated, Request, Sampling
+from softprompt.frozen import FrozenLM, Request, Sampling
 from softprompt.task import Task
 from softprompt.template import SOFT, Template, Verbalizer
 

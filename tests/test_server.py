@@ -12,9 +12,10 @@ import torch
 from conftest import plain_logprobs
 from serving import Running, serving
 from softprompt.data import Example
+from softprompt.decoding import Generated
 from softprompt.engine import Limits
 from softprompt.evaluate import Query, predict
-from softprompt.frozen import Generated, Request, Sampling
+from softprompt.frozen import Request, Sampling
 from softprompt.store import Store
 from softprompt.task import Task
 from softprompt.template import SOFT

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from softprompt.attention import PrefixKV
-from softprompt.batch import micro_batches
+from softprompt.batch import Tokens, micro_batches
 
 if TYPE_CHECKING:
     from softprompt.frozen import FrozenLM, Sampling
@@ -60,6 +60,21 @@ class TokenLogprob:
     text: str
     logprob: float
     top: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A continuation.
+
+    Attributes:
+        text: decoded, without special tokens, cut before a stop string.
+        ids: the generated tokens, the end-of-sequence token not included.
+        finish: ``stop`` (end-of-sequence or a stop string) or ``length``.
+    """
+
+    text: str
+    ids: Tokens
+    finish: str
 
 
 class Writer:

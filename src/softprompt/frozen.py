@@ -27,7 +27,7 @@ from softprompt.attention import Masks, PrefixKV, in_a_row, stack_prefixes
 from softprompt.base import DEFAULT_BASE, load_base, pick_device, pick_dtype
 from softprompt.batch import Batch, Row, Tokens, collate, micro_batches
 from softprompt.compilation import compiled_if_possible
-from softprompt.decoding import Continuation, Decoder, RowKV, Writer, give_back_freed
+from softprompt.decoding import Continuation, Decoder, Generated, RowKV, Writer, give_back_freed
 from softprompt.errors import ConfigError, DataError
 from softprompt.files import StrPath, local_path
 from softprompt.fingerprint import fingerprint_model, fingerprint_tokenizer, model_settings, weights_digest
@@ -108,21 +108,6 @@ class Sampling:
             raise ConfigError(f"temperature must be 0 or more, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-
-
-@dataclass(frozen=True)
-class Generated:
-    """A continuation.
-
-    Attributes:
-        text: decoded, without special tokens, cut before a stop string.
-        ids: the generated tokens, the end-of-sequence token not included.
-        finish: ``stop`` (end-of-sequence or a stop string) or ``length``.
-    """
-
-    text: str
-    ids: Tokens
-    finish: str
 
 
 class FrozenLM:
