@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import multiprocessing
 import os
 import random
@@ -157,18 +158,22 @@ def train_settings(**options: Any) -> TrainConfig:
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, script: Sequence[tuple[float, float]]) -> list[torch.Tensor]:
-    """Replaces validation by ``(value, loss)`` in turn; returns the list of the vectors that it sees."""
+    """Replaces validation by ``(score, loss)`` in turn, a probability that every row has alike; returns the list of the
+    vectors that it sees."""
     seen: list[torch.Tensor] = []
 
     def validator(task: Task, examples: Sequence[Example]) -> Callable[[torch.Tensor], dict[str, Any]]:
         def validate(vectors: torch.Tensor) -> dict[str, Any]:
             value, loss = script[len(seen)]
             seen.append(vectors.clone())
-            return {"value": value, "loss": loss, "metrics": [{"metric": "scripted", "value": value}]}
+            metrics = [{"metric": "scripted", "value": value}]
+            rows = {"loss": [-math.log(value)] * 9, "correct": [1] * 9}
+            return {"value": value, "score": value, "loss": loss, "metrics": metrics, "rows": rows}
 
         return validate
 
-    monkeypatch.setattr(Task, "validator", validator)
+    for module in ("train", "finetune"):
+        monkeypatch.setattr(f"softprompt.{module}.validator", validator)
     return seen
 
 

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,8 +29,8 @@ from conftest import (
     tiny,
     toy,
 )
-from softprompt import finetune, methods
-from softprompt.config import DEFAULT_STEPS
+from softprompt import finetune, methods, train
+from softprompt.config import DEFAULT_STEPS, TrainConfig
 from softprompt.data import Dataset, Example
 from softprompt.errors import ConfigError, DataError
 from softprompt.evaluate import Query, predict
@@ -93,12 +94,13 @@ class Clock:
 
     def charge_validations(self, seconds: float) -> list[Any]:
         """Makes every validation take ``seconds``; returns the list of their results."""
-        make, results = Task.validator, list[Any]()
+        make, results = finetune.validator, list[Any]()
 
         def validator(task: Task, examples: Sequence[Example]) -> Any:
             return self._charged(make(task, examples), lambda: seconds, results)[0]
 
-        self._patch.setattr(Task, "validator", validator)
+        for module in (finetune, train):
+            self._patch.setattr(module, "validator", validator)
         return results
 
     def _charged(
@@ -324,7 +326,7 @@ def test_the_budget_is_kept(budget: float, validation: float, monkeypatch: pytes
     """Steps that take between 0.5 and 1.5 s, and validations that cost more or less than is guessed from them."""
     clock, draws = Clock(monkeypatch), torch.Generator().manual_seed(3)
     idle(monkeypatch, clock, lambda: 0.5 + float(torch.rand((), generator=draws)))
-    monkeypatch.setattr(finetune, "better", lambda *_: True)  # no patience is tried
+    monkeypatch.setattr(finetune, "TrainConfig", partial(TrainConfig, patience=0))
     validations = clock.charge_validations(validation)
     learned = METHODS["full-fine-tuning"](problem(budget=budget, began=clock.now, validation=toy(200, 2)))
     spent = clock.now - 1000
@@ -344,6 +346,12 @@ def test_a_run_leaves_time_for_its_last_validation(monkeypatch: pytest.MonkeyPat
         began = clock.now
         trained.run(1e-3, 60.5, 2)
         assert not known or 58 <= clock.now - began <= 60.5
+
+
+def validation_of(step: int, value: float, loss: float) -> dict[str, Any]:
+    """A validation of one row."""
+    rows = {"loss": [loss], "correct": [1]}
+    return {"seconds": 0.0, "step": step, "value": value, "score": value - loss, "loss": loss, "rows": rows}
 
 
 @pytest.mark.parametrize(
@@ -367,9 +375,7 @@ def test_the_rate_is_chosen_by_short_runs(
     monkeypatch.setattr(
         Tuner,
         "_validate",
-        lambda self, step: dict(
-            zip(("seconds", "step", "value", "loss"), (0.0, step, *next(script, (0.1, 1.0))), strict=True)
-        ),
+        lambda self, step: validation_of(step, *next(script, (0.1, 1.0))),
     )
     runs = list[tuple[float, float, int]]()
     run = Tuner.run
@@ -420,7 +426,7 @@ def test_small_data_is_not_seen_more_often_than_helps(clock: Clock, monkeypatch:
 
 
 def test_the_best_weights_are_kept_and_patience_ends(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = [(0.5, 0.7), (0.8, 0.5), (0.8, 0.4), *[(0.7, 0.3)] * 20]
+    script = [(0.5, 0.7), (0.8, 0.5), (0.9, 0.4), *[(0.7, 0.3)] * 20]
     lm, weights = another("llama"), list[list[torch.Tensor]]()
     seen = scripted(monkeypatch, script)
     trained = tuner(problem(), lm)
@@ -439,6 +445,14 @@ def test_the_best_weights_are_kept_and_patience_ends(clock: Clock, monkeypatch: 
     assert not torch.equal(weights[2][0], weights[3][0])
     for now, best in zip(lm.model.parameters(), weights[2], strict=True):
         assert torch.equal(now, best)
+
+
+def test_every_trained_method_is_validated_on_the_rows_that_there_is_time_for() -> None:
+    """The same ones: both draw as many with ``split_rows`` from the same seed."""
+    asked = problem(budget=1e-9, validation=toy(40, 1), validation_rows=17)
+    ours, theirs = methods.soft_prompt(asked), METHODS["full-fine-tuning"](asked)
+    assert ours.soft_prompt is not None
+    assert ours.soft_prompt.metrics[0]["n"] == ours.validation_rows == theirs.validation_rows == 17
 
 
 def test_each_run_begins_anew(clock: Clock) -> None:

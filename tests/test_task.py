@@ -26,6 +26,7 @@ from softprompt.prompt import VIRTUAL_TOKENS, SoftPrompt, initial_vectors
 from softprompt.task import Task
 from softprompt.template import SOFT, Template, Verbalizer
 from softprompt.train import Training
+from softprompt.validation import validator
 
 LABELS = Verbalizer({"good": ("very good", "great"), "bad": ("bad",)})
 TEMPLATE = Template("Review :{soft_prompt} {input} ? {target}")
@@ -291,10 +292,13 @@ def test_validation_by_accuracy_and_then_loss(llama: FrozenLM) -> None:
         gold = task.labels.index(str(example.target))
         right += int(label.argmax()) == gold
         losses.append(-float(label[gold]))
-    found = task.validator(examples)(vectors)
+    found = validator(task, examples)(vectors)
     assert found["value"] == pytest.approx(right / 3)
     assert found["loss"] == pytest.approx(sum(losses) / 3, rel=1e-5)
-    assert [metric["metric"] for metric in found["metrics"]] == ["accuracy"]
+    assert [metric["metric"] for metric in found["metrics"]] == ["accuracy", "macro_f1", "mcc"]
+    assert found["rows"]["loss"] == pytest.approx(losses, abs=1e-5)
+    assert sum(found["rows"]["correct"]) == right
+    assert found["score"] == pytest.approx(sum(math.exp(-loss) for loss in losses) / 3, rel=1e-5)
     assert found["metrics"][0]["n"] == 3
     assert found["metrics"][0]["stderr"] is not None
 
@@ -305,9 +309,10 @@ def test_validation_of_free_text_by_the_loss_of_a_token(llama: FrozenLM) -> None
     requests = [task.target_request(example) for example in examples]
     scores = [float(plain_score("llama", r.ids, r.words[0], vectors)) for r in requests]
     loss = -sum(scores) / sum(len(r.words[0]) for r in requests)
-    found = task.validator(examples)(vectors)
+    found = validator(task, examples)(vectors)
     assert found["loss"] == pytest.approx(loss, rel=1e-5)
-    assert found["value"] == -found["loss"]
+    assert found["value"] == found["score"] == -found["loss"]
+    assert sum(found["rows"]["loss"]) / 2 == pytest.approx(loss, rel=1e-5)
     assert found["metrics"][0]["metric"] == "perplexity"
     assert found["metrics"][0]["value"] == pytest.approx(math.exp(loss), rel=1e-4)
 
@@ -315,7 +320,7 @@ def test_validation_of_free_text_by_the_loss_of_a_token(llama: FrozenLM) -> None
 def test_validation_survives_vectors_that_are_not_finite(llama: FrozenLM) -> None:
     vectors = torch.full((5, 32), math.nan)
     for verbalizer in (LABELS, None):
-        found = bound(llama, verbalizer).validator([EXAMPLE])(vectors)
+        found = validator(bound(llama, verbalizer), [EXAMPLE])(vectors)
         assert math.isnan(found["loss"])
 
 

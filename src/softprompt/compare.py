@@ -31,7 +31,7 @@ from softprompt.errors import BaseModelError, ConfigError, SoftPromptError
 from softprompt.evaluate import Prediction, headline, headline_difference, headline_metric
 from softprompt.files import StrPath, finite, local_path
 from softprompt.frozen import FrozenLM, Request
-from softprompt.methods import Learned, Method, Problem
+from softprompt.methods import Learned, Method, Problem, affordable_rows
 from softprompt.prompt import SoftPrompt, library_versions
 from softprompt.template import Template, Verbalizer, default_template, overlap
 
@@ -46,6 +46,8 @@ METHODS: dict[str, Method] = {
 """Every method by name, in the order in which they run and are shown."""
 SEEDED = ("few-shot", "few-shot-calibrated", "peft-prompt-tuning", "soft-prompt", "prefix", "lora", "full-fine-tuning")
 """Methods that draw something, which run once for every seed."""
+VALIDATED = ("soft-prompt", "prefix", "lora", "full-fine-tuning")
+"""Methods that are validated while they are trained, all on the same rows."""
 NEEDS_LABELS = ("tf-idf", "soft-prompt-ensemble", "soft-prompt-majority")
 READS_INSTRUCTIONS = ("instruction", "few-shot")
 """What the names of methods begin with that read the user's instructions."""
@@ -197,6 +199,7 @@ class Comparison:
         self.plan, self.folder, self._load, self._notice = plan, local_path(folder), load, notice
         self._loaded: tuple[str, FrozenLM, float] | None = None
         self._checked = False
+        self._rows_of_base: dict[str, int] = {}
         self.cells: list[dict[str, Any]] = _read_cells(self.folder / "results.json")
         for cell in self.cells:
             theirs = {"task": cell["task"], "metric": cell.get("metric", plan.metric), **cell["identity"]}
@@ -291,6 +294,9 @@ class Comparison:
             notice=self._notice,
             siblings=tuple(self._soft_prompts(key.base)) if key.method in methods.OF_SEVERAL_SEEDS else (),
         )
+        if key.method in VALIDATED:
+            rows = self._validation_rows(problem, key.base)
+            problem = replace(problem, validation_rows=rows, began=time.perf_counter())
         with peak_memory(lm) as peak:
             began = time.perf_counter()
             learned = method(problem)
@@ -320,11 +326,19 @@ class Comparison:
             "latency_ms": round(self._latency(learned), 2),
             "forgetting": {"before": before, "after": after, "ratio": after / before},
             "validation": learned.validation,
+            "validation_rows": learned.validation_rows,
             "chosen": dict(learned.chosen),
             "curve": [dict(point) for point in learned.curve],
             "threads": torch.get_num_threads(),
             "dtype": str(lm.dtype).removeprefix("torch."),
         }
+
+    def _validation_rows(self, problem: Problem, base: str) -> int:
+        """The same for every method that is trained on a base model: as the cells have it, or timed once."""
+        if base not in self._rows_of_base:
+            known = [cell.get("validation_rows") for cell in self.cells if cell["base"] == base]
+            self._rows_of_base[base] = max(filter(None, known), default=0) or affordable_rows(problem)
+        return self._rows_of_base[base]
 
     def _rows_done(self, done: int, total: int) -> None:
         self._notice(f"answering the test rows, {done:,} of {total:,}")

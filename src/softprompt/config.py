@@ -57,7 +57,8 @@ class TrainConfig:
         epochs: passes over the training data; None, with ``steps`` None too: as many steps as ``DEFAULT_STEPS``.
         eval_every: steps between validations; None: ``EVAL_EVERY``, or where a validation is dear (many labels), as
             many more as let it take about a quarter of the computation; but five validations a run at least.
-        patience: validations without improvement after which training stops early; 0: never.
+        patience: validations in a row that are worse than the best by more than chance, after which training stops
+            early (``keeping.py``); 0: never.
         validation_rows: the most validation rows that are used (a seeded choice).
         checkpoint_every: steps between checkpoints for resuming.
         max_length: the most tokens in one sequence, soft prompt included; None: the model's window.
@@ -84,7 +85,7 @@ class TrainConfig:
     steps: int | None = None
     epochs: float | None = None
     eval_every: int | None = None
-    patience: int = 8
+    patience: int = 3
     validation_rows: int = 500
     checkpoint_every: int = 25
     max_length: int | None = None

@@ -25,6 +25,7 @@ from softprompt.data import Example, check_targets
 from softprompt.errors import ConfigError
 from softprompt.evaluate import Prediction, Progress, Query, default_sampling, predict
 from softprompt.frozen import FrozenLM, Request
+from softprompt.keeping import Keeper
 from softprompt.methods import Learned, Method, Problem
 from softprompt.notes import heard, hide_noise
 from softprompt.objective import Objective
@@ -32,7 +33,7 @@ from softprompt.optimizer import learning_rate
 from softprompt.order import RowOrder, split_rows
 from softprompt.task import Task
 from softprompt.template import SOFT
-from softprompt.train import better
+from softprompt.validation import validator
 
 FULL_RATES = (3e-5, 1e-4, 3e-4)
 LORA_RATES = (3e-4, 1e-3, 3e-3)
@@ -99,6 +100,7 @@ def _learn(problem: Problem, lm: FrozenLM, weights: list[torch.nn.Parameter], ra
         validation=run.best["value"] if problem.labels and run.curve else None,
         curve=run.curve,
         adapted=lm,
+        validation_rows=tuner.held_out,
     )
 
 
@@ -125,11 +127,19 @@ class Tuner:
 
     Attributes:
         config: what is the same in every run: batch size, schedule, clipping, patience, validation rows, seed.
+        held_out: how many validation rows there are.
         masters: the float32 numbers that the optimizer changes, in the order of the weights.
     """
 
     def __init__(self, problem: Problem, lm: FrozenLM, weights: Sequence[torch.nn.Parameter]) -> None:
-        self.config = TrainConfig(warmup=0.1, schedule="linear", clip=1.0, weight_decay=0.0, seed=problem.seed)
+        self.config = TrainConfig(
+            warmup=0.1,
+            schedule="linear",
+            clip=1.0,
+            weight_decay=0.0,
+            seed=problem.seed,
+            validation_rows=problem.validation_rows,
+        )
         self._problem, self._lm, self._weights = problem, lm, list(weights)
         examples, held_out = split_rows(problem.train, problem.validation, self.config)
         task = problem.task(lm=lm)
@@ -138,12 +148,12 @@ class Tuner:
         self._objective = Objective(lm)
         self._requests = [task.target_request(e) for e in examples]
         self._order = RowOrder([None if task.verbalizer is None else example.target for example in examples])
-        self._validator = task.validator(held_out)
+        self._validator = validator(task, held_out)
         self._no_prefix: PrefixKV | None = None
         if lm.shares_prefix:
             with torch.no_grad():
                 self._no_prefix = lm.prefix_kv((), None)
-        self._held_out = len(held_out)
+        self.held_out = len(held_out)
         self._start = _copied(self._weights)
         self._hooks: list[Any] = []
         self.masters = [self._master(weight) for weight in self._weights]
@@ -183,7 +193,7 @@ class Tuner:
 
     def _noise(self, value: float) -> float:
         """One standard error of an accuracy on the validation rows; 0 for free text, whose loss is of many tokens."""
-        return math.sqrt(value * (1 - value) / self._held_out) if self._problem.labels and value >= 0 else 0.0
+        return math.sqrt(value * (1 - value) / self.held_out) if self._problem.labels and value >= 0 else 0.0
 
     def run(self, lr: float, seconds: float, validations: int) -> Run:
         """Trains from the start for at most ``seconds``, but one step at least; leaves the best weights in the model.
@@ -199,8 +209,8 @@ class Tuner:
         optimizer = torch.optim.AdamW(
             self.masters, lr=lr, weight_decay=config.weight_decay, fused=self._lm.device.type in ("cpu", "cuda") or None
         )
-        best, kept, curve = NOTHING, self._start, list[dict[str, float]]()
-        step, trained, total = 0, 0.0, max(1, self._planned(0, end, interval))
+        keeper, kept, curve = Keeper(config.patience), self._start, list[dict[str, float]]()
+        best, step, trained, total = NOTHING, 0, 0.0, max(1, self._planned(0, end, interval))
         while step < total:
             began = time.perf_counter()
             if not self._step(optimizer, self._order.batch(config.seed, step, config.batch_size), config, step, total):
@@ -211,13 +221,14 @@ class Tuner:
             ends_soon = (total - step) * self._pace < interval / 2
             if step < total and (trained < interval or ends_soon):
                 continue
-            point = self._validate(step)
-            if not math.isfinite(point["loss"]):
+            found = self._validate(step)
+            if not math.isfinite(found["loss"]):
                 break
+            point = {key: found[key] for key in ("seconds", "step", "value", "loss")}
             curve.append(point)
-            if better(point, best):
+            if keeper.add(found):
                 best, kept = point, _copied(self._weights)
-            if step >= total or sum(past["step"] > best["step"] for past in curve) >= config.patience > 0:
+            if step >= total or keeper.over:
                 break
             trained, total = 0.0, self._planned(step, end, interval)
         self._put(kept)
@@ -270,13 +281,13 @@ class Tuner:
             self._problem.notice(f"learning rate {config.lr:g}, step {step + 1:,} of {total:,}, loss {loss:.3f}")
         return finite
 
-    def _validate(self, step: int) -> dict[str, float]:
-        """A point of the curve."""
+    def _validate(self, step: int) -> dict[str, Any]:
+        """A validation, with its step and the seconds since the budget began to run."""
         began = time.perf_counter()
         found = self._validator(torch.empty(0))  # the requests have no place for a soft prompt
         self._check = time.perf_counter() - began
         seconds = round(self._problem.budget - self._problem.seconds_left, 1)
-        return {"seconds": seconds, "step": step, "value": found["value"], "loss": found["loss"]}
+        return {"seconds": seconds, "step": step, **found}
 
     def _time_a_step(self) -> float:
         """Seconds of a batch's gradient, which is thrown away."""

@@ -28,14 +28,14 @@ from softprompt.prompt import SoftPrompt, default_num_virtual_tokens
 from softprompt.task import Task
 from softprompt.template import Template, Verbalizer
 from softprompt.train import Training
+from softprompt.validation import validator
 
 COMPILE_FROM = 300.0
 """Seconds of budget from which compiling the layers pays: it costs 10 to 25 of them."""
 PROBE, PROBE_ROWS = 5, 100
 """Steps, and rows of a validation, that are timed to plan a run."""
 CHECKING, LEAST_CHECKS = 0.1, 3
-"""The share of the time that validations may take, and how many there are at least: where they are dear, each is of
-fewer rows, though not of fewer than ``PROBE_ROWS``."""
+"""The share of the time that validations may take, and how many there are at least."""
 NOTHING_LEARNED = "The loss is not finite at the very first steps, so nothing was learned; try --dtype fp32."
 LATEST = 50
 """Steps whose median tells how many more there is time for."""
@@ -57,6 +57,8 @@ class Problem:
         instructions: the user's hard prompts.
         notice: is told what is being done, in a few words.
         siblings: the soft prompts of all seeds, for what is made of several.
+        validation_rows: how many of them are used, a seeded choice, to validate what is being trained; the same for
+            every trained method (:func:`affordable_rows`).
         began: clock time at which the budget began to run.
     """
 
@@ -71,6 +73,7 @@ class Problem:
     instructions: tuple[str, ...] = ()
     notice: Callable[[str], None] = lambda _: None
     siblings: tuple[SoftPrompt, ...] = ()
+    validation_rows: int = TrainConfig().validation_rows
     began: float = field(default_factory=time.perf_counter)
 
     @property
@@ -116,6 +119,7 @@ class Learned:
         curve: for plots, in order: ``{"seconds", "step", "value", "loss"}`` on the validation rows.
         adapted: the changed copy of the base model; None if the base model itself is used, unchanged.
         soft_prompt: what was tuned, to be kept.
+        validation_rows: how many rows each point of the curve was validated on; 0 where there is none.
     """
 
     answer: Callable[[Sequence[Example], Progress | None], list[Prediction]]
@@ -126,9 +130,25 @@ class Learned:
     curve: tuple[Mapping[str, float], ...] = ()
     adapted: FrozenLM | None = None
     soft_prompt: SoftPrompt | None = None
+    validation_rows: int = 0
 
 
 Method = Callable[[Problem], Learned]
+
+
+def affordable_rows(problem: Problem) -> int:
+    """How many validation rows there is time for: as many as a training uses by default, but where they are dear (many
+    labels) no more than let ``LEAST_CHECKS`` validations take ``CHECKING`` of the budget, and ``PROBE_ROWS`` at least.
+
+    Some rows are timed on the base model, with nothing in the soft prompt's place.
+    """
+    most = min(problem.validation_rows, len(problem.validation.examples))
+    some, task = problem.validation.examples[:PROBE_ROWS], problem.task()
+    validator(task, some[:8])(torch.empty(0))  # the first call of a model is slow
+    began = time.perf_counter()
+    validator(task, some)(torch.empty(0))
+    a_row = (time.perf_counter() - began) / len(some)
+    return min(most, max(len(some), int(problem.budget * CHECKING / LEAST_CHECKS / a_row)))
 
 
 # --- the soft prompt's own way ------------------------------------------------------------------------------------
@@ -136,7 +156,7 @@ Method = Callable[[Problem], Learned]
 
 def soft_prompt(problem: Problem, parametrisation: str = "plain") -> Learned:
     """A soft prompt tuned with the default settings, in as many steps as the budget lasts for."""
-    config = TrainConfig(seed=problem.seed, parametrisation=parametrisation)
+    config = TrainConfig(seed=problem.seed, parametrisation=parametrisation, validation_rows=problem.validation_rows)
     task = Task(problem.lm, problem.template, problem.verbalizer, problem.num_virtual_tokens, problem.lm.window)
     problem.notice("timing a step")
     config, pace = _within_budget(problem, task, config)
@@ -169,6 +189,7 @@ def soft_prompt(problem: Problem, parametrisation: str = "plain") -> Learned:
         validation=found.metrics[0]["value"] if found.metrics else None,
         curve=tuple(curve),
         soft_prompt=found,
+        validation_rows=found.data["validation"]["rows"],
     )
 
 
@@ -205,8 +226,8 @@ class _Pace:
 
 
 def _within_budget(problem: Problem, task: Task, config: TrainConfig) -> tuple[TrainConfig, _Pace]:
-    """The settings with as many steps as fit into what is left of the budget, and with fewer validation
-    rows where they are dear; and what some steps and rows took that were timed for it."""
+    """The settings with as many steps as fit into what is left of the budget, and what some steps and rows took that
+    were timed for it."""
     config = replace(config, compile="on" if problem.worth_compiling else "off")
     rows = min(config.validation_rows, len(problem.validation.examples))
     some = min(rows, PROBE_ROWS)
@@ -221,12 +242,9 @@ def _within_budget(problem: Problem, task: Task, config: TrainConfig) -> tuple[T
     if len(pace.steps) < 2:
         raise TrainingError(NOTHING_LEARNED)
     a_row = (time.perf_counter() - began - sum(pace.steps)) / some
-    allowed = max(problem.seconds_left * CHECKING / LEAST_CHECKS, some * a_row)
-    if rows * a_row > allowed:
-        rows = round(allowed / a_row)
     pace.validation = rows * a_row
     pace.steps.popleft()  # the first may compile
-    config = replace(config, compile="on" if probe.compiled else "off", validation_rows=rows)
+    config = replace(config, compile="on" if probe.compiled else "off")
 
     every = max(EVAL_EVERY, math.ceil((1 / CHECKING - 1) * pace.validation / pace.a_step))
     every = max(1, min(every, pace.end(problem.seconds_left, every) // LEAST_CHECKS))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from softprompt import metrics
 from softprompt.batch import Tokens
 from softprompt.data import Dataset, Example, check_targets, infer_labels
 from softprompt.errors import ConfigError, DataError, SoftPromptWarning, TemplateError
@@ -211,33 +208,6 @@ class Task:
         owners = torch.tensor(self.label_of_word, device=scores.device)
         grouped = [scores[:, owners == label].logsumexp(dim=1) for label in range(len(self.labels))]
         return torch.stack(grouped, dim=1).log_softmax(dim=1)
-
-    def validator(self, examples: Sequence[Example]) -> Callable[[torch.Tensor], dict[str, Any]]:
-        """A function ``vectors [P, H] → {"value", "loss", "metrics"}``; a higher value is better, then a lower loss."""
-        if self.verbalizer is None:
-            requests = [self.target_request(example) for example in examples]
-            tokens = [len(request.words[0]) for request in requests]
-
-            def by_perplexity(vectors: torch.Tensor) -> dict[str, Any]:
-                nll = (-self.lm.score(requests, [vectors])[:, 0]).tolist()
-                loss = sum(nll) / sum(tokens)
-                found = [metrics.perplexity(nll, tokens).as_dict()] if math.isfinite(loss) else []
-                return {"value": -loss, "loss": loss, "metrics": found}
-
-            return by_perplexity
-        check_targets(Dataset(tuple(examples), "", ""), self.labels)
-        requests = [self.label_request(example) for example in examples]
-        gold = [str(example.target) for example in examples]
-        index = torch.tensor([self.labels.index(target) for target in gold])
-
-        def by_accuracy(vectors: torch.Tensor) -> dict[str, Any]:
-            logprobs = self.label_logprobs(self.lm.score(requests, [vectors]))
-            predicted = [self.labels[i] for i in logprobs.argmax(dim=1).tolist()]
-            accuracy = metrics.accuracy(predicted, gold)
-            loss = float(-logprobs.gather(1, index[:, None]).mean())
-            return {"value": accuracy.value, "loss": loss, "metrics": [accuracy.as_dict()]}
-
-        return by_accuracy
 
 
 def _pairs(labels: Sequence[str], spellings: Sequence[Sequence[Tokens]]) -> str:

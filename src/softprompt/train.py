@@ -20,6 +20,7 @@ from softprompt.errors import ConfigError, TrainingError
 from softprompt.files import StrPath
 from softprompt.frozen import FrozenLM, Request
 from softprompt.history import History
+from softprompt.keeping import Keeper, better, of_earlier_release
 from softprompt.objective import Objective
 from softprompt.optimizer import learning_rate, make_optimizer
 from softprompt.order import RowOrder, describe_rows, split_rows
@@ -28,6 +29,7 @@ from softprompt.prompt import SoftPrompt, initial_vectors, label_list, library_v
 from softprompt.run_folder import Hold, RunFolder
 from softprompt.task import Task
 from softprompt.template import SOFT
+from softprompt.validation import validator
 
 
 @dataclass(frozen=True)
@@ -196,8 +198,8 @@ class Training:
         if self.config.parametrisation == "prefix":
             require_shared_prefix(task.lm, task.template, self._requests)
         self.truncated = sum(request.truncated for request in self._requests)
-        self._validator = task.validator(held_out)
-        self._best: dict[str, Any] | None = None
+        self._validator = validator(task, held_out)
+        self._keeper = Keeper(self.config.patience)
         self._validations: list[dict[str, Any]] = []
         self._history = History(self.folder)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
@@ -309,14 +311,14 @@ class Training:
         average = self._learner.average
         current = self._learner.numbers() if average is None else average.clone()
         found = {"step": self.step, "start": self._learner.number, **self._validator(current)}
-        improved = math.isfinite(found["loss"]) and (self._best is None or better(found, self._best))
+        improved = self._keeper.add(found)
         if improved:
-            self._best, self._best_vectors = found, current
+            self._best_vectors = current
         self._validations.append(found)
         self._history.add(self._learner.number, self.step, current)
-        since = max(self._probing, 0 if self._best is None else self._best["step"])
-        waited = sum(past["step"] > since for past in self._validations)
-        if self.config.patience and waited >= self.config.patience and self.step < self.total:
+        if self.step <= self._probing:
+            self._keeper.worse = 0  # a start that is tried does not end the run
+        if self._keeper.over and self.step < self.total:
             self.stopped = "early"
         return replace(step, validation=found, improved=improved)
 
@@ -383,7 +385,7 @@ class Training:
             TrainingError: no step was done yet, the loss of the very first was not finite, or a weight of the base
                 model changed, which must never happen.
         """
-        lm, best = self.task.lm, self._best
+        lm, best = self.task.lm, self._keeper.best
         if not self.tokens:
             raise TrainingError(
                 "The loss is not finite at the very first step, so nothing was learned; try --dtype fp32."
@@ -537,8 +539,9 @@ class Training:
                 "seconds": self.seconds,
                 "tokens": self.tokens,
                 "starts": {role: [learner.number, learner.found] for role, learner in learners.items()},
-                "best": self._best,
-                "validations": self._validations,
+                "best": self._keeper.best,
+                "worse": self._keeper.worse,
+                "validations": [_without_rows(found) for found in self._validations],
                 "stopped": self.stopped,
                 "compiled": self.compiled,
             },
@@ -559,12 +562,15 @@ class Training:
         self._good = tensors["good"].to(self.task.lm.device)
         self._best_vectors = tensors["best"].to(self.task.lm.device)
         self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
-        self._best, self._validations = state["best"], state["validations"]
+        best, self._validations = state["best"], state["validations"]
+        if best is not None and "score" not in best:
+            best = of_earlier_release(best)
+        self._keeper.best, self._keeper.worse = best, state.get("worse", 0)
         self.stopped, self.compiled = state["stopped"], state["compiled"]
         self._history.resume(self.step)
-        if self._best is not None:  # it may have been thinned out since
-            self._history.add(self._best["start"], self._best["step"], self._best_vectors)
-        self._history.write(self._validations, self._best)
+        if best is not None:  # it may have been thinned out since
+            self._history.add(best["start"], best["step"], self._best_vectors)
+        self._history.write(self._validations, self._keeper.best)
         checkpoint.trim_log(self.folder / checkpoint.LOG, self.step)
 
     def _log(self, step: Step) -> None:
@@ -573,11 +579,11 @@ class Training:
         try:
             self._run.log({key: value for key, value in step.__dict__.items() if value is not None})
             if step.validation is not None:
-                self._history.write(self._validations, self._best)
+                self._history.write(self._validations, self._keeper.best)
         except OSError as error:
             raise self._run.unwritable(error) from error
 
 
-def better(found: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
-    """A higher value, or the same value at a lower loss."""
-    return (found["value"], -found["loss"]) > (best["value"], -best["loss"])
+def _without_rows(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A validation as the checkpoint has it; its rows are in the log."""
+    return {key: value for key, value in found.items() if key != "rows"}

@@ -101,7 +101,9 @@ def train_command(
         float | None, _learn("Decay of the soft prompt's average over steps; 0: none.", _D.average)
     ] = None,
     eval_every: Annotated[int | None, _learn("Steps between validations.", "100, or as fits")] = None,
-    patience: Annotated[int | None, _learn("Validations without gain to stop after; 0: never.", _D.patience)] = None,
+    patience: Annotated[
+        int | None, _learn("Validations worse than the best to stop after; 0: never.", _D.patience)
+    ] = None,
     validation_rows: Annotated[int | None, _learn("The most validation rows to use.", _D.validation_rows)] = None,
     max_length: Annotated[int | None, _learn("The most tokens in one sequence.", "the model's window")] = None,
     seed: Annotated[int | None, _learn("Seeds start, order and held-out rows.", _D.seed, **SEED_RANGE)] = None,
