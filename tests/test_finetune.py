@@ -29,7 +29,7 @@ from conftest import (
     tiny,
     toy,
 )
-from softprompt import finetune, methods, train
+from softprompt import finetune, methods
 from softprompt.config import DEFAULT_STEPS, TrainConfig
 from softprompt.data import Dataset, Example
 from softprompt.errors import ConfigError, DataError
@@ -41,6 +41,7 @@ from softprompt.objective import Objective
 from softprompt.prompt import VIRTUAL_TOKENS
 from softprompt.task import Task
 from softprompt.template import SOFT, Template, Verbalizer
+from softprompt.validation import validator
 
 PATHS = ("llama", "gpt2", "qwen3", "phi")
 """Architectures of the shared-prefix path, and one that runs every word as a whole sequence."""
@@ -94,13 +95,13 @@ class Clock:
 
     def charge_validations(self, seconds: float) -> list[Any]:
         """Makes every validation take ``seconds``; returns the list of their results."""
-        make, results = finetune.validator, list[Any]()
+        results = list[Any]()
 
-        def validator(task: Task, examples: Sequence[Example]) -> Any:
-            return self._charged(make(task, examples), lambda: seconds, results)[0]
+        def charged(task: Task, examples: Sequence[Example]) -> Any:
+            return self._charged(validator(task, examples), lambda: seconds, results)[0]
 
-        for module in (finetune, train):
-            self._patch.setattr(module, "validator", validator)
+        for module in ("finetune", "train"):
+            self._patch.setattr(f"softprompt.{module}.validator", charged)
         return results
 
     def _charged(

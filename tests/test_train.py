@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from conftest import ALL, TOY_TEMPLATE, scripted, tiny, toy, toy_task, train_settings
-from softprompt import compilation, train
+from softprompt import compilation
 from softprompt.config import DEFAULT_STEPS, TrainConfig
 from softprompt.data import Dataset, Example
 from softprompt.errors import ConfigError, DataError, SoftPromptWarning, TrainingError
@@ -27,6 +27,7 @@ from softprompt.prompt import default_num_virtual_tokens, initial_vectors, label
 from softprompt.task import Task
 from softprompt.template import Template, Verbalizer
 from softprompt.train import Training
+from softprompt.validation import validator
 
 
 def run(config: TrainConfig, *, kind: str = "llama", rows: int = 30, **options: Any) -> Training:
@@ -196,7 +197,7 @@ class Spy:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps: list[list[tuple[int, ...]]] = []
         self.held_out: list[Example] = []
-        backward, validator = Objective.backward, train.validator
+        backward, make = Objective.backward, validator
 
         def spied(objective: Objective, requests: Sequence[Request], *rest: Any) -> tuple[float, int]:
             self.steps.append([request.ids for request in requests])
@@ -204,10 +205,10 @@ class Spy:
 
         def spied_validator(task: Task, examples: Sequence[Example]) -> Any:
             self.held_out = list(examples)
-            return validator(task, examples)
+            return make(task, examples)
 
         monkeypatch.setattr(Objective, "backward", spied)
-        monkeypatch.setattr(train, "validator", spied_validator)
+        monkeypatch.setattr("softprompt.train.validator", spied_validator)
 
 
 @pytest.mark.parametrize(("rows", "batch"), [(11, 4), (12, 4), (3, 7), (5, 5)])
