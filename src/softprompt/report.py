@@ -523,7 +523,7 @@ def _explanations(page: Page, cells: Sequence[Cell], rows: Sequence[Row]) -> Non
         if cell.get("chosen")
     ]
     if chosen:
-        page.heading("What was chosen on validation rows, and steps")
+        page.heading("What was chosen on validation rows")
         page.table(["task", "base model", "method", ">seed", "chosen"], chosen)
     versions: dict[str, dict[str, None]] = {}
     for cell in cells:
