@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from softprompt.artifact import atomic_writer
 from softprompt.plots import GREY, PALETTE, png, score_against_size, style
-from softprompt.summary import OURS, Cell, Row, summary
+from softprompt.summary import OURS, Cell, Row, summary, times
 
 HARD = ("zero-shot", "instruction", "few-shot")
 """Prompt engineering, by the beginning of a method's name."""
@@ -113,7 +113,8 @@ def details(cells: list[Cell]) -> str:
     """A line for each cell of a set."""
     rows = []
     for cell in cells:
-        chosen = ", ".join(f"{key} {value}" for key, value in cell["chosen"].items() if value is not None)
+        kept = {key: value for key, value in cell["chosen"].items() if value is not None and key != "instruction_text"}
+        chosen = ", ".join(f"{key} {value}" for key, value in kept.items())
         rows.append(
             [
                 f"**{cell['method']}**" if cell["method"] == OURS else cell["method"],
@@ -124,7 +125,7 @@ def details(cells: list[Cell]) -> str:
                 size(cell["bytes"]),
                 f"{cell['train_seconds'] / 60:.1f}",
                 f"{cell['peak_memory_bytes'] / 1e9:.1f}",
-                f"×{cell['forgetting']['ratio']:.2f}",
+                times(cell["forgetting"]["ratio"]),
                 chosen,
             ]
         )

@@ -1,4 +1,4 @@
-"""TF-IDF and logistic regression against scikit-learn used directly, and against arithmetic done apart."""
+"""The majority class by counting; TF-IDF and logistic regression against scikit-learn, and arithmetic done apart."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 from conftest import TOY_LABELS, TOY_TEMPLATE, tiny, toy
 from softprompt import classical
-from softprompt.classical import fit_tf_idf, rank, tf_idf
+from softprompt.classical import fit_tf_idf, majority_class, rank, tf_idf
 from softprompt.data import Dataset, Example
 from softprompt.errors import ConfigError, DataError
 from softprompt.evaluate import Prediction
@@ -54,6 +54,40 @@ def by_scikit_learn(
     fitted = LogisticRegression(C=penalty, max_iter=1000).fit(weights, [e.target for e in train.examples])
     found = fitted.predict_proba(vectorizer.transform(texts[1]))
     return [dict(zip(fitted.classes_, row, strict=True)) for row in found.tolist()], vectorizer, fitted
+
+
+def test_the_majority_class_is_the_most_frequent_label_of_the_training_rows() -> None:
+    """Of 5 rows 3 are good and 2 bad; with one more for each of 3 labels, 4, 1 and 3 of 8."""
+    train = dataset(*PAIRS[:2], *PAIRS[3:5], PAIRS[6])
+    learned = majority_class(problem(train, dataset(*PAIRS)))
+    reports: list[tuple[int, int]] = []
+    found = learned.answer(dataset(*PAIRS).examples, lambda *report: reports.append(report))
+    assert reports == [(8, 8)]
+    assert {prediction.text for prediction in found} == {"good"}
+    for prediction in found:
+        assert prediction.probabilities == pytest.approx({"good": 4 / 8, "so so": 1 / 8, "bad": 3 / 8})
+    assert (learned.trainable_parameters, learned.bytes, learned.curve, learned.soft_prompt) == (0, 4, (), None)
+    assert learned.validation == 3 / 8  # of the 8 rows there
+
+
+def test_of_equals_the_first_label_is_the_majority_class() -> None:
+    rows = dataset(*PAIRS[1:3], *PAIRS[4:6])  # two bad, two so so
+    found = majority_class(problem(rows, rows)).answer(rows.examples, None)
+    assert {prediction.text for prediction in found} == {"so so"}
+    assert found[0].text == max(found[0].logprobs or {}, key=(found[0].logprobs or {}).__getitem__)
+
+
+def test_a_label_of_several_bytes_a_letter_is_kept_as_utf_8() -> None:
+    rows = Dataset((Example({"one": "a", "two": "b"}, "schön", where="t:1"),), "t", "")
+    assert majority_class(problem(rows, rows, Verbalizer.from_labels(["übel", "schön"]))).bytes == 6
+
+
+def test_the_majority_class_needs_labels() -> None:
+    data = dataset(*PAIRS)
+    with pytest.raises(ConfigError, match=r"free text; leave out majority-class or give --labels\.$"):
+        majority_class(problem(data, data, None))
+    with pytest.raises(DataError, match=r"^pairs\.csv:2: expected one of the labels .* found \"nice\""):
+        majority_class(problem(dataset(*PAIRS, ("a", "b", "nice")), data))
 
 
 @pytest.mark.parametrize("labels", [3, 2])

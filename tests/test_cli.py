@@ -270,10 +270,29 @@ def test_truncated_inputs_are_told(run: Run, train: Run, home: Path) -> None:
         "warning: 2 inputs did not fit into 128 tokens, template and target included; the end of the input was cut\n"
     )
     assert warning in train(*args).err
-    assert run("evaluate", "long", "long.jsonl", "--json").err == warning
+    assert run("evaluate", "long", "long.jsonl", "--json").err.startswith(warning)
     one = run("predict", "long", long, "--json")
     assert one.err == warning.replace("2 inputs did", "1 input did")
     assert one.json["predictions"][0]["truncated"] is True
+
+
+def test_one_answer_to_all_rows_is_told(run: Run, train: Run) -> None:
+    """The same input on every row can only have the same answer."""
+    train("train.jsonl", "--name", "films")
+    for file, labels in (("same.jsonl", ("negative", "positive")), ("only.jsonl", ("positive",))):
+        rows = [{"input": "a film", "target": labels[i % len(labels)]} for i in range(12)]
+        Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answer = run("predict", "films", "a film", "--json").json["predictions"][0]["text"]
+    wanted = f"answers {answer!r} on 100.0 % of the rows; 50.0 % of the rows are\n"
+    found = run("evaluate", "films", "same.jsonl", "--json")
+    assert found.err.startswith("warning: films on ")
+    assert found.err.endswith(wanted)
+    assert found.json["most_frequent_answer"] == {"label": answer, "share": 1.0, "gold_share": 0.5, "one_answer": True}
+    plain = run("evaluate", "films", "same.jsonl", "--base-only")
+    assert "without a soft prompt answers '" in plain.err
+    assert "warning" not in plain.out
+    only = run("evaluate", "films", "only.jsonl", "--json")
+    assert ("warning" in only.err) == only.json["most_frequent_answer"]["one_answer"] == (answer != "positive")
 
 
 # --- nothing that was stored is lost -------------------------------------------------------------

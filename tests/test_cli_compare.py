@@ -45,6 +45,21 @@ def test_the_whole_way(run: Run, base: str, tmp_path: Path) -> None:
     assert "zero-shot" in again.out
 
 
+def test_the_majority_class_stands_first_with_its_metrics(run: Run, base: str, tmp_path: Path) -> None:
+    gold = [json.loads(line)["target"] for line in Path("test.jsonl").read_text().splitlines()]
+    train = [json.loads(line)["target"] for line in Path("train.jsonl").read_text().splitlines()]
+    label = max(sorted(set(train)), key=train.count)
+    ran = run("compare", *DATA, *QUICK, "--methods", "tf-idf", "majority-class", "soft-prompt", "--bases", base)
+    assert ran.code == 0, ran.err
+    lines = [line.split() for line in ran.out.splitlines()]
+    head = next(place for place, words in enumerate(lines) if words[:1] == ["method"])
+    assert lines[head][:4] == ["method", "score", "macro-F1", "MCC"]
+    assert lines[head + 1][:2] == ["majority-class", f"{100 * gold.count(label) / len(gold):.1f}"]
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert f"always answering &#x27;{label}&#x27; with " in page
+    assert "macro-F1" in page
+
+
 def test_a_failed_cell_is_told_and_the_rest_goes_on(
     run: Run, base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

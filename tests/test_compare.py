@@ -16,11 +16,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import f1_score, matthews_corrcoef
 
 from conftest import TOY_LABELS, TOY_TEMPLATE, make_model, make_tokenizer, plain_logprobs, tiny, toy
-from softprompt import compare, metrics
+from softprompt import compare, metrics, report
 from softprompt.cli_compare import seconds
-from softprompt.compare import Comparison, Key, Plan, cut, peak_memory, plain_perplexity
+from softprompt.compare import METHODS, Comparison, Key, Plan, cut, peak_memory, plain_perplexity
 from softprompt.data import Dataset, Example
 from softprompt.errors import BaseModelError, ConfigError, TrainingError
 from softprompt.evaluate import Prediction, Progress
@@ -113,6 +114,66 @@ def test_cells_are_measured_and_kept(tmp_path: Path) -> None:
     assert first["latency_ms"] >= 0
     failed = cells[-1]
     assert (failed["method"], failed["status"], failed["reason"]) == ("lora", "failed", "It does not learn.")
+
+
+def test_cells_have_macro_f1_and_mcc_beside_accuracy(tmp_path: Path) -> None:
+    """scikit-learn's, of the same answers."""
+    found = comparison(tmp_path, methods=("zero-shot", "soft-prompt"))
+    gold = [str(example.target) for example in toy(30, 3).examples]
+    for cell, said in zip(run_all(found), (["negative"], ["negative", "positive", "positive"]), strict=True):
+        answers = [said[i % len(said)] for i in range(30)]
+        by_name = {metric["metric"]: metric for metric in cell["metrics"]}
+        assert list(by_name) == ["accuracy", "macro_f1", "mcc"]
+        assert by_name["accuracy"] == {key: cell[key] for key in ("metric", "value", "stderr", "low", "high", "n")}
+        labels = ["negative", "positive"]
+        wanted = f1_score(gold, answers, labels=labels, average="macro", zero_division=0)
+        assert by_name["macro_f1"]["value"] == pytest.approx(wanted)
+        assert by_name["mcc"]["value"] == pytest.approx(matthews_corrcoef(gold, answers))
+        label = "negative" if len(said) == 1 else "positive"
+        assert cell["most_frequent_answer"] == {
+            "label": label,
+            "share": answers.count(label) / 30,
+            "gold_share": gold.count(label) / 30,
+            "one_answer": len(said) == 1,
+        }
+
+
+def test_the_majority_class_runs_first_wherever_there_are_labels(
+    tmp_path: Path, made_up: dict[str, Method], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up["majority-class"] = METHODS["majority-class"]  # behind the others
+    monkeypatch.setattr(compare, "METHODS", {name: made_up[name] for name in METHODS if name in made_up})
+    assert plan().methods[0] == next(iter(METHODS)) == "majority-class"
+    assert "majority-class" not in plan(verbalizer=None, template=None).methods
+    earlier = comparison(tmp_path, methods=("zero-shot", "soft-prompt"))
+    run_all(earlier)
+    for cell in earlier.cells:  # as releases before left them
+        del cell["metrics"], cell["most_frequent_answer"]
+    (tmp_path / "results.json").write_text(json.dumps(earlier.cells))
+    found = comparison(tmp_path, methods=("majority-class", "zero-shot", "soft-prompt"), seeds=2)
+    assert found.todo() == [Key("tiny", "majority-class", 0), Key("tiny", "soft-prompt", 1)]
+    first = run_all(found)[0]
+    train, gold = ([str(row.target) for row in toy(*of).examples] for of in ((20, 1), (30, 3)))
+    label = max(("negative", "positive"), key=train.count)
+    assert first["value"] == gold.count(label) / 30
+    assert first["most_frequent_answer"]["label"] == label
+    assert first["most_frequent_answer"]["share"] == 1
+    assert {metric["metric"]: metric["value"] for metric in first["metrics"]}["mcc"] == 0
+    assert (first["trainable_parameters"], first["bytes"], first["chosen"]) == (0, len(label), {})
+    assert first["forgetting"]["ratio"] == 1
+    ours = [("negative", "positive", "positive")[i % 3] == target for i, target in enumerate(gold)]
+    assert found.cells[0]["method"] == "majority-class"
+    assert found.cells[0]["difference"]["value"] == pytest.approx(gold.count(label) / 30 - np.mean(ours))
+    assert report.verdict(found.cells)
+
+
+def test_an_instruction_that_was_chosen_is_kept_with_its_text(tmp_path: Path, made_up: dict[str, Method]) -> None:
+    def method(problem: Problem) -> Learned:
+        return replace(says(["negative"])(problem), chosen={"k": 4, "instruction": 1})
+
+    made_up["few-shot"] = method
+    found = comparison(tmp_path, methods=("few-shot",), instructions=("Good?", "Good or bad?"))
+    assert run_all(found)[0]["chosen"] == {"k": 4, "instruction": 1, "instruction_text": "Good or bad?"}
 
 
 def test_differences_are_paired(tmp_path: Path) -> None:
@@ -223,6 +284,13 @@ def test_free_text_is_compared_by_bleu(tmp_path: Path, made_up: dict[str, Method
     found = comparison(tmp_path, verbalizer=None, train=test, test=test, methods=("zero-shot", "soft-prompt"))
     zero, soft = run_all(found)
     assert (zero["metric"], soft["value"]) == ("bleu", pytest.approx(100))
+    assert [metric["metric"] for metric in zero["metrics"]] == ["bleu"]
+    assert zero["most_frequent_answer"] == {
+        "label": "the film is a film",
+        "share": 1.0,
+        "gold_share": 0.0,
+        "one_answer": True,
+    }
     assert found.cells[0]["difference"]["value"] == pytest.approx(zero["value"] - 100)
 
 

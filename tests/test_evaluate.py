@@ -30,6 +30,8 @@ from softprompt.evaluate import (
     headline,
     headline_difference,
     headline_metric,
+    most_frequent_answer,
+    one_answer,
     predict,
 )
 from softprompt.frozen import FrozenLM, Request, Sampling
@@ -238,6 +240,12 @@ def test_label_metrics_are_those_of_the_predictions(llama: FrozenLM) -> None:
         **found.headline.as_dict(),
         "metrics": [metric.as_dict() for metric in found.metrics],
         "truncated": 0,
+        "most_frequent_answer": {
+            "label": max(texts, key=texts.count),
+            "share": max(map(texts.count, texts)) / 4,
+            "gold_share": gold.count(max(texts, key=texts.count)) / 4,
+            "one_answer": len(set(texts)) == 1,
+        },
     }
     only = evaluate(task, soft, rows, metrics=["mcc", "accuracy", "mcc"])
     assert [metric.name for metric in only.metrics] == ["mcc", "accuracy"]
@@ -296,6 +304,65 @@ def test_text_metrics_compare_stripped_answers_with_the_references(
     assert of_name["token_f1"] == metrics.token_f1(texts, wanted)
     assert of_name["rouge_l"] == metrics.rouge_l(texts, wanted)
     assert reports == [(3, 6), (6, 6)]
+    assert found.as_dict()["most_frequent_answer"] == {
+        "label": "very good",
+        "share": 1 / 3,
+        "gold_share": 1 / 3,
+        "one_answer": False,
+    }
+
+
+# --- one answer to nearly all rows -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answered", "wanted", "told"),  # of rows, how many were answered with yes, and how many should have been
+    [
+        ((983, 1000), (622, 1000), True),
+        ((1000, 1000), (622, 1000), True),
+        ((950, 1000), (622, 1000), True),
+        ((949, 1000), (622, 1000), False),
+        ((1000, 1000), (950, 1000), True),  # 5 % of the rows are missed, no less
+        ((1000, 1000), (951, 1000), False),
+        ((960, 1000), (940, 1000), False),  # a rare label, found on two thirds of its rows
+        ((1000, 1000), (1000, 1000), False),
+        ((1000, 1000), (0, 1000), True),
+        ((10, 10), (6, 10), True),
+        ((3, 3), (2, 3), False),  # a single row proves nothing
+        ((3, 3), (1, 3), True),
+        ((1, 1), (0, 1), False),
+    ],
+)
+def test_one_answer_to_nearly_all_rows(answered: tuple[int, int], wanted: tuple[int, int], told: bool) -> None:
+    def column(yes: tuple[int, int]) -> list[str]:
+        return ["yes"] * yes[0] + ["no"] * (yes[1] - yes[0])
+
+    found = one_answer(column(answered), column(wanted)[::-1])
+    if not told:
+        assert found is None
+        return
+    assert found is not None
+    assert (found.label, found.share, found.gold_share) == (
+        "yes",
+        answered[0] / answered[1],
+        wanted[0] / wanted[1],
+    )
+
+
+def test_one_answer_in_words() -> None:
+    found = one_answer(["yes"] * 982 + ["no"] * 18, ["yes"] * 622 + ["no"] * 378)
+    assert str(found) == "answers 'yes' on 98.2 % of the rows; 62.2 % of the rows are"
+    assert one_answer([], []) is None
+    assert str(one_answer([""] * 40, ["a"] * 40)) == "answers '' on 100.0 % of the rows; 0.0 % of the rows are"
+    assert str(one_answer(["x" * 99] * 40, ["a"] * 40)).startswith(f"answers '{'x' * 39}…' on 100.0 % of")
+
+
+def test_any_reference_is_the_target_of_free_text() -> None:
+    rows = tuple(Example({"input": "a"}, "four", ("four", " 4 "), where="t:1") for _ in range(40))
+    predictions = [Prediction("4", None, "stop", truncated=False)] * 40
+    found = most_frequent_answer(Dataset(rows, "t", "t"), predictions)
+    assert found is not None
+    assert (found.label, found.share, found.gold_share, found.is_telling) == ("4", 1.0, 1.0, False)
 
 
 def test_the_headline_fits_the_answers() -> None:

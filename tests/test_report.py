@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import random
 import re
@@ -28,12 +27,13 @@ from sklearn.isotonic import IsotonicRegression
 
 from softprompt import compare, plots, report, summary
 from softprompt.errors import ConfigError
-from softprompt.metrics import accuracy
+from softprompt.metrics import accuracy, paired_bootstrap
 from softprompt.summary import Row
 from softprompt.terminal import amount
 
 METHODS: dict[str, tuple[float, int, int, float, float, float, float]] = {
     # accuracy on sst2, trained parameters, bytes, seconds, peak memory, latency in ms, forgetting
+    "majority-class": (0.511, 0, 8, 0.0, 0.6e9, 0.0, 1.0),
     "zero-shot": (0.802, 0, 0, 0.0, 0.6e9, 28.0, 1.0),
     "zero-shot-calibrated": (0.821, 0, 16, 0.4, 0.6e9, 28.4, 1.0),
     "instruction": (0.773, 0, 84, 21.0, 0.6e9, 33.0, 1.0),
@@ -50,6 +50,7 @@ METHODS: dict[str, tuple[float, int, int, float, float, float, float]] = {
     "lora": (0.932, 921_600, 3_700_000, 590.0, 3.9e9, 29.0, 1.09),
     "full-fine-tuning": (0.938, 134_515_008, 269_000_000, 597.0, 5.2e9, 28.0, 1.62),
 }
+FREE_TEXT = [method for method in METHODS if method not in ("majority-class", "tf-idf")]
 LEARNED = ("peft-prompt-tuning", "soft-prompt", "prefix", "lora", "full-fine-tuning")
 SIZES = {"smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384}
 
@@ -92,6 +93,8 @@ def make_cell(method: str, task: str, base: str, seed: int, shift: float, bleu: 
         "low": top * (value - 2 * stderr),
         "high": top * (value + 1.9 * stderr),
         "n": n,
+        "metrics": [] if bleu else [made_metric("macro_f1", value - 0.02), made_metric("mcc", 2 * value - 1)],
+        "most_frequent_answer": made_answer("positive", 1.0 if method == "majority-class" else 0.52, 0.511),
         "trainable_parameters": parameters,
         "bytes": kept,
         "train_seconds": seconds,
@@ -105,6 +108,15 @@ def make_cell(method: str, task: str, base: str, seed: int, shift: float, bleu: 
         "budget_seconds": 600.0,
         "versions": {"torch": "2.13.0", "softprompt": "0.1.0"},
     }
+
+
+def made_metric(name: str, value: float) -> dict[str, Any]:
+    return {"metric": name, "value": value, "stderr": 0.01, "low": value - 0.02, "high": value + 0.02, "n": 1821}
+
+
+def made_answer(label: str, share: float, gold_share: float) -> dict[str, Any]:
+    telling = share >= 0.95 and gold_share < 0.9
+    return {"label": label, "share": share, "gold_share": gold_share, "one_answer": telling}
 
 
 def make_failed(method: str, seed: int = 0, task: str = "sst2") -> dict[str, Any]:
@@ -123,7 +135,7 @@ def make_failed(method: str, seed: int = 0, task: str = "sst2") -> dict[str, Any
 
 
 def several_tasks() -> list[dict[str, Any]]:
-    free_text = [make_cell(method, "e2e_nlg", "smollm2-135m", 0, -0.2, bleu=True) for method in METHODS]
+    free_text = [make_cell(method, "e2e_nlg", "smollm2-135m", 0, -0.2, bleu=True) for method in FREE_TEXT]
     return [
         *make_cells("sst2", seeds=3),
         *make_cells("trec6", shift=-0.02, gain=-0.3),
@@ -319,7 +331,9 @@ def test_table_fits_a_terminal_and_is_never_cut(cells: list[dict[str, Any]], wid
         low, high = row.difference.low, row.difference.high
         assert low is not None
         assert high is not None
-        assert f"[{scale * low:+.1f}, {scale * high:+.1f}]".replace("-", "−") in line
+        excludes = low > 0 or high < 0  # an end that would be shown as 0 is shown with a digit of its own then
+        ends = [f"{end:+.1g}" if excludes and abs(end) < 0.05 else f"{end:+.1f}" for end in (scale * low, scale * high)]
+        assert f"[{', '.join(ends)}]".replace("-", "−") in line
         assert ("▲" in line, "▼" in line) == (low > 0, high < 0)
 
 
@@ -328,16 +342,133 @@ def test_table_word_for_word() -> None:
     cells[-1]["forgetting"] = None
     assert printed([*cells, make_failed("full-fine-tuning")]) == [
         "sst2 · smollm2-135m, 135 M parameters; accuracy, % on 1,821 test rows",
-        "method                 score         to soft prompt  trained    kept    training  memory  latency  forgets",
-        "zero-shot         80.2 ± 0.9  ▼ −10.5 [−11.8, −9.3]        0     0 B       0.0 s  600 MB    28 ms    ×1.00",
-        "soft-prompt ◂     90.7 ± 0.7                      –   11.5 k   48 kB  6 min 42 s  1.2 GB    31 ms    ×1.00",
-        "prefix            92.1 ± 0.6    ▲ +1.4 [+0.1, +2.6]    230 k  926 kB  7 min 35 s  1.3 GB    30 ms    ×1.00",
-        "lora              93.2 ± 0.6    ▲ +2.5 [+1.2, +3.7]    922 k  3.7 MB  9 min 50 s  3.9 GB    29 ms        –",
-        "full-fine-tuning      failed                      –        –       –           –       –        –        –",
+        "method                 score  macro-F1   MCC         to soft prompt    kept    training  latency  forgets",
+        "zero-shot         80.2 ± 0.9      78.2  0.60  ▼ −10.5 [−11.8, −9.3]     0 B       0.0 s    28 ms    ×1.00",
+        "soft-prompt ◂     90.7 ± 0.7      88.7  0.81                      –   48 kB  6 min 42 s    31 ms    ×1.00",
+        "prefix            92.1 ± 0.6      90.1  0.84    ▲ +1.4 [+0.1, +2.6]  926 kB  7 min 35 s    30 ms    ×1.00",
+        "lora              93.2 ± 0.6      91.2  0.86    ▲ +2.5 [+1.2, +3.7]  3.7 MB  9 min 50 s    29 ms        –",
+        "full-fine-tuning      failed         –     –                      –       –           –        –        –",
         "failed: full-fine-tuning, seed 0: The model's memory is <full>; use a smaller batch.",
         "",
         "± one standard error; [95 % interval]; ▲ better, ▼ worse than the soft prompt ◂ beyond it",
     ]
+
+
+def test_free_text_has_no_columns_of_labels() -> None:
+    cells = [make_cell(method, "e2e_nlg", "smollm2-135m", 0, 0.0, bleu=True) for method in ("zero-shot", "soft-prompt")]
+    head, first = (line.split() for line in printed(cells)[1:3])
+    assert head[:3] == ["method", "score", "to"]
+    assert "trained" in head
+    assert "memory" in head
+    assert "MCC" not in head
+    assert "–" not in first
+
+
+def test_cells_of_earlier_releases_have_no_further_metrics(tmp_path: Path) -> None:
+    cells = [cell for cell in make_cells() if cell["method"] in ("soft-prompt", "lora")]
+    for cell in cells:
+        del cell["metrics"], cell["most_frequent_answer"]
+    row = row_of(cells, "lora")
+    assert (row.macro_f1, row.mcc, row.one_answer, row.answer) == (None, None, (), None)
+    line = next(line for line in printed(cells) if line.startswith("lora"))
+    assert re.search(r"93\.2 ± 0\.6 +– +– +▲", line)
+    report.write(cells, tmp_path)
+
+
+def test_further_metrics_are_means_over_seeds() -> None:
+    cells = make_cells(seeds=3)
+    found = [cell["metrics"] for cell in cells if cell["method"] == "lora"]
+    row = row_of(cells, "lora")
+    assert row.macro_f1 == pytest.approx(np.mean([of_seed[0]["value"] for of_seed in found]))
+    assert row.mcc == pytest.approx(np.mean([of_seed[1]["value"] for of_seed in found]))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "text"),
+    [(1.0, "×1.00"), (16.027, "×16.03"), (99.994, "×99.99"), (99.996, "×100"), (3423.4, "×3,423"), (9e6, "×9,000,000")],
+)
+def test_forgetting_in_words(ratio: float, text: str) -> None:
+    cell = make_cell("lora", "sst2", "smollm2-135m", 0, 0.0) | {"forgetting": {"ratio": ratio}}
+    assert any(line.endswith(f" {text}") for line in printed([cell]))
+
+
+# --- an interval that ends at 0 --------------------------------------------------------------------
+
+
+def cells_of_answers(seeds: int, ours: Sequence[bool], theirs: Sequence[bool]) -> list[dict[str, Any]]:
+    """LoRA and the soft prompt, the same answers for each seed: hits of the same rows."""
+    value, low, high = paired_bootstrap([float(hit) for hit in theirs], [float(hit) for hit in ours])
+    cells = []
+    for method, hits in (("soft-prompt", ours), ("lora", theirs)):
+        found = accuracy(["a" if hit else "b" for hit in hits], ["a"] * len(hits)).as_dict()
+        for seed in range(seeds):
+            cell = make_cell(method, "sst2", "smollm2-135m", seed, 0.0) | found
+            cell["difference"] = {"value": value, "low": low, "high": high} if method == "lora" else None
+            cells.append(cell)
+    return cells
+
+
+@pytest.mark.parametrize("seeds", [1, 3, 7])
+@pytest.mark.parametrize("side", [1, -1])
+def test_an_interval_that_ends_at_zero_is_no_verdict(side: int, seeds: int, tmp_path: Path) -> None:
+    """One method is right on 3 rows more: more than 2.5 % of the resamples hold none of these, so that the end is 0.
+
+    For these n, ends that are taken from the value and added again are not 0 but a rounding error, on 1, 3 or 7 seeds.
+    """
+    for n in (30, 35, 41, 49, 53):
+        more, less = [row % 3 != 0 or row < 9 for row in range(n)], [row % 3 != 0 for row in range(n)]
+        cells = cells_of_answers(seeds, *((less, more) if side > 0 else (more, less)))
+        found = cells[-1]["difference"]
+        assert found["low" if side > 0 else "high"] == 0
+        row = row_of(cells, "lora")
+        assert row.difference is not None
+        assert row.difference.sign == 0
+        assert (row.difference.low if side > 0 else row.difference.high) == 0
+        (line,) = (line for line in printed(cells) if line.startswith("lora"))
+        assert "▲" not in line
+        assert "▼" not in line
+        assert "There is no verdict against the better of LoRA" in report.verdict(cells)
+    two = [{**cell, "task": task, "curve": []} for task in ("sst2", "cr") for cell in cells]
+    assert "none of 2, and on 2 the interval allows no verdict (sst2, cr)" in report.verdict(two)
+    page = report.write(two, tmp_path)[0].read_text("utf-8")
+    (counts,) = re.findall(r"<tr><td>lora</td>((?:<td[^>]*>[^<]*</td>)+)</tr>", page.split("Over all tasks")[1])[:1]
+    assert re.findall(r">([^<]*)</td>", counts)[:3] == ["0", "0", "2"]
+
+
+def test_rounding_is_no_sign() -> None:
+    """0.1 + 0.2 - 0.3 is 5.6e-17: means of token F1 over resamples come to that."""
+    rest = 0.1 + 0.2 - 0.3
+    assert rest != 0
+    assert summary.Estimate(0.1, rest, 0.2).sign == 0
+    assert summary.Estimate(-0.1, -0.2, -rest).sign == 0
+    assert summary.Estimate(0.1, 1e-6, 0.2).sign == 1  # less than a row of a million
+    assert summary.Estimate(-0.1, -0.2, -1e-6).sign == -1
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_figures_end_their_bars_where_the_intervals_end(seeds: int) -> None:
+    """With no row right and all rows right, the bars begin at 0 and end at 100."""
+    cells = cells_of_answers(seeds, ours=[True] * 40, theirs=[False] * 40)
+    (panel,) = drawn(plots.score_against_time(panels_of(cells))).axes
+    bars = {
+        tuple(float(y) for y in segment[:, 1])
+        for container in panel.containers
+        for line in container.lines[2]
+        for segment in line.get_segments()
+    }
+    (bottom, low), (high, top) = sorted(bars)
+    assert (bottom, top) == (0, 100)
+    assert low == pytest.approx(100 * accuracy(["b"] * 40, ["a"] * 40).high)
+    assert high == pytest.approx(100 * accuracy(["a"] * 40, ["a"] * 40).low)
+
+
+def test_an_end_near_zero_is_not_shown_as_zero() -> None:
+    cells = [cell for cell in make_cells() if cell["method"] in ("zero-shot", "soft-prompt")]
+    cells[0]["difference"] = {"value": -0.105, "low": -0.2, "high": -0.0004}
+    assert "▼ −10.5 [−20.0, −0.04]" in printed(cells)[2]
+    assert "(95 % interval 0.04 to 20.0)" in report.verdict(cells)
+    cells[0]["difference"]["high"] = 0.0004
+    assert " −10.5 [−20.0, +0.0]" in printed(cells)[2]
 
 
 @pytest.mark.parametrize(
@@ -369,6 +500,7 @@ def test_verdict_on_one_task() -> None:
         "On sst2 the soft prompt reaches 90.7 ± 0.7 (accuracy, %, ± one standard error). "
         "It is 5.6 points (95 % interval 4.4 to 6.9) above the best hard prompt, few-shot-nearest-calibrated with "
         "85.1 ± 0.8. "
+        "It is 39.6 points (95 % interval 38.4 to 40.9) above always answering 'positive' with 51.1 ± 1.2. "
         "It is 3.1 points (95 % interval 1.8 to 4.3) below the better of LoRA and full fine-tuning, full-fine-tuning "
         "with 93.8 ± 0.6. Also better than the soft prompt: prefix, lora."
     )
@@ -379,7 +511,66 @@ def test_verdict_where_the_interval_allows_none() -> None:
     cells[0] |= {"value": 0.9, "difference": {"value": -0.007, "low": -0.02, "high": 0.006}}
     assert report.verdict(cells) == (
         "On sst2 the soft prompt reaches 90.7 ± 0.7 (accuracy, %, ± one standard error). There is no verdict against "
-        "the best hard prompt, zero-shot with 90.0 ± 0.9: the difference to the soft prompt is −0.7 [−2.0, +0.6]."
+        "the best hard prompt, zero-shot with 90.0 ± 0.9: the difference to the soft prompt is −0.7 [−2.0, +0.6]. "
+        "There is no score of the majority class to compare with."
+    )
+
+
+def with_majority(share: float, low: float, high: float) -> list[dict[str, Any]]:
+    """The majority class at ``share``, zero-shot at 51.3 and the soft prompt at 62.3 %, 1,000 test rows of BoolQ."""
+    cells = [cell for cell in make_cells("boolq") if cell["method"] in ("majority-class", "zero-shot", "soft-prompt")]
+    for cell, value in zip(cells, (share, 0.513, 0.623), strict=True):
+        error = math.sqrt(value * (1 - value) / 1000)
+        cell |= {"value": value, "stderr": error, "low": value - 2 * error, "high": value + 2 * error}
+    cells[0] |= {"difference": {"value": share - 0.623, "low": low, "high": high}}
+    cells[0]["most_frequent_answer"] = made_answer("yes", 1.0, share)
+    cells[1]["difference"] = {"value": -0.11, "low": -0.14, "high": -0.08}
+    return cells
+
+
+def test_where_no_hard_prompt_is_above_the_majority_class_that_comparison_counts() -> None:
+    cells = with_majority(0.622, -0.02, 0.018)
+    assert report.verdict(cells) == (
+        "On boolq the soft prompt reaches 62.3 ± 1.5 (accuracy, %, ± one standard error). "
+        "It is 11.0 points (95 % interval 8.0 to 14.0) above the best hard prompt, zero-shot with 51.3 ± 1.6, which is "
+        "not above always answering 'yes'. "
+        "There is no verdict against always answering 'yes' with 62.2 ± 1.5, and this is the comparison that counts: "
+        "the difference to the soft prompt is −0.1 [−2.0, +1.8]."
+    )
+    equal = report.verdict(with_majority(0.513, -0.13, -0.09))
+    assert "zero-shot with 51.3 ± 1.6, which is not above always answering 'yes'. " in equal
+    assert (
+        "It is 11.0 points (95 % interval 9.0 to 13.0) above always answering 'yes' with 51.3 ± 1.6, and this is the "
+        "comparison that counts."
+    ) in equal
+    below = report.verdict(with_majority(0.5, -0.15, -0.1))
+    assert "counts" not in below
+    assert "above the best hard prompt, zero-shot with 51.3 ± 1.6. It is 12.3 points" in below
+
+
+def test_where_the_soft_prompt_is_below_the_majority_class() -> None:
+    found = report.verdict(with_majority(0.7, 0.04, 0.11))
+    assert "It is 7.7 points (95 % interval 4.0 to 11.0) below always answering 'yes' with 70.0 ± 1.4" in found
+    assert "Also better" not in found
+
+
+def test_without_hard_prompts_the_majority_class_is_said_all_the_same() -> None:
+    cells = [cell for cell in with_majority(0.622, -0.02, 0.018) if cell["method"] != "zero-shot"]
+    assert "There is no verdict against always answering 'yes' with 62.2 ± 1.5: the difference" in report.verdict(cells)
+
+
+def test_over_tasks_the_majority_class_counts_where_no_hard_prompt_is_above_it() -> None:
+    sst2 = [cell for cell in make_cells() if cell["method"] in ("majority-class", "zero-shot", "soft-prompt")]
+    cr = [{**cell, "task": "cr"} for cell in sst2]
+    assert report.verdict([*sst2, *with_majority(0.622, -0.02, 0.018)]) == (
+        "Against the best hard prompt, or the majority class where no hard prompt scores above it (boolq), the soft "
+        "prompt is better on 1 of 2, and on 1 the interval allows no verdict (boolq). "
+        "Against the majority class the soft prompt is better on 1 of 2, and on 1 the interval allows no verdict "
+        "(boolq)."
+    )
+    assert report.verdict([*sst2, *(cell for cell in cr if cell["method"] != "majority-class")]) == (
+        "Against the best hard prompt the soft prompt is better on 2 of 2. "
+        "Against the majority class the soft prompt is better on 1 of 1. There is no score of the majority class on cr."
     )
 
 
@@ -390,7 +581,8 @@ def test_verdict_over_tasks_names_where_the_soft_prompt_loses() -> None:
             cell["difference"] = {"value": 0.0, "low": -9.0, "high": 9.0}
     assert report.verdict(cells) == (
         "Against the best hard prompt the soft prompt is better on 2 of 4, worse on 1 (rte), and on 1 the interval "
-        "allows no verdict (e2e_nlg). Against the better of LoRA and full fine-tuning the soft prompt is better on "
+        "allows no verdict (e2e_nlg). Against the majority class the soft prompt is better on 3 of 3. "
+        "Against the better of LoRA and full fine-tuning the soft prompt is better on "
         "none of 4, worse on 3 (sst2, trec6, rte), and on 1 the interval allows no verdict (e2e_nlg)."
     )
 
@@ -416,7 +608,7 @@ FIGURES = ["score_vs_parameters.png", "score_vs_time.png", "learning_curves.png"
         ([make_failed("lora")], []),
         ([make_failed("soft-prompt"), *make_cells()[:1]], FIGURES[:2]),
         ([make_cell("soft-prompt", "sst2", "smollm2-135m", 0, 0.0)], FIGURES),
-        ([make_cell(method, "e2e_nlg", "smollm2-135m", 0, -0.2, bleu=True) for method in METHODS], FIGURES),
+        ([make_cell(method, "e2e_nlg", "smollm2-135m", 0, -0.2, bleu=True) for method in FREE_TEXT], FIGURES),
         ([*make_cells(seeds=2), make_failed("lora", seed=2), make_failed("lora", task="cr")], FIGURES),
         (several_bases()[:30], [*FIGURES, "score_vs_size.png"]),
     ],
@@ -450,10 +642,46 @@ def test_page_names_what_was_compared(tmp_path: Path) -> None:
         "Each had 10 min to learn, all choices included.",
         "smollm2-135m, 135 M parameters; accuracy, % on 1,821 test rows; up to 3 seeds.",
         summary.METHODS["few-shot-nearest"],
-        json.dumps({"lr": 3e-5}),
+        "learning rate 3e-5",
         "softprompt 0.1.0, torch 2.13.0.",
     ):
         assert text in page
+
+
+def test_one_answer_to_nearly_all_rows_is_said_under_the_table(tmp_path: Path) -> None:
+    cells = with_majority(0.622, -0.02, 0.018)
+    cells[2]["most_frequent_answer"] = made_answer("yes", 0.982, 0.622)
+    note = "note: soft-prompt, seed 0: answers 'yes' on 98.2 % of the rows; 62.2 % of the rows are"
+    lines = printed(cells)
+    assert [line for line in lines if "answers" in line] == [note]  # not the majority class, which always does
+    assert lines.index(note) == 5
+    page = unescape(report.write(cells, tmp_path)[0].read_text("utf-8"))
+    assert f"<p>N{note[1:]}</p>" in page
+    cells[2]["most_frequent_answer"] = made_answer("yes", 0.982, 0.95)
+    assert not [line for line in printed(cells) if "answers" in line]
+
+
+CHOSEN: list[tuple[dict[str, Any], str]] = [
+    ({"lr": 1e-4, "steps": 400, "best_step": 293}, "learning rate 1e-4; best after 293 of 400 steps"),
+    ({"lr": 1.5e-5, "steps": 1, "best_step": 1}, "learning rate 1.5e-5; best after 1 of 1 step"),
+    ({"lr": 0.3, "steps": 1600, "best_step": 0}, "learning rate 0.3; best at the start, before any of 1,600 steps"),
+    ({"steps": 0, "best_step": 0}, "best at the start, no step was done"),
+    ({"steps": 1200}, "1,200 steps, the last one kept"),
+    ({"k": 8, "instruction": None}, "8 examples; no instruction"),
+    ({"k": 1, "instruction": 1}, "1 example; instruction 2"),
+    ({"instruction": 0, "instruction_text": "Good\nor bad? "}, 'instruction 1: "Good\\nor bad?"'),
+    ({"C": 10.0}, "inverse penalty C = 10"),
+    ({"soft_prompts": 3}, "made of 3 soft prompts"),
+    ({"lr": "auto", "average": 0.98, "form": "mlp", "s": [1, 2]}, "lr: auto; average: 0.98; form: mlp; s: [1, 2]"),
+    ({"steps": None, "best_step": 7}, "best after 7 steps; steps: null"),
+]
+
+
+def test_what_was_chosen_in_words(tmp_path: Path) -> None:
+    cell = make_cell("soft-prompt", "sst2", "smollm2-135m", 0, 0.0) | {"curve": []}
+    cells = [{**cell, "seed": seed, "chosen": chosen} for seed, (chosen, _) in enumerate(CHOSEN)]
+    page = unescape(report.write(cells, tmp_path)[0].read_text("utf-8")).split("What was chosen")[1]
+    assert re.findall(r"<td>([^<]*)</td></tr>", page) == [words for _, words in CHOSEN]
 
 
 def test_mean_difference_over_tasks(tmp_path: Path) -> None:
@@ -537,7 +765,7 @@ def test_what_trains_nothing_stands_left_of_the_logarithmic_axis() -> None:
     x = {label.get_text(): label.xy[0] for label in texts_of(panel)}
     assert x["lora"] == pytest.approx(math.log10(921_600))
     free = [x[method] for method, numbers in METHODS.items() if numbers[1] == 0]
-    assert len(free) == len(set(free)) == 8
+    assert len(free) == len(set(free)) == 9
     assert max(free) < math.log10(10_000) - 0.2
     ticks = {text.get_text(): place for text, place in zip(panel.get_xticklabels(), panel.get_xticks(), strict=True)}
     assert list(ticks) == ["0", "10 k", "100 k", "1 M", "10 M", "100 M"]
@@ -549,7 +777,9 @@ def test_names_in_a_small_panel_are_the_trained_methods_and_the_best_hard_prompt
     figure = drawn(plots.score_against_time(panels_of(several_tasks())))
     trained = [method for method, numbers in METHODS.items() if numbers[1]]
     for panel in figure.axes:
-        assert {text.get_text() for text in texts_of(panel)} == {"few-shot-nearest-calibrated", *trained}
+        floor = [] if panel.get_title(loc="left") == "e2e_nlg" else ["majority-class"]
+        shown = [method for method in trained if method != "tf-idf" or floor]
+        assert {text.get_text() for text in texts_of(panel)} == {"few-shot-nearest-calibrated", *floor, *shown}
 
 
 def test_titles_are_no_mathematics_and_fit() -> None:

@@ -1,8 +1,9 @@
-"""The classical floor: word counts and a linear classifier, without any language model."""
+"""The classical floor, without any language model: the majority class, and word counts with a linear classifier."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +19,42 @@ INVERSE_PENALTIES = (10.0, 1.0, 100.0, 0.1)
 """Values of scikit-learn's ``C`` in the order in which they are tried: the time may not last for all."""
 
 _TOKEN = r"\w+|[^\w\s]+"  # marks count, too, so that no text that is not blank is without a term
+
+
+def majority_class(problem: Problem) -> Learned:
+    """The most frequent label of the training rows, whatever the input; of equals, the first of the label set.
+
+    Its probabilities are how frequent the labels are there, by Laplace's rule: each counts one row more than it has, so
+    that none is impossible.
+
+    Raises:
+        ConfigError: the targets are free text.
+        DataError: a target is not in the label set.
+    """
+    labels = problem.labels
+    if not labels:
+        raise ConfigError(
+            "The majority class needs class labels, but the targets are free text; leave out majority-class or give "
+            "--labels."
+        )
+    check_targets(problem.train, labels)
+    check_targets(problem.validation, labels)
+    counts = Counter(str(example.target) for example in problem.train.examples)
+    total = counts.total() + len(labels)
+    logprobs = {label: math.log((counts[label] + 1) / total) for label in labels}
+    found = Prediction(max(labels, key=counts.__getitem__), logprobs, None, False)
+
+    def answer(examples: Sequence[Example], progress: Progress | None) -> list[Prediction]:
+        if progress is not None:
+            progress(len(examples), len(examples))
+        return [found] * len(examples)
+
+    return Learned(
+        answer=answer,
+        trainable_parameters=0,
+        bytes=len(found.text.encode()),
+        validation=problem.score(problem.validation, answer(problem.validation.examples, None)),
+    )
 
 
 def tf_idf(problem: Problem) -> Learned:
@@ -141,4 +178,4 @@ def _needs_library() -> ConfigError:
     )
 
 
-METHODS: dict[str, Method] = {"tf-idf": tf_idf}
+METHODS: dict[str, Method] = {"majority-class": majority_class, "tf-idf": tf_idf}

@@ -255,6 +255,9 @@ def evaluate_command(
             progress=progress,
         )
     warn_truncated(found.truncated, task.max_length)
+    what = f"{lm.name} without a soft prompt" if base_only else f"{soft_prompt.name} on {lm.name}"
+    if found.most_frequent is not None and found.most_frequent.is_telling:
+        stderr.print(f"warning: {what} {found.most_frequent}")
     if as_json:
         _print_json(
             {
@@ -272,7 +275,6 @@ def evaluate_command(
             }
         )
         return
-    what = f"{lm.name} without a soft prompt" if base_only else f"{soft_prompt.name} on {lm.name}"
     stdout.print(f"{what}, {dataset.source}")
     stdout.print(metrics_table(metric.as_dict() for metric in found.metrics))
 

@@ -15,7 +15,7 @@ import re
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,25 @@ from softprompt.artifact import atomic_writer
 from softprompt.data import Dataset
 from softprompt.decoding import give_back_freed
 from softprompt.errors import BaseModelError, ConfigError, SoftPromptError
-from softprompt.evaluate import Prediction, headline, headline_difference, headline_metric
+from softprompt.evaluate import (
+    Prediction,
+    headline,
+    headline_difference,
+    headline_metric,
+    label_metrics,
+    most_frequent_answer,
+)
 from softprompt.files import StrPath, finite, local_path
 from softprompt.frozen import FrozenLM, Request
 from softprompt.methods import Learned, Method, Problem, affordable_rows
+from softprompt.metrics import Metric
 from softprompt.prompt import SoftPrompt, library_versions
 from softprompt.template import Template, Verbalizer, default_template, overlap
 
 METHODS: dict[str, Method] = {
+    "majority-class": classical.METHODS["majority-class"],
     **hardprompt.METHODS,
-    **classical.METHODS,
+    "tf-idf": classical.METHODS["tf-idf"],
     "peft-prompt-tuning": finetune.METHODS["peft-prompt-tuning"],
     **methods.METHODS,
     "lora": finetune.METHODS["lora"],
@@ -48,11 +57,14 @@ SEEDED = ("few-shot", "few-shot-calibrated", "peft-prompt-tuning", "soft-prompt"
 """Methods that draw something, which run once for every seed."""
 VALIDATED = ("soft-prompt", "prefix", "lora", "full-fine-tuning")
 """Methods that are validated while they are trained, all on the same rows."""
-NEEDS_LABELS = ("tf-idf", "soft-prompt-ensemble", "soft-prompt-majority")
+NEEDS_LABELS = ("majority-class", "tf-idf", "soft-prompt-ensemble", "soft-prompt-majority")
 READS_INSTRUCTIONS = ("instruction", "few-shot")
 """What the names of methods begin with that read the user's instructions."""
 OURS = "soft-prompt"
 """The method that all others are compared with."""
+
+BESIDE_ACCURACY = ("macro_f1", "mcc")
+"""What labels are measured by besides the headline: accuracy hides that a rare label is never found."""
 
 LATENCY_ROWS = {True: 20, False: 5}
 """Requests timed one by one, with labels and for free text."""
@@ -304,6 +316,7 @@ class Comparison:
             self._notice("answering the test rows")
             predictions = learned.answer(plan.test.examples, self._rows_done)
         metric = headline(plan.metric, plan.test, predictions)
+        answered = most_frequent_answer(plan.test, predictions)
         _write_json(self.folder / "predictions" / f"{key.file_name}.json", [_plain(one) for one in predictions])
         if learned.soft_prompt is not None:
             artifact.save(
@@ -318,6 +331,8 @@ class Comparison:
             "status": "done",
             "reason": None,
             **metric.as_dict(),
+            "metrics": [one.as_dict() for one in (metric, *self._beside(predictions))],
+            "most_frequent_answer": answered and answered.as_dict(),
             "base_parameters": lm.num_parameters,
             "trainable_parameters": learned.trainable_parameters,
             "bytes": learned.bytes,
@@ -327,7 +342,7 @@ class Comparison:
             "forgetting": {"before": before, "after": after, "ratio": after / before},
             "validation": learned.validation,
             "validation_rows": learned.validation_rows,
-            "chosen": dict(learned.chosen),
+            "chosen": self._with_text(learned.chosen),
             "curve": [dict(point) for point in learned.curve],
             "threads": torch.get_num_threads(),
             "dtype": str(lm.dtype).removeprefix("torch."),
@@ -339,6 +354,18 @@ class Comparison:
             known = [cell.get("validation_rows") for cell in self.cells if cell["base"] == base]
             self._rows_of_base[base] = max(filter(None, known), default=0) or affordable_rows(problem)
         return self._rows_of_base[base]
+
+    def _beside(self, predictions: Sequence[Prediction]) -> tuple[Metric, ...]:
+        """Further metrics of the answers to the test rows; none for free text."""
+        verbalizer = self.plan.verbalizer
+        if verbalizer is None:
+            return ()
+        return label_metrics(verbalizer.labels, self.plan.test, predictions, BESIDE_ACCURACY)
+
+    def _with_text(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """What was chosen, and beside the number of an instruction its text."""
+        index = chosen.get("instruction")
+        return {**chosen, **({} if index is None else {"instruction_text": self.plan.instructions[index]})}
 
     def _rows_done(self, done: int, total: int) -> None:
         self._notice(f"answering the test rows, {done:,} of {total:,}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,10 @@ TEXT_METRICS = ("bleu", "rouge_l", "exact_match", "token_f1", "perplexity")
 
 SHORT_ANSWER = 4
 """Free text of fewer words than these holds no run of four, which BLEU counts."""
+
+ONE_ANSWER, MISSED, MISSED_ROWS = 0.95, 0.05, 2
+"""The share of the rows from which on one answer is given to nearly all; the share, and the number, of them that it is
+given to beyond those that have it as their target, from which on that is told."""
 
 KEPT_PREFIXES = 64
 """Soft prompts, or hard ones, whose keys and values are kept from one batch to the next."""
@@ -209,6 +214,62 @@ def _lm(queries: Sequence[Query]) -> FrozenLM:
 
 
 @dataclass(frozen=True)
+class OneAnswer:
+    """The answer that was given most often.
+
+    Attributes:
+        label: the answer, a label or free text.
+        share: of the rows that were answered so, 0 to 1.
+        gold_share: of the rows whose target it is, 0 to 1.
+        is_telling: whether nearly all rows, 95 % or more, were answered so, although fewer should be: by at least 5 %
+            of the rows, and by 2 rows. Labels that are given in about their own shares are not meant, however frequent
+            one of them is.
+    """
+
+    label: str
+    share: float
+    gold_share: float
+    is_telling: bool = True
+
+    def __str__(self) -> str:
+        """``answers 'yes' on 98.2 % of the rows; 62.2 % of the rows are``."""
+        label = self.label if len(self.label) <= 40 else self.label[:39] + "…"
+        return (
+            f"answers {label!r} on {100 * self.share:.1f} % of the rows; {100 * self.gold_share:.1f} % of the rows are"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The answer and the shares as JSON values, and under ``one_answer`` whether that is telling."""
+        return {
+            "label": self.label,
+            "share": self.share,
+            "gold_share": self.gold_share,
+            "one_answer": self.is_telling,
+        }
+
+
+def one_answer(predicted: Sequence[str], gold: Sequence[str]) -> OneAnswer | None:
+    """The one answer that nearly all rows were given, although fewer have it as their target; None if there is none.
+    What that means is at ``OneAnswer.is_telling``.
+
+    Args:
+        predicted: the answers.
+        gold: the targets of the same rows.
+    """
+    found = _most_frequent(predicted, gold)
+    return found if found is not None and found.is_telling else None
+
+
+def _most_frequent(predicted: Sequence[str], gold: Sequence[str]) -> OneAnswer | None:
+    if not predicted:
+        return None
+    label, count = Counter(predicted).most_common(1)[0]
+    rows, right = len(predicted), list(gold).count(label)
+    is_telling = count >= ONE_ANSWER * rows and count - right >= max(MISSED * rows, MISSED_ROWS)
+    return OneAnswer(label, count / rows, right / rows, is_telling)
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What a task's answers are worth.
 
@@ -216,11 +277,13 @@ class Evaluation:
         metrics: the headline first.
         predictions: the answers, in the order of the rows; empty if no metric needed them.
         truncated: how many rows had input text cut.
+        most_frequent: the answer that was given most often; None if no metric needed answers.
     """
 
     metrics: tuple[Metric, ...]
     predictions: tuple[Prediction, ...]
     truncated: int
+    most_frequent: OneAnswer | None = None
 
     @property
     def headline(self) -> Metric:
@@ -228,11 +291,13 @@ class Evaluation:
         return self.metrics[0]
 
     def as_dict(self) -> dict[str, Any]:
-        """The headline's own values, all metrics, and the number of truncated inputs, as JSON values."""
+        """The headline's own values, all metrics, the number of truncated inputs, and the most frequent answer, as JSON
+        values."""
         return {
             **self.headline.as_dict(),
             "metrics": [metric.as_dict() for metric in self.metrics],
             "truncated": self.truncated,
+            "most_frequent_answer": self.most_frequent and self.most_frequent.as_dict(),
         }
 
 
@@ -272,7 +337,8 @@ def evaluate(
     queries = [Query(task, example, vectors) for example in dataset.examples]
     if task.verbalizer is not None:
         answers = predict(queries, normalise=normalise, progress=progress)
-        return Evaluation(_label_metrics(task, dataset, answers, names), tuple(answers), _truncated(answers))
+        found_metrics = label_metrics(task.labels, dataset, answers, names)
+        return Evaluation(found_metrics, tuple(answers), _truncated(answers), most_frequent_answer(dataset, answers))
 
     writes = names != ("perplexity",)
     passes = writes + ("perplexity" in names)
@@ -286,7 +352,8 @@ def evaluate(
         nll, tokens, cut = _target_nll(queries, _share(progress, passes - 1, passes))
         found["perplexity"] = measures.perplexity(nll, tokens)
         truncated = truncated if writes else cut
-    return Evaluation(tuple(found[name] for name in names), tuple(answers), truncated)
+    measured = tuple(found[name] for name in names)
+    return Evaluation(measured, tuple(answers), truncated, most_frequent_answer(dataset, answers) if writes else None)
 
 
 def headline_metric(train: Dataset, labels: Sequence[str]) -> str:
@@ -306,6 +373,33 @@ def headline(metric: str, dataset: Dataset, predictions: Sequence[Prediction]) -
     return _text_metrics(dataset, predictions, (metric,))[metric]
 
 
+def label_metrics(
+    labels: Sequence[str], dataset: Dataset, predictions: Sequence[Prediction], names: Sequence[str]
+) -> tuple[Metric, ...]:
+    """Metrics of answers that are there already.
+
+    Args:
+        labels: the label set.
+        dataset: rows whose targets are of it.
+        predictions: their answers, with log-probabilities for ``log_loss``.
+        names: of ``LABEL_METRICS``, in the order in which they are returned.
+    """
+    gold = [str(example.target) for example in dataset.examples]
+    answers = [prediction.text for prediction in predictions]
+
+    def log_loss() -> Metric:
+        rows = zip(predictions, gold, strict=True)
+        return measures.log_loss([-(prediction.logprobs or {})[label] for prediction, label in rows])
+
+    compute: dict[str, Callable[[], Metric]] = {
+        "accuracy": lambda: measures.accuracy(answers, gold),
+        "macro_f1": lambda: measures.macro_f1(answers, gold, labels),
+        "mcc": lambda: measures.mcc(answers, gold, labels),
+        "log_loss": log_loss,
+    }
+    return tuple(compute[name]() for name in names)
+
+
 def headline_difference(
     metric: str, dataset: Dataset, first: Sequence[str], second: Sequence[str]
 ) -> tuple[float, float, float]:
@@ -317,6 +411,14 @@ def headline_difference(
         return measures.paired_bootstrap(*hits)
     paired = {"bleu": measures.paired_bleu, "token_f1": measures.paired_token_f1}
     return paired[metric](first, second, _references(dataset))
+
+
+def most_frequent_answer(dataset: Dataset, predictions: Sequence[Prediction]) -> OneAnswer | None:
+    """The answer that rows were given most often, of equals the first; for free text any of a row's references is its
+    target. None without answers."""
+    answers = [prediction.text for prediction in predictions]
+    rows = zip(answers, dataset.examples, _references(dataset), strict=True)
+    return _most_frequent(answers, [answer if answer in several else str(row.target) for answer, row, several in rows])
 
 
 def choose_metrics(names: Sequence[str] | None, *, labels: bool) -> tuple[str, ...]:
@@ -340,25 +442,6 @@ def _share(progress: Progress | None, part: int, parts: int) -> Progress | None:
 
 def _truncated(predictions: Sequence[Prediction]) -> int:
     return sum(prediction.truncated for prediction in predictions)
-
-
-def _label_metrics(
-    task: Task, dataset: Dataset, predictions: Sequence[Prediction], names: Sequence[str]
-) -> tuple[Metric, ...]:
-    gold = [str(example.target) for example in dataset.examples]
-    answers = [prediction.text for prediction in predictions]
-
-    def log_loss() -> Metric:
-        rows = zip(predictions, gold, strict=True)
-        return measures.log_loss([-(prediction.logprobs or {})[label] for prediction, label in rows])
-
-    compute: dict[str, Callable[[], Metric]] = {
-        "accuracy": lambda: measures.accuracy(answers, gold),
-        "macro_f1": lambda: measures.macro_f1(answers, gold, task.labels),
-        "mcc": lambda: measures.mcc(answers, gold, task.labels),
-        "log_loss": log_loss,
-    }
-    return tuple(compute[name]() for name in names)
 
 
 def _references(dataset: Dataset) -> list[tuple[str, ...]]:

@@ -208,7 +208,8 @@ class _Look:
     strong: bool
 
 
-_TRAINED = {  # method → (colour, marker)
+_COLOURED = {  # all but hard prompts: method → (colour, marker)
+    "majority-class": (PALETTE[5], "d"),
     "soft-prompt": (PALETTE[0], "o"),
     "soft-prompt-ensemble": (PALETTE[0], "D"),
     "soft-prompt-majority": (PALETTE[0], "p"),
@@ -223,17 +224,17 @@ _HARD = {"zero-shot": "o", "instruction": "s", "few-shot": "^", "few-shot-neares
 
 def _look(method: str) -> _Look:
     plain = method.removesuffix("-calibrated")
-    colour, marker = _TRAINED.get(method, (GREY, _HARD.get(plain, "o")))
+    colour, marker = _COLOURED.get(method, (GREY, _HARD.get(plain, "o")))
     strong = method == "soft-prompt"
     hollow = method.endswith(("-calibrated", "-ensemble", "-majority"))
-    order = 5 if strong else 4 if method in _TRAINED else 3
+    order = 5 if strong else 4 if method in _COLOURED else 3
     mark = {
         "markersize": 9.0 if strong else 6.0,
         "markerfacecolor": "white" if hollow else colour,
         "markeredgecolor": colour,
         "markeredgewidth": 1.2,
     }
-    line = {"color": colour, "linewidth": 2.6 if strong else 1.4 if method in _TRAINED else 0.9, "zorder": order}
+    line = {"color": colour, "linewidth": 2.6 if strong else 1.4 if method in _COLOURED else 0.9, "zorder": order}
     return _Look(marker, mark, line, strong)
 
 
@@ -342,9 +343,9 @@ def _name_marks(
     all_of_them: bool,
 ) -> None:
     """Writes each method's name beside its mark; in a small panel only the best of the hard prompts is named."""
-    hard = [i for i, row in enumerate(rows) if row.method not in _TRAINED]
+    hard = [i for i, row in enumerate(rows) if row.method not in _COLOURED]
     best = max(hard, key=lambda i: y[i], default=None)
-    named = [i for i, row in enumerate(rows) if all_of_them or i == best or row.method in _TRAINED]
+    named = [i for i, row in enumerate(rows) if all_of_them or i == best or row.method in _COLOURED]
     scale = 72 / panel.figure.dpi  # pixels → points
     marks = panel.transData.transform(np.column_stack([x, y])) * scale
     low, high = (

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
@@ -18,14 +18,15 @@ from softprompt import plots
 from softprompt.artifact import atomic_writer
 from softprompt.files import StrPath, local_path
 from softprompt.page import Page
-from softprompt.summary import METHODS, METRICS, OURS, Cell, Estimate, Row, grouped, summary
+from softprompt.summary import MAJORITY, METHODS, METRICS, OURS, ROUNDING, Cell, Estimate, Row, grouped, summary, times
 from softprompt.terminal import amount, duration, shortened, simple_table
+from softprompt.wording import counted, quoted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _HARD = tuple(method for method in METHODS if method.startswith(("zero-shot", "instruction", "few-shot")))
-_RIVALS = {"the best hard prompt": _HARD, "the better of LoRA and full fine-tuning": ("lora", "full-fine-tuning")}
+_TUNED = ("lora", "full-fine-tuning")
 
 
 # --- the verdict ----------------------------------------------------------------------------------
@@ -34,7 +35,8 @@ _RIVALS = {"the best hard prompt": _HARD, "the better of LoRA and full fine-tuni
 def verdict(cells: Sequence[Cell]) -> str:
     """What the numbers say about the soft prompt, in a few sentences.
 
-    Of several rivals of one kind the one with the highest test score counts, which favours that kind.
+    Of several rivals of one kind the one with the highest test score counts, which favours that kind. With labels the
+    majority class is always one: where no hard prompt scores above it, being better than hard prompts says little.
     """
     return _verdict(grouped(summary(cells)))
 
@@ -42,15 +44,31 @@ def verdict(cells: Sequence[Cell]) -> str:
 def _verdict(groups: Mapping[str, Sequence[Row]]) -> str:
     if len(groups) == 1:
         return _verdict_on_one(*next(iter(groups.items())))
-    sentences = (_verdict_on_all(groups, name, methods) for name, methods in _RIVALS.items())
-    return " ".join(filter(None, sentences)) or "There is nothing yet that the soft prompt can be compared with."
-
-
-def _verdict_on_all(groups: Mapping[str, Sequence[Row]], rival: str, methods: Sequence[str]) -> str:
-    """A sentence about one kind of rival; empty if there is none to compare with."""
-    found: dict[int, list[str]] = {-1: [], 1: [], 0: []}
+    hard, low = {}, []
     for title, rows in groups.items():
-        best = _best(rows, methods)
+        hard[title] = _best(rows, _HARD)
+        if _is_majority_as_good(rows):
+            hard[title] = _best(rows, [MAJORITY])
+            low.append(title)
+    instead = f", or the majority class where no hard prompt scores above it ({', '.join(low)})," if low else ""
+    sentences = [
+        _verdict_on_all(f"the best hard prompt{instead}", hard),
+        _verdict_on_all("the majority class", {title: _best(rows, [MAJORITY]) for title, rows in groups.items()}),
+        _verdict_on_all(
+            "the better of LoRA and full fine-tuning", {title: _best(rows, _TUNED) for title, rows in groups.items()}
+        ),
+    ]
+    if not any(sentences):
+        return "There is nothing yet that the soft prompt can be compared with."
+    if unknown := [title for title, rows in groups.items() if _lacks_majority(rows)]:
+        sentences.insert(2, f"There is no score of the majority class on {', '.join(unknown)}.")
+    return " ".join(filter(None, sentences))
+
+
+def _verdict_on_all(rival: str, rivals: Mapping[str, Row | None]) -> str:
+    """A sentence about one kind of rival, of each task the best; empty if there is none to compare with."""
+    found: dict[int, list[str]] = {-1: [], 1: [], 0: []}
+    for title, best in rivals.items():
         if best is not None and best.difference is not None:
             found[best.difference.sign].append(title)
     total = sum(map(len, found.values()))
@@ -69,30 +87,64 @@ def _verdict_on_one(title: str, rows: Sequence[Row]) -> str:
     if ours is None or ours.score is None:
         return f"On {title} the soft prompt has no score, so there is no verdict."
     parts = [f"On {title} the soft prompt reaches {_score(ours)} ({ours.unit}, ± one standard error)."]
-    named = set()
-    for name, methods in _RIVALS.items():
-        rival = _best(rows, methods)
-        if rival is not None and rival.difference is not None:
-            parts.append(_against(f"{name}, {rival.method} with {_score(rival)}", rival.difference, rival.factor))
-            named.add(rival.method)
+    hard, majority, tuned = (_best(rows, methods) for methods in (_HARD, [MAJORITY], _TUNED))
+    counts = _is_majority_as_good(rows)
+    constant = "" if majority is None else _constant(majority)
+    if hard is not None:
+        limit = f", which is not above {constant}" if counts else ""
+        parts.append(_against(f"the best hard prompt, {hard.method} with {_score(hard)}{limit}", hard))
+    if majority is not None:
+        remark = ", and this is the comparison that counts" if counts else ""
+        parts.append(_against(f"{constant} with {_score(majority)}{remark}", majority))
+    elif _lacks_majority(rows):
+        parts.append("There is no score of the majority class to compare with.")
+    if tuned is not None:
+        parts.append(_against(f"the better of LoRA and full fine-tuning, {tuned.method} with {_score(tuned)}", tuned))
+    named = [row.method for row in (hard, majority, tuned) if row is not None]
     others = [row.method for row in rows if row.difference and row.difference.sign > 0 and row.method not in named]
     if others:
         parts.append(f"Also better than the soft prompt: {', '.join(others)}.")
-    return " ".join(parts)
+    return " ".join(filter(None, parts))
 
 
-def _against(rival: str, difference: Estimate, factor: float) -> str:
+def _against(rival: str, row: Row) -> str:
+    """What the rival's difference to the soft prompt says; empty if there is none."""
+    difference, factor = row.difference, row.factor
+    if difference is None:
+        return ""
     if not difference.sign or difference.low is None or difference.high is None:
         found = _signed(difference, factor)
         return f"There is no verdict against {rival}: the difference to the soft prompt is {found}."
     low, high = sorted(factor * abs(end) for end in (difference.low, difference.high))
+    value = _not_zero(factor * abs(difference.value))
     return (
-        f"It is {factor * abs(difference.value):.1f} points (95 % interval {low:.1f} to {high:.1f}) "
+        f"It is {value} points (95 % interval {_not_zero(low)} to {_not_zero(high)}) "
         f"{'below' if difference.sign > 0 else 'above'} {rival}."
     )
 
 
+def _constant(majority: Row) -> str:
+    """``always answering 'yes'``."""
+    answer = "with the most frequent label" if majority.answer is None else repr(shortened(majority.answer, 40))
+    return f"always answering {answer}"
+
+
+def _is_majority_as_good(rows: Sequence[Row]) -> bool:
+    """Whether no hard prompt scores above the majority class."""
+    hard, majority = _best(rows, _HARD), _best(rows, [MAJORITY])
+    if hard is None or majority is None or hard.score is None or majority.score is None:
+        return False
+    return hard.score.value < majority.score.value + ROUNDING
+
+
+def _lacks_majority(rows: Sequence[Row]) -> bool:
+    """Whether labels are compared without the score of the majority class."""
+    scored = [row for row in rows if row.score is not None]
+    return any(row.metric == "accuracy" and row.difference for row in scored) and _best(scored, [MAJORITY]) is None
+
+
 def _best(rows: Sequence[Row], methods: Sequence[str]) -> Row | None:
+    """The one with the highest score."""
     scored = [(row.score.value, row) for row in rows if row.method in methods and row.score]
     return max(scored, key=lambda pair: pair[0])[1] if scored else None
 
@@ -123,13 +175,18 @@ def _interval(row: Row) -> str:
 
 def _signed(estimate: Estimate, factor: float) -> str:
     """``−1.2 [−2.5, +0.1]``."""
-
-    def signed(number: float) -> str:
-        return f"{factor * number:+.1f}".replace("-", "−")
-
+    value = f"{factor * estimate.value:+.1f}"
     if estimate.low is None or estimate.high is None:
-        return signed(estimate.value)
-    return f"{signed(estimate.value)} [{signed(estimate.low)}, {signed(estimate.high)}]"
+        return value.replace("-", "−")
+    ends = (factor * estimate.low, factor * estimate.high)
+    low, high = (_not_zero(end, "+") if estimate.sign else f"{end:+.1f}" for end in ends)
+    return f"{value} [{low}, {high}]".replace("-", "−")
+
+
+def _not_zero(number: float, sign: str = "") -> str:
+    """The number with one decimal, or with as many as tell it from 0: an end of an interval that excludes 0."""
+    text = f"{number:{sign}.1f}"
+    return text if float(text) or not number else f"{number:{sign}.1g}"
 
 
 def _marked(estimate: Estimate | None, factor: float) -> str:
@@ -143,11 +200,26 @@ def _latency(milliseconds: float) -> str:
     return duration(milliseconds / 1000) if milliseconds >= 1000 else f"{milliseconds:.3g} ms"
 
 
+def _mcc(value: float) -> str:
+    """From −1.00 to 1.00."""
+    return f"{value:.2f}".replace("-", "−").replace("−0.00", "0.00")
+
+
 _COLUMNS: dict[str, tuple[str, Callable[[Row], str]]] = {  # header → (what it means, a row's text)
     "score": ("the mean over the seeds on the test rows, ± one standard error, over rows and seeds", _score),
     "95 % interval": (
         "such intervals hold the true score, over other test rows of the same kind and other seeds, 19 times of 20",
         _interval,
+    ),
+    "macro-F1": (
+        "each label's F1, the mean over the labels, in percent: it is low where a label is never found, however rare "
+        "that label is",
+        lambda row: _or_none(row.macro_f1, lambda share: f"{100 * share:.1f}"),
+    ),
+    "MCC": (
+        "Matthews' correlation between answers and labels, from −1 to 1: 0 is what the same answer to all rows comes "
+        "to, or one that does not depend on the row",
+        lambda row: _or_none(row.mcc, _mcc),
     ),
     "to soft prompt": (
         "the method's score minus the soft prompt's on the same test rows, in points, with its 95 % interval (paired "
@@ -172,11 +244,13 @@ _COLUMNS: dict[str, tuple[str, Callable[[Row], str]]] = {  # header → (what it
     "forgets": (
         "perplexity of plain text after learning over that before, without the method's prompt: ×1.00 is nothing "
         "forgotten, higher is worse",
-        lambda row: _or_none(row.forgetting, lambda ratio: f"×{ratio:.2f}"),
+        lambda row: _or_none(row.forgetting, times),
     ),
     "seeds": ("how many seeds the row is the mean of", lambda row: str(row.seeds)),
 }
 _PAGE_ONLY = ("95 % interval", "seeds")
+_OF_LABELS, _FOR_THEM = ("macro-F1", "MCC"), ("trained", "memory")
+"""Columns that free text has no numbers for, and those that make room for them in a terminal."""
 
 
 def _about(rows: Sequence[Row]) -> str:
@@ -191,8 +265,66 @@ def _about(rows: Sequence[Row]) -> str:
     return f"{rows[0].base}{size}; {scored[0].unit}{on}{f'; up to {seeds} seeds' if seeds > 1 else ''}"
 
 
-def _failures(rows: Sequence[Row]) -> list[str]:
-    return [f"{row.method}, {failure}" for row in rows for failure in row.failed]
+def _remarks(rows: Sequence[Row]) -> list[str]:
+    """What is to be read under a table: failures, and methods that give one answer to nearly all rows."""
+    failed = [f"failed: {row.method}, {failure}" for row in rows for failure in row.failed]
+    return failed + [f"note: {row.method}, {found}" for row in rows for found in row.one_answer]
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    """Those of ``_COLUMNS`` that the rows can have numbers for."""
+    labels = any(row.metric == "accuracy" for row in rows)
+    return [name for name in _COLUMNS if labels or name not in _OF_LABELS]
+
+
+# --- what was chosen, in words ----------------------------------------------------------------------
+
+
+def _chosen(found: Mapping[str, Any]) -> str:
+    """A cell's ``chosen`` in words: ``learning rate 1e-4; best after 293 of 400 steps``. Other keys are shown, too."""
+    rest, words = dict(found), []
+
+    def take(name: str, kind: type | tuple[type, ...]) -> Any:
+        """The value, and it is out of the rest; None if there is none of that kind."""
+        return rest.pop(name) if isinstance(rest.get(name), kind) else None
+
+    if (rate := take("lr", (int, float))) is not None:
+        words.append(f"learning rate {_rate(rate)}")
+    if (penalty := take("C", (int, float))) is not None:
+        words.append(f"inverse penalty C = {penalty:g}")
+    if (best := take("best_step", int)) is not None:
+        words.append(_best_step(best, take("steps", int)))
+    elif (steps := take("steps", int)) is not None:
+        words.append(f"{counted(steps, 'step')}, the last one kept")
+    if (shots := take("k", int)) is not None:
+        words.append(counted(shots, "example"))
+    if (number := take("instruction", int)) is not None:
+        text = take("instruction_text", str)
+        words.append(f"instruction {number + 1}" + (f": {quoted(text.strip())}" if text else ""))
+    elif "instruction" in rest and rest["instruction"] is None:
+        del rest["instruction"]
+        words.append("no instruction")
+    if (members := take("soft_prompts", int)) is not None:
+        words.append(f"made of {counted(members, 'soft prompt')}")
+    for name, value in rest.items():
+        words.append(f"{name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+    return shortened("; ".join(words), 200)
+
+
+def _best_step(best: int, steps: int | None) -> str:
+    if best == 0:
+        return "best at the start, " + (f"before any of {counted(steps, 'step')}" if steps else "no step was done")
+    return (
+        f"best after {counted(best, 'step')}" if steps is None else f"best after {best:,} of {counted(steps, 'step')}"
+    )
+
+
+def _rate(rate: float) -> str:
+    """``0.3``, ``1e-4``."""
+    if rate >= 0.001:
+        return f"{rate:g}"
+    mantissa, exponent = f"{rate:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 # --- the terminal ---------------------------------------------------------------------------------
@@ -200,27 +332,30 @@ def _failures(rows: Sequence[Row]) -> list[str]:
 
 def table(cells: Sequence[Cell]) -> Table:
     """A block for each task and base model, at most 120 columns wide for the methods of ``METHODS``."""
-    columns = [name for name in _COLUMNS if name not in _PAGE_ONLY]
+    rows = summary(cells)
+    columns = _columns(rows)
+    left_out = (*_PAGE_ONLY, *(_FOR_THEM if _OF_LABELS[0] in columns else ()))
+    columns = [name for name in columns if name not in left_out]
     groups = {
-        title: [(row, [f"{row.method}{' ◂' if row.method == OURS else ''}", *_texts(row, columns)]) for row in rows]
-        for title, rows in grouped(summary(cells)).items()
+        title: [(row, [f"{row.method}{' ◂' if row.method == OURS else ''}", *_texts(row, columns)]) for row in members]
+        for title, members in grouped(rows).items()
     }
-    lines = [["method", *columns], *(texts for rows in groups.values() for _, texts in rows)]
+    lines = [["method", *columns], *(texts for block in groups.values() for _, texts in block)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     whole = Table.grid()
     # no narrower on a narrow terminal or in a pipe: cut numbers would be of no use
     whole.add_column(min_width=sum(widths) + 2 * len(columns), overflow="fold")
-    for rows in groups.values():
+    for shown in groups.values():
         block = simple_table("method", *(f">{name}" for name in columns))
         for column, width in zip(block.columns, widths, strict=True):
             column.min_width, column.no_wrap = width, True
-        for row, texts in rows:
+        for row, texts in shown:
             block.add_row(*map(Text, texts), style="bold" if row.method == OURS else "")
-        members = [row for row, _ in rows]
+        members = [row for row, _ in shown]
         whole.add_row(Text(f"{members[0].task} · {_about(members)}", style="bold"))
         whole.add_row(block)
-        for failure in _failures(members):
-            whole.add_row(Text(f"failed: {failure}"))
+        for remark in _remarks(members):
+            whole.add_row(Text(remark))
         whole.add_row("")
     if groups:
         whole.add_row("± one standard error; [95 % interval]; ▲ better, ▼ worse than the soft prompt ◂ beyond it")
@@ -248,6 +383,7 @@ def write(cells: Sequence[Cell], folder: StrPath) -> list[Path]:
     groups = grouped(rows)
     figures = _figures(rows)
     page = Page(_title(rows), _verdict(groups))
+    columns = _columns(rows)
     _what_was_compared(page, cells)
     if len(groups) > 1:
         _overview(page, rows)
@@ -256,11 +392,11 @@ def write(cells: Sequence[Cell], folder: StrPath) -> list[Path]:
         page.paragraph(_about(members) + ".")
         if len(groups) > 1:
             page.paragraph(_verdict_on_one(title, members))
-        texts = [[row.method, *_texts(row, list(_COLUMNS))] for row in members]
+        texts = [[row.method, *_texts(row, columns)] for row in members]
         strong = [i for i, row in enumerate(members) if row.method == OURS]
-        page.table(["method", *(f">{name}" for name in _COLUMNS)], texts, strong=strong)
-        for failure in _failures(members):
-            page.paragraph(f"Failed: {failure}")
+        page.table(["method", *(f">{name}" for name in columns)], texts, strong=strong)
+        for remark in _remarks(members):
+            page.paragraph(remark[0].upper() + remark[1:])
     if figures:
         page.heading("Figures")
     for figure, caption in figures.values():
@@ -380,15 +516,9 @@ def _explanations(page: Page, cells: Sequence[Cell], rows: Sequence[Row]) -> Non
     page.heading("What the methods are")
     page.table(["method", "what it is"], [[method, text] for method, text in METHODS.items() if method in used])
     page.heading("What the columns mean")
-    page.table(["column", "what it says"], [[name, text] for name, (text, _) in _COLUMNS.items()])
+    page.table(["column", "what it says"], [[name, _COLUMNS[name][0]] for name in _columns(rows)])
     chosen = [
-        [
-            cell["task"],
-            cell["base"],
-            cell["method"],
-            str(cell["seed"]),
-            shortened(json.dumps(cell["chosen"], ensure_ascii=False), 200),
-        ]
+        [cell["task"], cell["base"], cell["method"], str(cell["seed"]), _chosen(cell["chosen"])]
         for cell in cells
         if cell.get("chosen")
     ]

@@ -11,15 +11,19 @@ from typing import Any
 
 import numpy as np
 
+from softprompt.evaluate import OneAnswer
+
 _Z = NormalDist().inv_cdf(0.975)
 
 Cell = Mapping[str, Any]
 """One entry of ``results.json``: a task, method, base model and seed."""
 
 OURS = "soft-prompt"
+MAJORITY = "majority-class"
 _SHOTS = "worked examples from the training rows, as many as did best on validation rows, in the soft prompt's place"
 _CALIBRATED = "with contextual calibration (Zhao et al. 2021)"
 METHODS = {
+    MAJORITY: "the most frequent label of the training rows, whatever the input",
     "zero-shot": "the base model as it is, with nothing in the soft prompt's place",
     "zero-shot-calibrated": f"zero-shot {_CALIBRATED}",
     "instruction": "a written instruction in the soft prompt's place; of several, the best on validation rows",
@@ -44,17 +48,28 @@ METRICS = {"accuracy": "accuracy", "token_f1": "token F1", "bleu": "BLEU"}
 """Metric → how it is written."""
 
 
+ROUNDING = 1e-9
+"""Numbers nearer to 0 are 0: sums and differences of scores leave less, and a test row counts for more."""
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval; ``low`` and ``high`` are None where there is none."""
+    """A number with its 95 % interval; ``low`` and ``high`` are None where there is none. An end that only rounding
+    tells from 0 is 0."""
 
     value: float
     low: float | None
     high: float | None
 
+    def __post_init__(self) -> None:
+        for name in ("low", "high"):
+            end = getattr(self, name)
+            if end is not None and abs(end) < ROUNDING:
+                object.__setattr__(self, name, 0.0)
+
     @property
     def sign(self) -> int:
-        """1 or -1 if the interval lies on that side of 0; 0 if it holds 0, or there is none."""
+        """1 or -1 if the interval lies on that side of 0; 0 if it holds 0, be it as an end, or there is none."""
         if self.low is None or self.high is None:
             return 0
         return 1 if self.low > 0 else -1 if self.high < 0 else 0
@@ -73,9 +88,14 @@ class Row:
         n: test rows, the least of the seeds.
         seeds: how many have a score.
         failed: for each failed seed, which and why.
+        one_answer: for each seed that gives one answer to nearly all rows, although their targets differ, which seed
+            and what answer.
+        answer: the most frequent answer of the first seed; None if it is not known.
         score: in the metric's own range.
         stderr: standard error of ``score.value``.
         seed_error: standard error of ``score.value`` from the spread between seeds alone; 0 for one seed.
+        macro_f1: 0 to 1, and ``mcc``, -1 to 1, see ``metrics.py``; None for free text, and for cells of releases that
+            did not measure them.
         difference: score minus the soft prompt's on the same test rows; None for the soft prompt itself.
         trainable_parameters: how many numbers are learned.
         bytes: what is kept for the task, without the base model.
@@ -94,9 +114,13 @@ class Row:
     n: int | None
     seeds: int
     failed: tuple[str, ...]
+    one_answer: tuple[str, ...]
+    answer: str | None
     score: Estimate | None
     stderr: float | None
     seed_error: float
+    macro_f1: float | None
+    mcc: float | None
     difference: Estimate | None
     trainable_parameters: float | None
     bytes: float | None
@@ -184,9 +208,15 @@ def _row(task: str, base: str, method: str, cells: Sequence[Cell]) -> Row:
         n=min((cell["n"] for cell in scored if cell.get("n")), default=None),
         seeds=count,
         failed=tuple(f"seed {cell['seed']}: {cell.get('reason')}" for cell in cells if cell["status"] == "failed"),
+        one_answer=tuple(filter(None, map(_one_answer, scored))),
+        answer=next(
+            (cell["most_frequent_answer"]["label"] for cell in scored if cell.get("most_frequent_answer")), None
+        ),
         score=None,
         stderr=math.hypot(_rms(errors), seed_error) if errors and len(errors) == count else None,
-        seed_error=seed_error,
+        seed_error=seed_error if seed_error > ROUNDING else 0.0,
+        macro_f1=_mean(_beside(cell, "macro_f1") for cell in scored),
+        mcc=_mean(_beside(cell, "mcc") for cell in scored),
         difference=None,
         trainable_parameters=mean("trainable_parameters"),
         bytes=mean("bytes"),
@@ -198,6 +228,19 @@ def _row(task: str, base: str, method: str, cells: Sequence[Cell]) -> Row:
     )
     value = mean("value")
     return row if value is None else replace(row, score=_estimate(value, scored, (row,), (0.0, row.top)))
+
+
+def _beside(cell: Cell, name: str) -> float | None:
+    """A metric's value beside the headline."""
+    return next((found["value"] for found in cell.get("metrics") or () if found["metric"] == name), None)
+
+
+def _one_answer(cell: Cell) -> str | None:
+    """``seed 0: answers 'yes' on 98.2 % of the rows; 62.2 % of the rows are``, where that is telling."""
+    found = cell.get("most_frequent_answer")
+    if not found or not found.get("one_answer") or cell["method"] == MAJORITY:
+        return None
+    return f"seed {cell['seed']}: {OneAnswer(found['label'], found['share'], found['gold_share'])}"
 
 
 def _curve(cell: Cell) -> tuple[tuple[float, float], ...]:
@@ -217,6 +260,8 @@ def _estimate(value: float, cells: Sequence[Cell], rows: Sequence[Row], ends: tu
     if not cells or any(cell.get(key) is None for cell in cells for key in ("low", "high")):
         return Estimate(value, None, None)
     seeds = [(row.seed_error, row.seeds - 1) for row in rows if row.seed_error > 0]
+    if len(cells) == 1 and not seeds and abs(cells[0]["value"] - value) < ROUNDING:
+        return Estimate(value, cells[0]["low"], cells[0]["high"])  # its own ends, to the last bit
     below = _half_width(_rms([cell["value"] - cell["low"] for cell in cells]), seeds)
     above = _half_width(_rms([cell["high"] - cell["value"] for cell in cells]), seeds)
     return Estimate(value, max(value - below, ends[0]), min(value + above, ends[1]))
@@ -250,6 +295,11 @@ def _t_quantile(freedom: float) -> float:
     ends = np.linspace(0, np.pi / 2, 20_001)
     mass = np.cumsum(np.cos((ends[:-1] + ends[1:]) / 2) ** (freedom - 1))
     return float(np.sqrt(freedom) * np.tan(np.interp(0.95 * mass[-1], mass, ends[1:])))
+
+
+def times(ratio: float) -> str:
+    """How many times as high a perplexity is: ``×1.09``, ``×16.03``, ``×3,423``."""
+    return f"×{ratio:.2f}" if round(ratio, 2) < 100 else f"×{ratio:,.0f}"
 
 
 def short_names(bases: Iterable[str]) -> dict[str, str]:
