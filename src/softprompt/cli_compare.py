@@ -212,7 +212,7 @@ def estimated(left: Parts, test_rows: int, untimed: Sequence[str] = ()) -> str:
         (left.rest, "loading and measuring"),
     )
     shown = ", ".join(f"{roughly(seconds)} {what}" for seconds, what in parts if seconds >= 0.5)
-    unknown = f"; what {' and '.join(untimed)} takes to answer could not be timed" if untimed else ""
+    unknown = f"; answering with {' and '.join(untimed)} could not be timed" if untimed else ""
     return f"about {roughly(left.total)} at most{': ' * bool(shown)}{shown}{unknown}"
 
 

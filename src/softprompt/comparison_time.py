@@ -154,7 +154,7 @@ def _learning(plan: Plan, name: str, speed: Speed, passes: float) -> float:
 
 def _sizes(most: float, growth: int) -> int:
     """How many numbers of shots are tried: 1, growth, growth² …, as far as ``most``."""
-    return 1 + int(math.log(max(1.0, most), growth))
+    return 1 + int(math.log2(max(1.0, most)) / math.log2(growth))
 
 
 class ComparisonTime:

@@ -79,14 +79,14 @@ def _planned(training: Training) -> str:
     """What a training will do, before it does any of it."""
     config, schedule = training.config, training.schedule
     on = f"on {counted(schedule.rows, 'row')}"
-    several = len(schedule.validations) > 1
+    every = "after every step" if schedule.every == 1 else f"every {schedule.every:,} steps"
     parts = [
         f"plan: {counted(schedule.total, 'step')} of {counted(config.batch_size, 'row')}"
         + f", of which {training.step:,} are done" * bool(training.step),
         " or ".join(f"{length:,}" for length in dict.fromkeys((config.num_virtual_tokens or 0, *config.lengths)))
         + (" virtual token" if config.longest == 1 else " virtual tokens"),
-        f"a validation every {counted(schedule.every, 'step')} {on}, {len(schedule.validations):,} in all"
-        if several
+        f"a validation {every} {on}, {len(schedule.validations):,} in all"
+        if len(schedule.validations) > 1
         else f"one validation {on} at the end",
     ]
     if config.tries > 1:
