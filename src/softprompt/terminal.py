@@ -40,7 +40,8 @@ def watch(training: Training, clock: Clock = time.monotonic) -> None:
     Raises:
         KeyboardInterrupt: the user pressed Ctrl-C; ``training.result()`` is the best so far.
     """
-    stderr.print(_planned(training))
+    if not training.stopped and training.step < training.total:  # one that goes on may have nothing left to do
+        stderr.print(_planned(training))
     expected, first, told = TrainingTime(training.schedule), training.step, False
     unit = TextColumn("loss {task.fields[loss]}  {task.fields[metric]}  {task.fields[speed]}")
     with _bar(unit, TextColumn("{task.fields[left]}")) as bar, _ctrl_c() as pressed:
