@@ -139,9 +139,9 @@ def test_a_training_that_may_end_early_says_so(capsys: pytest.CaptureFixture[str
     # after step 3 at 85 s, of which 25 were a validation: 7 steps of 10 s and 4 more validations of 25 s
     assert first == (
         "about 4 min 20 s at most: 10 steps of 10 s, 5 validations of 25 s; "
-        "it ends early after 3 validations without gain"
+        "it ends early once 3 validations in a row fall behind the best"
     )
-    assert second.startswith("about 2 min 20 s: 10 steps of 10 s, 2 validations of about ")  # 3 cannot be without gain
+    assert second.startswith("about 2 min 20 s: 10 steps of 10 s, 2 validations of about ")  # there are not 3
 
 
 def test_without_a_terminal_a_training_says_a_line_a_minute(capsys: pytest.CaptureFixture[str]) -> None:

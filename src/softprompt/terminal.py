@@ -102,7 +102,7 @@ def _estimated(expected: TrainingTime, seconds: float, done: int, patience: int)
     steps = f"{counted(schedule.total - done, 'step')} of {short(expected.a_step)}"
     about = "" if expected.validations_seen else "about "
     may_end = 0 < patience < checks
-    early = f"; it ends early after {counted(patience, 'validation')} without gain" if may_end else ""
+    early = f"; it ends early once {counted(patience, 'validation')} in a row fall behind the best" if may_end else ""
     return (
         f"about {roughly(seconds)}{' at most' * may_end}: {steps}, "
         f"{counted(checks, 'validation')} of {about}{short(expected.a_validation)}{early}"
