@@ -34,6 +34,9 @@ def test_the_whole_way(run: Run, train: Run, home: Path, base: str) -> None:
         "train.jsonl", "--validation", "test.jsonl", "--name", "films", "--num-virtual-tokens", "4", "--json"
     )
     assert trained.code == 0
+    plan = "plan: 8 steps of 16 rows; 4 virtual tokens; a validation every 4 steps on 12 rows, 2 in all"
+    assert plan in trained.err.splitlines()
+    assert re.search(r"^about \d.* s: 8 steps of [\d.]+ s, 2 validations of [\d.]+ s$", trained.err, re.MULTILINE)
     assert "step     8/8" in trained.err
     path = home / "films.safetensors"
     document = trained.json

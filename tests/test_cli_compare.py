@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from conftest import Run, is_refused, make_model, make_tokenizer, write_labels, write_texts
-from softprompt.cli_compare import read_instructions
-from softprompt.errors import DataError
+from conftest import (
+    TOY_LABELS,
+    TOY_TEMPLATE,
+    Run,
+    is_refused,
+    make_model,
+    make_tokenizer,
+    tiny,
+    toy,
+    write_labels,
+    write_texts,
+)
+from softprompt import compare
+from softprompt.cli_compare import estimated, planned, read_instructions, run_cells, took
+from softprompt.compare import Plan
+from softprompt.comparison_time import Parts
+from softprompt.data import Example
+from softprompt.errors import DataError, TrainingError
+from softprompt.evaluate import Prediction, Progress
+from softprompt.methods import Learned, Problem
 
 DATA = ("train.jsonl", "--validation", "dev.jsonl", "--test", "test.jsonl", "--out", "report")
 QUICK = ("--dtype", "fp32", "--device", "cpu", "--budget", "1s")
@@ -35,9 +54,19 @@ def test_the_whole_way(run: Run, base: str, tmp_path: Path) -> None:
     found = run("evaluate", str(path), "test.jsonl", "--dtype", "fp32", "--metric", "accuracy", "--json")
     assert found.json["value"] == compared.json["cells"][1]["value"]
 
+    assert compared.json["seconds"] >= sum(cell["seconds"] for cell in compared.json["cells"])
+    first, second, third = [line for line in compared.err.splitlines() if not line.startswith(("data: ", "warning: "))][
+        :3
+    ]
+    assert first == "plan: 2 cells (2 methods, 1 seed, 1 base model), 1.0 s to learn for each"
+    assert re.match(r"about \d+ s at most: 1 s learning", second)
+    assert re.fullmatch(r"  1/2  zero-shot, seed 0: accuracy [01]\.\d{4}, in .* s; about \d+ s left", third)
+
     again = run("compare", *DATA, *QUICK, "--methods", "zero-shot", "soft-prompt", "tf-idf", "--bases", base)
     assert again.code == 0
-    assert "going on: 1 cell" in again.err
+    assert "plan: 3 cells (3 methods, " in again.err
+    assert "going on: 1 cell is left to run" in again.err
+    assert again.out.splitlines()[-1].startswith("the whole comparison took ")
     assert [line.split(",")[0].split()[-1] for line in again.err.splitlines() if line.strip().startswith("1/1")] == [
         "tf-idf"
     ]
@@ -63,8 +92,6 @@ def test_the_majority_class_stands_first_with_its_metrics(run: Run, base: str, t
 def test_a_failed_cell_is_told_and_the_rest_goes_on(
     run: Run, base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from softprompt import compare
-
     def fails(problem: object) -> None:
         raise MemoryError("not enough of it")
 
@@ -79,8 +106,6 @@ def test_a_failed_cell_is_told_and_the_rest_goes_on(
 def test_a_mistake_of_ours_ends_it_with_the_report_of_the_cells_so_far(
     run: Run, base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from softprompt import compare
-
     def broken(problem: object) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)")
 
@@ -173,3 +198,84 @@ def test_instructions_come_with_any_byte_order_mark_and_line_end(tmp_path: Path)
     (tmp_path / "half.json").write_text(r'["\ud83d"]')
     with pytest.raises(DataError, match="one a line or a JSON list"):
         read_instructions(tmp_path / "half.json")
+
+
+# --- how long it takes --------------------------------------------------------------------------------
+
+
+class Clock:
+    """Stands still until it is told otherwise."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def toy_plan(**options: object) -> Plan:
+    settings: dict[str, object] = {"template": TOY_TEMPLATE, "verbalizer": TOY_LABELS, "bases": ("tiny",)}
+    return Plan("toy", toy(20, 1), toy(10, 2), toy(30, 3), **settings | options)  # type: ignore[arg-type]
+
+
+def test_a_plan_counts_its_cells() -> None:
+    """Of each base model zero-shot once, two methods with three seeds, and an ensemble once: 2 × 8."""
+    methods = ("zero-shot", "soft-prompt", "lora", "soft-prompt-ensemble")
+    several = toy_plan(methods=methods, seeds=3, bases=("a", "b"), budget=600)
+    assert planned(several) == "plan: 16 cells (4 methods, 3 seeds, 2 base models), 10 min to learn for each"
+    assert len(several.keys) == 16
+
+
+def test_an_estimate_names_its_parts() -> None:
+    assert estimated(Parts(6600, 2400, 580), 1000) == (
+        "about 2 h 40 min at most: 1 h 50 min learning, 40 min answering 1,000 test rows, 9 min 40 s loading and "
+        "measuring"
+    )
+    assert estimated(Parts(90), 1, ["a", "b"]) == (
+        "about 1 min 30 s at most: 1 min 30 s learning; answering with a and b could not be timed"
+    )
+
+
+def test_what_a_cell_took_is_split() -> None:
+    cell = {"method": "soft-prompt", "train_seconds": 480.0, "answer_seconds": 240.0, "seconds": 723.0}
+    assert took(cell) == "12 min 3 s: 8 min learning, 4 min answering, 3.0 s else"
+    # the time that its members learned was that of other cells
+    assert took(cell | {"method": "soft-prompt-ensemble", "seconds": 240.4}) == "4 min: 4 min answering"
+    assert took(cell | {"train_seconds": 0.2, "answer_seconds": 0.3, "seconds": 0.8}) == "0.8 s"
+
+
+def test_without_a_terminal_what_is_done_is_a_line_a_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock()
+
+    def learns(problem: Problem) -> Learned:
+        for step in range(1, 8):
+            clock.now += 25
+            problem.notice(f"step {step}")
+
+        def answer(examples: Sequence[Example], progress: Progress | None) -> list[Prediction]:
+            return [Prediction("negative", None, None, False) for _ in examples]
+
+        return Learned(answer, 0, 0)
+
+    def fails(problem: Problem) -> Learned:
+        clock.now += 70
+        problem.notice("failing")
+        raise TrainingError("It does not learn.")
+
+    monkeypatch.setattr(compare, "METHODS", {"zero-shot": learns, "lora": fails})
+    plan = toy_plan(methods=("zero-shot", "lora"), budget=600)
+    run_cells(plan, tmp_path, lambda base: tiny("llama"), clock)
+    lines = capsys.readouterr().err.splitlines()
+    shown = [
+        re.fullmatch(r"toy: (cell \d of 2, \S+, seed 0, tiny) · (\S+ ?\d?) · about 10 min left", line) for line in lines
+    ]
+    assert [found.groups() for found in shown if found] == [
+        ("cell 1 of 2, zero-shot, seed 0, tiny", "step 3"),
+        ("cell 1 of 2, zero-shot, seed 0, tiny", "step 6"),
+    ]
+    assert lines[0] == "plan: 2 cells (2 methods, 1 seed, 1 base model), 10 min to learn for each"
+    assert re.fullmatch(r"about 10 min at most: 10 min learning.*", lines[1])
+    assert [line for line in lines if "failing" in line] == [
+        "toy: cell 2 of 2, lora, seed 0, tiny · failing · about 8 min 50 s left"
+    ]

@@ -112,6 +112,7 @@ def test_cells_are_measured_and_kept(tmp_path: Path) -> None:
     assert first["forgetting"]["ratio"] == 1
     assert first["peak_memory_bytes"] >= compare.lm_bytes(tiny("llama"))
     assert first["latency_ms"] >= 0
+    assert first["seconds"] >= first["train_seconds"] + first["answer_seconds"] >= 0
     failed = cells[-1]
     assert (failed["method"], failed["status"], failed["reason"]) == ("lora", "failed", "It does not learn.")
 
@@ -174,6 +175,50 @@ def test_an_instruction_that_was_chosen_is_kept_with_its_text(tmp_path: Path, ma
     made_up["few-shot"] = method
     found = comparison(tmp_path, methods=("few-shot",), instructions=("Good?", "Good or bad?"))
     assert run_all(found)[0]["chosen"] == {"k": 4, "instruction": 1, "instruction_text": "Good or bad?"}
+
+
+def test_a_cell_says_what_all_of_it_took(tmp_path: Path, made_up: dict[str, Method]) -> None:
+    def slow(problem: Problem) -> Learned:
+        time.sleep(0.3)
+        learned = says(["negative"])(problem)
+
+        def answer(examples: Sequence[Example], progress: Progress | None) -> list[Prediction]:
+            time.sleep(0.4 if len(examples) > 1 else 0)
+            return learned.answer(examples, progress)
+
+        return replace(learned, answer=answer)
+
+    made_up["zero-shot"], made_up["lora"] = slow, fails
+    slowed, failed = run_all(comparison(tmp_path, methods=("zero-shot", "lora")))
+    assert slowed["train_seconds"] >= 0.3
+    assert slowed["answer_seconds"] >= 0.4
+    assert slowed["seconds"] >= 0.7
+    assert json.loads((tmp_path / "results.json").read_text())[0]["seconds"] == slowed["seconds"]
+    assert failed["seconds"] >= 0
+
+
+def test_base_models_are_timed_before_the_first_cell(tmp_path: Path) -> None:
+    loads: list[str] = []
+
+    def load(base: str) -> FrozenLM:
+        loads.append(base)
+        return tiny({"a": "llama", "b": "gpt2"}[base])
+
+    found = Comparison(plan(bases=("a", "b")), tmp_path, load)
+    speeds = found.speeds()
+    assert sorted(speeds) == ["a", "b"]
+    assert all(speed.row > 0 and speed.plain > 0 for speed in speeds.values())
+    assert RAN == []
+    assert loads == ["b", "a"]
+    found.run(found.todo()[0])
+    assert loads == ["b", "a"]
+
+
+def test_a_base_model_that_cannot_answer_has_no_speed_and_its_cells_tell_why(tmp_path: Path) -> None:
+    long = replace(TOY_TEMPLATE, text="many words " * 100 + TOY_TEMPLATE.text)
+    found = comparison(tmp_path, template=long)
+    assert found.speeds() == {}
+    assert found.run(Key("tiny", "lora", 0))["reason"] == "It does not learn."
 
 
 def test_differences_are_paired(tmp_path: Path) -> None:

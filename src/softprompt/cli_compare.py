@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from softprompt import plots, report
 from softprompt.base import DEFAULT_BASE
 from softprompt.compare import METHODS, Comparison, Plan, cut
+from softprompt.comparison_time import ComparisonTime, Parts
 from softprompt.data import check_targets, read_dataset
 from softprompt.encoding import decode
 from softprompt.errors import ConfigError, DataError
 from softprompt.files import local_path, strict_json
 from softprompt.frozen import FrozenLM
+from softprompt.methods import OF_SEVERAL_SEEDS
 from softprompt.options import (
     LABELS,
     SOURCE,
@@ -40,8 +42,9 @@ from softprompt.options import (
 )
 from softprompt.run_folder import RunFolder
 from softprompt.summary import short_names
-from softprompt.terminal import duration, number, say_reading, stderr, stdout
+from softprompt.terminal import Clock, duration, notices, number, roughly, say_reading, stderr, stdout
 from softprompt.tune import read_task, taken_for, template_from
+from softprompt.wording import counted
 
 _run = partial(option, panel="The comparison")
 
@@ -82,6 +85,7 @@ def compare_command(
     softprompt compare train.jsonl --validation dev.jsonl --test test.jsonl --out report \\
         --methods zero-shot soft-prompt full-fine-tuning --seeds 3 --budget 15m
     """
+    began = time.perf_counter()
     with plots.style():  # without matplotlib, say so now rather than after hours
         pass
     form = None if template == "default" else template_from(template)
@@ -118,47 +122,107 @@ def compare_command(
     say_reading(taken_for(rows, held_out, tested, verbalizer, labels, references_field))
     out = local_path(out)
     with RunFolder(out, plan.task, "comparison"):
-        comparison = _run_cells(
+        comparison = run_cells(
             plan,
             out,
             lambda base: FrozenLM.load(lasting(base), dtype=dtype, device=device, trust_remote_code=trust_remote_code),
         )
     wanted = [cell for cell in comparison.cells if cell["base"] in plan.bases and cell["method"] in plan.methods]
     if as_json:
-        print(strict_json({"out": str(out), "cells": wanted}))
+        print(strict_json({"out": str(out), "seconds": round(time.perf_counter() - began, 1), "cells": wanted}))
         return
     stdout.print(report.table(wanted))
     stdout.print(f"results: {out / 'results.json'}, report: {out / 'report.html'}")
+    stdout.print(f"the whole comparison took {duration(time.perf_counter() - began)}")
 
 
-def _run_cells(plan: Plan, out: Path, load: Callable[[str], FrozenLM]) -> Comparison:
-    """Runs what is left to run, a line on stderr for each cell, and writes the report, whatever ends it."""
+def run_cells(plan: Plan, out: Path, load: Callable[[str], FrozenLM], clock: Clock = time.monotonic) -> Comparison:
+    """Runs what is left to run, and writes the report, whatever ends it. Says on stderr what is planned, how long that
+    may take, what is being done, and what came of each cell.
+
+    Raises:
+        ConfigError: ``out`` holds results of another comparison.
+        BaseModelError: a base model cannot be loaded.
+    """
     names = short_names(plan.bases)
-    doing = ""
-    with stderr.status("") as line:
-        comparison = Comparison(
-            plan, out, load, notice=lambda text: line.update(f"{plan.task}: {doing} · {text}" if doing else text)
-        )
+    with notices(clock) as show:
+        doing = _Doing(plan.task, show, clock)
+        comparison = Comparison(plan, out, load, doing.notice)
         todo = comparison.todo()
-        if len(comparison.cells) and todo:
-            stderr.print(f"going on: {len(todo)} cells are left to run")
+        stderr.print(planned(plan))
+        if comparison.cells:
+            stderr.print(f"going on: {counted(len(todo), 'cell is', 'cells are')} left to run")
+        speeds = comparison.speeds() if todo else {}
+        expected = ComparisonTime(plan, speeds, comparison.cells)
+        if todo:
+            untimed = [names[base] for base in dict.fromkeys(key.base for key in todo) if base not in speeds]
+            stderr.print(estimated(expected.left(todo), len(plan.test.examples), untimed))
         try:
             for place, key in enumerate(todo, start=1):
                 what = f"{key.method}, seed {key.seed}" + f", {names[key.base]}" * (len(names) > 1)
-                doing = f"cell {place} of {len(todo)}, {key.method}, seed {key.seed}, {names[key.base]}"
-                line.update(f"{plan.task}: {doing}")
-                began = time.perf_counter()
+                doing.begin(
+                    f"cell {place} of {len(todo)}, {key.method}, seed {key.seed}, {names[key.base]}",
+                    partial(expected.left, todo[place - 1 :]),
+                )
                 cell = comparison.run(key)
-                took = duration(time.perf_counter() - began)
+                expected.saw(cell)
                 if cell["status"] == "done":
-                    found = f"{cell['metric']} {number(cell['metric'], cell['value'])}"
-                    stderr.print(f"{place:>3}/{len(todo)}  {what}: {found}, in {took}")
+                    found = f"{cell['metric']} {number(cell['metric'], cell['value'])}, in {took(cell)}"
+                    left = f"; about {roughly(expected.left(todo[place:]).total)} left" * (place < len(todo))
+                    stderr.print(f"{place:>3}/{len(todo)}  {what}: {found}{left}")
                 else:
                     stderr.print(f"{place:>3}/{len(todo)}  {what} failed: {cell['reason']}")
         finally:
             if comparison.cells:
                 report.write(comparison.cells, out)
     return comparison
+
+
+class _Doing:
+    """What is being done, in a line with the cell and the time left."""
+
+    def __init__(self, task: str, show: Callable[[str], None], clock: Clock) -> None:
+        self._task, self._show, self._clock = task, show, clock
+        self._cell, self._began = "", clock()
+        self._left: Callable[[float], Parts] = lambda spent: Parts()
+
+    def begin(self, cell: str, left: Callable[[float], Parts]) -> None:
+        """A cell begins; ``left`` tells what is left so many seconds later."""
+        self._cell, self._left, self._began = cell, left, self._clock()
+        self.notice("")
+
+    def notice(self, text: str) -> None:
+        """Something begins, in a few words."""
+        left = self._left(self._clock() - self._began).total
+        parts = (self._cell, text, f"about {roughly(left)} left" if left else "")
+        self._show(f"{self._task}: {' · '.join(filter(None, parts))}")
+
+
+def planned(plan: Plan) -> str:
+    """How many cells there are, of what, and how long each may learn."""
+    kinds = [counted(len(plan.methods), "method"), counted(plan.seeds, "seed"), counted(len(plan.bases), "base model")]
+    return f"plan: {counted(len(plan.keys), 'cell')} ({', '.join(kinds)}), {duration(plan.budget)} to learn for each"
+
+
+def estimated(left: Parts, test_rows: int, untimed: Sequence[str] = ()) -> str:
+    """How long the cells that are left take, and what for; ``untimed`` are the base models that could not be timed."""
+    parts = (
+        (left.learning, "learning"),
+        (left.answering, f"answering {counted(test_rows, 'test row')}"),
+        (left.rest, "loading and measuring"),
+    )
+    shown = ", ".join(f"{roughly(seconds)} {what}" for seconds, what in parts if seconds >= 0.5)
+    unknown = f"; answering with {' and '.join(untimed)} could not be timed" if untimed else ""
+    return f"about {roughly(left.total)} at most{': ' * bool(shown)}{shown}{unknown}"
+
+
+def took(cell: Mapping[str, Any]) -> str:
+    """``12 min 3 s: 8 min learning, 4 min answering, 3.0 s else``; parts of less than a second are left out."""
+    learning = 0.0 if cell["method"] in OF_SEVERAL_SEEDS else cell["train_seconds"]  # theirs is that of other cells
+    rest = cell["seconds"] - learning - cell["answer_seconds"]
+    parts = (learning, "learning"), (cell["answer_seconds"], "answering"), (rest, "else")
+    shown = ", ".join(f"{duration(seconds)} {what}" for seconds, what in parts if seconds >= 1)
+    return duration(cell["seconds"]) + f": {shown}" * bool(shown)
 
 
 def seconds(text: str) -> float:

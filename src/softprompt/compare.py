@@ -25,7 +25,8 @@ import torch
 
 from softprompt import artifact, classical, finetune, hardprompt, methods
 from softprompt.artifact import atomic_writer
-from softprompt.data import Dataset
+from softprompt.comparison_time import Speed
+from softprompt.data import Dataset, Example
 from softprompt.decoding import give_back_freed
 from softprompt.errors import BaseModelError, ConfigError, SoftPromptError
 from softprompt.evaluate import (
@@ -141,6 +142,21 @@ class Plan:
         """What every method is measured by."""
         return headline_metric(self.train, () if self.verbalizer is None else self.verbalizer.labels)
 
+    @property
+    def keys(self) -> list[Key]:
+        """All cells, in the order in which to run them."""
+        return [
+            Key(base, method, seed)
+            for base in self.bases
+            for method in self.methods
+            for seed in range(self.seeds if method in SEEDED else 1)
+        ]
+
+    @property
+    def timed_alone(self) -> tuple[Example, ...]:
+        """The test rows that latency is measured on, the first of which warms up."""
+        return self.test.examples[: LATENCY_ROWS[self.verbalizer is not None] + 1]
+
     def identity(self, method: str) -> dict[str, Any]:
         """What a cell must agree with to stand beside the plan's; instructions count where a method reads them."""
         words = None if self.verbalizer is None else {k: list(v) for k, v in self.verbalizer.words.items()}
@@ -212,6 +228,8 @@ class Comparison:
         self._loaded: tuple[str, FrozenLM, float] | None = None
         self._checked = False
         self._rows_of_base: dict[str, int] = {}
+        self._speeds: dict[str, Speed] = {}
+        self._plain_seconds = 0.0
         self.cells: list[dict[str, Any]] = _read_cells(self.folder / "results.json")
         for cell in self.cells:
             theirs = {"task": cell["task"], "metric": cell.get("metric", plan.metric), **cell["identity"]}
@@ -225,26 +243,31 @@ class Comparison:
 
     def todo(self) -> list[Key]:
         """The plan's cells that are not done, in the order in which to run them."""
-        plan = self.plan
-        wanted = [
-            Key(base, method, seed)
-            for base in plan.bases
-            for method in plan.methods
-            for seed in range(plan.seeds if method in SEEDED else 1)
-        ]
         done = {_key(cell) for cell in self.cells if cell["status"] == "done"}
-        return [key for key in wanted if key not in done]
+        return [key for key in self.plan.keys if key not in done]
+
+    def speeds(self) -> dict[str, Speed]:
+        """What each base model that there are cells for takes here; loads each of them once, if none was run yet.
+
+        A base model that cannot answer the test rows has none: its cells will tell why.
+
+        Raises:
+            BaseModelError: a base model cannot be loaded.
+        """
+        self._check_bases(timed=True)
+        return dict(self._speeds)
 
     def run(self, key: Key) -> dict[str, Any]:
         """Runs one cell, keeps what came of it, and returns it.
 
         A method that finds too little memory, or numbers that are not finite, or that says itself what is wrong, makes
-        a cell with status ``failed`` and its reason; the next try runs it again.
+        a cell with status ``failed`` and its reason; the next try runs it again. ``seconds`` is all that it took.
 
         Raises:
             BaseModelError: before the first cell, a base model of the plan cannot be loaded.
         """
         self._check_bases()
+        began = time.perf_counter()
         torch.compiler.reset()  # it keeps few graphs of a function; beyond, layers would run uncompiled without a word
         try:
             cell = self._measured(key, *self._base(key.base))
@@ -260,10 +283,11 @@ class Comparison:
         order = {method: place for place, method in enumerate(METHODS)}
         self.cells.sort(key=lambda one: (one["base"], order[one["method"]], one["seed"]))
         self._compare_with_ours()
+        cell["seconds"] = round(time.perf_counter() - began, 1)
         _write_json(self.folder / "results.json", self.cells)
         return cell
 
-    def _check_bases(self) -> None:
+    def _check_bases(self, timed: bool = False) -> None:
         """Loads and asks each base model that there are cells for once, the first of them last: it is used next."""
         if self._checked:
             return
@@ -271,7 +295,10 @@ class Comparison:
         for base in reversed(bases):
             self._notice(f"checking that {base} can be loaded")
             try:
-                self._base(base)
+                began = time.perf_counter()
+                lm, _ = self._base(base)
+                if timed:
+                    self._time(base, lm, time.perf_counter() - began)
             except (RuntimeError, MemoryError) as error:
                 if isinstance(error, RuntimeError) and not _may_happen(error):
                     raise
@@ -281,6 +308,14 @@ class Comparison:
                 ) from error
         self._checked = True
 
+    def _time(self, base: str, lm: FrozenLM, load: float) -> None:
+        self._notice(f"timing {base} on some test rows")
+        try:
+            self._speeds[base] = Speed.of(self.plan, lm, load, self._plain_seconds)
+        except (SoftPromptError, RuntimeError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and not _may_happen(error):
+                raise
+
     def _base(self, base: str) -> tuple[FrozenLM, float]:
         """A base model and its perplexity on plain text; one is held at a time."""
         if self._loaded is None or self._loaded[0] != base:
@@ -288,7 +323,9 @@ class Comparison:
             gc.collect()
             lm = self._load(base)
             _ = lm.digest_before  # now, and not in the time of a method
+            began = time.perf_counter()
             self._loaded = (base, lm, plain_perplexity(lm))
+            self._plain_seconds = time.perf_counter() - began
         return self._loaded[1:]
 
     def _measured(self, key: Key, lm: FrozenLM, before: float) -> dict[str, Any]:
@@ -315,6 +352,7 @@ class Comparison:
             seconds = time.perf_counter() - began
             self._notice("answering the test rows")
             predictions = learned.answer(plan.test.examples, self._rows_done)
+            answering = time.perf_counter() - began - seconds
         metric = headline(plan.metric, plan.test, predictions)
         answered = most_frequent_answer(plan.test, predictions)
         _write_json(self.folder / "predictions" / f"{key.file_name}.json", [_plain(one) for one in predictions])
@@ -337,6 +375,7 @@ class Comparison:
             "trainable_parameters": learned.trainable_parameters,
             "bytes": learned.bytes,
             "train_seconds": round(seconds, 1),
+            "answer_seconds": round(answering, 1),
             "peak_memory_bytes": peak[0] + (lm_bytes(lm) if learned.adapted is None else 0),
             "latency_ms": round(self._latency(learned), 2),
             "forgetting": {"before": before, "after": after, "ratio": after / before},
@@ -372,7 +411,7 @@ class Comparison:
 
     def _latency(self, learned: Learned) -> float:
         """Median milliseconds of a request on its own."""
-        rows = self.plan.test.examples[: LATENCY_ROWS[self.plan.verbalizer is not None] + 1]
+        rows = self.plan.timed_alone
         times = []
         for example in rows:
             began = time.perf_counter()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -16,6 +17,8 @@ from rich.table import Table
 from softprompt.data_checks import Reading
 from softprompt.evaluate import Progress as Report
 from softprompt.train import Training
+from softprompt.training_time import TrainingTime
+from softprompt.wording import counted
 
 # No markup: a label, a path or a review may well hold square brackets.
 stdout = Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
@@ -24,27 +27,116 @@ stderr = Console(markup=False, highlight=False, emoji=False, soft_wrap=True, std
 _IN_PERCENT_OR_NATS = {"bleu", "perplexity"}
 
 
-def watch(training: Training) -> None:
-    """Trains to the end with a progress bar; a line for each validation stays.
+Clock = Callable[[], float]
+"""Seconds since some moment."""
+LINE_EVERY = 60.0
+"""The least seconds between two lines about progress where nothing can be redrawn."""
+
+
+def watch(training: Training, clock: Clock = time.monotonic) -> None:
+    """Trains to the end. Says what is planned and, after some steps, how long that takes. Then there is a progress bar,
+    or a line a minute where stderr is no terminal. A line for each validation stays.
 
     Raises:
         KeyboardInterrupt: the user pressed Ctrl-C; ``training.result()`` is the best so far.
     """
+    if not training.stopped and training.step < training.total:  # one that goes on may have nothing left to do
+        stderr.print(_planned(training))
+    expected, first, told = TrainingTime(training.schedule), training.step, False
     unit = TextColumn("loss {task.fields[loss]}  {task.fields[metric]}  {task.fields[speed]}")
-    with _bar(unit) as bar, _ctrl_c() as pressed:
-        row = bar.add_task("step", total=training.total, completed=training.step, loss="–", metric="", speed="")
-        mean, metric = 0.0, ""
+    with _bar(unit, TextColumn("{task.fields[left]}")) as bar, _ctrl_c() as pressed:
+        row = bar.add_task("step", total=training.total, completed=first, loss="–", metric="", speed="", left="")
+        mean, metric, left = 0.0, "", ""
+        minute = Minute(clock)
+        last = began = clock()
         for count, step in enumerate(training, start=1):
+            now = clock()
+            if count > 1:  # the first may compile
+                expected.saw_step(step.seconds, step.tokens)
             mean += (step.loss - mean) / min(count, 20)
             if step.validation is not None:
+                expected.saw_validation(now - last - step.seconds)
                 found = step.validation["metrics"][0]
                 metric = f"{found['metric']} {number(found['metric'], found['value'])}"
                 line = f"step {step.number:>5,}/{step.total:,}  loss {mean:.3f}  validation {plain_metric(found)}"
                 bar.console.print(line + "  best so far" * step.improved)
+            last = now
+            if expected.ready and step.number < step.total:
+                seconds = expected.left(step.number)
+                left = f"{roughly(seconds)} left"
+                if not told:
+                    bar.console.print(_estimated(expected, now - began + seconds, first, training.config.patience))
+                    told = True
+            if not stderr.is_terminal and step.number < step.total and minute.is_over():
+                shown = (f"step {step.number:,}/{step.total:,}", f"loss {mean:.3f}", left)
+                stderr.print(", ".join(filter(None, shown)))
             speed = f"{training.tokens / max(training.seconds, 1e-9):,.0f} tokens/s"
-            bar.update(row, completed=step.number, loss=f"{mean:.3f}", metric=metric, speed=speed)
+            bar.update(row, completed=step.number, loss=f"{mean:.3f}", metric=metric, speed=speed, left=left)
             if pressed:
                 raise KeyboardInterrupt
+
+
+def _planned(training: Training) -> str:
+    """What a training will do, before it does any of it."""
+    config, schedule = training.config, training.schedule
+    on = f"on {counted(schedule.rows, 'row')}"
+    every = "after every step" if schedule.every == 1 else f"every {schedule.every:,} steps"
+    parts = [
+        f"plan: {counted(schedule.total, 'step')} of {counted(config.batch_size, 'row')}"
+        + f", of which {training.step:,} are done" * bool(training.step),
+        " or ".join(f"{length:,}" for length in dict.fromkeys((config.num_virtual_tokens or 0, *config.lengths)))
+        + (" virtual token" if config.longest == 1 else " virtual tokens"),
+        f"a validation {every} {on}, {len(schedule.validations):,} in all"
+        if len(schedule.validations) > 1
+        else f"one validation {on} at the end",
+    ]
+    if config.tries > 1:
+        parts.append(f"{config.tries} starts, of which the best goes on")
+    return "; ".join(parts)
+
+
+def _estimated(expected: TrainingTime, seconds: float, done: int, patience: int) -> str:
+    """How long a training takes that had ``done`` steps behind it, and why."""
+    schedule = expected.schedule
+    checks = schedule.validations_after(done)
+    steps = f"{counted(schedule.total - done, 'step')} of {short(expected.a_step)}"
+    about = "" if expected.validations_seen else "about "
+    may_end = 0 < patience < checks
+    early = f"; it ends early once {counted(patience, 'validation')} in a row fall behind the best" if may_end else ""
+    return (
+        f"about {roughly(seconds)}{' at most' * may_end}: {steps}, "
+        f"{counted(checks, 'validation')} of {about}{short(expected.a_validation)}{early}"
+    )
+
+
+class Minute:
+    """Tells when to say something again where nothing can be redrawn: at most once in ``LINE_EVERY`` seconds, and not
+    in the first of them."""
+
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self._clock, self._last = clock, clock()
+
+    def is_over(self) -> bool:
+        """Whether the time has come; if so, it begins anew."""
+        now = self._clock()
+        over = now - self._last >= LINE_EVERY
+        if over:
+            self._last = now
+        return over
+
+
+@contextmanager
+def notices(clock: Clock = time.monotonic) -> Iterator[Callable[[str], None]]:
+    """A function that shows what is being done: on a terminal in a line that changes, elsewhere in a line a minute."""
+    minute = Minute(clock)
+    with stderr.status("") as line:
+
+        def show(text: str) -> None:
+            line.update(text)
+            if not stderr.is_terminal and minute.is_over():
+                stderr.print(text)
+
+        yield show
 
 
 @contextmanager
@@ -70,15 +162,23 @@ def _ctrl_c() -> Iterator[list[int]]:
 
 
 @contextmanager
-def rows_bar(description: str) -> Iterator[Report]:
-    """A progress bar over rows."""
-    with _bar(TextColumn("")) as bar:
+def rows_bar(description: str, clock: Clock = time.monotonic) -> Iterator[Report]:
+    """A progress bar over rows; a line a minute where stderr is no terminal."""
+    minute, began = Minute(clock), clock()
+    with _bar(TextColumn(""), TimeRemainingColumn()) as bar:
         row = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(row, completed=done, total=total)
+
+        def report(done: int, total: int) -> None:
+            bar.update(row, completed=done, total=total)
+            if not stderr.is_terminal and 0 < done < total and minute.is_over():
+                left = (clock() - began) * (total - done) / done
+                stderr.print(f"{description}: {done:,} of {total:,}, about {roughly(left)} left")
+
+        yield report
 
 
-def _bar(extra: ProgressColumn) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(16), MofNCompleteColumn(), extra, TimeRemainingColumn())
+def _bar(extra: ProgressColumn, time_left: ProgressColumn) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(16), MofNCompleteColumn(), extra, time_left)
     # not on a terminal, there is nothing to redraw
     return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
 
@@ -138,9 +238,27 @@ def print_rows(rows: Sequence[tuple[str, str]]) -> None:
 
 
 def duration(seconds: float) -> str:
-    """``5 min 12 s``."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes:,} min {rest} s" if minutes else f"{seconds:.1f} s"
+    """``12.3 s``, ``5 min 12 s``, or from an hour on ``1 h 12 min``; whole minutes and hours without a 0 behind."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s"
+    if whole < 3600:
+        large, small, units = *divmod(whole, 60), ("min", "s")
+    else:
+        large, small, units = *divmod(round(seconds / 60), 60), ("h", "min")
+    return f"{large:,} {units[0]}" + f" {small} {units[1]}" * (small > 0)
+
+
+def roughly(seconds: float) -> str:
+    """``40 s``, ``5 min 10 s``, ``38 min``, ``1 h 12 min``: no finer than an estimate is."""
+    grain = 1 if seconds < 60 else 10 if seconds < 600 else 60
+    whole = max(1, grain * round(seconds / grain))
+    return f"{whole} s" if whole < 60 else duration(whole)
+
+
+def short(seconds: float) -> str:
+    """``0.013 s``, ``1.3 s``, ``14 s``: two digits below ten seconds, then as an estimate."""
+    return f"{seconds:.2g} s" if seconds < 9.95 else roughly(seconds)
 
 
 def amount(number: float, unit: str = "") -> str:

@@ -29,6 +29,7 @@ from softprompt.prompt import SoftPrompt, initial_vectors, label_list, library_v
 from softprompt.run_folder import Hold, RunFolder
 from softprompt.task import Task
 from softprompt.template import SOFT
+from softprompt.training_time import Schedule
 from softprompt.validation import validator
 
 
@@ -199,13 +200,14 @@ class Training:
             require_shared_prefix(task.lm, task.template, self._requests)
         self.truncated = sum(request.truncated for request in self._requests)
         self._validator = validator(task, held_out)
+        self._checked = [task.label_request(e) if task.words else task.target_request(e) for e in held_out]
         self._keeper = Keeper(self.config.patience)
         self._validations: list[dict[str, Any]] = []
         self._history = History(self.folder)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.stopped: str = ""
         self._planned = self._planned_steps()
-        self._every = self.config.eval_every or self._interval(held_out)
+        self._every = self.config.eval_every or self._interval()
         self._probe = max(1, self._planned // 10) if self.config.tries > 1 else 0
         self._probing = self._probe * self.config.tries
         self.total = self._planned + max(0, self._probing - self._probe)
@@ -378,6 +380,14 @@ class Training:
         """The soft prompt as it is now, trained or not: float32 ``[P, H]`` or ``[P, L, 2, H_kv, D]`` on the CPU."""
         return self._learner.numbers().cpu()
 
+    @property
+    def schedule(self) -> Schedule:
+        """When validations come, and what each of them computes."""
+        rows, tries, longest = self._checked, self.config.tries, self.config.longest
+        whole = (len(row.ids) - 1 + longest + len(word) for row in rows for word in row.words)
+        tokens = _tokens(rows) if self.task.lm.shares_prefix else sum(whole)
+        return Schedule.of(self._planned, self._every, len(rows), tokens, tries=tries, probe=self._probe)
+
     def result(self) -> SoftPrompt:
         """The best soft prompt so far; before any validation, the last one whose loss was finite.
 
@@ -444,12 +454,10 @@ class Training:
             return max(1, math.ceil(config.epochs * len(self._requests) / config.batch_size))
         return config.steps or DEFAULT_STEPS
 
-    def _interval(self, held_out: Sequence[Example]) -> int:
+    def _interval(self) -> int:
         """Steps between validations, by tokens alone, so that a resumed run has the same; a step runs them twice."""
-        task = self.task
-        requests = [task.label_request(e) if task.words else task.target_request(e) for e in held_out]
         step = 2 * self.config.batch_size * _tokens(self._requests) / len(self._requests)
-        return max(1, min(max(EVAL_EVERY, math.ceil(3 * _tokens(requests) / step)), self._planned // 5))
+        return max(1, min(max(EVAL_EVERY, math.ceil(3 * _tokens(self._checked) / step)), self._planned // 5))
 
     def _should_compile(self) -> bool:
         lm = self.task.lm

@@ -1,0 +1,94 @@
+"""How long a training still takes, by what its steps and validations have taken so far."""
+
+from __future__ import annotations
+
+import statistics
+from bisect import bisect_right
+from collections import deque
+from dataclasses import dataclass
+
+LATEST = 50
+"""Steps, or validations, whose median tells what the next ones take."""
+ENOUGH_STEPS, ENOUGH_SECONDS = 4, 5.0
+"""Steps, or seconds of at least two steps, from which an estimate is made."""
+FORWARD = 1 / 3
+"""Share of a training step's time a token that a validation takes, which has no backward pass and larger batches."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a training, and its validations if nothing ends it early.
+
+    Attributes:
+        total: how many steps.
+        every: steps between two validations.
+        validations: the numbers of the steps that end with one, in order.
+        rows: how many rows each validation scores.
+        tokens: how many tokens each validation computes.
+    """
+
+    total: int
+    every: int
+    validations: tuple[int, ...]
+    rows: int
+    tokens: int
+
+    @classmethod
+    def of(cls, planned: int, every: int, rows: int, tokens: int, *, tries: int = 1, probe: int = 0) -> Schedule:
+        """The schedule of a run of ``planned`` steps, at the multiples of ``every`` and at its end; with several
+        ``tries``, each does ``probe`` of these steps, with a validation at its end, and one does the rest."""
+        shift = (tries - 1) * probe
+        short = [place for place in (*range(every, probe, every), probe) if place]
+        tried = {number * probe + place for number in range(tries) for place in short}
+        rest = {shift + place for place in range(every, planned, every) if place > probe}
+        return cls(shift + planned, every, tuple(sorted({*tried, *rest, shift + planned})), rows, tokens)
+
+    def validations_after(self, step: int) -> int:
+        """How many validations come after the first ``step`` steps."""
+        return len(self.validations) - bisect_right(self.validations, step)
+
+
+class TrainingTime:
+    """What steps and validations take, and what is left of a training."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self._steps: deque[float] = deque(maxlen=LATEST)
+        self._tokens: deque[int] = deque(maxlen=LATEST)
+        self._checks: deque[float] = deque(maxlen=LATEST)
+
+    def saw_step(self, seconds: float, tokens: int) -> None:
+        """A step that is like those to come: not one that compiles."""
+        self._steps.append(seconds)
+        self._tokens.append(tokens)
+
+    def saw_validation(self, seconds: float) -> None:
+        """A validation."""
+        self._checks.append(max(0.0, seconds))
+
+    @property
+    def ready(self) -> bool:
+        """Whether enough was seen for an estimate: a few steps, or two that are slow."""
+        return len(self._steps) >= ENOUGH_STEPS or (len(self._steps) >= 2 and sum(self._steps) >= ENOUGH_SECONDS)
+
+    @property
+    def validations_seen(self) -> bool:
+        """Whether a validation was seen."""
+        return bool(self._checks)
+
+    @property
+    def a_step(self) -> float:
+        """Seconds that a step is expected to take; one must have been seen."""
+        return statistics.median(self._steps)
+
+    @property
+    def a_validation(self) -> float:
+        """Seconds that a validation is expected to take: before one was seen, by its tokens."""
+        if self._checks:
+            return statistics.median(self._checks)
+        return FORWARD * self.a_step * self.schedule.tokens / max(1, statistics.median(self._tokens))
+
+    def left(self, done: int) -> float:
+        """Seconds left after the first ``done`` steps, if nothing ends the training early."""
+        steps = self.schedule.total - done
+        return steps * self.a_step + self.schedule.validations_after(done) * self.a_validation
