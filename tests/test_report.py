@@ -661,6 +661,19 @@ def test_one_answer_to_nearly_all_rows_is_said_under_the_table(tmp_path: Path) -
     assert not [line for line in printed(cells) if "answers" in line]
 
 
+def test_how_many_rows_trained_methods_were_validated_on_is_said(tmp_path: Path) -> None:
+    cells = [make_cell(name, "sst2", "smollm2-135m", 0, 0.0) for name in ("soft-prompt", "lora", "few-shot")]
+    assert not [line for line in printed(cells) if "validated" in line]  # of a release that did not write it down
+    for cell, rows in zip(cells, (500, 500, 0), strict=True):
+        cell["validation_rows"] = rows
+    assert "note: trained methods were validated on 500 rows" in printed(cells)
+    page = unescape(report.write(cells, tmp_path)[0].read_text("utf-8"))
+    assert "a line for each seed. Trained methods were validated on 500 rows." in page
+    cells[1]["validation_rows"] = 1_200
+    said = "note: trained methods were validated on different numbers of rows: soft-prompt on 500; lora on 1,200"
+    assert said in printed(cells)
+
+
 CHOSEN: list[tuple[dict[str, Any], str]] = [
     ({"lr": 1e-4, "steps": 400, "best_step": 293}, "learning rate 1e-4; best after 293 of 400 steps"),
     ({"lr": 1.5e-5, "steps": 1, "best_step": 1}, "learning rate 1.5e-5; best after 1 of 1 step"),

@@ -199,6 +199,19 @@ def test_a_plan_names_several_lengths_and_starts(capsys: pytest.CaptureFixture[s
     assert "; a validation after every step on 8 rows, 3 in all" in capsys.readouterr().err
 
 
+def test_one_answer_to_nearly_all_rows_is_said_during_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """At the second such validation in a row, and once: a random base model that is hardly trained."""
+    lm, data = tiny("llama"), toy(20, 1)
+    same = [replace(example, fields={"input": "a film"}) for example in toy(40, 2).examples]
+    options = {"steps": 4, "eval_every": 1, "lr": 1e-6}
+    watch(Training(toy_task(lm, data), data, replace(toy(40, 2), examples=tuple(same)), train_settings(**options)))
+    lines = capsys.readouterr().err.splitlines()
+    said = [place for place, line in enumerate(lines) if line.startswith("warning: the soft prompt answers")]
+    assert len(said) == 1
+    assert "on 100.0 % of the rows; " in lines[said[0]]
+    assert lines[said[0] - 1].startswith("step     2/4")
+
+
 def test_a_terminal_shows_the_time_left_with_validations(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, err = Clock(), Terminal("utf-8", True)
     monkeypatch.setattr(sys, "stderr", err)

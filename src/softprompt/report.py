@@ -266,9 +266,27 @@ def _about(rows: Sequence[Row]) -> str:
 
 
 def _remarks(rows: Sequence[Row]) -> list[str]:
-    """What is to be read under a table: failures, and methods that give one answer to nearly all rows."""
+    """What is to be read under a table: failures, methods that give one answer to nearly all rows, and how many rows
+    the trained methods were validated on."""
     failed = [f"failed: {row.method}, {failure}" for row in rows for failure in row.failed]
-    return failed + [f"note: {row.method}, {found}" for row in rows for found in row.one_answer]
+    one_answer = [f"note: {row.method}, {found}" for row in rows for found in row.one_answer]
+    return [*failed, *one_answer, *(f"note: {text}" for text in _validated(rows))]
+
+
+def _validated(rows: Sequence[Row]) -> list[str]:
+    """On how many rows trainings were validated, if that is known: one sentence."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for row in rows:
+        if row.validation_rows:
+            groups.setdefault(row.validation_rows, []).append(row.method)
+    if len(groups) < 2:
+        return [f"trained methods were validated on {_counts(numbers)} rows" for numbers in groups]
+    parts = (f"{', '.join(dict.fromkeys(names))} on {_counts(numbers)}" for numbers, names in groups.items())
+    return [f"trained methods were validated on different numbers of rows: {'; '.join(parts)}"]
+
+
+def _counts(numbers: Sequence[int]) -> str:
+    return " or ".join(f"{number:,}" for number in numbers)
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:
@@ -500,7 +518,8 @@ def _figures(rows: Sequence[Row]) -> dict[str, tuple[Figure, str]]:
         ),
         "learning_curves.png": (
             plots.learning_curves(groups),
-            "Validation score while learning, a line for each seed.",
+            "Validation score while learning, a line for each seed."
+            + "".join(f" {text[0].upper()}{text[1:]}." for text in _validated(rows)),
         ),
         "score_vs_size.png": (
             plots.score_against_size(tasks),

@@ -91,6 +91,8 @@ class Row:
         one_answer: for each seed that gives one answer to nearly all rows, although their targets differ, which seed
             and what answer.
         answer: the most frequent answer of the first seed; None if it is not known.
+        validation_rows: on how many rows each seed's training was validated, each number once; empty where it was
+            not, or where it is not known.
         score: in the metric's own range.
         stderr: standard error of ``score.value``.
         seed_error: standard error of ``score.value`` from the spread between seeds alone; 0 for one seed.
@@ -116,6 +118,7 @@ class Row:
     failed: tuple[str, ...]
     one_answer: tuple[str, ...]
     answer: str | None
+    validation_rows: tuple[int, ...]
     score: Estimate | None
     stderr: float | None
     seed_error: float
@@ -212,6 +215,7 @@ def _row(task: str, base: str, method: str, cells: Sequence[Cell]) -> Row:
         answer=next(
             (cell["most_frequent_answer"]["label"] for cell in scored if cell.get("most_frequent_answer")), None
         ),
+        validation_rows=tuple(sorted({cell["validation_rows"] for cell in scored if cell.get("validation_rows")})),
         score=None,
         stderr=math.hypot(_rms(errors), seed_error) if errors and len(errors) == count else None,
         seed_error=seed_error if seed_error > ROUNDING else 0.0,

@@ -15,8 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 
 from softprompt.data_checks import Reading
+from softprompt.evaluate import OneAnswer
 from softprompt.evaluate import Progress as Report
-from softprompt.train import Training
+from softprompt.train import Step, Training
 from softprompt.training_time import TrainingTime
 from softprompt.wording import counted
 
@@ -47,7 +48,7 @@ def watch(training: Training, clock: Clock = time.monotonic) -> None:
     with _bar(unit, TextColumn("{task.fields[left]}")) as bar, _ctrl_c() as pressed:
         row = bar.add_task("step", total=training.total, completed=first, loss="–", metric="", speed="", left="")
         mean, metric, left = 0.0, "", ""
-        minute = Minute(clock)
+        minute, doubt = Minute(clock), _OneAnswer()
         last = began = clock()
         for count, step in enumerate(training, start=1):
             now = clock()
@@ -60,6 +61,7 @@ def watch(training: Training, clock: Clock = time.monotonic) -> None:
                 metric = f"{found['metric']} {number(found['metric'], found['value'])}"
                 line = f"step {step.number:>5,}/{step.total:,}  loss {mean:.3f}  validation {plain_metric(found)}"
                 bar.console.print(line + "  best so far" * step.improved)
+                doubt.saw(step)
             last = now
             if expected.ready and step.number < step.total:
                 seconds = expected.left(step.number)
@@ -74,6 +76,25 @@ def watch(training: Training, clock: Clock = time.monotonic) -> None:
             bar.update(row, completed=step.number, loss=f"{mean:.3f}", metric=metric, speed=speed, left=left)
             if pressed:
                 raise KeyboardInterrupt
+
+
+class _OneAnswer:
+    """Warns where nearly all validation rows are given one answer: at the second such validation in a row, when the
+    start is behind it, and again each time after another answer was seen."""
+
+    def __init__(self) -> None:
+        self._times = 0
+
+    def saw(self, step: Step) -> None:
+        """Takes a step that ended with a validation."""
+        found = (step.validation or {}).get("one_answer")
+        self._times = self._times + 1 if found else 0
+        if self._times == 2:
+            said = OneAnswer(found["label"], found["share"], found["gold_share"])
+            stderr.print(
+                f"warning: the soft prompt {said}: it does not tell the labels apart so far. If that stays so, try "
+                f"more steps or --parametrisation prefix, and look at full fine-tuning with `softprompt compare`."
+            )
 
 
 def _planned(training: Training) -> str:

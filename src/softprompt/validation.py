@@ -10,6 +10,7 @@ import torch
 
 from softprompt import metrics
 from softprompt.data import Dataset, Example, check_targets
+from softprompt.evaluate import one_answer
 from softprompt.task import Task
 
 Validator = Callable[[torch.Tensor], dict[str, Any]]
@@ -20,6 +21,7 @@ Validator = Callable[[torch.Tensor], dict[str, Any]]
   minus the loss for free text.
 * ``loss``: nats, the mean of an example with labels, of a target token for free text.
 * ``metrics``: ``Metric.as_dict()`` each; with labels accuracy, macro-F1 and MCC, for free text perplexity.
+* ``one_answer``: ``OneAnswer.as_dict()`` where nearly all rows were given one label though fewer have it, else None.
 * ``rows``: ``loss``, a number a row whose mean is the loss, and with labels ``correct``, 1 or 0 a row.
 """
 
@@ -66,11 +68,13 @@ def _of_labels(task: Task, examples: Sequence[Example]) -> Validator:
             metrics.macro_f1(predicted, gold, task.labels),
             metrics.mcc(predicted, gold, task.labels),
         ]
+        said = one_answer(predicted, gold)
         return {
             "value": found[0].value,
             "score": float(losses.neg().exp().mean()),
             "loss": float(losses.mean()),
             "metrics": [metric.as_dict() for metric in found],
+            "one_answer": said and said.as_dict(),
             "rows": {
                 "loss": [round(loss, DIGITS) for loss in losses.tolist()],
                 "correct": [int(answer == label) for answer, label in zip(predicted, gold, strict=True)],
