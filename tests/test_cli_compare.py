@@ -60,7 +60,7 @@ def test_the_whole_way(run: Run, base: str, tmp_path: Path) -> None:
     ]
     assert first == "plan: 2 cells (2 methods, 1 seed, 1 base model), 1.0 s to learn for each"
     assert re.match(r"about \d+ s at most: 1 s learning", second)
-    assert re.fullmatch(r"  1/2  zero-shot, seed 0: accuracy [01]\.\d{4}, in .* s; about \d+ s left", third)
+    assert re.fullmatch(r"  1/2  zero-shot, seed 0: accuracy [01]\.\d{4}, in \d.* s\b.*; about \d+ s left", third)
 
     again = run("compare", *DATA, *QUICK, "--methods", "zero-shot", "soft-prompt", "tf-idf", "--bases", base)
     assert again.code == 0

@@ -218,7 +218,7 @@ def test_a_base_model_that_cannot_answer_has_no_speed_and_its_cells_tell_why(tmp
     long = replace(TOY_TEMPLATE, text="many words " * 100 + TOY_TEMPLATE.text)
     found = comparison(tmp_path, template=long)
     assert found.speeds() == {}
-    assert found.run(Key("tiny", "lora", 0))["reason"] == "It does not learn."
+    assert "choose a longer window" in found.run(Key("tiny", "lora", 0))["reason"]
 
 
 def test_differences_are_paired(tmp_path: Path) -> None:
