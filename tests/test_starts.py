@@ -23,7 +23,7 @@ from softprompt.train import Training
 
 def test_the_best_of_several_starts_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three starts of 2 steps each; the second has the best validation (the loss decides) and does its other 18."""
-    script = [(0.5, 1.0), (0.6, 0.8), (0.6, 0.9), (0.4, 1.0), (0.4, 1.0), (0.7, 1.0), (0.4, 1.0)]
+    script = [(0.5, 1.0), (0.6, 0.8), (0.6, 0.9), (0.4, 1.0), (0.8, 1.0), (0.9, 1.0), (0.3, 1.0)]
     seen = scripted(monkeypatch, script)
     data = toy(20, 0)
     task = toy_task(tiny("llama"), data)

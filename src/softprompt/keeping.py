@@ -1,11 +1,11 @@
 """Which of a run's validations is kept, and when a run ends early.
 
 The highest accuracy of a run is partly luck: with 500 rows, one validation differs from the next by a point by chance
-alone, and a maximum over them often picks an early one though the vectors still gain. So the validation is kept whose
-mean probability of the right label is highest: of all rows, not only of those near the line between two answers, it
-moves by a fraction of that, and other than the loss it is not ruled by a few rows with sure and wrong answers. A run
-ends early once it has stayed below that by more than chance. ``docs/defaults.md`` has the rules that were tried and
-``benchmarks/replay.py`` replays them.
+alone, and a maximum over them often picks an early one though the vectors still gain. So what counts is the mean
+probability of the right label: of all rows, not only of those near the line between two answers, it moves by a fraction
+of that, and other than the loss it is not ruled by a few rows with sure and wrong answers. The validation is kept that
+ends the three in a row with the highest mean of it. A run ends early once it has stayed below that by more than chance.
+``docs/defaults.md`` has the rules that were tried and ``benchmarks/replay.py`` replays them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+IN_A_ROW = 3
+"""Validations whose mean counts."""
 CHANCE = 1.0
-"""Standard errors of the mean difference on the same rows by which a validation must be below the best to count as
+"""Standard errors of the mean difference on the same rows by which the latest must be below the best to count as
 worse."""
 
 Found = Mapping[str, Any]
@@ -31,7 +33,8 @@ class Keeper:
     Attributes:
         patience: how many validations in a row must be worse than the best by more than chance for the run to be over;
             0: it never is.
-        best: the one that is kept, the highest ``score``; of equals the earliest. None before the first.
+        best: the one that is kept: the last of the validations in a row with the highest mean score; of equals the
+            earliest. None before the first.
         worse: how many validations in a row have been worse than the best by more than chance.
     """
 
@@ -39,19 +42,50 @@ class Keeper:
         self.patience = patience
         self.best: Found | None = None
         self.worse = 0
+        self._best_scores: list[float] = []  # of each row, the mean of those in a row
+        self._latest: list[list[float]] = []  # of the latest validations, the score of each row
 
     def add(self, found: Found) -> bool:
         """Takes the next validation; whether it is the best so far. One whose loss is not finite never is."""
-        if math.isfinite(found["loss"]) and (self.best is None or better(found, self.best)):
-            self.best, self.worse = found, 0
+        if not math.isfinite(found["loss"]):
+            self.worse += self.best is not None
+            return False
+        self._latest = [*self._latest[1 - IN_A_ROW :], _scores(found)]
+        scores = np.mean(self._latest, axis=0)
+        if self.best is None or scores.mean() > np.mean(self._best_scores):
+            self.best, self._best_scores, self.worse = found, scores.tolist(), 0
             return True
-        self.worse = self.worse + 1 if self.best is not None and _is_worse(found, self.best) else 0
+        self.worse = self.worse + 1 if _beyond_chance(np.asarray(self._best_scores) - scores) else 0
         return False
+
+    def begin(self) -> None:
+        """Tells that what is validated from here on is another run's, or begins anew; the best so far stays."""
+        self._latest, self.worse = [], 0
 
     @property
     def over(self) -> bool:
         """Whether the run should end."""
         return 0 < self.patience <= self.worse
+
+    # --- what survives a kill ---------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """JSON values to go on from."""
+        best = None if self.best is None else {key: value for key, value in self.best.items() if key != "rows"}
+        return {"best": best, "scores": self._best_scores, "latest": self._latest, "worse": self.worse}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what ``state`` gave."""
+        self.best, self._best_scores = state["best"], list(state["scores"])
+        self._latest, self.worse = [list(scores) for scores in state["latest"]], state["worse"]
+
+    def resume_earlier(self, best: Found | None) -> None:
+        """Goes on from the best validation of a release that kept no scores, with what its mean loss says of them."""
+        self.best = best
+        if best is not None:
+            of_text = best["value"] == -best["loss"]
+            # at most the mean of the rows' (Jensen)
+            self._best_scores = [-best["loss"] if of_text else math.exp(-best["loss"])]
 
 
 def better(found: Found, best: Found) -> bool:
@@ -59,25 +93,15 @@ def better(found: Found, best: Found) -> bool:
     return bool(found["score"] > best["score"])
 
 
-def _is_worse(found: Found, best: Found) -> bool:
-    """Whether a validation is worse than the best by more than chance."""
-    if not math.isfinite(found["loss"]):
-        return True
-    ours, others = _scores(found), _scores(best)
-    if len(ours) != len(others) or len(ours) < 2:
+def _beyond_chance(lost: NDArray[np.float64]) -> bool:
+    """Whether the mean of one difference a row, ``[rows]``, is above 0 by more than chance."""
+    if len(lost) < 2:
         return False
-    lost = others - ours
     return bool(lost.mean() > CHANCE * lost.std(ddof=1) / math.sqrt(len(lost)))
 
 
-def of_earlier_release(best: Found) -> dict[str, Any]:
-    """The best validation of a checkpoint that has no scores, with what its mean loss says of its score at least."""
-    of_text = best["value"] == -best["loss"]
-    score = -best["loss"] if of_text else math.exp(-best["loss"])  # at most the mean of the rows' (Jensen)
-    return {**best, "score": score, "rows": {"loss": []}}
-
-
-def _scores(found: Found) -> NDArray[np.float64]:
+def _scores(found: Found) -> list[float]:
     """The score of each row."""
     losses = np.asarray(found["rows"]["loss"], dtype=np.float64)
-    return np.exp(-losses) if "correct" in found["rows"] else -losses
+    scores: list[float] = (np.exp(-losses) if "correct" in found["rows"] else -losses).tolist()
+    return scores

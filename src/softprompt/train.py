@@ -20,7 +20,7 @@ from softprompt.errors import ConfigError, TrainingError
 from softprompt.files import StrPath
 from softprompt.frozen import FrozenLM, Request
 from softprompt.history import History
-from softprompt.keeping import Keeper, better, of_earlier_release
+from softprompt.keeping import Keeper, better
 from softprompt.objective import Objective
 from softprompt.optimizer import learning_rate, make_optimizer
 from softprompt.order import RowOrder, describe_rows, split_rows
@@ -318,9 +318,7 @@ class Training:
             self._best_vectors = current
         self._validations.append(found)
         self._history.add(self._learner.number, self.step, current)
-        if self.step <= self._probing:
-            self._keeper.worse = 0  # a start that is tried does not end the run
-        if self._keeper.over and self.step < self.total:
+        if self._keeper.over and self._probing < self.step < self.total:  # a start that is tried does not end the run
             self.stopped = "early"
         return replace(step, validation=found, improved=improved)
 
@@ -365,6 +363,7 @@ class Training:
             self._learner, self._leader = self._begin(tried.number + 1), leader
         else:
             self._learner, self._leader = leader or tried, None
+        self._keeper.begin()
 
     def _give_up_start(self) -> bool:
         """Skips what is left of a start whose loss is not finite; False if there is no other to go on with."""
@@ -547,8 +546,7 @@ class Training:
                 "seconds": self.seconds,
                 "tokens": self.tokens,
                 "starts": {role: [learner.number, learner.found] for role, learner in learners.items()},
-                "best": self._keeper.best,
-                "worse": self._keeper.worse,
+                "keeper": self._keeper.state(),
                 "validations": [_without_rows(found) for found in self._validations],
                 "stopped": self.stopped,
                 "compiled": self.compiled,
@@ -570,10 +568,11 @@ class Training:
         self._good = tensors["good"].to(self.task.lm.device)
         self._best_vectors = tensors["best"].to(self.task.lm.device)
         self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
-        best, self._validations = state["best"], state["validations"]
-        if best is not None and "score" not in best:
-            best = of_earlier_release(best)
-        self._keeper.best, self._keeper.worse = best, state.get("worse", 0)
+        if "keeper" in state:
+            self._keeper.resume(state["keeper"])
+        else:
+            self._keeper.resume_earlier(state["best"])
+        best, self._validations = self._keeper.best, state["validations"]
         self.stopped, self.compiled = state["stopped"], state["compiled"]
         self._history.resume(self.step)
         if best is not None:  # it may have been thinned out since
