@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 from rich.console import Console
@@ -453,6 +454,7 @@ def test_figures_end_their_bars_where_the_intervals_end(seeds: int) -> None:
     bars = {
         tuple(float(y) for y in segment[:, 1])
         for container in panel.containers
+        if isinstance(container, ErrorbarContainer)
         for line in container.lines[2]
         for segment in line.get_segments()
     }
