@@ -125,7 +125,8 @@ RULES: dict[str, Rule] = {
     "probability": probability(1),
     "probability, by 1 error": probability(1, 1),
     "probability, mean of 3": probability(3),
-    **{f"probability, patience {patience}": ours(patience) for patience in (2, 3, 4, 6)},
+    "probability, mean of 3, by 1 error": probability(3, 1),
+    **{f"probability, mean of 3, patience {patience}": ours(patience) for patience in (2, 3, 4, 6)},
 }
 
 

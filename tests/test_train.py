@@ -56,8 +56,9 @@ def test_it_learns_and_changes_no_weight() -> None:
     assert best.metrics[0]["metric"] == "accuracy"
     assert best.metrics[0]["n"] == 200
     assert best.metrics[0]["value"] >= 0.8
-    found = [step.validation for step in steps if step.validation]
-    assert best.metrics[0]["value"] == max(found, key=lambda one: one["score"])["value"]
+    kept = steps[best.training["best_step"] - 1].validation
+    assert kept is not None
+    assert best.metrics[0]["value"] == kept["value"]
     task = Task.of(lm, best)
     scores = task.label_logprobs(lm.score([task.label_request(e) for e in validation.examples], [best.vectors]))
     predicted = [task.labels[i] for i in scores.argmax(dim=1).tolist()]
