@@ -503,7 +503,7 @@ def test_an_average_is_validated_and_kept(kind: str, monkeypatch: pytest.MonkeyP
     data = toy(20, 0)
     numbers: dict[float, list[torch.Tensor]] = {}
     for average in (0.0, 0.3):
-        numbers[average] = scripted(monkeypatch, [(0.1 * i, 1.0) for i in range(6)])
+        numbers[average] = scripted(monkeypatch, [(0.1 * i, 1.0) for i in range(1, 7)])
         config = train_settings(steps=6, eval_every=1, parametrisation=kind, average=average)
         training = Training(toy_task(tiny("llama"), data), data, data, config)
         start = training.vectors
