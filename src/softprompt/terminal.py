@@ -89,7 +89,7 @@ class _OneAnswer:
         """Takes a step that ended with a validation."""
         found = (step.validation or {}).get("one_answer")
         self._times = self._times + 1 if found else 0
-        if self._times == 2:
+        if found and self._times == 2:
             said = OneAnswer(found["label"], found["share"], found["gold_share"])
             stderr.print(
                 f"warning: the soft prompt {said}: it does not tell the labels apart so far. If that stays so, try "
