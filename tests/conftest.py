@@ -172,8 +172,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch, script: Sequence[tuple[float, floa
 
         return validate
 
-    for module in ("train", "finetune"):
-        monkeypatch.setattr(f"softprompt.{module}.validator", validator)
+    monkeypatch.setattr("softprompt.train.validator", validator)
+    monkeypatch.setattr("softprompt.finetune.validator", validator)
     return seen
 
 

@@ -100,8 +100,8 @@ class Clock:
         def charged(task: Task, examples: Sequence[Example]) -> Any:
             return self._charged(validator(task, examples), lambda: seconds, results)[0]
 
-        for module in ("finetune", "train"):
-            self._patch.setattr(f"softprompt.{module}.validator", charged)
+        self._patch.setattr("softprompt.train.validator", charged)
+        self._patch.setattr("softprompt.finetune.validator", charged)
         return results
 
     def _charged(
