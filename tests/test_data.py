@@ -4,6 +4,7 @@ import csv
 import datetime
 import hashlib
 import json
+import re
 import sys
 from dataclasses import replace
 from decimal import Decimal
@@ -142,8 +143,8 @@ def test_what_json_writes_is_read(
 def test_what_csv_writes_is_read(
     tmp_path: Path, rows: list[tuple[str, str, list[str]]], suffix: str, quoting: int
 ) -> None:
-    if suffix == ".tsv":  # a cell that holds tabs and line ends may look like rows
-        rows = [(a.replace("\t", " "), b.replace("\t", " "), c) for a, b, c in rows]
+    if suffix == ".tsv":  # a cell that holds tabs and line ends, or two with line ends in a row, may look like rows
+        rows = [(re.sub(r"[\t\r\n]", " ", a), b.replace("\t", " "), c) for a, b, c in rows]
     if sys.version_info < (3, 11):  # its csv module refuses NUL
         rows = [(a.replace("\0", "0"), b.replace("\0", "0"), c) for a, b, c in rows]
     path = tmp_path / f"a{suffix}"
@@ -159,6 +160,13 @@ def test_what_csv_writes_is_read(
         assert example.where == f"a{suffix}:{line}"
         line += 1 + sum(cell.replace("\r\n", "\n").replace("\r", "\n").count("\n") for cell in (a, b))
     assert line == 1 + text.replace("\r\n", "\n").replace("\r", "\n").count("\n")
+
+
+def test_a_tsv_whose_quoted_cells_may_be_rows_is_refused(tmp_path: Path) -> None:
+    """The line in the middle has as many cells as the header: it may be a row whose text begins with a mark."""
+    path = write(tmp_path, "a.tsv", 'target\treferences\tinput\n"0\n"\t[]\t"0\n"\n')
+    with pytest.raises(DataError, match=r"^a\.tsv:2: expected 3 cells as in the header, found 1; "):
+        read_dataset(path, fields=["input"])
 
 
 def test_parquet_with_numbers_dates_lists_and_class_labels(tmp_path: Path) -> None:
