@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
+
 from benchmarks.train_step import (
     Side,
     all_batches,
@@ -39,16 +41,16 @@ from benchmarks.train_step import (
     useful_operations,
     useful_tokens,
 )
-from torch._dynamo.utils import counters
-
-from softprompt.base import DTYPES
-from softprompt.data import read_dataset
+from softprompt.data.packages import SMOLLM2_GGUF
+from softprompt.data.reading import read_dataset
 from softprompt.errors import SoftPromptError
-from softprompt.frozen import FrozenLM, Sampling
-from softprompt.packages import SMOLLM2_GGUF
-from softprompt.prompt import initial_vectors
-from softprompt.task import Task
-from softprompt.template import DEFAULT_TEMPLATE, Template
+from softprompt.generation.decoder import generate as generate_texts
+from softprompt.model.frozen import FrozenLM
+from softprompt.model.loading import DTYPES
+from softprompt.model.request import Sampling
+from softprompt.tasks.task import Task
+from softprompt.text.template import DEFAULT_TEMPLATE, Template
+from softprompt.tuning.start import initial_vectors
 
 LLAMA: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5}
 
@@ -429,7 +431,7 @@ def answers_of(options: argparse.Namespace, model: str) -> None:
 
     def generate(start: int, rows: int) -> int:
         sampling = Sampling(max_new_tokens=new)
-        texts = lm.generate(opened[start : start + rows], vectors, sampling, batch_size=rows, prefix_of=kept)
+        texts = generate_texts(lm, opened[start : start + rows], vectors, sampling, batch_size=rows, prefix_of=kept)
         return sum(len(text.ids) for text in texts)
 
     kinds: tuple[tuple[str, Callable[[int, int], int]], ...] = (

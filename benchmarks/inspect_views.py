@@ -14,8 +14,10 @@ import time
 
 import torch
 
-from softprompt.inspection import neighbours, norms, plane
-from softprompt.vocabulary import Vocabulary
+from softprompt.inspection.nearest import neighbours
+from softprompt.inspection.plane import plane
+from softprompt.inspection.start import norms
+from softprompt.inspection.vocabulary import Vocabulary
 
 
 def main() -> None:

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from softprompt.config import TrainConfig
-from softprompt.keeping import Keeper
+from softprompt.tuning.config import TrainConfig
+from softprompt.tuning.keeping import Keeper
 
 SPLITS = 400
 Array = NDArray[np.float64]
@@ -96,7 +96,7 @@ def probability(window: int, deviations: float = 0.0) -> Rule:
 
 
 def ours(patience: int) -> Rule:
-    """What the package does (``softprompt.keeping``)."""
+    """What the package does (``softprompt.tuning.keeping``)."""
 
     def rule(loss: Array, correct: Array) -> tuple[int, int]:
         keeper = Keeper(patience)

@@ -6,8 +6,8 @@ tokens and the same batch size.
 
 PEFT goes first, with its defaults and the learning rate of its example, as many steps as fit into the time; then a soft
 prompt with our defaults does as many. With ``--steps`` our engine does PEFT's part, too: its start, optimizer and
-schedule, whose gradients are the same (``tests/test_frozen.py``), in a tenth to a quarter of the time. There PEFT may
-have what its example gives in place of our number of virtual tokens and of its default, a random start:
+schedule, whose gradients are the same (``tests/model/test_frozen.py``), in a tenth to a quarter of the time. There PEFT
+may have what its example gives in place of our number of virtual tokens and of its default, a random start:
 ``--peft-virtual-tokens 8`` and ``--peft-text TEXT``. Prints a JSON object: the scores on the test rows and their paired
 difference.
 """
@@ -24,20 +24,23 @@ from typing import Any
 import torch
 from peft import PromptTuningConfig, PromptTuningInit, get_peft_model
 
-from softprompt.base import DEFAULT_BASE
-from softprompt.compare import cut
-from softprompt.config import TrainConfig
-from softprompt.data import infer_labels, read_dataset
-from softprompt.evaluate import Prediction, Query, headline, headline_difference, headline_metric, predict
-from softprompt.finetune import PEFT_LR, PeftTask, peft_prompt_tuning
-from softprompt.frozen import FrozenLM
-from softprompt.methods import Problem
-from softprompt.objective import Objective
-from softprompt.optimizer import learning_rate
-from softprompt.order import RowOrder
-from softprompt.task import Task
-from softprompt.template import Verbalizer, default_template
-from softprompt.train import Training
+from softprompt.compare.plan import cut
+from softprompt.data.example import infer_labels
+from softprompt.data.packages import DEFAULT_BASE
+from softprompt.data.reading import read_dataset
+from softprompt.evaluation.evaluate import headline, headline_difference, headline_metric
+from softprompt.methods.fine_tuning import PEFT_LR, PeftTask, peft_prompt_tuning
+from softprompt.methods.method import Problem
+from softprompt.model.frozen import FrozenLM
+from softprompt.tasks.predict import Prediction, Query, predict
+from softprompt.tasks.task import Task
+from softprompt.text.template import default_template
+from softprompt.text.verbalizer import Verbalizer
+from softprompt.tuning.config import TrainConfig
+from softprompt.tuning.objective import Objective
+from softprompt.tuning.optimizer import learning_rate
+from softprompt.tuning.rows import RowOrder
+from softprompt.tuning.training import Training
 
 
 def by_our_engine(problem: Problem, steps: int, length: int, text: str | None) -> tuple[PeftTask, torch.Tensor]:

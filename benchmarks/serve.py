@@ -42,11 +42,14 @@ from typing import Any
 import httpx
 import torch
 
-from softprompt.data import read_dataset
-from softprompt.frozen import FrozenLM
-from softprompt.prompt import SoftPrompt, initial_vectors
-from softprompt.store import Store
-from softprompt.template import DEFAULT_TEMPLATE, SOFT
+from softprompt.data.reading import read_dataset
+from softprompt.generation.decoder import generate as generate_texts
+from softprompt.model.frozen import FrozenLM
+from softprompt.soft_prompts.soft_prompt import SoftPrompt
+from softprompt.soft_prompts.store import Store
+from softprompt.text.template import DEFAULT_TEMPLATE
+from softprompt.text.tokens import SOFT
+from softprompt.tuning.start import initial_vectors
 
 PARTS = ("throughput", "ttft", "loading", "memory", "soak")
 
@@ -187,8 +190,8 @@ def peft_generator(setting: Setting, names: list[str]) -> Callable[[str, str, in
     for name in names:
         with torch.no_grad():
             model.prompt_encoder[name].embedding.weight.copy_(setting.store.load(name).vectors)
-    from softprompt.data import Example
-    from softprompt.task import Task
+    from softprompt.data.example import Example
+    from softprompt.tasks.task import Task
 
     task = Task.of(lm, setting.store.load(names[0]))
 
@@ -214,9 +217,9 @@ def talkative(setting: Setting, texts: list[str]) -> list[str]:
     Returns:
         Their names, as many as there are clients.
     """
-    from softprompt.data import Example
-    from softprompt.frozen import Sampling
-    from softprompt.task import Task
+    from softprompt.data.example import Example
+    from softprompt.model.request import Sampling
+    from softprompt.tasks.task import Task
 
     options, count = setting.options, setting.options.batch_size
     sampling, found, first = Sampling(max_new_tokens=options.max_tokens), list[SoftPrompt](), 0
@@ -227,7 +230,7 @@ def talkative(setting: Setting, texts: list[str]) -> list[str]:
             for place, soft_prompt in enumerate(soft_prompts)
             for text in several[place]
         ]
-        answers = setting.lm.generate(requests, [each.vectors for each in soft_prompts], sampling)
+        answers = generate_texts(setting.lm, requests, [each.vectors for each in soft_prompts], sampling)
         late = dict.fromkeys(range(len(soft_prompts)), True)
         for request, answer in zip(requests, answers, strict=True):
             late[request.prompt or 0] &= answer.finish == "length"
@@ -523,7 +526,7 @@ class Soak:
         soft_prompt = self._setting.soft_prompt(number, version=version, labels=True)
         path = Path(self._setting.store.home) / f"{name}.{version}.safetensors"
         if not path.exists():
-            from softprompt import artifact
+            from softprompt.soft_prompts import artifact
 
             artifact.save(soft_prompt, path)
         body = {"name": name, "path": str(path), "load_inplace": True}

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from softprompt.artifact import atomic_writer
-from softprompt.plots import GREY, PALETTE, png, score_against_size, style
-from softprompt.summary import OURS, Cell, Row, summary, times
+from softprompt.compare.figures import score_against_size
+from softprompt.compare.summary import OURS, Cell, Row, summary, times
+from softprompt.drawing.style import GREY, PALETTE, png, style
+from softprompt.files import atomic_writer
 
 HARD = ("zero-shot", "instruction", "few-shot")
 """Prompt engineering, by the beginning of a method's name."""

@@ -35,16 +35,19 @@ from typing import Any
 import torch
 from torch._dynamo.utils import counters
 
-from softprompt.architecture import decoder_layers
-from softprompt.base import DTYPES
-from softprompt.base import load_base as load_model
-from softprompt.batch import Row
-from softprompt.data import Dataset, read_dataset
-from softprompt.finetune import PeftTask
-from softprompt.frozen import FrozenLM, Request
-from softprompt.objective import Objective
-from softprompt.prompt import initial_vectors
-from softprompt.template import DEFAULT_TEMPLATE, SOFT, Template
+from softprompt.data.example import Dataset
+from softprompt.data.reading import read_dataset
+from softprompt.methods.fine_tuning import PeftTask
+from softprompt.model.architecture import decoder_layers
+from softprompt.model.batch import Row
+from softprompt.model.frozen import FrozenLM
+from softprompt.model.loading import DTYPES
+from softprompt.model.loading import load_base as load_model
+from softprompt.model.request import Request
+from softprompt.text.template import DEFAULT_TEMPLATE, Template
+from softprompt.text.tokens import SOFT
+from softprompt.tuning.objective import Objective
+from softprompt.tuning.start import initial_vectors
 
 Batches = list[list[Request]]
 Step = Callable[[list[Request]], tuple[float, torch.Tensor]]

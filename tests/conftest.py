@@ -23,13 +23,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch._dynamo.exc import TorchDynamoException
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from softprompt import artifact
-from softprompt.config import TrainConfig
-from softprompt.data import Dataset, Example
-from softprompt.frozen import FrozenLM
-from softprompt.prompt import SoftPrompt
-from softprompt.task import Task
-from softprompt.template import Template, Verbalizer
+from softprompt.data.example import Dataset, Example
+from softprompt.model.frozen import FrozenLM
+from softprompt.soft_prompts import artifact
+from softprompt.soft_prompts.soft_prompt import SoftPrompt
+from softprompt.tasks.task import Task
+from softprompt.text.template import Template
+from softprompt.text.verbalizer import Verbalizer
+from softprompt.tuning.config import TrainConfig
 
 # A shell's background job ignores Ctrl-C, and so would all programs that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -172,8 +173,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch, script: Sequence[tuple[float, floa
 
         return validate
 
-    monkeypatch.setattr("softprompt.train.validator", validator)
-    monkeypatch.setattr("softprompt.finetune.validator", validator)
+    monkeypatch.setattr("softprompt.tuning.training.validator", validator)
+    monkeypatch.setattr("softprompt.methods.fine_tuning.validator", validator)
     return seen
 
 
@@ -212,9 +213,11 @@ def spawn() -> Iterator[Callable[..., Any]]:
     A server that has already imported what takes seconds forks it; nothing of the tests' own process is in it.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["conftest", "softprompt.train", "transformers.models.llama.modeling_llama"])
+    context.set_forkserver_preload(
+        ["tests.conftest", "softprompt.tuning.training", "transformers.models.llama.modeling_llama"]
+    )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
 
         def start(function: Callable[..., None], *arguments: Any) -> Any:
             process = context.Process(target=function, args=arguments)
@@ -277,7 +280,7 @@ def write_texts(path: Path, rows: int) -> None:
 @pytest.fixture
 def run(home: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     def run(*arguments: str) -> Ran:
-        from softprompt.cli import main
+        from softprompt.cli.main import main
 
         capsys.readouterr()
         code = main(arguments)

@@ -20,7 +20,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from conftest import make_model
+from tests.conftest import make_model
 
 
 @dataclass

@@ -10,9 +10,9 @@ import gguf
 import pytest
 import torch
 
-from conftest import make_model, make_tokenizer
 from softprompt.errors import BaseModelError
-from softprompt.frozen import FrozenLM
+from softprompt.model.frozen import FrozenLM
+from tests.conftest import make_model, make_tokenizer
 
 ADVICE = "give smollm2-135m, a hub id, a folder saved by transformers or a .gguf file"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from softprompt.data import read_dataset
+from softprompt.data.reading import read_dataset
 from softprompt.errors import DataError
 
 

@@ -13,16 +13,31 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from conftest import ALL, SHARED, Run, make_model, make_tokenizer, tiny, toy, toy_task, train_settings, write_labels
-from serving import make_lm, serving
-from softprompt.compilation import PAYS_FROM_STEPS, can_compile
-from softprompt.config import PARAMETRISATIONS, TrainConfig
-from softprompt.data import Example
-from softprompt.frozen import GPU_SHARE, MAX_TOKENS, MOST_TOKENS, FrozenLM, Request, Sampling
-from softprompt.objective import Objective
-from softprompt.task import Task
-from softprompt.template import SOFT, Template, Verbalizer
-from softprompt.train import Training
+from softprompt.data.example import Example
+from softprompt.generation.decoder import generate
+from softprompt.model.frozen import GPU_SHARE, MAX_TOKENS, MOST_TOKENS, FrozenLM
+from softprompt.model.request import Request, Sampling
+from softprompt.tasks.task import Task
+from softprompt.text.template import Template
+from softprompt.text.tokens import SOFT
+from softprompt.text.verbalizer import Verbalizer
+from softprompt.tuning.compilation import PAYS_FROM_STEPS, can_compile
+from softprompt.tuning.config import PARAMETRISATIONS, TrainConfig
+from softprompt.tuning.objective import Objective
+from softprompt.tuning.training import Training
+from tests.conftest import (
+    ALL,
+    SHARED,
+    Run,
+    make_model,
+    make_tokenizer,
+    tiny,
+    toy,
+    toy_task,
+    train_settings,
+    write_labels,
+)
+from tests.servers import make_lm, serving
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -66,8 +81,8 @@ def test_scores(kind: str) -> None:
 def test_texts(kind: str, temperature: float) -> None:
     gpu, cpu = tiny(kind, DEVICE), tiny(kind)
     sampling = Sampling(max_new_tokens=12, temperature=temperature, seed=5)
-    found = gpu.generate(requests(gpu, "open"), PROMPTS, sampling)
-    assert found == cpu.generate(requests(cpu, "open"), PROMPTS, sampling)
+    found = generate(gpu, requests(gpu, "open"), PROMPTS, sampling)
+    assert found == generate(cpu, requests(cpu, "open"), PROMPTS, sampling)
     assert len({one.ids for one in found}) > 1
 
 

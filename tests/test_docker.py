@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 from typer.main import get_command
 
-from softprompt.arguments import spread
-from softprompt.cli import app
+from softprompt.cli.arguments import spread
+from softprompt.cli.main import command_line
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
@@ -25,7 +25,7 @@ def parsed(arguments: list[str]) -> dict[str, Any]:
     assert ENTRYPOINT is not None
     program, command, *fixed = json.loads(ENTRYPOINT[1])
     assert (program, command) == ("softprompt", "serve")
-    group: Any = get_command(app)
+    group: Any = get_command(command_line())
     words = spread(group, ["serve", *fixed, *arguments])
     options: dict[str, Any] = group.commands["serve"].make_context("serve", words[1:]).params
     return options

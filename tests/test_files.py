@@ -12,17 +12,28 @@ import pytest
 import torch
 
 import softprompt
-from conftest import TOY_LABELS, TOY_TEMPLATE, Run, make_model, make_tokenizer, tiny, toy, toy_task, train_settings
-from softprompt import checkpoint, history, report
-from softprompt.compare import Comparison, Plan
-from softprompt.drift import way_of
-from softprompt.files import local_path, strict_json
-from softprompt.options import lasting
-from softprompt.packages import cache_folder
-from softprompt.prompt import SoftPrompt
-from softprompt.store import Store
-from softprompt.template import Verbalizer
-from softprompt.train import Training
+from softprompt.cli.options import lasting
+from softprompt.compare import report
+from softprompt.compare.comparison import Comparison
+from softprompt.compare.plan import Plan
+from softprompt.files import cache_folder, local_path, strict_json
+from softprompt.inspection.drift import way_of
+from softprompt.soft_prompts.soft_prompt import SoftPrompt
+from softprompt.soft_prompts.store import Store
+from softprompt.text.verbalizer import Verbalizer
+from softprompt.tuning import checkpoint, history
+from softprompt.tuning.training import Training
+from tests.conftest import (
+    TOY_LABELS,
+    TOY_TEMPLATE,
+    Run,
+    make_model,
+    make_tokenizer,
+    tiny,
+    toy,
+    toy_task,
+    train_settings,
+)
 
 
 class Own(os.PathLike[str]):

@@ -9,12 +9,16 @@ import pytest
 import torch
 from torch.nn import functional
 
-from softprompt.data import Example
-from softprompt.frozen import FrozenLM, Request, Sampling
-from softprompt.objective import Objective
-from softprompt.prompt import initial_vectors
-from softprompt.task import Task
-from softprompt.template import DEFAULT_TEMPLATE, SOFT, Template, Verbalizer
+from softprompt.data.example import Example
+from softprompt.generation.decoder import generate
+from softprompt.model.frozen import FrozenLM
+from softprompt.model.request import Request, Sampling
+from softprompt.tasks.task import Task
+from softprompt.text.template import DEFAULT_TEMPLATE, Template
+from softprompt.text.tokens import SOFT
+from softprompt.text.verbalizer import Verbalizer
+from softprompt.tuning.objective import Objective
+from softprompt.tuning.start import initial_vectors
 
 TEXTS = ("a stirring , funny and finally transporting film", "dull .", "it never lets go of its one good idea")
 EXAMPLES = [
@@ -52,8 +56,8 @@ def test_it_is_the_model_that_it_says_it_is() -> None:
     assert lm.num_parameters == 134_515_008
     assert lm.embedding_rms == pytest.approx(0.136, abs=0.001)
     assert lm.shares_prefix
-    (said,) = lm.generate(
-        [Request(tuple(lm.tokenizer("The capital of France is").input_ids), 1)], (), Sampling(max_new_tokens=5)
+    (said,) = generate(
+        lm, [Request(tuple(lm.tokenizer("The capital of France is").input_ids), 1)], (), Sampling(max_new_tokens=5)
     )
     assert "Paris" in said.text
 
@@ -112,7 +116,7 @@ def test_a_mixed_batch_is_one_request_at_a_time() -> None:
     prompts = [initial_vectors(lm, length, init="vocab", seed=length) for length in (3, LENGTH)]
     requests = [bound.open_request(e, 8, prompt) for e, prompt in zip(EXAMPLES, (1, 0, 1), strict=True)]
     requests.append(bound.without_soft_prompt().open_request(EXAMPLES[0], 8))
-    together = lm.generate(requests, prompts, Sampling(max_new_tokens=8))
-    alone = [lm.generate([request], prompts, Sampling(max_new_tokens=8))[0] for request in requests]
+    together = generate(lm, requests, prompts, Sampling(max_new_tokens=8))
+    alone = [generate(lm, [request], prompts, Sampling(max_new_tokens=8))[0] for request in requests]
     assert together == alone
     assert len({result.ids for result in together}) > 1

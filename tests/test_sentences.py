@@ -13,10 +13,10 @@ import pytest
 from typer.main import get_command
 
 import softprompt
-from softprompt.cli import app
+from softprompt.cli.main import command_line
 
-GROUP: Any = get_command(app)
-SOURCES = sorted(Path(softprompt.__file__).parent.glob("*.py"))
+GROUP: Any = get_command(command_line())
+SOURCES = sorted(Path(softprompt.__file__).parent.rglob("*.py"))
 OTHERS = {"--enable-prompt-embeds", "--enable-prompt-tokens-details", "--no-deps", "--ignore-requires-python"}
 """Options of vLLM and pip, which are named as theirs."""
 ARGUMENT = re.compile(r"--[\w:=-]+")

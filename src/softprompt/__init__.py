@@ -1,28 +1,35 @@
 """Adapt a frozen language model to a task by learning a soft prompt: kilobytes a task, one model in memory."""
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from softprompt.artifact import load, save
-from softprompt.config import TrainConfig, preset
-from softprompt.data import Dataset, Example, read_dataset
-from softprompt.errors import (
-    ArtifactError,
-    BaseModelError,
-    ConfigError,
-    DataError,
-    SoftPromptError,
-    StoreError,
-    TemplateError,
-    TrainingError,
-)
-from softprompt.evaluate import Evaluation, Prediction, Query, evaluate, predict
-from softprompt.frozen import FrozenLM, Sampling
-from softprompt.metrics import Metric
-from softprompt.prompt import SoftPrompt
-from softprompt.store import Store
-from softprompt.task import Task
-from softprompt.template import Template, Verbalizer, chat_template, default_template
-from softprompt.train import Step, Training
+if TYPE_CHECKING:
+    from softprompt.data.example import Dataset, Example
+    from softprompt.data.reading import read_dataset
+    from softprompt.errors import (
+        ArtifactError,
+        BaseModelError,
+        ConfigError,
+        DataError,
+        SoftPromptError,
+        StoreError,
+        TemplateError,
+        TrainingError,
+    )
+    from softprompt.evaluation.evaluate import Evaluation, evaluate
+    from softprompt.evaluation.metrics import Metric
+    from softprompt.model.frozen import FrozenLM
+    from softprompt.model.request import Sampling
+    from softprompt.soft_prompts.artifact import load, save
+    from softprompt.soft_prompts.soft_prompt import SoftPrompt
+    from softprompt.soft_prompts.store import Store
+    from softprompt.tasks.predict import Prediction, Query, predict
+    from softprompt.tasks.task import Task
+    from softprompt.text.template import Template, chat_template, default_template
+    from softprompt.text.verbalizer import Verbalizer
+    from softprompt.tuning.config import TrainConfig, preset
+    from softprompt.tuning.training import Step, Training
 
 __version__ = version("softprompt")
 
@@ -61,3 +68,50 @@ __all__ = [
     "read_dataset",
     "save",
 ]
+
+_HOMES = {
+    "softprompt.data.example": ("Dataset", "Example"),
+    "softprompt.data.reading": ("read_dataset",),
+    "softprompt.errors": (
+        "ArtifactError",
+        "BaseModelError",
+        "ConfigError",
+        "DataError",
+        "SoftPromptError",
+        "StoreError",
+        "TemplateError",
+        "TrainingError",
+    ),
+    "softprompt.evaluation.evaluate": ("Evaluation", "evaluate"),
+    "softprompt.evaluation.metrics": ("Metric",),
+    "softprompt.model.frozen": ("FrozenLM",),
+    "softprompt.model.request": ("Sampling",),
+    "softprompt.soft_prompts.artifact": ("load", "save"),
+    "softprompt.soft_prompts.soft_prompt": ("SoftPrompt",),
+    "softprompt.soft_prompts.store": ("Store",),
+    "softprompt.tasks.predict": ("Prediction", "Query", "predict"),
+    "softprompt.tasks.task": ("Task",),
+    "softprompt.text.template": ("Template", "chat_template", "default_template"),
+    "softprompt.text.verbalizer": ("Verbalizer",),
+    "softprompt.tuning.config": ("TrainConfig", "preset"),
+    "softprompt.tuning.training": ("Step", "Training"),
+}
+"""Where the public names are. Each is imported when it is asked for: a command that needs no torch loads none."""
+
+_ROOMS = ("compare", "inspection", "methods", "serving")
+"""What is found as an attribute without an import of its own, too."""
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name in _ROOMS:
+            return import_module(f"softprompt.{name}")
+        home = next((home for home, names in _HOMES.items() if name in names), None)
+        if home is None:
+            raise AttributeError(f"module 'softprompt' has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(home), name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

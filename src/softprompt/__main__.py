@@ -2,6 +2,6 @@
 
 import sys
 
-from softprompt.cli import main
+from softprompt.cli.main import main
 
 sys.exit(main())

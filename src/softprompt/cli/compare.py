@@ -1,0 +1,277 @@
+"""``softprompt compare``: options → a plan, checked before a model is loaded → cells, a table and a report."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from softprompt.cli.options import (
+    LABELS,
+    SOURCE,
+    Device,
+    Dtype,
+    Encoding,
+    InputField,
+    Json,
+    ReferencesField,
+    TargetField,
+    Trust,
+    data_option,
+    lasting,
+    model_option,
+    option,
+    references_column,
+    with_line_ends,
+)
+from softprompt.cli.task import read_task, taken_for, template_from
+from softprompt.cli.terminal import Clock, notices, say_reading, stderr, stdout
+from softprompt.compare import report
+from softprompt.compare.comparison import Comparison
+from softprompt.compare.comparison_time import ComparisonTime, Parts
+from softprompt.compare.plan import Plan, cut
+from softprompt.compare.summary import short_names
+from softprompt.data.encoding import decode
+from softprompt.data.example import check_targets
+from softprompt.data.packages import DEFAULT_BASE
+from softprompt.data.reading import read_dataset
+from softprompt.data.wording import counted
+from softprompt.drawing import style
+from softprompt.drawing.words import duration, number, roughly
+from softprompt.errors import ConfigError, DataError
+from softprompt.files import local_path, strict_json
+from softprompt.methods.prompt_tuning import OF_SEVERAL_SEEDS
+from softprompt.methods.registry import METHODS
+from softprompt.model.frozen import FrozenLM
+from softprompt.tuning.run_folder import RunFolder
+
+_run = partial(option, panel="The comparison")
+
+
+def compare_command(
+    train: Annotated[str, typer.Argument(metavar="TRAIN", help=SOURCE)],
+    validation: Annotated[str, data_option("Rows that every method chooses by.")],
+    test: Annotated[str, data_option("Rows that are reported, and looked at for nothing else.")],
+    out: Annotated[Path, _run("The folder for results, soft prompts and report; a comparison goes on there.")],
+    methods: Annotated[list[str] | None, _run(f"Some of {', '.join(METHODS)}.", "all that fit")] = None,
+    instruction: Annotated[list[str] | None, _run("Hard prompts; the best on validation counts.")] = None,
+    instructions: Annotated[Path | None, _run("A file of hard prompts: one a line, or a JSON list.")] = None,
+    seeds: Annotated[int, _run("Seeds of each method that draws something.", 1)] = 1,
+    budget: Annotated[str, _run("Time to learn for each cell: 90s, 10m, 1h.", "10m")] = "10m",
+    test_rows: Annotated[int | None, _run("The most test rows, a seeded choice.", "all")] = None,
+    task: Annotated[str | None, _run("The task's name in the results.", "as TRAIN")] = None,
+    template: Annotated[
+        str, data_option("default, or text with {soft_prompt}, fields and {target}; \\n: line end.", "default")
+    ] = "default",
+    labels: Annotated[str | None, data_option(LABELS, "as TRAIN looks")] = None,
+    input_field: InputField = None,
+    target_field: TargetField = "target",
+    references_field: ReferencesField = None,
+    encoding: Encoding = None,
+    bases: Annotated[list[str] | None, model_option("Frozen models: aliases, hub ids, folders.", DEFAULT_BASE)] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Measure soft prompts against prompt engineering, LoRA and fine-tuning on your own data.
+
+    Every cell (base model, method, seed) is kept as it finishes: the same command goes on where it was stopped.
+    Labels are scored by accuracy, short free answers by token F1, longer ones by BLEU.
+
+    \b
+    softprompt compare train.jsonl --validation dev.jsonl --test test.jsonl --out report
+    softprompt compare train.jsonl --validation dev.jsonl --test test.jsonl --out report \\
+        --methods zero-shot soft-prompt full-fine-tuning --seeds 3 --budget 15m
+    """
+    began = time.perf_counter()
+    with style.style():  # without matplotlib, say so now rather than after hours
+        pass
+    form = None if template == "default" else template_from(template)
+    fields = ("input",) if form is None else form.fields
+    rows, held_out, verbalizer = read_task(
+        train, validation, labels, fields, input_field, target_field, references_field, encoding
+    )
+    assert held_out is not None  # it was asked for
+    tested = read_dataset(
+        test,
+        fields=fields,
+        input_field=input_field,
+        target_field=target_field,
+        references_field=references_column(references_field),
+        encoding=encoding,
+    )
+    if verbalizer is not None:
+        check_targets(tested, verbalizer.labels)
+    texts = () if instructions is None else read_instructions(instructions)
+    plan = Plan(
+        task=task or _task_name(train),
+        train=rows,
+        validation=held_out,
+        test=cut(tested, test_rows),
+        template=form,
+        verbalizer=verbalizer,
+        bases=tuple(dict.fromkeys(bases or (DEFAULT_BASE,))),
+        methods=tuple(dict.fromkeys(methods or ())),
+        seeds=seeds,
+        budget=seconds(budget),
+        instructions=tuple(map(with_line_ends, (*(instruction or ()), *texts))),
+    )
+
+    say_reading(taken_for(rows, held_out, tested, verbalizer, labels, references_field))
+    out = local_path(out)
+    with RunFolder(out, plan.task, "comparison"):
+        comparison = run_cells(
+            plan,
+            out,
+            lambda base: FrozenLM.load(lasting(base), dtype=dtype, device=device, trust_remote_code=trust_remote_code),
+        )
+    wanted = [cell for cell in comparison.cells if cell["base"] in plan.bases and cell["method"] in plan.methods]
+    if as_json:
+        print(strict_json({"out": str(out), "seconds": round(time.perf_counter() - began, 1), "cells": wanted}))
+        return
+    stdout.print(report.table(wanted))
+    stdout.print(f"results: {out / 'results.json'}, report: {out / 'report.html'}")
+    stdout.print(f"the whole comparison took {duration(time.perf_counter() - began)}")
+
+
+def run_cells(plan: Plan, out: Path, load: Callable[[str], FrozenLM], clock: Clock = time.monotonic) -> Comparison:
+    """Runs what is left to run, and writes the report, whatever ends it. Says on stderr what is planned, how long that
+    may take, what is being done, and what came of each cell.
+
+    Raises:
+        ConfigError: ``out`` holds results of another comparison.
+        BaseModelError: a base model cannot be loaded.
+    """
+    names = short_names(plan.bases)
+    with notices(clock) as show:
+        doing = _Doing(plan.task, show, clock)
+        comparison = Comparison(plan, out, load, doing.notice)
+        todo = comparison.todo()
+        stderr.print(planned(plan))
+        if comparison.cells:
+            stderr.print(f"going on: {counted(len(todo), 'cell is', 'cells are')} left to run")
+        speeds = comparison.speeds() if todo else {}
+        expected = ComparisonTime(plan, speeds, comparison.cells)
+        if todo:
+            untimed = [names[base] for base in dict.fromkeys(key.base for key in todo) if base not in speeds]
+            stderr.print(estimated(expected.left(todo), len(plan.test.examples), untimed))
+        try:
+            for place, key in enumerate(todo, start=1):
+                what = f"{key.method}, seed {key.seed}" + f", {names[key.base]}" * (len(names) > 1)
+                doing.begin(
+                    f"cell {place} of {len(todo)}, {key.method}, seed {key.seed}, {names[key.base]}",
+                    partial(expected.left, todo[place - 1 :]),
+                )
+                cell = comparison.run(key)
+                expected.saw(cell)
+                if cell["status"] == "done":
+                    found = f"{cell['metric']} {number(cell['metric'], cell['value'])}, in {took(cell)}"
+                    left = f"; about {roughly(expected.left(todo[place:]).total)} left" * (place < len(todo))
+                    stderr.print(f"{place:>3}/{len(todo)}  {what}: {found}{left}")
+                else:
+                    stderr.print(f"{place:>3}/{len(todo)}  {what} failed: {cell['reason']}")
+        finally:
+            if comparison.cells:
+                report.write(comparison.cells, out)
+    return comparison
+
+
+class _Doing:
+    """What is being done, in a line with the cell and the time left."""
+
+    def __init__(self, task: str, show: Callable[[str], None], clock: Clock) -> None:
+        self._task, self._show, self._clock = task, show, clock
+        self._cell, self._began = "", clock()
+        self._left: Callable[[float], Parts] = lambda spent: Parts()
+
+    def begin(self, cell: str, left: Callable[[float], Parts]) -> None:
+        """A cell begins; ``left`` tells what is left so many seconds later."""
+        self._cell, self._left, self._began = cell, left, self._clock()
+        self.notice("")
+
+    def notice(self, text: str) -> None:
+        """Something begins, in a few words."""
+        left = self._left(self._clock() - self._began).total
+        parts = (self._cell, text, f"about {roughly(left)} left" if left else "")
+        self._show(f"{self._task}: {' · '.join(filter(None, parts))}")
+
+
+def planned(plan: Plan) -> str:
+    """How many cells there are, of what, and how long each may learn."""
+    kinds = [counted(len(plan.methods), "method"), counted(plan.seeds, "seed"), counted(len(plan.bases), "base model")]
+    return f"plan: {counted(len(plan.keys), 'cell')} ({', '.join(kinds)}), {duration(plan.budget)} to learn for each"
+
+
+def estimated(left: Parts, test_rows: int, untimed: Sequence[str] = ()) -> str:
+    """How long the cells that are left take, and what for; ``untimed`` are the base models that could not be timed."""
+    parts = (
+        (left.learning, "learning"),
+        (left.answering, f"answering {counted(test_rows, 'test row')}"),
+        (left.rest, "loading and measuring"),
+    )
+    shown = ", ".join(f"{roughly(seconds)} {what}" for seconds, what in parts if seconds >= 0.5)
+    unknown = f"; answering with {' and '.join(untimed)} could not be timed" if untimed else ""
+    return f"about {roughly(left.total)} at most{': ' * bool(shown)}{shown}{unknown}"
+
+
+def took(cell: Mapping[str, Any]) -> str:
+    """``12 min 3 s: 8 min learning, 4 min answering, 3.0 s else``; parts of less than a second are left out."""
+    learning = 0.0 if cell["method"] in OF_SEVERAL_SEEDS else cell["train_seconds"]  # theirs is that of other cells
+    rest = cell["seconds"] - learning - cell["answer_seconds"]
+    parts = (learning, "learning"), (cell["answer_seconds"], "answering"), (rest, "else")
+    shown = ", ".join(f"{duration(seconds)} {what}" for seconds, what in parts if seconds >= 1)
+    return duration(cell["seconds"]) + f": {shown}" * bool(shown)
+
+
+def seconds(text: str) -> float:
+    """``90s``, ``10m``, ``1.5h`` or plain seconds.
+
+    Raises:
+        ConfigError: something else.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", text)
+    if found is None:
+        raise ConfigError(f"Expected a time such as 90s, 10m or 1h for --budget, found {text!r}; write one.")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def read_instructions(path: Path) -> list[str]:
+    """The texts of a JSON list, or the lines of any other file that are not blank.
+
+    Raises:
+        DataError: the file cannot be read, or has no such texts.
+    """
+    path = local_path(path)
+    try:
+        text = decode(path.read_bytes())
+        lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        found = json.loads(text) if path.suffix.lower() == ".json" else [line for line in lines if line.strip()]
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror or error}; check the path of --instructions."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"Expected UTF-8 in {path}, found other bytes; save the file as UTF-8.") from error
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not found or not all(isinstance(one, str) and _sound(one) for one in found):
+        raise DataError(f"{path}: expected hard prompts, one a line or a JSON list of texts, found none; write some.")
+    return found
+
+
+def _sound(text: str) -> bool:
+    """Whether it is text that a tokenizer takes, and not only blanks."""
+    return bool(text.strip()) and not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _task_name(train: str) -> str:
+    """The file's name, or its folder's where the file is called after its split."""
+    path = Path(train.removeprefix("hf:"))
+    return path.parent.name if path.stem.startswith("train") and path.parent.name else path.stem

@@ -1,0 +1,1 @@
+"""The same task by every method: plan, cells, report."""

@@ -1,0 +1,1 @@
+"""Data files and data sets: from a source to checked examples."""

@@ -1,0 +1,219 @@
+"""From a data file to examples: text fields and a target, each example with the place it came from.
+
+Every row is checked when the file is read, so that nothing fails in the middle of a training.
+"""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from softprompt.data.example import Dataset, Example
+from softprompt.data.sources import Table, read_table
+from softprompt.data.wording import and_more, kind, listed, quoted
+from softprompt.errors import ConfigError, DataError, SoftPromptWarning
+from softprompt.files import StrPath
+
+REFERENCES = "references"
+"""The column of further accepted answers that is used without being asked for, if it holds lists of strings."""
+
+
+class _BadRow(Exception):
+    """What is wrong with one row, as "expected ..., found ..."."""
+
+
+def read_dataset(
+    source: StrPath,
+    *,
+    fields: Sequence[str],
+    input_field: str | None = None,
+    target_field: str = "target",
+    require_target: bool = True,
+    references_field: str | None = None,
+    encoding: str | None = None,
+) -> Dataset:
+    """Reads and checks every row of a source.
+
+    Numbers and booleans become their JSON text (``1``, ``true``), dates their ISO 8601 text, ``ClassLabel`` columns
+    their names. Of several fields, some may be blank in a row, but not all.
+
+    Args:
+        source: a file or a data set.
+            ``.jsonl``, ``.ndjson``: one object a line; blank lines are skipped.
+            ``.json``: a list of objects, or an object with one such list in it.
+            ``.csv``: with a header, and commas, semicolons or tabs between the cells; cells in quotation marks may
+            hold these and line ends. Columns without a name are left out.
+            ``.tsv``: with a header; one row a line, quotation marks being text, unless the file is quoted as CSV.
+            Each of these may be compressed, with ``.gz``, ``.bz2`` or ``.xz`` behind its name.
+            ``.parquet``.
+            ``hf:DATASET[/CONFIG][:SPLIT]`` of the Hugging Face Hub (``hf:glue/sst2:validation``,
+            ``hf:owner/name/config``), or a local folder that ``datasets`` can load or has saved (``hf:./folder:test``).
+            The split is ``train`` if not given, and may be cut and joined: ``train[:50%]+test``. No code of a data set
+            is ever run.
+        fields: names of the template's fields, each the name of a column.
+        input_field: the column that feeds the field ``input``, where it has another name.
+        target_field: the column of the targets.
+        require_target: if False, the target's column or cell may be missing; the target is None then.
+        references_field: the column of further accepted targets: a list of strings, in CSV and TSV written as JSON; an
+            empty cell is an empty list. If None, the column ``references`` is used if there is one that holds lists of
+            strings and nothing else, and left alone otherwise; ``""`` stands for no column.
+        encoding: of a file of text, a name that Python's codecs know; UTF-8 if None. A byte order mark, also of UTF-16
+            and UTF-32, counts for more.
+
+    Raises:
+        ConfigError: ``input_field`` without a field ``input``, no such encoding, or a library for this source is not
+            installed.
+        DataError: the source cannot be read, has no rows, lacks a column, or has a row that is malformed or has an
+            empty cell; the sentence names the first bad row and how many more there are.
+    """
+    if input_field is not None and "input" not in fields:
+        raise ConfigError(
+            f"An input field can be chosen only for a template with {{input}}, but this template's fields are "
+            f"{listed(fields)}; rename the column or the template's field."
+        )
+    columns = {field: input_field if field == "input" and input_field else field for field in fields}
+    table = read_table(source, encoding)
+    for wanted, option in (
+        *((column, "--input-field") for column in columns.values()),
+        *([(target_field, "--target-field")] if require_target else []),
+        *([(references_field, "--references-field")] if references_field else []),
+    ):
+        _check_column(table, wanted, option)
+    if references_field is None:
+        references_field = _fitting_references(table, {*columns.values(), target_field})
+
+    examples: list[Example] = []
+    problems: list[str] = []
+    for number, row in table.rows:
+        where = f"{table.name}:{number}"
+        try:
+            examples.append(_example(row, where, columns, target_field, require_target, references_field))
+        except _BadRow as bad:
+            problems.append(f"{where}: {bad}")
+    if problems:
+        raise DataError(f"{problems[0]}; correct or remove this row{and_more(problems)}.")
+    used = {**columns, "target": target_field} if target_field in table.columns else dict(columns)
+    if references_field:
+        used["references"] = references_field
+    return Dataset(tuple(examples), os.fspath(source), _fingerprint(examples), used)
+
+
+# From a row to an example
+
+
+def _example(
+    row: Mapping[str, Any] | str,
+    where: str,
+    columns: Mapping[str, str],
+    target_field: str,
+    require_target: bool,
+    references_field: str | None,
+) -> Example:
+    if isinstance(row, str):
+        raise _BadRow(row)
+    blank = [field for field, column in columns.items() if _is_blank(row.get(column, ...))]
+    some = len(blank) < len(columns)  # an instruction may go without further input
+    fields = {field: "" if some and field in blank else _text(row, column) for field, column in columns.items()}
+    target = None if not require_target and _is_missing(row.get(target_field)) else _text(row, target_field)
+    references = _references(row.get(references_field), references_field) if references_field else ()
+    return Example(fields, target, references, where)
+
+
+def _is_blank(cell: Any) -> bool:
+    return _is_missing(cell) and cell not in (math.inf, -math.inf)
+
+
+def _is_missing(cell: Any) -> bool:
+    """Whether a cell holds nothing: null, blank text, or a number that is not finite."""
+    if isinstance(cell, float):
+        return not math.isfinite(cell)
+    return cell is None or (isinstance(cell, str) and not cell.strip())
+
+
+def _text(row: Mapping[str, Any], column: str) -> str:
+    if column not in row:
+        raise _BadRow(f"expected the column {quoted(column)}, found {listed(tuple(row))}")
+    cell = row[column]
+    if isinstance(cell, bool | int | float) and not _is_missing(cell):
+        cell = json.dumps(cell)
+    elif isinstance(cell, decimal.Decimal):
+        cell = str(cell)
+    elif isinstance(cell, datetime.date | datetime.time):
+        cell = cell.isoformat()
+    if not isinstance(cell, str) or _is_missing(cell):
+        raise _BadRow(f"expected text in the column {quoted(column)}, found {kind(cell)}")
+    return _encodable(cell, column)
+
+
+def _encodable(text: str, column: str) -> str:
+    """The text, if it is valid Unicode; JSON can write half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise _BadRow(f"expected text in the column {quoted(column)}, found half of a surrogate pair") from None
+    return text
+
+
+def _references(cell: Any, column: str) -> tuple[str, ...]:
+    if _is_missing(cell):
+        return ()
+    if isinstance(cell, str):  # CSV and TSV have no lists
+        try:
+            cell = json.loads(cell)
+        except ValueError:
+            raise _BadRow(f"expected a JSON list of strings in the column {quoted(column)}, found text") from None
+    if not isinstance(cell, list):
+        raise _BadRow(f"expected a list of strings in the column {quoted(column)}, found {kind(cell)}")
+    for item in cell:
+        if not isinstance(item, str):
+            raise _BadRow(f"expected a list of strings in the column {quoted(column)}, found {kind(item)} in it")
+    return tuple(_encodable(item, column) for item in cell)
+
+
+def _fingerprint(examples: Iterable[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        content = [sorted(example.fields.items()), example.target, example.references]
+        digest.update(json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _check_column(table: Table, column: str, option: str) -> None:
+    if not table.rows:
+        raise DataError(f"Expected rows of data in {table.name}, found none; check the file.")
+    if column in table.columns or not table.columns:  # without any column every row is malformed, and says so itself
+        return
+    field = "" if option == "--references-field" else " or the template's field"
+    raise DataError(
+        f"Expected the column {quoted(column)} in {table.name}, found {listed(table.columns)}; "
+        f"choose a column with {option}, or rename the column{field}."
+    )
+
+
+def _fitting_references(table: Table, used: set[str]) -> str | None:
+    """The column ``references``, if it holds lists of strings and is not used for anything else."""
+    if REFERENCES not in table.columns or REFERENCES in used:
+        return None
+    fitting = 0
+    bad: list[int] = []
+    for number, row in table.rows:
+        try:
+            fitting += not isinstance(row, str) and _references(row.get(REFERENCES), REFERENCES) != ()
+        except _BadRow:
+            bad.append(number)
+    if fitting and bad:
+        warnings.warn(
+            f"the column {quoted(REFERENCES)} of {table.name} is not used, since not every row holds a list of strings "
+            f"in it, the first at {table.name}:{bad[0]}; correct the rows or name the column with --references-field "
+            f"to use it, or say none",
+            SoftPromptWarning,
+            stacklevel=3,
+        )
+    return REFERENCES if fitting and not bad else None

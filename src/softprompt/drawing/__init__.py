@@ -1,0 +1,1 @@
+"""Words, figures and pages for people; nothing here knows what they show."""

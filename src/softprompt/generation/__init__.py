@@ -1,0 +1,1 @@
+"""Continuing requests token by token."""

@@ -1,0 +1,281 @@
+"""Continuing requests token by token: rows of any lengths and prefixes share each forward pass, and join and leave
+between passes.
+
+A row's keys and values, those of its shared prefix included, lie in a slot of its own (``RowKV``): the prefix is copied
+there once, when the row joins, and each pass appends to the slots in place. Nothing is stacked or gathered from pass to
+pass, so rows of 32 soft prompts cost what rows of one cost.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from softprompt.errors import ConfigError
+from softprompt.generation.writer import Writer
+from softprompt.model.batch import micro_batches
+from softprompt.model.frozen import FrozenLM
+from softprompt.model.prefixes import PrefixOf
+from softprompt.model.request import Request, Sampling, prompt_of
+from softprompt.model.state.kv import PrefixKV
+from softprompt.model.state.slots import RowKV, give_back_freed, rounded
+from softprompt.text.tokens import Tokens
+
+if TYPE_CHECKING:
+    from softprompt.model.frozen import FrozenLM
+    from softprompt.model.request import Sampling
+
+CHUNK = 512
+"""The most tokens of one row's input in one pass: a long input neither holds up the other rows for long nor needs
+attention scores of its whole length squared."""
+
+JOIN_TOKENS = 2048
+"""Tokens, padding included, of the inputs that join in one pass."""
+
+READ_EVERY = 2
+"""Passes over the rows that have begun for one over input that joined. On a CPU each takes most of its time for the
+weights alone, so that input of several rows is read together rather than each as it comes, and waits a pass for it."""
+
+EVEN_TOKENS = 4
+"""Tokens that are read in a pass are padded to a multiple of this many a row. In 16 bits, attention on a CPU rounds one
+to three queries otherwise than more, and an answer should not depend on how long the other rows are."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A continuation.
+
+    Attributes:
+        text: decoded, without special tokens, cut before a stop string.
+        ids: the generated tokens, the end-of-sequence token not included.
+        finish: ``stop`` (end-of-sequence or a stop string) or ``length``.
+    """
+
+    text: str
+    ids: Tokens
+    finish: str
+
+
+@dataclass(eq=False)
+class Continuation:
+    """One row to be continued.
+
+    Attributes:
+        writer: what becomes of it.
+        embedded: ``[T, H]``, the tokens that have not been run yet, at least one; without a prefix, the whole sequence.
+        prefix: keys and values of the tokens before; None for a model that runs whole sequences.
+        token: the last token that was picked.
+    """
+
+    writer: Writer
+    embedded: torch.Tensor
+    prefix: PrefixKV | None
+    token: int = -1
+
+
+class Decoder:
+    """Rows that are being continued."""
+
+    def __init__(self, lm: FrozenLM) -> None:
+        self._lm = lm
+        self._running: list[Continuation] = []
+        self._kv = RowKV()  # row i of it is self._running[i]
+        self._new: list[Continuation] = []
+        self._joining: deque[tuple[list[Continuation], RowKV]] = deque()
+        self._unread = 0  # passes since input was read
+        self._whole: list[Continuation] = []
+
+    def __len__(self) -> int:
+        return len(self._running) + len(self._whole) + len(self._new) + sum(len(rows) for rows, _ in self._joining)
+
+    def join(self, rows: Sequence[Continuation]) -> None:
+        """Takes rows in."""
+        self._whole += [row for row in rows if row.prefix is None]
+        self._new += [row for row in rows if row.prefix is not None]
+
+    def step(self) -> list[Continuation]:
+        """Runs the last token of every row that has begun; every ``READ_EVERY`` times, or if there is no such row, also
+        a chunk of input of the rows that joined first.
+
+        Returns:
+            The rows that picked a token; those of them that are done have left.
+        """
+        found = self._decode()
+        self._unread += 1
+        if not found or self._unread >= READ_EVERY:
+            found, self._unread = [*found, *self._read()], 0
+        return [*found, *self._decode_whole()]
+
+    def drop(self, rows: Collection[Continuation]) -> None:
+        """Takes rows out before they are done."""
+        gone = {id(row) for row in rows}
+        for index in reversed(range(len(self._running))):
+            if id(self._running[index]) in gone:
+                _remove(self._running, self._kv, index)
+        for members, kv in list(self._joining):
+            for index in reversed(range(len(members))):
+                if id(members[index]) in gone:
+                    _remove(members, kv, index)
+        self._joining = deque((members, kv) for members, kv in self._joining if members)
+        self._new = [row for row in self._new if id(row) not in gone]
+        self._whole = [row for row in self._whole if id(row) not in gone]
+
+    def _group(self) -> None:
+        """Puts the rows that are new in line: short inputs together, a long one alone, to be read in chunks."""
+        for several in (True, False):
+            fitting = [row for row in self._new if (len(row.embedded) <= CHUNK) == several]
+            lengths = [len(row.embedded) for row in fitting]
+            for group in micro_batches(lengths, JOIN_TOKENS if several else 1):
+                self._begin([fitting[i] for i in group])
+        self._new = []
+
+    def _begin(self, rows: list[Continuation]) -> None:
+        prefixes = [row.prefix for row in rows if row.prefix is not None]
+        kv = RowKV()
+        kv.add(prefixes, rounded(min(CHUNK, max(len(row.embedded) for row in rows)), EVEN_TOKENS))
+        for row in rows:
+            row.prefix = None  # its copy is in use now
+        self._joining.append((rows, kv))
+
+    def _decode(self) -> list[Continuation]:
+        rows = list(self._running)
+        if not rows:
+            return []
+        tokens = torch.tensor([[row.token] for row in rows], device=self._lm.device)
+        embedded = self._lm.look_up(tokens)
+        self._take(rows, self._lm.next_logits(self._kv, embedded, [1] * len(rows)))
+        for index in reversed(range(len(rows))):
+            if rows[index].writer.done:
+                _remove(self._running, self._kv, index)
+        return rows
+
+    def _read(self) -> list[Continuation]:
+        """Runs a chunk of the rows that are first in line; rows whose input has been read begin."""
+        self._group()
+        if not self._joining:
+            return []
+        rows, kv = self._joining.popleft()
+        chunks = [row.embedded[:CHUNK] for row in rows]
+        padded = nn.utils.rnn.pad_sequence(chunks, batch_first=True)
+        padded = nn.functional.pad(padded, (0, 0, 0, -padded.shape[1] % EVEN_TOKENS))
+        logits = self._lm.next_logits(kv, padded, [len(chunk) for chunk in chunks])
+        for row in rows:
+            row.embedded = row.embedded[CHUNK:]
+        if len(rows[0].embedded):  # a long one, alone
+            self._joining.append((rows, kv))
+            return []
+        self._take(rows, logits)
+        going = list(rows)
+        for index in reversed(range(len(rows))):
+            if rows[index].writer.done:
+                _remove(going, kv, index)
+        if going and self._running:
+            self._kv.add([kv.row(index) for index in range(len(going))], 1)
+        elif going:
+            self._kv = kv
+        self._running += going
+        return rows
+
+    def _decode_whole(self) -> list[Continuation]:
+        """Runs whole sequences again for each token: slow, and right for every architecture."""
+        rows = self._whole
+        if not rows:
+            return []
+        logits = self._lm.run_whole([row.embedded for row in rows], [1] * len(rows))
+        self._take(rows, [of_row[0] for of_row in logits])
+        self._whole = [row for row in rows if not row.writer.done]
+        for row in self._whole:
+            row.embedded = torch.cat([row.embedded, self._lm.embed([row.token], None)])
+        return rows
+
+    def _take(self, rows: Sequence[Continuation], logits: torch.Tensor | Sequence[torch.Tensor]) -> None:
+        for row, of_row in zip(rows, logits, strict=True):
+            row.token = row.writer.take(of_row)
+
+
+def _remove(rows: list[Continuation], kv: RowKV, index: int) -> None:
+    """Takes a row out; the last takes its place."""
+    kv.remove(index)
+    last = rows.pop()
+    if index < len(rows):
+        rows[index] = last
+
+
+KV_TOKENS = 32_768
+"""Tokens that rows being continued may have keys and values for, each row counted as long as the longest may become."""
+
+
+@torch.no_grad()
+def generate(
+    lm: FrozenLM,
+    requests: Sequence[Request],
+    soft_prompts: Sequence[torch.Tensor] = (),
+    sampling: Sampling | None = None,
+    *,
+    batch_size: int = 32,
+    prefix_of: PrefixOf | None = None,
+) -> list[Generated]:
+    """Continues each request; every request may use another soft prompt.
+
+    Args:
+        requests: what to continue; their ``words`` are ignored.
+        soft_prompts: as for ``score``.
+        sampling: greedy, 64 tokens, by default.
+        batch_size: the most requests in one forward pass; fewer where they are so long that their keys and values
+            would take more than ``KV_TOKENS``.
+        prefix_of: where prefixes come from; by default each is computed once.
+
+    Returns:
+        One result a request, in order.
+    """
+    sampling = sampling or Sampling()
+    prefix_of = prefix_of or lm.kept_prefixes(None)
+    writers = [Writer(lm, sampling, sampling.seed + i) for i in range(len(requests))]
+    prompts = [prompt_of(request, soft_prompts) for request in requests]
+    rooms = [
+        len(request.ids) + (0 if vectors is None else len(vectors)) + sampling.max_new_tokens
+        for request, vectors in zip(requests, prompts, strict=True)
+    ]
+    waiting = sorted(range(len(requests)), key=rooms.__getitem__)
+    running: list[int] = []
+    decoder = Decoder(lm)
+    with lm.eager():
+        while waiting or len(decoder):
+            running = [i for i in running if not writers[i].done]
+            longest = max((rooms[i] for i in (*running, *waiting[-1:])), default=1)
+            rows = min(batch_size, max(1, KV_TOKENS // longest))
+            joining = [waiting.pop() for _ in range(min(len(waiting), rows - len(running)))]
+            running += joining
+            decoder.join([continuation(lm, requests[i], prompts[i], writers[i], prefix_of) for i in joining])
+            decoder.step()
+    give_back_freed()
+    if any(writer.finish == "error" for writer in writers):
+        raise ConfigError(f"The base model's scores are not numbers in {lm.dtype}; load it with dtype fp32.")
+    return [Generated(writer.text, tuple(writer.ids), writer.finish) for writer in writers]
+
+
+def continuation(
+    lm: FrozenLM,
+    request: Request,
+    vectors: torch.Tensor | None,
+    writer: Writer,
+    prefix_of: PrefixOf,
+) -> Continuation:
+    """A request as a row for a ``Decoder``.
+
+    Args:
+        request: what to continue; its ``words`` and ``prompt`` are not looked at.
+        vectors: the request's soft prompt, or None.
+        writer: writes the continuation.
+        prefix_of: where its prefix comes from.
+    """
+    if not lm.shares_prefix:
+        return Continuation(writer, lm.embed(request.ids, vectors), None)
+    shared = min(request.shared, len(request.ids) - 1)
+    prefix = prefix_of(request.ids[:shared], vectors)
+    return Continuation(writer, lm.embed(request.ids[shared:], vectors), prefix)

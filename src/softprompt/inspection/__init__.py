@@ -1,0 +1,1 @@
+"""What a soft prompt says and does, each figure beside its null."""

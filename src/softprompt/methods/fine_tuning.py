@@ -1,0 +1,449 @@
+"""Ways that train something else than our soft prompt: full fine-tuning, LoRA, and PEFT's own prompt tuning.
+
+The first two are trained with the soft prompt's care: its rows and template, its loss and validation rule, its batch
+size, clipping and patience, a learning rate chosen on the validation rows, and the best weights kept. One loop serves
+both; only the weights that it changes differ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from softprompt.data.example import Example, check_targets
+from softprompt.errors import ConfigError
+from softprompt.evaluation.validation import validator
+from softprompt.methods.method import Learned, Method, Problem
+from softprompt.model.batch import Row, collate
+from softprompt.model.frozen import FrozenLM
+from softprompt.model.notes import heard, hide_noise
+from softprompt.model.request import Request
+from softprompt.model.state.kv import PrefixKV
+from softprompt.tasks.predict import Prediction, Progress, Query, default_sampling, predict
+from softprompt.tasks.task import Task
+from softprompt.text.tokens import SOFT
+from softprompt.tuning.config import EPOCHS, TrainConfig, most_steps
+from softprompt.tuning.keeping import Keeper
+from softprompt.tuning.objective import Objective
+from softprompt.tuning.optimizer import learning_rate
+from softprompt.tuning.rows import RowOrder, split_rows
+
+FULL_RATES = (3e-5, 1e-4, 3e-4)
+LORA_RATES = (3e-4, 1e-3, 3e-3)
+"""Peak learning rates that are tried; the middle one is taken where there is no time to try, or no clear winner."""
+TRIALS = 0.2
+"""Share of the budget that goes into trying the learning rates."""
+TRIAL_STEPS = 8
+"""With fewer steps a trial would tell nothing, and is not made."""
+VALIDATIONS = 16
+"""As many as a soft prompt's default run has, or fewer where they would take more than a fifth of the time."""
+LEAST_PLANNED = 200
+"""Steps that are allowed even if they are more passes than that, for data of a few dozen rows."""
+
+LORA_RANK, LORA_ALPHA = 16, 32
+PEFT_LR = 3e-2
+"""Of ``examples/causal_language_modeling/peft_prompt_tuning_clm.ipynb`` in PEFT's repository."""
+
+
+def full_fine_tuning(problem: Problem) -> Learned:
+    """Every weight of the base model trained."""
+    lm = problem.fresh()
+    return _learn(problem, lm, list(lm.model.parameters()), FULL_RATES)
+
+
+def lora(problem: Problem) -> Learned:
+    """Low-rank adapters of every linear layer of the decoder (Hu et al. 2022), through ``peft``.
+
+    They are float32, as is PEFT's default, and stay beside the weights (they are not merged).
+
+    Raises:
+        ConfigError: ``peft`` is not installed.
+    """
+    peft = _import_peft("LoRA")
+    lm = problem.fresh()
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=0.0, target_modules="all-linear"
+    )
+    with _seeded(problem.seed):
+        peft.get_peft_model(lm.model, config)  # puts the adapters into the model itself
+    lm.model.eval()
+    return _learn(problem, lm, [weight for weight in lm.model.parameters() if weight.requires_grad], LORA_RATES)
+
+
+def _learn(problem: Problem, lm: FrozenLM, weights: list[torch.nn.Parameter], rates: Sequence[float]) -> Learned:
+    """Trains ``weights`` of ``lm`` with the best of ``rates``, within the budget."""
+    tuner = Tuner(problem, lm, weights)
+    try:
+        lr = tuner.choose(rates)
+        run = tuner.run(lr, problem.seconds_left, VALIDATIONS)
+    finally:
+        tuner.close()
+    task = problem.task(lm=lm)
+    # a fine-tuned model has learned to end its answer, as a soft prompt has; only an untrained one ends with its line
+    sampling = None if task.verbalizer is not None else replace(default_sampling(task), stop=(), skip_blank=False)
+
+    def answer(examples: Sequence[Example], progress: Progress | None) -> list[Prediction]:
+        return predict([Query(task, example) for example in examples], sampling=sampling, progress=progress)
+
+    return Learned(
+        answer=answer,
+        trainable_parameters=sum(weight.numel() for weight in weights),
+        bytes=sum(weight.nbytes for weight in weights),
+        chosen={"lr": lr, "steps": run.curve[-1]["step"] if run.curve else 0, "best_step": run.best["step"]},
+        validation=run.best["value"] if problem.labels and run.curve else None,
+        curve=run.curve,
+        adapted=lm,
+        validation_rows=tuner.held_out,
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run came to.
+
+    Attributes:
+        best: the point of the curve whose weights are in the model; ``NOTHING`` if there is none, and the weights are
+            as they were at the start.
+        curve: ``{"seconds", "step", "value", "loss"}`` for every validation with a finite loss; the seconds count from
+            the start of the budget.
+    """
+
+    best: Mapping[str, float]
+    curve: tuple[dict[str, float], ...]
+
+
+NOTHING: Mapping[str, float] = {"step": 0, "value": -math.inf, "loss": math.inf}
+
+
+class Tuner:
+    """Trains chosen weights of one model on a problem's rows, as often as it is asked to, each time anew.
+
+    Attributes:
+        config: what is the same in every run: batch size, schedule, clipping, patience, validation rows, seed.
+        held_out: how many validation rows there are.
+        masters: the float32 numbers that the optimizer changes, in the order of the weights.
+    """
+
+    def __init__(self, problem: Problem, lm: FrozenLM, weights: Sequence[torch.nn.Parameter]) -> None:
+        self.config = TrainConfig(
+            warmup=0.1,
+            schedule="linear",
+            clip=1.0,
+            weight_decay=0.0,
+            seed=problem.seed,
+            validation_rows=problem.validation_rows,
+        )
+        self._problem, self._lm, self._weights = problem, lm, list(weights)
+        examples, held_out = split_rows(problem.train, problem.validation, self.config)
+        task = problem.task(lm=lm)
+        if task.verbalizer is not None:
+            check_targets(problem.train, task.labels)
+        self._objective = Objective(lm)
+        self._requests = [task.target_request(e) for e in examples]
+        self._order = RowOrder([None if task.verbalizer is None else example.target for example in examples])
+        self._validator = validator(task, held_out)
+        self._no_prefix: PrefixKV | None = None
+        if lm.shares_prefix:
+            with torch.no_grad():
+                self._no_prefix = lm.prefix_kv((), None)
+        self.held_out = len(held_out)
+        self._start = _copied(self._weights)
+        self._hooks: list[Any] = []
+        self.masters = [self._master(weight) for weight in self._weights]
+        if problem.worth_compiling:
+            problem.notice("compiling")
+            lm.compile_layers()
+            self.backward(range(min(self.config.batch_size, len(examples))))  # compiles; its gradient is thrown away
+        self._pace = self._time_a_step()
+        # a guess until there is one: a row forward, in larger batches, is about a quarter of forward and backward
+        self._check = self._pace * len(held_out) / self.config.batch_size / 4
+
+    def close(self) -> None:
+        """Leaves a model that needs no gradient."""
+        for hook in self._hooks:
+            hook.remove()
+        for weight in self._weights:
+            weight.requires_grad_(False)
+            weight.grad = None
+        self._lm.uncompile_layers()
+
+    def choose(self, rates: Sequence[float]) -> float:
+        """The middle one of three learning rates, unless a short run of another, with a whole schedule of its own, is
+        better on the validation rows by more than one standard error of an accuracy there (free text: better at all).
+
+        Short runs are within the noise of each other, and favour high rates, which lose in a whole run: see
+        ``docs/defaults.md``.
+        """
+        middle, seconds = rates[len(rates) // 2], TRIALS * self._problem.seconds_left / len(rates)
+        found = dict[float, Mapping[str, float]]()
+        for lr in rates:
+            if seconds - self._check < TRIAL_STEPS * self._pace:  # known better after each run
+                return middle
+            found[lr] = self.run(lr, seconds, 1).best
+        best = max(rates, key=lambda lr: (found[lr]["value"], -found[lr]["loss"]))
+        gain = found[best]["value"] - found[middle]["value"]
+        return best if gain > self._noise(found[middle]["value"]) else middle
+
+    def _noise(self, value: float) -> float:
+        """One standard error of an accuracy on the validation rows; 0 for free text, whose loss is of many tokens."""
+        return math.sqrt(value * (1 - value) / self.held_out) if self._problem.labels and value >= 0 else 0.0
+
+    def run(self, lr: float, seconds: float, validations: int) -> Run:
+        """Trains from the start for at most ``seconds``, but one step at least; leaves the best weights in the model.
+
+        Args:
+            lr: peak of the learning rate, which rises linearly and then falls to 0 at the end of the time.
+            seconds: the time for steps and validations.
+            validations: how many to spread over it; one of them is at the end.
+        """
+        config, end = replace(self.config, lr=lr), time.perf_counter() + seconds
+        interval = max(seconds / validations, 4 * self._check)
+        self._put(self._start)
+        optimizer = torch.optim.AdamW(
+            self.masters, lr=lr, weight_decay=config.weight_decay, fused=self._lm.device.type in ("cpu", "cuda") or None
+        )
+        keeper, kept, curve = Keeper(config.patience), self._start, list[dict[str, float]]()
+        best, step, trained, total = NOTHING, 0, 0.0, max(1, self._planned(0, end, interval))
+        while step < total:
+            began = time.perf_counter()
+            if not self._step(optimizer, self._order.batch(config.seed, step, config.batch_size), config, step, total):
+                break
+            took = time.perf_counter() - began
+            step, trained, self._pace = step + 1, trained + took, self._pace + 0.1 * (took - self._pace)
+            total = self._planned(step, end, interval)
+            ends_soon = (total - step) * self._pace < interval / 2
+            if step < total and (trained < interval or ends_soon):
+                continue
+            found = self._validate(step)
+            if not math.isfinite(found["loss"]):
+                break
+            point = {key: found[key] for key in ("seconds", "step", "value", "loss")}
+            curve.append(point)
+            if keeper.add(found):
+                best, kept = point, _copied(self._weights)
+            if step >= total or keeper.over:
+                break
+            trained, total = 0.0, self._planned(step, end, interval)
+        self._put(kept)
+        return Run(best, tuple(curve))
+
+    def _planned(self, step: int, end: float, interval: float) -> int:
+        """How many steps there will be in all: ``step`` that are done, and those that fit, with a validation every
+        ``interval`` seconds of steps, into the time until ``end``."""
+        longest = max(LEAST_PLANNED, math.ceil(EPOCHS * len(self._requests) / self.config.batch_size))
+        left = end - time.perf_counter() - self._check
+        return min(longest, step + int(left / (self._pace * (1 + self._check / interval))))
+
+    def backward(self, chosen: Sequence[int]) -> float:
+        """Adds the gradient of the mean loss of the rows ``chosen`` to that of the masters; returns the loss.
+
+        Each row runs whole, in micro-batches, so that the gradient reaches every weight; nothing is shared.
+        """
+        requests = [self._requests[i] for i in chosen]
+        weight, total = self._objective.weight(requests), 0.0
+        rows = [Row(request.ids, request.words) for request in requests]
+        if self._no_prefix is None:  # every word is run with a copy of its row
+            lengths = [sum(len(row.ids) + len(word) for word in row.words) for row in rows]
+        else:
+            lengths = [row.length for row in rows]
+        for group in self._objective.micro_batches(lengths):
+            if self._no_prefix is None:
+                scores = self._lm.score_concatenated([requests[i] for i in group], ())
+            else:
+                batch = collate([rows[i] for i in group], self._no_prefix.lengths, self._lm.device)
+                scores = self._lm.score_batch(batch, self._no_prefix)
+            loss = self._objective.loss(scores, [0] * len(group)) / weight
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        return total
+
+    def _step(
+        self, optimizer: torch.optim.Optimizer, chosen: Sequence[int], config: TrainConfig, step: int, total: int
+    ) -> bool:
+        """Step ``step`` (from 0), on the rows ``chosen``; False, and nothing is changed, if it is not finite."""
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step, total)
+        loss = self.backward(chosen)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, config.clip or math.inf))
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            optimizer.step()
+            self._serve()
+        optimizer.zero_grad()
+        if step % 10 == 0:
+            self._problem.notice(f"learning rate {config.lr:g}, step {step + 1:,} of {total:,}, loss {loss:.3f}")
+        return finite
+
+    def _validate(self, step: int) -> dict[str, Any]:
+        """A validation, with its step and the seconds since the budget began to run."""
+        began = time.perf_counter()
+        found = self._validator(torch.empty(0))  # the requests have no place for a soft prompt
+        self._check = time.perf_counter() - began
+        seconds = round(self._problem.budget - self._problem.seconds_left, 1)
+        return {"seconds": seconds, "step": step, **found}
+
+    def _time_a_step(self) -> float:
+        """Seconds of a batch's gradient, which is thrown away."""
+        began = time.perf_counter()
+        self.backward(range(min(self.config.batch_size, len(self._requests))))
+        for master in self.masters:
+            master.grad = None
+        return time.perf_counter() - began
+
+    # --- the weights ------------------------------------------------------------------------------
+
+    def _master(self, weight: torch.nn.Parameter) -> torch.Tensor:
+        """The weight itself if it is float32, else a float32 copy that its gradients are added to.
+
+        A bf16 number around 0.1 moves in steps of 0.0005, many times what an AdamW step at these rates asks for, so
+        that most updates would be lost; and so would small gradients of a batch's many micro-batches.
+        """
+        weight.requires_grad_()
+        if weight.dtype == torch.float32:
+            return weight
+        master = weight.detach().float().requires_grad_()
+        hook = weight.register_post_accumulate_grad_hook(partial(_hand_over, master))  # type: ignore[no-untyped-call]
+        self._hooks.append(hook)
+        return master
+
+    @torch.no_grad()
+    def _serve(self) -> None:
+        """Rounds the masters into the weights that the model computes with."""
+        for weight, master in zip(self._weights, self.masters, strict=True):
+            if weight is not master:
+                weight.copy_(master)
+
+    @torch.no_grad()
+    def _put(self, values: Sequence[torch.Tensor]) -> None:
+        for weight, master, value in zip(self._weights, self.masters, values, strict=True):
+            weight.copy_(value)
+            if weight is not master:
+                master.copy_(value)
+
+
+def _hand_over(master: torch.Tensor, weight: torch.Tensor) -> None:
+    """Moves a gradient from a weight to its master."""
+    assert weight.grad is not None, "the hook runs after a gradient has been accumulated"
+    gradient, weight.grad = weight.grad.float(), None
+    master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+
+
+def _copied(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies in the CPU's memory."""
+    return [weight.detach().to("cpu", copy=True) for weight in weights]
+
+
+# --- PEFT's prompt tuning -------------------------------------------------------------------------
+
+
+class PeftTask(Task):
+    """A task whose soft prompt stands where PEFT puts it: before everything else, the beginning-of-sequence token
+    included."""
+
+    def _request(self, *arguments: Any) -> Request:
+        request = super()._request(*arguments)
+        rest = tuple(token for token in request.ids if token != SOFT)
+        moved_in = SOFT not in request.ids[: request.shared]
+        return replace(request, ids=(SOFT, *rest), shared=request.shared + moved_in)
+
+
+def peft_prompt_tuning(problem: Problem) -> Learned:
+    """PEFT's prompt tuning as its example for causal language models does it.
+
+    As many virtual tokens as a soft prompt has by default, PEFT's default initialisation (normal, deviation 1),
+    cross-entropy of the target tokens by transformers' own forward, AdamW with a rate that falls linearly from
+    ``PEFT_LR``, no validation: the last vectors are taken. As many steps as a soft prompt has in ``compare``, or as
+    fit into the budget. The vectors are then used by our own engine, which gives PEFT's logits.
+
+    Raises:
+        ConfigError: ``peft`` is not installed.
+    """
+    peft = _import_peft("PEFT's prompt tuning")
+    lm = problem.fresh()
+    lm.model.set_attn_implementation("sdpa")  # what transformers gives a user
+    config = TrainConfig(lr=PEFT_LR, warmup=0.0, schedule="linear", seed=problem.seed)
+    task = PeftTask(problem.lm, problem.template, problem.verbalizer, problem.num_virtual_tokens, problem.lm.window)
+    requests = [task.target_request(example) for example in problem.train.examples]
+    with _seeded(problem.seed):
+        settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=problem.num_virtual_tokens)
+        model = peft.get_peft_model(lm.model, settings).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=PEFT_LR)
+    order = RowOrder([None] * len(requests))  # plainly random, as in its example
+    step, pace, most = 0, 0.0, most_steps(len(requests), config.batch_size)
+    total = most
+    while step < max(1, total):
+        began = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step, total)
+        loss = peft_loss(model, [requests[i] for i in order.batch(config.seed, step, config.batch_size)])
+        if not math.isfinite(float(loss.detach())):
+            break
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        step += 1
+        took = time.perf_counter() - began
+        pace = took if step == 1 else pace + 0.1 * (took - pace)
+        total = min(most, step + int(problem.seconds_left / pace))
+        if step % 10 == 0:
+            problem.notice(f"step {step:,} of {total:,}, loss {float(loss.detach()):.3f}")
+    vectors = model.get_prompt_embedding_to_save("default").float()
+    kept = problem.lm.kept_prefixes(1)
+
+    def answer(examples: Sequence[Example], progress: Progress | None) -> list[Prediction]:
+        return predict([Query(task, example, vectors) for example in examples], progress=progress, prefix_of=kept)
+
+    return Learned(answer, vectors.numel(), vectors.nbytes, chosen={"steps": step})
+
+
+def peft_loss(model: Any, requests: Sequence[Request]) -> torch.Tensor:
+    """Mean loss of the target tokens by PEFT's forward, a scalar: padded rows, labels of -100 before the target."""
+    heads = [[token for token in request.ids if token != SOFT] for request in requests]
+    rows = [head + list(request.words[0]) for head, request in zip(heads, requests, strict=True)]
+    shape = (len(rows), max(map(len, rows)))
+    ids, mask = (torch.zeros(shape, dtype=torch.long, device=model.device) for _ in range(2))
+    labels = torch.full(shape, -100, device=model.device)
+    for i, (head, row) in enumerate(zip(heads, rows, strict=True)):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+        labels[i, len(head) : len(row)] = ids[i, len(head) : len(row)]
+    loss: torch.Tensor = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    return loss
+
+
+# --- peft -----------------------------------------------------------------------------------------
+
+
+def _import_peft(purpose: str) -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError(
+            f'{purpose} needs the library peft, which is not installed; pip install "softprompt[compare]".'
+        ) from error
+    return peft
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """PEFT draws from torch's global generator, and warns of what it sets right by itself."""
+    with torch.random.fork_rng(), warnings.catch_warnings(), heard():
+        hide_noise()
+        torch.manual_seed(seed)
+        yield
+
+
+METHODS: dict[str, Method] = {
+    "full-fine-tuning": full_fine_tuning,
+    "lora": lora,
+    "peft-prompt-tuning": peft_prompt_tuning,
+}
+"""Every way by its name in ``softprompt compare``."""

@@ -1,0 +1,309 @@
+"""Attention over a prefix that rows share: the one place where we stand inside a transformers model.
+
+A row's tokens attend to the keys and values of their shared prefix and, causally, to each other. Transformers gives
+every architecture the same attention call (``AttentionInterface``) and hands extra keyword arguments of the model's
+``forward`` down to it, so one function serves all of them; a hook on each decoder layer picks that layer's part of
+the prefix. Without a prefix the function is transformers' own ``sdpa``.
+
+With gradient, plain matrix products instead of ``scaled_dot_product_attention``: at the lengths of classification and
+short generation the backward of PyTorch's CPU flash attention takes about a quarter of a training step. Without, it is
+up to seven times faster than they are, and needs no room for the scores of long sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+NAME = "softprompt"
+
+SLIDING = "sliding_attention"
+"""Transformers' name of layers whose tokens see the last few tokens only."""
+
+BLOCK = 512
+"""Keys that PyTorch's attention on a CPU works on at once."""
+
+UNDIVIDED = 192
+"""As many keys and fewer are added up in one go in 16 bits; more, in parts of a size that depends on their number."""
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Makes what a transformers model takes as its attention mask, with the sliding window that some have.
+
+    Attributes:
+        window: how many tokens, itself included, a token of a sliding layer sees; None without such layers.
+        everywhere: whether all layers are such.
+        dtype: the model's.
+    """
+
+    window: int | None
+    everywhere: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, config: Any, dtype: torch.dtype) -> Masks:
+        """Those of a model of this configuration."""
+        kinds = set(getattr(config, "layer_types", None) or (SLIDING,))
+        window = getattr(config, "sliding_window", None) if SLIDING in kinds else None
+        return cls(window, kinds == {SLIDING}, dtype)
+
+    def __call__(self, sees: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor) -> Any:
+        """
+        Args:
+            sees: bool ``[B, T, S]``, what a token may look at, were it not for the window.
+            positions: int64 ``[B, T]``, of these tokens.
+            seen: int64 ``[B, S]``, of what is looked at.
+
+        Returns:
+            Additive, ``[B, 1, T, S]``, or one for each kind of layer if there are two.
+        """
+        if self.window is None:
+            return self._additive(sees)
+        near = self._additive(sees & (positions[..., None] - seen[:, None] < self.window))
+        return near if self.everywhere else {SLIDING: near, "full_attention": self._additive(sees)}
+
+    def _additive(self, sees: torch.Tensor) -> torch.Tensor:
+        zeros = torch.zeros(sees.shape, dtype=self.dtype, device=sees.device)
+        return zeros.masked_fill_(~sees, torch.finfo(self.dtype).min)[:, None]
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Softmax attention with grouped queries, every row with keys and values of its own.
+
+    Args:
+        query: ``[B, H_q, T, D]``.
+        key: ``[B, H_kv, S, D]``; ``H_q`` is a multiple of ``H_kv``.
+        value: ``[B, H_kv, S, D]``.
+        mask: additive, ``[B, 1, T, S]`` in the query's dtype; the dtype's minimum where a token may not look.
+        scaling: factor on the scores.
+
+    Returns:
+        ``[B, T, H_q, D]``.
+    """
+    batch, heads, tokens, width = query.shape
+    kv_heads, span = key.shape[1], key.shape[2]
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads * tokens, width)
+    scores = torch.matmul(grouped, key.transpose(2, 3)).view(batch, heads, tokens, span)
+    weights = torch.softmax(scores * scaling + mask, dim=-1)
+    out = torch.matmul(weights.view(batch, kv_heads, -1, span), value)
+    return out.view(batch, heads, tokens, width).transpose(1, 2)
+
+
+# The same for rows that share one prefix, or have none, the hot spot of training, as an operator of its own so that
+# torch.compile leaves it alone: PyTorch's own bf16 softmax is two to three times faster than the kernels that it would
+# generate. Inside, B * H_kv is one batch dimension, and the G = H_q / H_kv query heads of a key head stand below each
+# other as N = G * T rows. torch's compile cache knows an operator by its name alone: change the name with the outputs'
+# shapes.
+
+
+def _joined(shared: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """``[1, H_kv, P, D]`` before each of ``[B, H_kv, T, D]``: ``[B * H_kv, P + T, D]``."""
+    return torch.cat([shared.expand(len(own), -1, -1, -1), own], dim=2).flatten(0, 1)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:
+    """Batched matrix product times a factor, in one pass."""
+    return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scaling)
+
+
+@torch.library.custom_op("softprompt::attend_shared", mutates_args=())
+def attend_shared(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_key: torch.Tensor,
+    prefix_value: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention with grouped queries of rows that share one prefix.
+
+    Args:
+        query: ``[B, H_q, T, D]``.
+        key, value: ``[B, H_kv, T, D]``.
+        prefix_key, prefix_value: ``[1, H_kv, P, D]``; without a prefix, P is 0.
+        mask: additive, ``[B, 1, T, P + T]`` in the query's dtype; only its last ``T`` columns count, since every row
+            sees the whole prefix.
+        scaling: factor on the scores.
+
+    Returns:
+        ``[B, T, H_q, D]``, and the weights ``[B * H_kv, N, P + T]`` that its backward needs.
+    """
+    batch, heads, tokens, width = query.shape
+    kv_heads, length = key.shape[1], prefix_key.shape[2]
+    rows = query.reshape(batch * kv_heads, -1, width)
+    weights = _product(rows, _joined(prefix_key, key).transpose(1, 2), scaling)
+    own = weights.view(batch, kv_heads, -1, tokens, length + tokens)[..., length:]
+    own.add_(mask[:, :, None, :, length:])  # the whole prefix is seen by all
+    weights = torch.softmax(weights, dim=-1)
+    out = torch.bmm(weights, _joined(prefix_value, value))
+    return out.view(batch, heads, tokens, width).transpose(1, 2).contiguous(), weights
+
+
+@attend_shared.register_fake
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_key: torch.Tensor,
+    prefix_value: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, heads, tokens, width = query.shape
+    kv_heads = key.shape[1]
+    weights = query.new_empty(batch * kv_heads, heads // kv_heads * tokens, prefix_key.shape[2] + tokens)
+    return query.new_empty(batch, tokens, heads, width), weights
+
+
+@torch.library.custom_op("softprompt::attend_shared_backward", mutates_args=())
+def _attend_shared_backward(
+    grad: torch.Tensor,
+    weights: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_key: torch.Tensor,
+    prefix_value: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key, value, prefix_key and prefix_value, from that of ``attend_shared``'s output ``[B, T,
+    H_q, D]``."""
+    batch, heads, tokens, width = query.shape
+    kv_heads, length = key.shape[1], prefix_key.shape[2]
+    rows = query.reshape(batch * kv_heads, -1, width)
+    out = grad.transpose(1, 2).reshape(batch * kv_heads, -1, width)
+    grad_values = torch.bmm(weights.transpose(1, 2), out)
+    grad_weights = torch.bmm(out, _joined(prefix_value, value).transpose(1, 2))
+    grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+    grad_rows = _product(grad_scores, _joined(prefix_key, key), scaling)
+    grad_keys = _product(grad_scores.transpose(1, 2), rows, scaling)
+
+    def apart(both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        both = both.view(batch, kv_heads, -1, width)
+        shared = both[:, :, :length].sum(dim=0, keepdim=True, dtype=torch.float32)
+        return shared.to(both.dtype), both[:, :, length:].contiguous()
+
+    (grad_prefix_key, grad_key), (grad_prefix_value, grad_value) = apart(grad_keys), apart(grad_values)
+    grad_query = grad_rows.view(batch, heads, tokens, width)
+    return grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value
+
+
+@_attend_shared_backward.register_fake
+def _(
+    grad: torch.Tensor,
+    weights: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_key: torch.Tensor,
+    prefix_value: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    like = [query, key, value, prefix_key, prefix_value]
+    a, b, c, d, e = (tensor.new_empty(tensor.shape) for tensor in like)
+    return a, b, c, d, e
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    query, key, value, prefix_key, prefix_value, _, ctx.scaling = inputs
+    ctx.save_for_backward(output[1], query, key, value, prefix_key, prefix_value)
+    ctx.set_materialize_grads(False)  # the weights' own gradient would be as many zeros
+
+
+def _differentiate(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    gradients = _attend_shared_backward(grad, *ctx.saved_tensors, ctx.scaling)
+    return (*gradients, None, None)
+
+
+attend_shared.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    prefix_layer: tuple[torch.Tensor, torch.Tensor] | None = None,
+    prefix_rows: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    keep: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' attention call: with a floating-point mask ``[B, 1, T, P + S]`` it is ours, else ``sdpa``'s."""
+    if attention_mask is None or not attention_mask.is_floating_point():
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if keep is not None:
+        keep.append((key, value))
+    learning = torch.is_grad_enabled() and key.shape[2] == query.shape[2]
+    # What has slid out of a window is in the mask, which attend_shared does not look at for the prefix.
+    sees_all = sliding_window is None or attention_mask.shape[-1] <= sliding_window
+    if learning and prefix_rows is None and sees_all:
+        prefix_key, prefix_value = prefix_layer or (key[:1, :, :0], value[:1, :, :0])
+        return attend_shared(query, key, value, prefix_key, prefix_value, attention_mask, factor)[0], None
+    if prefix_layer is not None:
+        prefix_key, prefix_value = prefix_layer
+        if prefix_rows is not None:
+            prefix_key, prefix_value = prefix_key[prefix_rows], prefix_value[prefix_rows]
+        key = torch.cat([prefix_key.expand(len(key), -1, -1, -1), key], dim=2)
+        value = torch.cat([prefix_value.expand(len(value), -1, -1, -1), value], dim=2)
+    if torch.is_grad_enabled():
+        return attend(query, key, value, attention_mask, factor), None
+    if query.shape[2] > 1 and prefix_layer is None and query.device.type == "cpu" and query.dtype != torch.float32:
+        key, value, attention_mask = _in_whole_blocks(key, value, attention_mask)
+    out = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, scale=factor, enable_gqa=True
+    )
+    return out.transpose(1, 2), None
+
+
+def _in_whole_blocks(
+    key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys and values ``[B, H_kv, S, D]`` and their mask, with unseen ones behind up to whole blocks of the kernel: how
+    it rounds depends on the size of the last block, and with it on the longest row's length."""
+    extra = -key.shape[2] % BLOCK if key.shape[2] > UNDIVIDED else 0
+    if not extra:
+        return key, value, mask
+    key, value = (nn.functional.pad(tensor, (0, 0, 0, extra)) for tensor in (key, value))
+    return key, value, nn.functional.pad(mask, (0, extra), value=torch.finfo(mask.dtype).min)
+
+
+def _pick_layer(index: int) -> Any:
+    """A forward pre-hook that hands a layer its own part of ``prefix`` (``PrefixKV``) and its own list in ``keep``."""
+
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        prefix = kwargs.pop("prefix", None)
+        if prefix is not None:
+            kwargs["prefix_layer"] = (prefix.keys[index], prefix.values[index])
+        if kwargs.get("keep") is not None:
+            kwargs["keep"] = kwargs["keep"][index]
+        return args, kwargs
+
+    return hook
+
+
+def install(model: nn.Module, layers: nn.ModuleList) -> None:
+    """Makes ``model`` (a transformers model with decoder ``layers``) accept ``prefix=`` and ``prefix_rows=`` in its
+    forward."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)  # type: ignore[operator]
+    for index, layer in enumerate(layers):
+        layer.register_forward_pre_hook(_pick_layer(index), with_kwargs=True)

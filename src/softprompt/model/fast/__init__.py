@@ -1,0 +1,1 @@
+"""Ways to compute the same in less time."""

@@ -1,0 +1,99 @@
+"""How a base model is known again: by its weights, its tokenizer, and the settings of its configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from softprompt.model.digest import device_hash
+
+SAMPLES_PER_TENSOR = 4096
+
+NOT_COMPUTED = re.compile(
+    r"_.*"  # transformers' own bookkeeping
+    r"|.*(name|path|version|dtype|drop|init|loss|noise|label|kernels).*"  # identity, training, what only costs time
+    r"|.*token_(ids?|index)"  # the tokenizer's fingerprint covers those
+    r"|(output|return|summary)_.*"
+    r"|architectures|auto_map|model_type|tokenizer_class|quantization_config|problem_type|task_specific_params"
+    r"|tie_word_embeddings|chunk_size_feed_forward|gradient_checkpointing|is_encoder_decoder|pretraining_tp"
+    r"|num_logits_to_keep|torchscript|use_associative_scan|use_cache|use_mambapy"
+)
+"""Names of settings that change nothing in what a trained model computes, or that other fingerprints cover."""
+
+
+def fingerprint_model(model: Any) -> str:
+    """Hex digest of a model's type and of a sample of every stored weight (``SAMPLES_PER_TENSOR`` evenly spaced
+    elements a tensor); its other settings are compared one by one, see ``model_settings``.
+
+    Taken before any cast, so it does not depend on the dtype that the model is used in.
+    """
+    digest = hashlib.sha256(model.config.model_type.encode())
+    for name, weight in model.named_parameters():
+        flat = weight.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // SAMPLES_PER_TENSOR)].contiguous().cpu()
+        digest.update(f"{name}:{tuple(weight.shape)}:{weight.dtype}".encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_settings(config: Any) -> dict[str, Any]:
+    """The settings of a transformers configuration that change what the language model computes from its weights, such
+    as ``rope_parameters.rope_theta``, as JSON values by name; those within another have both names with a dot."""
+    found: dict[str, Any] = {}
+
+    def collect(settings: Mapping[Any, Any], prefix: str) -> None:
+        for key, value in sorted(settings.items(), key=lambda pair: str(pair[0])):
+            if NOT_COMPUTED.fullmatch(str(key)):
+                continue
+            if isinstance(value, Mapping):
+                collect(value, f"{prefix}{key}.")
+            elif value is None or isinstance(value, str | int | float | list | tuple):
+                found[f"{prefix}{key}"] = _plain(value)
+
+    collect(config.get_text_config().to_dict(), "")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it, which knows no infinite numbers."""
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def fingerprint_tokenizer(tokenizer: Any) -> str:
+    """Hex digest of what a tokenizer does to text: its vocabulary, merges, normalisation and special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        content: Any = sorted(tokenizer.get_vocab().items())
+    else:
+        content = json.loads(backend.to_str())
+        content.pop("padding", None)
+        content.pop("truncation", None)
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return hashlib.sha256(json.dumps([content, special], sort_keys=True).encode()).hexdigest()
+
+
+def weights_digest(model: Any) -> str:
+    """Hex digest of every bit of every weight as it stands in memory: equal before and after a training (oracle 3).
+
+    Weights on a CUDA device are hashed there, by ``device_hash``, and not copied; their digest is another than on the
+    CPU.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(name.encode())
+        content = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        if tensor.device.type == "cuda":
+            digest.update(device_hash(content).to_bytes(8, "little"))
+        else:
+            digest.update(content.cpu().numpy().data)
+    return digest.hexdigest()

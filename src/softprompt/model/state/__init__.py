@@ -1,0 +1,1 @@
+"""What tokens leave behind in a model for those that follow."""

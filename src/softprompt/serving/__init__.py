@@ -1,0 +1,1 @@
+"""Many soft prompts on one base model, over HTTP."""

@@ -1,0 +1,280 @@
+"""What the server and whatever answers its requests have in common: jobs, events, limits, turns."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from softprompt.errors import ConfigError
+from softprompt.generation.decoder import KV_TOKENS
+from softprompt.generation.writer import TokenLogprob
+from softprompt.model.frozen import FrozenLM
+from softprompt.model.request import Request, Sampling
+
+log = logging.getLogger("softprompt.engine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the engine may use.
+
+    Attributes:
+        rows: the most continuations in one forward pass.
+        tokens: the most tokens that the rows have keys and values for, each row counted as long as the longest may
+            become; also the most tokens of one request. It bounds memory, and what padding costs.
+        waiting: the most requests that wait; more are refused.
+        seconds: what a request may take, waiting included.
+        prefix_bytes: the most bytes of prefixes to keep.
+    """
+
+    rows: int = 32
+    tokens: int = KV_TOKENS
+    waiting: int = 256
+    seconds: float = 120.0
+    prefix_bytes: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "tokens", "waiting"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"The server's limit on {name} must be at least 1, not {getattr(self, name)}.")
+        if not self.seconds > 0:
+            raise ConfigError(f"The server's limit on seconds must be above 0, not {self.seconds}.")
+        if self.prefix_bytes < 0:
+            raise ConfigError(f"The server's limit on prefix_bytes must be 0 or more, not {self.prefix_bytes}.")
+
+    def window(self, lm: FrozenLM) -> int:
+        """The most tokens of one request, input and output."""
+        return min(lm.window, self.tokens)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Job:
+    """One sequence to continue, or one whose words are to be scored.
+
+    Attributes:
+        request: the sequence; its ``prompt`` is not looked at.
+        task: whose turn it takes while it waits: the name of the soft prompt, or of the base model.
+        prompt_tokens: tokens of the sequence, virtual ones included.
+        vectors: the soft prompt; None for the bare base model.
+        content: what tells these vectors from all others.
+        sampling: how to continue; None: score the request's words.
+        lead: left out of the continuation if it begins with it.
+        top_logprobs: how many of the most probable tokens to tell beside each token; None: tell nothing.
+        stream: tell each piece as it comes, not only the whole at the end.
+        answer: of a job whose words are scored, what its ``Scores`` are told as; None: as they are.
+    """
+
+    request: Request
+    task: str
+    prompt_tokens: int
+    vectors: torch.Tensor | None = None
+    content: str = ""
+    sampling: Sampling | None = None
+    lead: str = ""
+    top_logprobs: int | None = None
+    stream: bool = False
+    answer: Callable[[Scores], Piece] | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a continuation has grown by.
+
+    Attributes:
+        text: text that will not change any more.
+        tokens: its tokens, if they were asked for.
+        count: tokens generated since the beginning, the end-of-sequence token included.
+        finish: ``stop`` or ``length`` with the last piece, empty before.
+    """
+
+    text: str
+    tokens: tuple[TokenLogprob, ...]
+    count: int
+    finish: str
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities of a request's words, natural logarithm, summed over a word's tokens."""
+
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a job will not be done.
+
+    Attributes:
+        reason: ``timeout``, ``error``, or ``upstream``: the server that was to compute it failed.
+        message: one sentence.
+    """
+
+    reason: str
+    message: str
+
+
+Event = Piece | Scores | Failure
+
+
+CLOSED = "The server is shutting down; send the request to another one."
+
+
+class Refused(Exception):
+    """No job is taken now.
+
+    Attributes:
+        code: what a program can tell the reason by.
+    """
+
+    code = ""
+
+
+class Busy(Refused):
+    """As many requests wait as may."""
+
+    code = "overloaded"
+
+
+class Closed(Refused):
+    """The engine takes no more requests."""
+
+    code = "shutting_down"
+
+
+class NoUpstream(Refused):
+    """None of the servers that are to compute answers."""
+
+    code = "no_upstream"
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A job in the engine; times are of ``time.monotonic``.
+
+    Attributes:
+        job: the job.
+        notify: called by the engine's thread with each event.
+        on_cancel: called by whoever cancels it.
+        submitted: when it came.
+        started: when it left the line.
+        first: when its first token, or its scores, were there.
+        cached: tokens of its prefix that had been computed before.
+    """
+
+    job: Job
+    notify: Callable[[Event], None]
+    on_cancel: Callable[[], None] = lambda: None
+    submitted: float = field(default_factory=time.monotonic)
+    started: float | None = None
+    first: float | None = None
+    cached: int = 0
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more: no event will be told, and its row is free from the next pass on."""
+        self.cancelled = True
+        self.on_cancel()
+
+    def tell(self, event: Event) -> None:
+        """Hands an event over, if anybody waits for it."""
+        if self.cancelled:
+            return
+        if isinstance(event, Scores) and self.job.answer is not None:
+            event = self.job.answer(event)
+        try:
+            self.notify(event)
+        except Exception as error:  # who asked has gone, which must not harm the others
+            log.error("an answer could not be handed over", exc_info=error)
+            self.cancel()
+
+    @property
+    def room(self) -> int:
+        """The most tokens that its row will have."""
+        return self.job.prompt_tokens + (0 if self.job.sampling is None else self.job.sampling.max_new_tokens)
+
+
+def tickets_of(jobs: Sequence[Job], notify: Callable[[int, Event], None]) -> list[Ticket]:
+    """A ticket for each job, whose events go to ``notify`` with the job's index."""
+
+    def teller(index: int) -> Callable[[Event], None]:
+        return lambda event: notify(index, event)
+
+    return [Ticket(job, teller(index)) for index, job in enumerate(jobs)]
+
+
+def check_room(waiting: int, more: int, limits: Limits) -> None:
+    """Raises ``Busy`` if ``more`` requests cannot wait beside those that do."""
+    if waiting + more > limits.waiting:
+        raise Busy(f"{waiting} requests wait already, of {limits.waiting} that may; try again in a moment.")
+
+
+def too_long(limits: Limits) -> Failure:
+    """The time of a request is over."""
+    sentence = f"The request took longer than {limits.seconds:g} s; ask for less, or try again later."
+    return Failure("timeout", sentence)
+
+
+class FairQueue:
+    """Tickets that wait, in a line for each task. The tasks take turns."""
+
+    def __init__(self) -> None:
+        self._lines: OrderedDict[str, deque[Ticket]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._lines.values()))
+
+    def push(self, ticket: Ticket) -> None:
+        """Puts a ticket at the end of its task's line; a task that had none is last to have its turn."""
+        self._lines.setdefault(ticket.job.task, deque()).append(ticket)
+
+    def first(self) -> Ticket | None:
+        """The ticket whose turn it is."""
+        return next(iter(self._lines.values()))[0] if self._lines else None
+
+    def pop(self) -> Ticket:
+        """Takes out the ticket whose turn it is; its task is the last to have another turn."""
+        task, line = next(iter(self._lines.items()))
+        ticket = line.popleft()
+        self._lines.move_to_end(task)
+        if not line:
+            del self._lines[task]
+        return ticket
+
+    def sift(self, keep: Callable[[Ticket], bool]) -> None:
+        """Leaves only the tickets that are to be kept."""
+        for task, line in list(self._lines.items()):
+            kept = deque(ticket for ticket in line if keep(ticket))
+            if kept:
+                self._lines[task] = kept
+            else:
+                del self._lines[task]
+
+
+class CacheCounts(Protocol):
+    """What a cache of prefixes tells of itself: bytes held, and tokens asked for and found."""
+
+    nbytes: int
+    queries: int
+    hits: int
+
+
+class Backend(Protocol):
+    """What answers the jobs of a server: an ``Engine`` here, or servers elsewhere (``upstream.Upstreams``)."""
+
+    limits: Limits
+
+    @property
+    def prefixes(self) -> CacheCounts: ...
+    @property
+    def running(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    def check(self) -> None: ...
+    def submit(self, jobs: Sequence[Job], notify: Callable[[int, Event], None]) -> list[Ticket]: ...
+    def close(self) -> None: ...

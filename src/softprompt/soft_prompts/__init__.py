@@ -1,0 +1,1 @@
+"""Soft prompts as records, as files, and in the store."""

@@ -1,0 +1,303 @@
+"""A soft prompt as one ``.safetensors`` file, and the refusal of every file that is not exactly what was saved.
+
+The file holds one tensor, ``soft_prompt`` float32 ``[P, H]``, and in its header, under the key ``softprompt``, a JSON
+document: ``schema_version``, ``num_virtual_tokens`` (P), ``hidden_size`` (H), every other field of :class:`SoftPrompt`
+by its own name (the verbalizer as pairs, since the order of its labels counts; ``base_settings`` only where there are
+some), and ``digest``. The digest is the
+SHA-256 of the document without it (sorted keys, no spaces, ASCII), followed by the tensor's bytes (little-endian, row
+by row): a flipped bit anywhere is noticed. Equal soft prompts give equal files. ``word_end`` is no field of its own:
+``schema_version`` is 2 where label words have an end, else 1.
+
+Where ``parametrisation`` is ``prefix``, the tensor is a trained KV prefix ``[P, L, 2, H_kv, D]``, and ``num_layers``
+(L), ``num_kv_heads`` (H_kv) and ``head_dim`` (D) stand in the place of ``hidden_size``.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+
+from softprompt.errors import ArtifactError, BaseModelError, StoreError
+from softprompt.files import StrPath, atomic_writer, local_path
+from softprompt.soft_prompts.soft_prompt import SoftPrompt, size_names
+
+SCHEMA_VERSION = 2
+"""Of soft prompts whose label words have an end, which earlier releases would leave out; all others have version 1."""
+
+SUFFIX = ".safetensors"
+
+MAX_HEADER_BYTES = 4 << 20  # a header of ours has a few kB; this bounds what a hostile file can make us parse
+
+_TENSOR = "soft_prompt"
+
+_DOCUMENT = "softprompt"
+
+_TEXTS = ("name", "base", "base_fingerprint", "tokenizer_fingerprint", "template", "parametrisation", "created")
+
+_MAPPINGS = ("training", "data", "versions")
+
+_SETTINGS = "base_settings"  # only where there are some: files of earlier releases have none
+
+
+def save(soft_prompt: SoftPrompt, path: StrPath) -> None:
+    """Writes ``soft_prompt`` to ``path``, in place of what was there, atomically; missing folders are made.
+
+    Raises:
+        ArtifactError: the vectors are not finite float32 of their parametrisation's shape, or a field has no JSON form.
+        StoreError: the folder cannot be written, or is full; a file that was there before is unchanged.
+    """
+    content, path = encode(soft_prompt), local_path(path)
+    try:
+        with atomic_writer(path) as file:
+            file.write(content)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = f"free {len(content):,} bytes there" if full else "make the folder writable"
+        raise StoreError(
+            f"The soft prompt '{soft_prompt.name}' cannot be written to {path}: {error.strerror or error}; "
+            f"{remedy}, or choose another folder."
+        ) from error
+
+
+def load(path: StrPath) -> SoftPrompt:
+    """Reads what :func:`save` wrote; vectors float32 on the CPU.
+
+    Sequences inside ``training``, ``data`` and ``metrics`` come back as lists, as JSON has it.
+
+    Raises:
+        ArtifactError: there is no such file, or it is truncated, corrupted, foreign or of a newer schema.
+    """
+    path = local_path(path)
+    try:
+        if path.is_dir():
+            raise ArtifactError(
+                f"{path} is a folder, but a soft prompt is one {SUFFIX} file that softprompt saved; "
+                f"name that file (folders of other tools such as PEFT are not read yet)."
+            )
+        if not path.is_file():
+            raise ArtifactError(
+                f"There is no soft prompt at {path}; check the path, or see the stored ones with `softprompt list`."
+            )
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > MAX_HEADER_BYTES:
+            _refuse(path, f"a safetensors header of at most {MAX_HEADER_BYTES:,} bytes", f"{header_bytes:,}")
+        with safe_open(path, framework="pt") as opened:
+            document, digest = _read_document(path, (opened.metadata() or {}).get(_DOCUMENT))
+            if list(opened.keys()) != [_TENSOR]:
+                _refuse(path, f"the one tensor '{_TENSOR}'", f"the tensors {sorted(opened.keys())}")
+            stored = opened.get_slice(_TENSOR)
+            sizes = [document[name] for name in size_names(document["parametrisation"])]
+            shape = [*sizes[:2], 2, *sizes[2:]] if sizes[2:] else sizes
+            if stored.get_dtype() != "F32" or stored.get_shape() != shape:
+                found = f"{stored.get_dtype()} {stored.get_shape()}"
+                _refuse(path, f"the tensor '{_TENSOR}' as F32 {shape}", found)
+            vectors: torch.Tensor = opened.get_tensor(_TENSOR).clone()  # not a view of the file
+    except SafetensorError as error:
+        _refuse(path, "a whole safetensors file", f"'{error}'")
+    except OSError as error:
+        raise ArtifactError(
+            f"The soft prompt {path} cannot be read: {error.strerror or error}; check the file and its permissions."
+        ) from error
+    if not torch.isfinite(vectors).all():
+        _refuse(path, "finite numbers", f"{int((~torch.isfinite(vectors)).sum())} that are not")
+    if (actual := _digest(document, vectors)) != digest:
+        _refuse(path, f"content of the digest {digest}", actual)
+    return _soft_prompt(document, vectors)
+
+
+def check_base(
+    soft_prompt: SoftPrompt,
+    *,
+    base: str,
+    base_fingerprint: str,
+    tokenizer_fingerprint: str,
+    hidden_size: int,
+    base_settings: Mapping[str, Any],
+) -> None:
+    """Refuses every base model but the one that ``soft_prompt`` was tuned on; the same model under another id passes.
+
+    Args:
+        soft_prompt: what is to be used.
+        base: id of the loaded base model.
+        base_fingerprint: hex digest of its type and weights.
+        tokenizer_fingerprint: hex digest of its tokenizer.
+        hidden_size: its embedding width H, which a trained KV prefix does not show; its fingerprint does.
+        base_settings: the settings of its configuration. Those that only one of both has are not compared: a file of an
+            earlier release has none, and another release of transformers knows others.
+
+    Raises:
+        BaseModelError: width, weights, tokenizer or a setting differ.
+    """
+    width = soft_prompt.sizes.get("hidden_size", hidden_size)
+    if width != hidden_size:
+        tuned, loaded = f"width {width}", f"width {hidden_size}"
+    elif soft_prompt.base_fingerprint != base_fingerprint:
+        tuned, loaded = f"fingerprint {soft_prompt.base_fingerprint[:12]}", f"fingerprint {base_fingerprint[:12]}"
+    elif soft_prompt.tokenizer_fingerprint != tokenizer_fingerprint:
+        tuned = f"tokenizer {soft_prompt.tokenizer_fingerprint[:12]}"
+        loaded = f"tokenizer {tokenizer_fingerprint[:12]}"
+    elif differing := [
+        key for key, value in soft_prompt.base_settings.items() if base_settings.get(key, value) != value
+    ]:
+        key = differing[0]
+        tuned, loaded = f"{key} {soft_prompt.base_settings[key]!r}", f"{key} {base_settings[key]!r}"
+    else:
+        return
+    wanted = f"the '{base}' of that time" if soft_prompt.base == base else f"'{soft_prompt.base}'"
+    raise BaseModelError(
+        f"The soft prompt '{soft_prompt.name}' was tuned on the base model '{soft_prompt.base}' ({tuned}), "
+        f"but the one loaded is '{base}' ({loaded}); load {wanted}, or tune a new soft prompt on '{base}'."
+    )
+
+
+def encode(soft_prompt: SoftPrompt) -> bytes:
+    """The whole file, as :func:`save` writes it.
+
+    Raises:
+        ArtifactError: as for :func:`save`.
+    """
+    vectors = soft_prompt.vectors.detach().cpu().contiguous()
+    name = soft_prompt.name
+    if soft_prompt.parametrisation == "prefix":
+        sound, form = vectors.ndim == 5 and vectors.shape[2] == 2, "[P, L, 2, H_kv, D] with P, L, H_kv and D"
+    else:
+        sound, form = vectors.ndim == 2, "[P, H] with P and H"
+    if not sound or vectors.numel() == 0 or vectors.dtype != torch.float32:
+        raise ArtifactError(
+            f"The soft prompt '{name}' should be float32 {form} of at least 1, but is "
+            f"{str(vectors.dtype).removeprefix('torch.')} {list(vectors.shape)}; convert it before saving."
+        )
+    if not torch.isfinite(vectors).all():
+        raise ArtifactError(
+            f"The soft prompt '{name}' should hold finite numbers, but {int((~torch.isfinite(vectors)).sum())} of its "
+            f"{vectors.numel()} are not; tune it again with a lower learning rate."
+        )
+    verbalizer = soft_prompt.verbalizer
+    fields = {key: getattr(soft_prompt, key) for key in (*_TEXTS, *_MAPPINGS, "metrics")}
+    fields |= soft_prompt.sizes | {
+        "schema_version": SCHEMA_VERSION if soft_prompt.word_end else 1,
+        "verbalizer": None if verbalizer is None else list(verbalizer.items()),
+    }
+    if soft_prompt.base_settings:
+        fields[_SETTINGS] = soft_prompt.base_settings
+    try:
+        document = json.loads(_canonical(fields))
+        fault = _fault(document)
+    except TypeError as error:
+        fault = str(error)
+    except (ValueError, RecursionError):
+        fault = "a value that is not finite, too long or circular"
+    if fault:
+        raise ArtifactError(f"The soft prompt '{name}' has a field without a JSON form ({fault}); change that field.")
+    text = _canonical(document | {"digest": _digest(document, vectors)})
+    content: bytes = safetensors_bytes({_TENSOR: vectors}, metadata={_DOCUMENT: text})
+    if int.from_bytes(content[:8], "little") > MAX_HEADER_BYTES:
+        raise ArtifactError(
+            f"The soft prompt '{name}' should have at most {MAX_HEADER_BYTES:,} bytes of metadata, but has "
+            f"{len(text):,}; shorten its template, verbalizer or training record."
+        )
+    return content
+
+
+def _canonical(document: Mapping[str, Any]) -> str:
+    return json.dumps(
+        document,
+        sort_keys=True,
+        separators=(",", ":"),
+        allow_nan=False,
+        default=lambda value: dict(value) if isinstance(value, Mapping) else _no_json(value),
+    )
+
+
+def _no_json(value: object) -> NoReturn:
+    raise TypeError(f"{type(value).__name__} is not a JSON value")
+
+
+def _digest(document: Mapping[str, Any], vectors: torch.Tensor) -> str:
+    numbers = vectors.numpy().astype("<f4", copy=False)
+    return hashlib.sha256(_canonical(document).encode("ascii") + numbers.tobytes()).hexdigest()
+
+
+def _read_document(path: Path, text: str | None) -> tuple[dict[str, Any], object]:
+    """The header's document without its digest, of the right types; and the digest."""
+    if text is None:
+        raise ArtifactError(
+            f"{path} is a safetensors file, but its header has no entry '{_DOCUMENT}': softprompt reads the soft "
+            f"prompts that it saved itself, not yet those of other tools such as PEFT; tune one by `softprompt train`."
+        )
+    try:
+        document = json.loads(text)
+        _canonical(document)
+    except (ValueError, RecursionError) as error:
+        _refuse(path, "a JSON document in the header", f"'{error}'")
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if type(version) is int and version > SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{path} has schema version {version}, but this release of softprompt reads up to {SCHEMA_VERSION}; "
+            f"update softprompt."
+        )
+    if type(version) is not int or version < 1:
+        _refuse(path, f"a schema version from 1 to {SCHEMA_VERSION}", repr(version))
+    digest = document.pop("digest", None)
+    if fault := _fault(document):
+        _refuse(path, "a complete document in the header", fault)
+    return document, digest
+
+
+def _fault(document: Mapping[str, Any]) -> str | None:
+    """What is wrong with the types of a parsed document; None for a sound one."""
+    for key in _TEXTS:
+        if not isinstance(document.get(key), str):
+            return f"no text under '{key}'"
+    for key in _MAPPINGS:
+        if not isinstance(document.get(key), dict):
+            return f"no mapping under '{key}'"
+    if not isinstance(document.get(_SETTINGS, {}), dict):
+        return f"no mapping under '{_SETTINGS}'"
+    if not all(isinstance(value, str) for value in document["versions"].values()):
+        return "a version that is no text"
+    metrics = document.get("metrics")
+    if not isinstance(metrics, list) or not all(isinstance(metric, dict) for metric in metrics):
+        return "no list of mappings under 'metrics'"
+    verbalizer = document.get("verbalizer")
+    if verbalizer is not None and not (isinstance(verbalizer, list) and all(map(_is_label_with_words, verbalizer))):
+        return "no pairs of a label and its words under 'verbalizer'"
+    for key in size_names(document["parametrisation"]):
+        if type(document.get(key)) is not int or document[key] < 1:
+            return f"no positive number under '{key}'"
+    return None
+
+
+def _is_label_with_words(pair: object) -> bool:
+    match pair:
+        case [str(), [*words]]:
+            return all(isinstance(word, str) for word in words)
+    return False
+
+
+def _soft_prompt(document: Mapping[str, Any], vectors: torch.Tensor) -> SoftPrompt:
+    verbalizer = document["verbalizer"]
+    return SoftPrompt(
+        vectors=vectors,
+        verbalizer=None if verbalizer is None else {label: tuple(words) for label, words in verbalizer},
+        word_end=document["schema_version"] > 1,
+        metrics=tuple(document["metrics"]),
+        base_settings=document.get(_SETTINGS, {}),
+        **{key: document[key] for key in (*_TEXTS, *_MAPPINGS)},
+    )
+
+
+def _refuse(path: Path, expected: str, found: str) -> NoReturn:
+    raise ArtifactError(
+        f"{path} is not a sound soft prompt: expected {expected}, found {found}; "
+        f"restore it from a copy, or tune it again."
+    ) from None

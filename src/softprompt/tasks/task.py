@@ -1,0 +1,226 @@
+"""A task: template and verbalizer bound to a base model. It turns examples into requests, and scores into labels."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from softprompt.data.example import Dataset, Example, check_targets, infer_labels
+from softprompt.errors import ConfigError, DataError, SoftPromptWarning, TemplateError
+from softprompt.model.frozen import FrozenLM
+from softprompt.model.request import Request
+from softprompt.soft_prompts.soft_prompt import SoftPrompt
+from softprompt.tasks.length import default_num_virtual_tokens
+from softprompt.text.encoder import Encoder
+from softprompt.text.template import Template
+from softprompt.text.tokens import Tokens, overlap
+from softprompt.text.verbalizer import Verbalizer
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a soft prompt is tuned for and used with.
+
+    Attributes:
+        lm: the frozen base model.
+        template: where soft prompt, fields and target stand.
+        verbalizer: label → words; None for free-text targets.
+        num_virtual_tokens: P; 0 for a template without a soft prompt.
+        max_length: the most tokens in a sequence, soft prompt and target included.
+        word_end: whether words have an end where one is the start of another. Soft prompts of earlier releases were
+            tuned without.
+        spellings: per label, its words' token ids without an end.
+        ends: where one label's tokens are the start of another's ("1", "10"), what may stand behind a word, as token
+            ids (``Encoder.ends``); else nothing.
+        words: the token ids that are scored, of all labels in order: the spellings, or each once with each of the ends,
+            so that every label can be the most probable one.
+        label_of_word: the label's index for each of ``words``.
+    """
+
+    lm: FrozenLM
+    template: Template
+    verbalizer: Verbalizer | None
+    num_virtual_tokens: int
+    max_length: int
+    word_end: bool = True
+    encoder: Encoder = field(init=False, repr=False)
+    words: tuple[Tokens, ...] = field(init=False, repr=False)
+    label_of_word: tuple[int, ...] = field(init=False, repr=False)
+    spellings: tuple[tuple[Tokens, ...], ...] = field(init=False, repr=False)
+    ends: tuple[Tokens, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.max_length > self.lm.window:
+            raise ConfigError(
+                f"The sequences may be at most {self.lm.window} tokens long, the window of {self.lm.name}, "
+                f"but max_length is {self.max_length}; give a smaller one."
+            )
+        encoder = Encoder(self.template, self.lm.tokenizer)
+        spellings = () if self.verbalizer is None else self.verbalizer.token_ids(encoder)
+        self.lm.require_embeddings([token for words in spellings for word in words for token in word])
+        object.__setattr__(self, "encoder", encoder)
+        object.__setattr__(self, "spellings", spellings)
+        scored, ends = spellings, tuple[Tokens, ...]()
+        if self.word_end and self.overlapping:
+            ends = tuple(end for end in encoder.ends if max(end) < len(self.lm.embedding))
+            scored = tuple(tuple(word + end for word in words for end in ends) for words in spellings)
+            if not ends or overlap(word for words in scored for word in words):
+                raise TemplateError(
+                    f"Expected labels of which none begins with another, found {_pairs(self.labels, spellings)}, and "
+                    f"{self.lm.name} has no token that ends a label; rename one of them."
+                )
+        object.__setattr__(self, "ends", ends)
+        object.__setattr__(self, "words", tuple(word for words in scored for word in words))
+        owners = tuple(label for label, words in enumerate(scored) for _ in words)
+        object.__setattr__(self, "label_of_word", owners)
+
+    @classmethod
+    def for_data(
+        cls,
+        lm: FrozenLM,
+        train: Dataset,
+        template: Template,
+        *,
+        verbalizer: Verbalizer | None = None,
+        num_virtual_tokens: int | None = None,
+        max_length: int | None = None,
+    ) -> Task:
+        """The task of a data set; without a verbalizer, targets that look like labels become one (``infer_labels``),
+        and without a number of virtual tokens it is ``default_num_virtual_tokens``.
+
+        Raises:
+            DataError: a target that is not in the label set.
+            TemplateError: template and base model do not fit.
+            ConfigError: ``max_length`` is beyond the model's window.
+        """
+        if verbalizer is None:
+            labels = infer_labels(train)
+            verbalizer = None if labels is None else Verbalizer.from_labels(labels)
+        else:
+            check_targets(train, verbalizer.labels)
+        if num_virtual_tokens is None:
+            num_virtual_tokens = default_num_virtual_tokens(lm, () if verbalizer is None else verbalizer.labels)
+        return cls(lm, template, verbalizer, num_virtual_tokens, max_length or lm.window)
+
+    @classmethod
+    def of(cls, lm: FrozenLM, soft_prompt: SoftPrompt) -> Task:
+        """The task that a soft prompt was tuned for.
+
+        Raises:
+            BaseModelError: it was tuned on another base model.
+        """
+        from softprompt.soft_prompts.artifact import check_base
+
+        check_base(
+            soft_prompt,
+            base=lm.name,
+            base_fingerprint=lm.fingerprint,
+            tokenizer_fingerprint=lm.tokenizer_fingerprint,
+            hidden_size=lm.hidden_size,
+            base_settings=lm.settings,
+        )
+        verbalizer = None if soft_prompt.verbalizer is None else Verbalizer(dict(soft_prompt.verbalizer))
+        length = soft_prompt.training.get("max_length") or lm.window
+        template, word_end = Template(soft_prompt.template), soft_prompt.word_end
+        task = cls(lm, template, verbalizer, soft_prompt.num_virtual_tokens, length, word_end)
+        if not word_end and task.overlapping:
+            warnings.warn(
+                f"The labels of '{soft_prompt.name}' hold {_pairs(task.labels, task.spellings)}, and it was tuned by a "
+                f"release in which the longer one of such a pair can never be predicted; train it again",
+                SoftPromptWarning,
+                stacklevel=2,
+            )
+        return task
+
+    def without_soft_prompt(self, hard_text: str = "") -> Task:
+        """The same task with readable text, or nothing, in the soft prompt's place."""
+        template = self.template.replace_soft_prompt(hard_text)
+        return Task(self.lm, template, self.verbalizer, 0, self.max_length, self.word_end)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The label set; empty for free-text targets."""
+        return () if self.verbalizer is None else self.verbalizer.labels
+
+    @property
+    def label_words(self) -> tuple[Tokens, ...]:
+        """The token ids of each label's first word, without an end."""
+        return tuple(words[0] for words in self.spellings)
+
+    @property
+    def overlapping(self) -> bool:
+        """Whether one label's tokens are the start of another's."""
+        return overlap(word for words in self.spellings for word in words)
+
+    # --- examples → requests ----------------------------------------------------------------------
+
+    def label_request(self, example: Example, prompt: int | None = 0) -> Request:
+        """A request whose words are all words of the verbalizer."""
+        reserve = max(len(word) for word in self.words)
+        return self._request(example, None, reserve, prompt, self.words)
+
+    def target_request(self, example: Example, prompt: int | None = 0) -> Request:
+        """A request whose only word is the target: a label's first word, with its end where labels have one, or free
+        text with an end token."""
+        if example.target is None:
+            raise DataError(f"{example.where}: expected a target, found none; add one.")
+        if self.verbalizer is None:
+            return self._request(example, example.target, 0, prompt, None)
+        word = self.spellings[self.labels.index(example.target)][0]
+        if self.ends:
+            word += self.ends[0]
+        return self._request(example, None, len(word), prompt, (word,))
+
+    def open_request(self, example: Example, max_new_tokens: int, prompt: int | None = 0) -> Request:
+        """A request to be continued by up to ``max_new_tokens`` tokens."""
+        return self._request(example, None, max_new_tokens, prompt, ())
+
+    def _request(
+        self, example: Example, target: str | None, reserve: int, prompt: int | None, words: tuple[Tokens, ...] | None
+    ) -> Request:
+        encoded = self.encoder.encode(
+            example,
+            num_virtual_tokens=self.num_virtual_tokens,
+            max_length=self.max_length,
+            target=target,
+            append_eos=target is not None,
+            reserve=reserve,
+        )
+        self.lm.require_embeddings((*encoded.ids, *encoded.target_ids), example.where)
+        chosen = (encoded.target_ids,) if words is None else words
+        place = prompt if self.template.has_soft_prompt else None
+        return Request(encoded.ids, encoded.shared, chosen, place, encoded.truncated)
+
+    # --- scores → labels --------------------------------------------------------------------------
+
+    def label_logprobs(self, scores: torch.Tensor, *, normalise: bool = False) -> torch.Tensor:
+        """Log-probability of each label, given that it is one of the labels.
+
+        Args:
+            scores: float32 ``[N, W]``, log-probabilities of the verbalizer's words; the words of a label add up.
+            normalise: divide each word's log-probability by its number of tokens first, so that long labels are not
+                at a disadvantage.
+
+        Returns:
+            float32 ``[N, labels]``; each row's exponentials sum to 1.
+        """
+        if normalise:
+            scores = scores / torch.tensor([len(word) for word in self.words], device=scores.device)
+        owners = torch.tensor(self.label_of_word, device=scores.device)
+        grouped = [scores[:, owners == label].logsumexp(dim=1) for label in range(len(self.labels))]
+        return torch.stack(grouped, dim=1).log_softmax(dim=1)
+
+
+def _pairs(labels: Sequence[str], spellings: Sequence[Sequence[Tokens]]) -> str:
+    """The labels whose tokens are the start of another's, for people: the first pair, and how many more."""
+    words = sorted((word, label) for label, several in zip(labels, spellings, strict=True) for word in several)
+    found = [
+        f"{longer!r}, which begins with {label!r}"
+        for place, (word, label) in enumerate(words)
+        for other, longer in words[place + 1 :]
+        if other[: len(word)] == word
+    ]
+    return found[0] + (f" (and {len(found) - 1} more such)" if found[1:] else "")

@@ -1,0 +1,91 @@
+"""Which rows are learned from, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+
+from softprompt.data.example import Dataset, Example
+from softprompt.errors import DataError
+from softprompt.tuning.config import TrainConfig
+
+
+class RowOrder:
+    """Every row once an epoch, in random order, but with each kind of row spread evenly over the epoch.
+
+    An epoch is cut into as many equal parts as a label has rows, and each part gets one of them, at a random place in
+    it. So a batch holds the labels nearly as often as the whole data does, and a step's gradient is not that of a
+    chance mix of them: stratified batches (after Zhao and Zhang 2014, arXiv:1405.3080, who make strata by clustering
+    and also choose how many rows to draw of each; ours are the labels, in proportion to their size). Where all rows
+    are of one kind, the order is random.
+    """
+
+    def __init__(self, kinds: Sequence[Hashable]) -> None:
+        """
+        Args:
+            kinds: what kind each row is, its label for instance; at least one row.
+        """
+        numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
+        self._kinds = torch.tensor([numbers[kind] for kind in kinds])
+        self._kept: tuple[tuple[int, int], list[int]] | None = None
+
+    def batch(self, seed: int, step: int, size: int) -> list[int]:
+        """Indices of the rows of a step, a function of the arguments alone.
+
+        Args:
+            seed: seeds the order.
+            step: from 0; consecutive steps take consecutive parts of each epoch.
+            size: how many rows a step has.
+        """
+        chosen: list[int] = []
+        while len(chosen) < size:
+            epoch, offset = divmod(step * size + len(chosen), len(self._kinds))
+            chosen += self._epoch(seed, epoch)[offset : offset + size - len(chosen)]
+        return chosen
+
+    def _epoch(self, seed: int, epoch: int) -> list[int]:
+        """All rows in the order of that epoch, counted from 0; the last one is kept."""
+        if self._kept is None or self._kept[0] != (seed, epoch):
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            shuffled = torch.randperm(len(self._kinds), generator=generator)
+            kinds = self._kinds[shuffled]
+            sizes = kinds.bincount()
+            grouped = kinds.argsort(stable=True)
+            rank = torch.empty_like(kinds)  # of a row among those of its kind
+            rank[grouped] = torch.arange(len(kinds)) - (sizes.cumsum(0) - sizes)[kinds[grouped]]
+            chance = torch.rand(len(kinds), generator=generator, dtype=torch.float64)
+            places = (rank + chance) / sizes[kinds]
+            self._kept = (seed, epoch), shuffled[places.argsort(stable=True)].tolist()
+        return self._kept[1]
+
+
+def split_rows(
+    train: Dataset, validation: Dataset | None, config: TrainConfig
+) -> tuple[Sequence[Example], Sequence[Example]]:
+    """Training and validation examples; without validation data, a seeded tenth of the training data is held back."""
+    generator = torch.Generator().manual_seed(config.seed)
+    pool = train.examples if validation is None else validation.examples
+    order = torch.randperm(len(pool), generator=generator).tolist()
+    if validation is not None:
+        return train.examples, [pool[i] for i in sorted(order[: config.validation_rows])]
+    if len(pool) < 2:
+        raise DataError(
+            f"{train.source} has {len(pool)} row, but training needs at least 2 when no validation data is given; "
+            "add rows or give --validation"
+        )
+    held = set(order[: min(config.validation_rows, max(1, len(pool) // 10))])
+    return [e for i, e in enumerate(pool) if i not in held], [pool[i] for i in sorted(held)]
+
+
+def describe_rows(train: Dataset, validation: Dataset | None, rows: int, held_out: int) -> dict[str, Any]:
+    """What a soft prompt remembers of its data: where they came from, what they were, how many were used."""
+    return {
+        "train": {"source": train.source, "fingerprint": train.fingerprint, "rows": rows},
+        "validation": {
+            "source": f"held out of {train.source}" if validation is None else validation.source,
+            "fingerprint": (validation or train).fingerprint,
+            "rows": held_out,
+        },
+    }

@@ -1,0 +1,98 @@
+"""What a training starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from softprompt.errors import ConfigError
+from softprompt.model.frozen import FrozenLM, tokens_of
+from softprompt.tasks.length import label_list
+from softprompt.tasks.task import Task
+from softprompt.text.tokens import frequent_tokens
+from softprompt.tuning.config import TrainConfig
+
+if TYPE_CHECKING:
+    from softprompt.model.frozen import FrozenLM
+
+
+def initial_vectors(
+    lm: FrozenLM,
+    num_virtual_tokens: int,
+    *,
+    init: str,
+    seed: int,
+    text: str | None = None,
+    label_words: Sequence[Sequence[int]] = (),
+) -> torch.Tensor:
+    """The vectors that a training starts from, as long as embeddings (Lester et al. 2021, §3.2).
+
+    Args:
+        lm: gives the embedding table.
+        num_virtual_tokens: P.
+        init: ``random``: normal with the embedding table's RMS as deviation. ``vocab``: the embeddings of P tokens
+            drawn without replacement from the first ``FREQUENT_TOKENS``. ``text``: the embeddings of ``text``; a
+            longer one is cut to its first P tokens, a shorter one repeated from the end backwards, so that what the
+            rows follow is whole. ``labels``: one vector for each of ``label_words``, the mean of its tokens'
+            embeddings, then ``vocab`` for the rest.
+        seed: seeds the draws.
+        text: for ``text``.
+        label_words: token ids of each label's word, for ``labels``.
+
+    Returns:
+        float32 ``[P, H]`` on the CPU.
+
+    Raises:
+        ConfigError: an unknown ``init``, ``labels`` without labels, or ``text`` that is empty.
+    """
+    table = lm.embedding.detach()
+    if init == "random":
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(num_virtual_tokens, lm.hidden_size, generator=generator)
+        return noise * lm.embedding_rms
+    if init == "text":
+        tokens = tokens_of(lm, text or "")
+        if not tokens:
+            raise ConfigError("init text needs an init_text of at least one token; give a longer one")
+        while len(tokens) < num_virtual_tokens:
+            tokens = (tokens + tokens)[-num_virtual_tokens:]
+        return table[tokens[:num_virtual_tokens]].float().cpu()
+    if init not in ("vocab", "labels"):
+        raise ConfigError(f"init must be random, vocab, text or labels, not {init!r}")
+    drawn = frequent_tokens(lm.tokenizer, len(lm.embedding), seed)
+    vectors = table[[drawn[i % len(drawn)] for i in range(num_virtual_tokens)]].float().cpu()
+    if init == "labels":
+        if not label_words:
+            raise ConfigError("init labels needs class labels; give --labels, or another init")
+        for row, word in zip(range(num_virtual_tokens), label_words, strict=False):
+            vectors[row] = table[list(word)].float().mean(dim=0).cpu()
+    return vectors
+
+
+def first_vectors(task: Task, config: TrainConfig, number: int = 0) -> torch.Tensor:
+    """What the start of that number begins with by the rule ``config.init``: float32 ``[P, H]`` on the CPU.
+
+    All but the first are ``config.init_scale`` times as long as embeddings; that one is left as it is, since a sequence
+    begins with it and heads look at it that look at nothing else.
+    """
+    lm, words, init, text = task.lm, task.label_words, config.init, config.init_text
+    length, draw = config.start(number)
+    if init == "auto" and text is None and words and draw == 0:
+        options = label_list(lm, task.labels)
+        if len(tokens_of(lm, options)) <= length:
+            text = options
+    if init == "auto":
+        init = "text" if text and draw == 0 else "labels" if words else "vocab"
+    vectors = initial_vectors(lm, length, init=init, seed=config.seed + draw, text=text, label_words=words)
+    vectors[1:] *= init_scale(lm, config)
+    return vectors
+
+
+def init_scale(lm: FrozenLM, config: TrainConfig) -> float:
+    """How many times as long as embeddings the initial vectors are: those of a KV prefix, in which every layer has
+    numbers of its own, as long as they are."""
+    if config.parametrisation == "prefix":
+        return 1.0
+    return lm.first_layer_gain if config.init_scale is None else config.init_scale

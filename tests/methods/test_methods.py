@@ -1,0 +1,267 @@
+"""The soft prompt's own methods, against evaluation by hand and votes counted apart."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from softprompt.errors import ConfigError, SoftPromptWarning, TrainingError
+from softprompt.evaluation.evaluate import evaluate
+from softprompt.methods import method, prompt_tuning
+from softprompt.methods.method import Learned, Problem
+from softprompt.model.frozen import FrozenLM
+from softprompt.soft_prompts.soft_prompt import SoftPrompt
+from softprompt.tasks.length import VIRTUAL_TOKENS
+from softprompt.tasks.predict import Query, predict
+from softprompt.tasks.task import Task
+from softprompt.tuning.config import DEFAULT_STEPS, TrainConfig
+from softprompt.tuning.objective import Objective
+from softprompt.tuning.training import Step, Training
+from tests.conftest import TOY_LABELS, TOY_TEMPLATE, tiny, toy
+
+
+def problem(lm: FrozenLM, **options: Any) -> Problem:
+    settings: dict[str, Any] = {
+        "lm": lm,
+        "fresh": lambda: pytest.fail("another copy of the base model was loaded"),
+        "template": TOY_TEMPLATE,
+        "verbalizer": TOY_LABELS,
+        "train": toy(60, 1),
+        "validation": toy(20, 2),
+        "seed": 0,
+        "budget": 60.0,
+    }
+    return Problem(**settings | options)
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings of at most 40 steps."""
+    monkeypatch.setattr("softprompt.methods.prompt_tuning.most_steps", lambda rows, batch_size: 40)
+
+
+@pytest.mark.usefixtures("short")
+def test_a_soft_prompt_is_what_training_makes_of_the_defaults(llama: FrozenLM) -> None:
+    learned = prompt_tuning.soft_prompt(problem(llama))
+    found = learned.soft_prompt
+    assert found is not None
+    assert (found.training["lr"], found.num_virtual_tokens) == (TrainConfig().lr, VIRTUAL_TOKENS)
+    assert learned.chosen["steps"] == found.training["steps_done"] == 40
+    assert learned.trainable_parameters == VIRTUAL_TOKENS * llama.hidden_size
+    test = toy(30, 3)
+    by_hand = evaluate(Task.of(llama, found), found.vectors, test)
+    answers = learned.answer(test.examples, None)
+    assert [a.text for a in answers] == [a.text for a in by_hand.predictions]
+    assert [point["step"] for point in learned.curve] == [13, 26, 39, 40]
+    assert learned.validation == max(point["value"] for point in learned.curve)
+
+
+def test_a_small_budget_is_kept(llama: FrozenLM) -> None:
+    began = time.perf_counter()
+    learned = prompt_tuning.soft_prompt(problem(llama, budget=1.5))
+    assert 1 <= learned.chosen["steps"] < DEFAULT_STEPS
+    assert time.perf_counter() - began < 15  # a machine ten times slower than its own probe would still pass
+
+
+@pytest.mark.usefixtures("short")
+def test_no_budget_at_all_still_gives_a_soft_prompt(llama: FrozenLM) -> None:
+    assert prompt_tuning.soft_prompt(problem(llama, budget=1e-9)).chosen["steps"] == 1
+
+
+@pytest.mark.parametrize("steps_timed", [0, method.PROBE])
+def test_a_loss_that_is_not_finite_from_the_first_step_on_is_said(
+    steps_timed: int, llama: FrozenLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While steps are timed, and in the run after it."""
+    backward, calls = Objective.backward, itertools.count()
+
+    def poisoned(objective: Objective, *rest: Any) -> tuple[float, int]:
+        loss, tokens = backward(objective, *rest)
+        return loss if next(calls) < steps_timed else math.nan, tokens
+
+    monkeypatch.setattr(Objective, "backward", poisoned)
+    with pytest.raises(TrainingError, match=r"not finite at the very first steps, so nothing was learned"):
+        prompt_tuning.soft_prompt(problem(llama))
+
+
+@pytest.mark.parametrize("later", [0.25, 3.0])
+def test_the_end_moves_when_steps_take_another_time_than_those_that_were_timed(
+    llama: FrozenLM, monkeypatch: pytest.MonkeyPatch, later: float
+) -> None:
+    clock, steps, backward = [0.0], [0], Objective.backward
+
+    def slow(self: Objective, *given: Any) -> Any:
+        steps[0] += 1
+        clock[0] += 1.0 if steps[0] <= method.PROBE + 10 else later
+        return backward(self, *given)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(Objective, "backward", slow)
+    monkeypatch.setattr("softprompt.methods.method.TrainConfig", partial(TrainConfig, patience=0))
+    monkeypatch.setattr("softprompt.methods.prompt_tuning.TrainConfig", partial(TrainConfig, patience=0))
+    learned = prompt_tuning.soft_prompt(problem(llama, budget=60.0, began=0.0))
+    found = learned.soft_prompt
+    assert found is not None
+    assert clock[0] == pytest.approx(60.0, abs=max(2.0, later))
+    fitting = 10 + (60 - method.PROBE - 10) / later
+    assert learned.chosen["steps"] == found.training["steps"] == pytest.approx(fitting, abs=2 / min(1.0, later))
+    assert learned.curve[-1]["step"] == learned.chosen["steps"]
+
+
+@pytest.mark.parametrize(("a_row", "rows"), [(0.01, 300), (0.1, 200), (10.0, 100)])
+def test_where_validations_are_dear_they_are_of_fewer_rows(
+    llama: FrozenLM, monkeypatch: pytest.MonkeyPatch, a_row: float, rows: int
+) -> None:
+    """A tenth of the 600 seconds is for three validations."""
+    clock, score = [0.0], FrozenLM.score
+
+    def slow_rows(self: FrozenLM, requests: Any, *given: Any) -> Any:
+        clock[0] += len(requests) * a_row
+        return score(self, requests, *given)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(FrozenLM, "score", slow_rows)
+    asked = problem(llama, budget=600.0, began=0.0, validation=toy(300, 1))
+    assert method.affordable_rows(asked) == pytest.approx(rows, abs=1)
+
+
+@given(st.integers(1, 60), st.integers(0, 300), st.integers(1, 9), st.integers(1, 80), st.integers(0, 400))
+def test_a_run_is_planned_to_end_in_time(a_step: int, validation: int, k: int, every: int, done: int) -> None:
+    """Against runs played step by step: it is the longest that is in time."""
+    seconds = validation + a_step * (1 + 97 * k)
+
+    def takes(end: int) -> int:
+        return sum(a_step + validation * (n % every == 0 or n == end) for n in range(done + 1, end + 1))
+
+    pace = prompt_tuning._Pace(deque([float(a_step)]), float(validation), 90)
+    end = pace.end(float(seconds), every, done)
+    fitting = [n for n in range(done + 1, done + 1 + seconds // a_step + 1) if takes(n) <= seconds]
+    assert end == min(fitting[-1], max(90, done + 1))
+
+
+def test_long_budgets_compile_the_steps_that_are_timed_and_the_run(
+    llama: FrozenLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, compiles = list[str](), FrozenLM.compile_layers
+    monkeypatch.setattr("softprompt.methods.prompt_tuning.most_steps", lambda rows, batch_size: 3)
+    monkeypatch.setattr(method, "can_compile", lambda lm: lm is llama)
+
+    def compile_layers(lm: FrozenLM) -> None:
+        done.append("compiled")
+        compiles(lm)
+
+    monkeypatch.setattr(FrozenLM, "compile_layers", compile_layers)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    for budget, expected in ((300.0, 2), (299.0, 0)):
+        done.clear()
+        assert prompt_tuning.soft_prompt(problem(llama, budget=budget)).chosen["steps"] == 3
+        assert done == ["compiled"] * expected
+    monkeypatch.setattr(method, "can_compile", lambda lm: False)
+    prompt_tuning.soft_prompt(problem(llama, budget=300.0))
+    assert done == []
+
+
+def test_a_compiler_that_does_not_work_is_tried_once(
+    llama: FrozenLM, monkeypatch: pytest.MonkeyPatch, broken_compiler: list[str]
+) -> None:
+    monkeypatch.setattr("softprompt.methods.prompt_tuning.most_steps", lambda rows, batch_size: 3)
+    monkeypatch.setattr(method, "can_compile", lambda lm: True)
+    with pytest.warns(SoftPromptWarning, match="could not be compiled"):
+        assert prompt_tuning.soft_prompt(problem(llama, budget=300.0)).chosen["steps"] == 3
+    assert len(broken_compiler) == llama.kv_shape[0] - 1
+
+
+def siblings(lm: FrozenLM, count: int) -> tuple[SoftPrompt, ...]:
+    made = prompt_tuning.soft_prompt(problem(lm, budget=1e-9)).soft_prompt
+    assert made is not None
+    draws = torch.Generator().manual_seed(5)
+    return tuple(
+        replace(made, vectors=made.vectors + torch.randn(made.vectors.shape, generator=draws)) for _ in range(count)
+    )
+
+
+def test_an_ensemble_gives_the_mean_probability(llama: FrozenLM) -> None:
+    members, examples = siblings(llama, 3), toy(12, 4).examples
+    learned = prompt_tuning.ensemble(problem(llama, siblings=members))
+    each = [
+        [answer.probabilities for answer in predict([Query(Task.of(llama, one), row, one.vectors) for row in examples])]
+        for one in members
+    ]
+    for row, answer in enumerate(learned.answer(examples, None)):
+        assert answer.probabilities is not None
+        for label, probability in answer.probabilities.items():
+            mean = sum((several[row] or {})[label] for several in each) / 3
+            assert probability == pytest.approx(mean, abs=1e-6)
+    assert learned.trainable_parameters == 3 * members[0].vectors.numel()
+
+
+@given(
+    st.lists(
+        st.lists(st.tuples(*[st.floats(0.01, 1)] * 3), min_size=4, max_size=4),  # 4 rows, 3 labels
+        min_size=2,
+        max_size=6,
+    )
+)
+def test_a_majority_is_counted(numbers: list[list[tuple[float, float, float]]]) -> None:
+    each = torch.tensor(numbers, dtype=torch.float64)
+    each = each / each.sum(dim=2, keepdim=True)
+    decided: list[torch.Tensor] = []
+
+    def of_several(_: Problem, decide: Any) -> Learned:
+        decided.append(decide(each))
+        return Learned(lambda *_: [], 0, 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("softprompt.methods.prompt_tuning._of_several", of_several)
+        prompt_tuning.majority(problem(tiny("llama")))
+    for row in range(4):
+        votes = Counter(int(one[row].argmax()) for one in each)
+        most = max(votes.values())
+        winner = int(decided[0][row].argmax())
+        assert votes[winner] == most
+        equals = [label for label, count in votes.items() if count == most]
+        mean = each[:, row].mean(dim=0)
+        assert mean[winner] == pytest.approx(max(float(mean[label]) for label in equals))
+        assert float(decided[0][row].sum()) == pytest.approx(1)
+
+
+def test_an_ensemble_of_one_is_refused(llama: FrozenLM) -> None:
+    with pytest.raises(ConfigError) as caught:
+        prompt_tuning.ensemble(problem(llama, siblings=siblings(llama, 1)))
+    assert str(caught.value) == ("An ensemble needs the soft prompts of at least 2 seeds, found 1; run them first.")
+
+
+@pytest.mark.usefixtures("short")
+def test_the_weights_are_looked_at_once_after_the_budget(llama: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, they were already: when the base model was loaded."""
+    _ = llama.digest_before
+    looked: list[bool] = []
+    real = FrozenLM.weights_digest
+    given = problem(llama)
+
+    def digest(lm: FrozenLM) -> str:
+        looked.append(ended[0])
+        return real(lm)
+
+    ended = [False]
+    steps = Training.__iter__
+
+    def until_the_end(training: Training) -> Iterator[Step]:
+        yield from steps(training)
+        ended[0] = training.total > method.PROBE
+
+    monkeypatch.setattr(FrozenLM, "weights_digest", digest)
+    monkeypatch.setattr(Training, "__iter__", until_the_end)
+    prompt_tuning.soft_prompt(given)
+    assert looked == [True]

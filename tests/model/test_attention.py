@@ -1,0 +1,88 @@
+"""Attention over a shared prefix, against PyTorch's own; how it meets whole models is in ``test_frozen.py``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from softprompt.model.attention import attend, attend_shared
+from softprompt.model.state.kv import PrefixKV, stack_prefixes
+from tests.conftest import SHARED, make_model, tiny
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_is_pytorchs(kv_heads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(3, 4, 5, 8, generator=generator)
+    key, value = (torch.randn(3, kv_heads, 9, 8, generator=generator) for _ in range(2))
+    sees = torch.rand(3, 1, 5, 9, generator=generator) < 0.5
+    sees[..., 0] = True
+    mask = torch.zeros(3, 1, 5, 9).masked_fill(~sees, torch.finfo(torch.float32).min)
+    expected = functional.scaled_dot_product_attention(query, key, value, sees, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(attend(query, key, value, mask, 0.3), expected.transpose(1, 2))
+
+
+def shared_inputs(
+    kv_heads: int, length: int, dtype: torch.dtype = torch.float64
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Query, key, value, prefix key and value of 3 rows of 5 tokens, and a mask with causal rows and a word apart."""
+    generator = torch.Generator().manual_seed(length)
+    shapes = [(3, 4, 5, 8), *[(3, kv_heads, 5, 8)] * 2, *[(1, kv_heads, length, 8)] * 2]
+    tensors = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    sees = torch.ones(3, 1, 5, length + 5, dtype=torch.bool)
+    sees[..., length:] = torch.ones(5, 5, dtype=torch.bool).tril()
+    sees[1, 0, 4, length + 3] = False
+    return tensors, torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("length", [0, 1, 7])
+def test_attention_over_a_shared_prefix_and_its_gradient_are_pytorchs(kv_heads: int, length: int) -> None:
+    tensors, mask = shared_inputs(kv_heads, length)
+    query, key, value, prefix_key, prefix_value = tensors
+    keys = torch.cat([prefix_key.expand(3, -1, -1, -1), key], dim=2)
+    values = torch.cat([prefix_value.expand(3, -1, -1, -1), value], dim=2)
+    expected = functional.scaled_dot_product_attention(query, keys, values, mask == 0, scale=0.3, enable_gqa=True)
+    found, _ = attend_shared(*tensors, mask, 0.3)
+    torch.testing.assert_close(found, expected.transpose(1, 2))
+    weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for ours, theirs in zip(
+        torch.autograd.grad((found * weight).sum(), tensors),
+        torch.autograd.grad((expected.transpose(1, 2) * weight).sum(), tensors),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_operator_keeps_the_rules_of_pytorchs_compiler() -> None:
+    tensors, mask = shared_inputs(2, 7, torch.float32)
+    torch.library.opcheck(attend_shared, (*tensors, mask, 0.3))
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_without_a_prefix_the_model_is_as_it_was(kind: str) -> None:
+    ids = torch.tensor([[3, 60, 61, 62, 63], [4, 70, 71, 0, 0]])
+    mask = torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
+    expected = make_model(kind).eval()(input_ids=ids, attention_mask=mask).logits.detach()
+    found = tiny(kind).model(input_ids=ids, attention_mask=mask).logits
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1, :3], expected[1, :3])
+
+
+def test_prefixes_of_any_lengths_stand_beside_each_other() -> None:
+    def prefix(length: int) -> PrefixKV:
+        layers = tuple(torch.full((1, 2, length, 4), 10.0 * length + layer) for layer in range(3))
+        return PrefixKV(layers, tuple(-layer for layer in layers), (length,))
+
+    stacked = stack_prefixes([prefix(2), prefix(0), prefix(3)])
+    assert stacked.lengths == (2, 0, 3)
+    assert stacked.width == 3
+    assert len(stacked) == 3
+    for layer in range(3):
+        assert stacked.keys[layer].shape == stacked.values[layer].shape == (3, 2, 3, 4)
+        assert stacked.keys[layer][:, 1, :, 2].tolist() == [[20 + layer, 20 + layer, 0], [0, 0, 0], [30 + layer] * 3]
+        assert torch.equal(stacked.values[layer], -stacked.keys[layer])
+    one = prefix(2)
+    assert stack_prefixes([one]) is one
+    assert one.nbytes == 2 * 3 * 2 * 2 * 4 * 4
