@@ -2,9 +2,9 @@
 
 The highest accuracy of a run is partly luck: with 500 rows, one validation differs from the next by a point by chance
 alone, and a maximum over them often picks an early one though the vectors still gain. So what counts is the mean
-probability of the right label: of all rows, not only of those near the line between two answers, it moves by a fraction
-of that, and other than the loss it is not ruled by a few rows with sure and wrong answers. The validation is kept that
-ends the three in a row with the highest mean of it. A run ends early once it has stayed below that by more than chance.
+probability of the right label. All rows have a part in it, not only those near the line between two answers, so it
+moves less. Unlike the loss it is not ruled by a few rows with sure and wrong answers. The validation is kept that ends
+the three in a row with the highest mean. A run ends early once it has stayed below that by more than chance.
 ``docs/defaults.md`` has the rules that were tried and ``benchmarks/replay.py`` replays them.
 """
 
