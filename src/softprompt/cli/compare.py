@@ -36,14 +36,13 @@ from softprompt.compare import report
 from softprompt.compare.comparison import Comparison
 from softprompt.compare.comparison_time import ComparisonTime, Parts
 from softprompt.compare.plan import Plan, cut
-from softprompt.compare.summary import short_names
 from softprompt.data.encoding import decode
 from softprompt.data.example import check_targets
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.data.reading import read_dataset
 from softprompt.data.wording import counted
 from softprompt.drawing import style
-from softprompt.drawing.words import duration, number, roughly
+from softprompt.drawing.words import duration, number, roughly, short_names
 from softprompt.errors import ConfigError, DataError
 from softprompt.files import local_path, strict_json
 from softprompt.methods.prompt_tuning import OF_SEVERAL_SEEDS

@@ -32,11 +32,10 @@ from softprompt.cli.options import (
 )
 from softprompt.cli.terminal import rows_bar, stderr, stdout
 from softprompt.compare.plan import cut
-from softprompt.compare.summary import short_names
 from softprompt.data.example import Dataset, check_targets
 from softprompt.data.reading import read_dataset
-from softprompt.drawing.words import duration, number, share, shortened, shown, simple_table
-from softprompt.errors import ConfigError, DataError, StoreError
+from softprompt.drawing.words import duration, number, share, short_names, shortened, shown, simple_table
+from softprompt.errors import ArtifactError, ConfigError, DataError, StoreError
 from softprompt.inspection import page
 from softprompt.inspection.drift import Way, way_of
 from softprompt.inspection.harden import Hardened, harden
@@ -48,6 +47,7 @@ from softprompt.inspection.start import starting_vectors
 from softprompt.inspection.tables import DRIFT, continuation_table, drift_table, matters_table, readings_table
 from softprompt.inspection.vocabulary import Vocabulary
 from softprompt.inspection.words import nats
+from softprompt.soft_prompts import artifact
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
 from softprompt.tasks.task import Task
@@ -237,12 +237,12 @@ def _of_one_base(store: Store) -> dict[str, SoftPrompt]:
     """The store's soft prompts of the base model that most of them are for; the others are named on stderr."""
     found: dict[str, SoftPrompt] = {}
     for entry in store.entries():
-        if not isinstance(entry.soft_prompt, SoftPrompt):
-            stderr.print(f"warning: {entry.soft_prompt}")
-        elif entry.soft_prompt.vectors.dim() != 2:
+        if isinstance(entry.header, ArtifactError):
+            stderr.print(f"warning: {entry.header}")
+        elif entry.header.parametrisation == "prefix":
             stderr.print(f"left out: {entry.name}, a trained KV prefix")
         else:
-            found[entry.name] = entry.soft_prompt
+            found[entry.name] = artifact.load(entry.path)
     if not found:
         raise ConfigError(f"There is no soft prompt in {store.home} to inspect; see `softprompt train --help`.")
     most = Counter(soft_prompt.base_fingerprint for soft_prompt in found.values()).most_common(1)[0][0]
@@ -301,21 +301,21 @@ def _show_store(store: Store, as_json: bool) -> None:
     """A line for each soft prompt of the store, without a model."""
     listed: list[dict[str, Any]] = []
     for entry in store.entries():
-        if not isinstance(entry.soft_prompt, SoftPrompt):
-            stderr.print(f"warning: {entry.soft_prompt}")
+        if isinstance(entry.header, ArtifactError):
+            stderr.print(f"warning: {entry.header}")
             continue
-        vectors, training = entry.soft_prompt.vectors, entry.soft_prompt.training
-        lengths = vectors.flatten(1).norm(dim=1)
+        soft_prompt = artifact.load(entry.path)
+        lengths = soft_prompt.vectors.flatten(1).norm(dim=1)
         listed.append(
             {
                 "name": entry.name,
-                "base": entry.soft_prompt.base,
-                "num_virtual_tokens": len(vectors),
-                "labels": None if entry.soft_prompt.verbalizer is None else list(entry.soft_prompt.verbalizer),
-                "init": training.get("init"),
-                "steps": training.get("steps_done"),
+                "base": soft_prompt.base,
+                "num_virtual_tokens": soft_prompt.num_virtual_tokens,
+                "labels": None if soft_prompt.verbalizer is None else list(soft_prompt.verbalizer),
+                "init": soft_prompt.training.get("init"),
+                "steps": soft_prompt.training.get("steps_done"),
                 "norm": {"least": float(lengths.min()), "mean": float(lengths.mean()), "most": float(lengths.max())},
-                "metrics": list(entry.soft_prompt.metrics),
+                "metrics": list(soft_prompt.metrics),
             }
         )
     if as_json:

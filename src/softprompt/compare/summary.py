@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
+from softprompt.drawing.words import short_names
 from softprompt.evaluation.evaluate import OneAnswer
 
 _Z = NormalDist().inv_cdf(0.975)
@@ -304,23 +304,6 @@ def _t_quantile(freedom: float) -> float:
 def times(ratio: float) -> str:
     """How many times as high a perplexity is: ``×1.09``, ``×16.03``, ``×3,423``."""
     return f"×{ratio:.2f}" if round(ratio, 2) < 100 else f"×{ratio:,.0f}"
-
-
-def short_names(bases: Iterable[str]) -> dict[str, str]:
-    """Base model's id or path → its last part; where several share that, as many of the last parts as tell them
-    apart."""
-    parts = {base: Path(base).parts or (base,) for base in bases}
-    most = max(map(len, parts.values()), default=0)
-
-    def last(base: str, count: int) -> str:
-        return str(Path(*parts[base][-count:]))
-
-    names = {base: last(base, 1) for base in parts}
-    for count in range(2, most + 1):
-        shown = list(names.values())
-        names = {base: last(base, count) if shown.count(name) > 1 else name for base, name in names.items()}
-    shown = list(names.values())
-    return {base: base if shown.count(name) > 1 else name for base, name in names.items()}
 
 
 def grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:

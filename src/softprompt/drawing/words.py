@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -77,3 +78,20 @@ def shown(text: str, width: int = 24) -> str:
 def share(number: float) -> str:
     """``95 %``."""
     return f"{100 * number:.0f} %"
+
+
+def short_names(bases: Iterable[str]) -> dict[str, str]:
+    """Base model's id or path → its last part; where several share that, as many of the last parts as tell them
+    apart."""
+    parts = {base: Path(base).parts or (base,) for base in bases}
+    most = max(map(len, parts.values()), default=0)
+
+    def last(base: str, count: int) -> str:
+        return str(Path(*parts[base][-count:]))
+
+    names = {base: last(base, 1) for base in parts}
+    for count in range(2, most + 1):
+        shown = list(names.values())
+        names = {base: last(base, count) if shown.count(name) > 1 else name for base, name in names.items()}
+    shown = list(names.values())
+    return {base: base if shown.count(name) > 1 else name for base, name in names.items()}
