@@ -45,7 +45,6 @@ from softprompt.drawing import style
 from softprompt.drawing.words import duration, number, roughly, short_names
 from softprompt.errors import ConfigError, DataError
 from softprompt.files import local_path, strict_json
-from softprompt.methods.prompt_tuning import OF_SEVERAL_SEEDS
 from softprompt.methods.registry import METHODS
 from softprompt.model.frozen import FrozenLM
 from softprompt.tuning.run_folder import RunFolder
@@ -222,7 +221,8 @@ def estimated(left: Parts, test_rows: int, untimed: Sequence[str] = ()) -> str:
 
 def took(cell: Mapping[str, Any]) -> str:
     """``12 min 3 s: 8 min learning, 4 min answering, 3.0 s else``; parts of less than a second are left out."""
-    learning = 0.0 if cell["method"] in OF_SEVERAL_SEEDS else cell["train_seconds"]  # theirs is that of other cells
+    of_others = METHODS[cell["method"]].of_several_seeds  # its members have learned, in cells of their own
+    learning = 0.0 if of_others else cell["train_seconds"]
     rest = cell["seconds"] - learning - cell["answer_seconds"]
     parts = (learning, "learning"), (cell["answer_seconds"], "answering"), (rest, "else")
     shown = ", ".join(f"{duration(seconds)} {what}" for seconds, what in parts if seconds >= 1)
