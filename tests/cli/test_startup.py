@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from softprompt.cli.commands import COMMANDS
+from softprompt.generation.decoder import KV_TOKENS
+from softprompt.serving.limits import Limits
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
 
@@ -75,3 +78,14 @@ def test_show_loads_no_torch(home: Path) -> None:
     found = json.loads(shown)
     assert [found[key] for key in ("num_virtual_tokens", "num_layers", "num_kv_heads", "head_dim")] == [3, 2, 1, 4]
     assert "vectors" not in found
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ("list", "rm")])
+def test_help_loads_no_torch(home: Path, command: str) -> None:
+    shown, libraries = loaded(home, command, "--help")
+    assert libraries == ""
+    assert "Usage" in shown
+
+
+def test_the_limits_that_help_shows_are_those_of_generation() -> None:
+    assert Limits().tokens == KV_TOKENS

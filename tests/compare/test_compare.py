@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score, matthews_corrcoef
 
-from softprompt.cli.compare import seconds
+from softprompt.cli.options import seconds
 from softprompt.compare import measure, report
 from softprompt.compare.comparison import Comparison
 from softprompt.compare.measure import peak_memory, plain_perplexity

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import fields
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from softprompt.cli.options import Json, Name
 from softprompt.cli.terminal import print_json, print_rows, stderr, stdout
 from softprompt.drawing.words import number, plain_metric, short_names, simple_table
 from softprompt.soft_prompts import artifact
@@ -17,14 +15,8 @@ from softprompt.soft_prompts.soft_prompt import Header, Metadata
 from softprompt.soft_prompts.store import Store
 
 
-def list_command(as_json: Json = False) -> None:
-    """List the stored soft prompts.
-
-    The store is the folder $SOFTPROMPT_HOME, by default in the user's data directory.
-
-    \b
-    softprompt list
-    """
+def show_list(as_json: bool) -> None:
+    """Prints what is in the store."""
     store = Store()
     entries = store.entries()
     if as_json:
@@ -67,13 +59,8 @@ def _brief(header: Header) -> dict[str, Any]:
     }
 
 
-def show_command(name: Name, as_json: Json = False) -> None:
-    """Show all that a soft prompt's file says, except its numbers.
-
-    \b
-    softprompt show sst2
-    softprompt show ./sst2.safetensors --json
-    """
+def show_one(name: str, as_json: bool) -> None:
+    """Prints what a soft prompt's file says, except its numbers."""
     path = Store().find(name)
     header = artifact.read_header(path)
     document = {
@@ -100,12 +87,8 @@ def _plain(value: object) -> str:
     return value if isinstance(value, str) and value.isprintable() else json.dumps(value, ensure_ascii=False)
 
 
-def rm_command(names: Annotated[list[str], typer.Argument(metavar="N…", help="Names in the store.")]) -> None:
-    """Delete soft prompts from the store, and what their trainings left behind.
-
-    \b
-    softprompt rm sst2 qa
-    """
+def remove(names: Sequence[str]) -> None:
+    """Deletes soft prompts, and what their trainings left behind."""
     from softprompt.tuning.run_folder import RunFolder  # needs torch, which list and show do not
 
     store = Store()
