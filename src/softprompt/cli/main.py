@@ -23,6 +23,9 @@ from softprompt.errors import SoftPromptError
 from softprompt.model.notes import as_note, hear_warnings
 
 
+_WORDS = "softprompt.words"
+
+
 def command_line() -> typer.Typer:
     """The command line with all commands."""
     app = typer.Typer(
@@ -37,7 +40,7 @@ def command_line() -> typer.Typer:
     )
     app.callback()(_root)
     for name, function in COMMANDS.items():
-        app.command(name, cls=_TextsCommand if name == "predict" else None)(function)
+        app.command(name, cls=_TextsCommand if name == "predict" else _Command)(function)
     return app
 
 
@@ -102,7 +105,23 @@ class _Group(TyperGroup):
         return super().parse_args(ctx, spread(self, args))
 
 
-class _TextsCommand(TyperCommand):
+class _Command(TyperCommand):
+    """A command; a shell completes also the second and further words of an option that takes several."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[_WORDS] = list(args)
+        return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        found = list(super().shell_complete(ctx, incomplete))
+        before = ctx.meta.get(_WORDS, [])[-2:-1]
+        for param in self.params:
+            if before and getattr(param, "multiple", False) and before[0] in param.opts:
+                found += param.shell_complete(ctx, incomplete)
+        return found
+
+
+class _TextsCommand(_Command):
     """A command whose arguments are texts, which may begin with a dash as options do."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
