@@ -18,7 +18,8 @@ from softprompt.files import StrPath
 from softprompt.model.batch import Row
 from softprompt.model.loading import DTYPES
 from softprompt.model.request import Request
-from softprompt.soft_prompts.soft_prompt import SoftPrompt, library_versions
+from softprompt.soft_prompts.metadata import library_versions
+from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.task import Task
 from softprompt.text.tokens import SOFT
 from softprompt.tuning import checkpoint, compilation
