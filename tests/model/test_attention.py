@@ -7,7 +7,6 @@ import torch
 from torch.nn import functional
 
 from softprompt.model.attention import attend, attend_shared
-from softprompt.model.state.kv import PrefixKV, stack_prefixes
 from tests.conftest import SHARED, make_model, tiny
 
 
@@ -68,21 +67,3 @@ def test_without_a_prefix_the_model_is_as_it_was(kind: str) -> None:
     found = tiny(kind).model(input_ids=ids, attention_mask=mask).logits
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1, :3], expected[1, :3])
-
-
-def test_prefixes_of_any_lengths_stand_beside_each_other() -> None:
-    def prefix(length: int) -> PrefixKV:
-        layers = tuple(torch.full((1, 2, length, 4), 10.0 * length + layer) for layer in range(3))
-        return PrefixKV(layers, tuple(-layer for layer in layers), (length,))
-
-    stacked = stack_prefixes([prefix(2), prefix(0), prefix(3)])
-    assert stacked.lengths == (2, 0, 3)
-    assert stacked.width == 3
-    assert len(stacked) == 3
-    for layer in range(3):
-        assert stacked.keys[layer].shape == stacked.values[layer].shape == (3, 2, 3, 4)
-        assert stacked.keys[layer][:, 1, :, 2].tolist() == [[20 + layer, 20 + layer, 0], [0, 0, 0], [30 + layer] * 3]
-        assert torch.equal(stacked.values[layer], -stacked.keys[layer])
-    one = prefix(2)
-    assert stack_prefixes([one]) is one
-    assert one.nbytes == 2 * 3 * 2 * 2 * 4 * 4

@@ -553,10 +553,9 @@ def test_an_empty_template_prefix_works(kind: str) -> None:
 
 def test_a_prefix_knows_its_size(llama: FrozenLM) -> None:
     prefix = llama.prefix_kv((3, SOFT, 4), soft(5))
-    assert len(prefix) == 1
     assert prefix.lengths == (7,)
     assert prefix.width == 7
-    assert [tuple(key.shape) for key in prefix.keys] == [(1, 2, 7, 8)] * 3
+    assert [tuple(tensor.shape) for tensor in prefix.tensors] == [(1, 2, 7, 8)] * 6  # keys and values of 3 layers
     assert prefix.nbytes == 2 * 3 * 2 * 7 * 8 * 4
 
 

@@ -11,7 +11,7 @@ import torch
 
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request
-from softprompt.model.state.kv import PrefixKV
+from softprompt.model.state.prefix import PrefixState
 from softprompt.text.tokens import SOFT
 from softprompt.tuning.objective import Objective
 from tests.conftest import tiny
@@ -44,7 +44,7 @@ def test_text_before_the_soft_prompt_is_computed_in_the_first_step_only(
     shape = (5, llama.hidden_size) if kind == "vectors" else (5, *llama.kv_shape)
     run_prefix, ran = FrozenLM._run_prefix, []
 
-    def spied(lm: FrozenLM, ids: Sequence[int], *rest: Any) -> PrefixKV:
+    def spied(lm: FrozenLM, ids: Sequence[int], *rest: Any) -> PrefixState:
         ran.append(tuple(ids))
         return run_prefix(lm, ids, *rest)
 

@@ -22,7 +22,7 @@ from softprompt.model.batch import micro_batches
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.prefixes import PrefixOf
 from softprompt.model.request import Request, Sampling, prompt_of
-from softprompt.model.state.kv import PrefixKV
+from softprompt.model.state.prefix import PrefixState
 from softprompt.model.state.slots import RowKV, give_back_freed, rounded
 from softprompt.text.tokens import Tokens
 
@@ -68,13 +68,13 @@ class Continuation:
     Attributes:
         writer: what becomes of it.
         embedded: ``[T, H]``, the tokens that have not been run yet, at least one; without a prefix, the whole sequence.
-        prefix: keys and values of the tokens before; None for a model that runs whole sequences.
+        prefix: what the tokens before left behind; None for a model that runs whole sequences.
         token: the last token that was picked.
     """
 
     writer: Writer
     embedded: torch.Tensor
-    prefix: PrefixKV | None
+    prefix: PrefixState | None
     token: int = -1
 
 
@@ -234,7 +234,7 @@ def generate(
         One result a request, in order.
     """
     sampling = sampling or Sampling()
-    prefix_of = prefix_of or lm.kept_prefixes(None)
+    prefix_of = prefix_of or lm.kept_prefixes()
     writers = [Writer(lm, sampling, sampling.seed + i) for i in range(len(requests))]
     prompts = [prompt_of(request, soft_prompts) for request in requests]
     rooms = [

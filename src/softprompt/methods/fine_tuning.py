@@ -26,7 +26,7 @@ from softprompt.model.batch import Row, collate
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.notes import heard, hide_noise
 from softprompt.model.request import Request
-from softprompt.model.state.kv import PrefixKV
+from softprompt.model.state.prefix import PrefixState
 from softprompt.tasks.predict import Prediction, Progress, Query, default_sampling, predict
 from softprompt.tasks.task import Task
 from softprompt.text.tokens import SOFT
@@ -150,7 +150,7 @@ class Tuner:
         self._requests = [task.target_request(e) for e in examples]
         self._order = RowOrder([None if task.verbalizer is None else example.target for example in examples])
         self._validator = validator(task, held_out)
-        self._no_prefix: PrefixKV | None = None
+        self._no_prefix: PrefixState | None = None
         if lm.shares_prefix:
             with torch.no_grad():
                 self._no_prefix = lm.prefix_kv((), None)

@@ -281,14 +281,14 @@ def _in_whole_blocks(
 
 
 def _pick_layer(index: int) -> Any:
-    """A forward pre-hook that hands a layer its own part of ``prefix`` (``PrefixKV``) and its own list in ``keep``."""
+    """A forward pre-hook that hands a layer its own part of ``prefix`` (a state) and its own list in ``keep``."""
 
     def hook(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         prefix = kwargs.pop("prefix", None)
         if prefix is not None:
-            kwargs["prefix_layer"] = (prefix.keys[index], prefix.values[index])
+            kwargs["prefix_layer"] = prefix.layer(index)
         if kwargs.get("keep") is not None:
             kwargs["keep"] = kwargs["keep"][index]
         return args, kwargs

@@ -31,9 +31,10 @@ from softprompt.model.fast.compiled import compiled_if_possible
 from softprompt.model.fingerprint import fingerprint_model, fingerprint_tokenizer, model_settings, weights_digest
 from softprompt.model.loading import load_base, pick_device, pick_dtype
 from softprompt.model.notes import heard
-from softprompt.model.prefixes import KeptPrefixes, PrefixOf
+from softprompt.model.prefixes import PrefixCache, PrefixOf
 from softprompt.model.request import Request, prompt_of
-from softprompt.model.state.kv import PrefixKV, in_a_row, stack_prefixes
+from softprompt.model.state.kv import PrefixKV
+from softprompt.model.state.prefix import PrefixState
 from softprompt.model.state.slots import RowKV
 from softprompt.text.tokens import SOFT, Tokens, frequent_tokens
 
@@ -149,8 +150,7 @@ class FrozenLM:
     def kv_shape(self) -> tuple[int, ...]:
         """``(L, 2, H_kv, D)``, the shape of a virtual token of a trained KV prefix; only with ``shares_prefix``."""
         with torch.no_grad(), self.eager():
-            keys = self.prefix_kv((), None).keys
-        return len(keys), 2, keys[0].shape[1], keys[0].shape[3]
+            return tuple(self._run_prefix((), None).numbers().shape[1:])
 
     @cached_property
     def tokens_at_once(self) -> int:
@@ -189,7 +189,9 @@ class FrozenLM:
 
     # --- the shared-prefix path --------------------------------------------------------------------------------------
 
-    def prefix_kv(self, ids: Sequence[int], vectors: torch.Tensor | None, before: PrefixKV | None = None) -> PrefixKV:
+    def prefix_kv(
+        self, ids: Sequence[int], vectors: torch.Tensor | None, before: PrefixState | None = None
+    ) -> PrefixState:
         """Computes a shared prefix once; differentiable in ``vectors``.
 
         Args:
@@ -199,16 +201,17 @@ class FrozenLM:
             before: one prefix that is known already and that ``ids`` stand behind.
 
         Returns:
-            Keys and values ``[1, H_kv, len, D]`` of every layer, those of ``before`` first.
+            What all of them leave behind, ``before`` included.
         """
+        assert before is None or isinstance(before, PrefixKV)
         if vectors is None or vectors.dim() == 2 or SOFT not in ids:
             return self._run_prefix(ids, vectors, before)
         place = list(ids).index(SOFT)
-        layers = vectors.to(self.device, self.dtype).permute(1, 2, 3, 0, 4)  # [L, 2, H_kv, P, D]
-        trained = PrefixKV(tuple(layers[:, :1]), tuple(layers[:, 1:]), (len(vectors),))
+        known = PrefixKV.of_numbers(vectors.to(self.device, self.dtype))
         if place:
             before = self._run_prefix(ids[:place], None, before)
-        known = in_a_row(before, trained)
+        if before is not None:
+            known = before.join(known)
         behind = ids[place + 1 :]
         return self._run_prefix(behind, None, known) if behind else known
 
@@ -233,19 +236,18 @@ class FrozenLM:
             values=tuple(layer[0][1][:, :, :length] for layer in kept),
             lengths=(length,),
         )
-        return in_a_row(before, own)
+        return own if before is None else before.join(own)
 
-    def kept_prefixes(self, most: int | None) -> PrefixOf:
-        """``prefix_kv`` without gradient that keeps its last ``most`` results, or all."""
+    def kept_prefixes(self, most: int | None = None, *, capacity: int | None = None) -> PrefixCache:
+        """``prefix_kv`` without gradient that keeps its last results: ``most``, ``capacity`` bytes, or all."""
 
-        @torch.no_grad()
-        def compute(ids: Tokens, vectors: torch.Tensor | None) -> PrefixKV:
+        def compute(ids: Tokens, vectors: torch.Tensor | None) -> PrefixState:
             with self.eager():
                 return self.prefix_kv(ids, vectors)
 
-        return KeptPrefixes(compute, most)
+        return PrefixCache(compute, most=most, capacity=capacity)
 
-    def score_batch(self, batch: Batch, prefix: PrefixKV) -> torch.Tensor:
+    def score_batch(self, batch: Batch, prefix: PrefixState) -> torch.Tensor:
         """Log-probabilities of each row's words; differentiable in ``prefix``.
 
         Returns:
@@ -259,7 +261,7 @@ class FrozenLM:
         absent = torch.arange(batch.num_words, device=self.device) >= batch.word_counts[:, None]
         return scores.view(batch.size, batch.num_words).masked_fill(absent, -torch.inf)
 
-    def _hidden(self, batch: Batch, prefix: PrefixKV) -> torch.Tensor:
+    def _hidden(self, batch: Batch, prefix: PrefixState) -> torch.Tensor:
         """Hidden states ``[B, T, H]`` of the rows after the last layer's norm."""
         before = torch.arange(prefix.width, device=self.device).expand(len(batch.ids), -1)
         embedded = self.look_up(batch.ids)
@@ -430,17 +432,17 @@ class FrozenLM:
 
     def _rows(
         self, requests: Sequence[Request], soft_prompts: Sequence[torch.Tensor], prefix_of: PrefixOf
-    ) -> tuple[list[Row], PrefixKV]:
+    ) -> tuple[list[Row], PrefixState]:
         """Rows and the prefixes they point at, each prefix computed once."""
         index: dict[tuple[Tokens, int | None], int] = {}
-        rows, prefixes = [], []
+        rows, prefixes = list[Row](), list[PrefixState]()
         for request in requests:
             key = (request.ids[: request.shared], request.prompt)
             if key not in index:
                 index[key] = len(index)
                 prefixes.append(prefix_of(key[0], prompt_of(request, soft_prompts)))
             rows.append(Row(request.ids[request.shared :], request.words, index[key]))
-        return rows, stack_prefixes(prefixes)
+        return rows, prefixes[0].stack(prefixes[1:])
 
     # --- compilation ------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from softprompt.model.batch import Row, collate, micro_batches
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.prefixes import PrefixOf
 from softprompt.model.request import Request
-from softprompt.model.state.kv import PrefixKV
+from softprompt.model.state.prefix import Detached
 from softprompt.text.tokens import SOFT
 
 
@@ -77,20 +77,16 @@ class Objective:
         place = shared.index(SOFT)
         before = self._text_before(shared[:place], None) if place else None
         prefix = self.lm.prefix_kv(shared[place:], vectors, before)
-        graph = (*prefix.keys, *prefix.values)
-        leaves = [tensor.detach().float().requires_grad_() for tensor in graph]
+        detached = Detached(prefix)
         rows = [Row(r.ids[r.shared :], r.words) for r in requests]
         total = 0.0
         for group in self.micro_batches([row.length for row in rows]):
-            parts = [leaf.to(self.lm.dtype) for leaf in leaves]
-            half = len(parts) // 2
-            known = PrefixKV(tuple(parts[:half]), tuple(parts[half:]), prefix.lengths)
             batch = collate([rows[i] for i in group], prefix.lengths, self.lm.device)
-            loss = self.loss(self.lm.score_batch(batch, known), [gold[i] for i in group]) / weight
+            scores = self.lm.score_batch(batch, detached.leaves())
+            loss = self.loss(scores, [gold[i] for i in group]) / weight
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
-        gradients = [leaf.grad.to(tensor.dtype) for leaf, tensor in zip(leaves, graph, strict=True)]  # type: ignore[union-attr]
-        torch.autograd.backward(graph, gradients)
+        detached.backward()
         return total, prefix.lengths[0] + sum(row.length for row in rows)
 
     def _backward_concatenated(

@@ -18,6 +18,7 @@ from softprompt.errors import ConfigError
 from softprompt.model.architecture import SHARED_PREFIX_MODELS
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request
+from softprompt.model.state.kv import PrefixKV
 from softprompt.text.template import Template
 from softprompt.text.tokens import SOFT, frequent_tokens
 from softprompt.tuning.config import PARAMETRISATIONS
@@ -223,6 +224,6 @@ def kv_of(lm: FrozenLM, before: Sequence[int], vectors: torch.Tensor) -> torch.T
     Returns:
         float32 ``[P, L, 2, H_kv, D]``, keys after any rotary embedding.
     """
-    prefix, start = lm.prefix_kv((*before, SOFT), vectors), len(before)
-    layers = [torch.cat([k, v])[:, :, start:] for k, v in zip(prefix.keys, prefix.values, strict=True)]
-    return torch.stack(layers).permute(3, 0, 1, 2, 4).float().contiguous()
+    prefix = lm.prefix_kv((*before, SOFT), vectors)
+    assert isinstance(prefix, PrefixKV)
+    return prefix.numbers()[len(before) :].float().contiguous()
