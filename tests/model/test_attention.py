@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from softprompt.errors import BaseModelError
+from softprompt.model import attention
+from softprompt.model.architecture import decoder_layers
 from softprompt.model.attention import attend, attend_shared
-from tests.conftest import SHARED, make_model, tiny
+from tests.conftest import SHARED, SIZES, make_model, tiny
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -67,3 +73,58 @@ def test_without_a_prefix_the_model_is_as_it_was(kind: str) -> None:
     found = tiny(kind).model(input_ids=ids, attention_mask=mask).logits
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1, :3], expected[1, :3])
+
+
+# --- what attention is to do besides -------------------------------------------------------------------------
+
+
+def installed(kind: str, **options: Any) -> Any:
+    """A tiny model of another family, with our attention in it."""
+    models: Any = AutoModelForCausalLM
+    torch.manual_seed(0)
+    model = models.from_config(AutoConfig.for_model(kind, **SIZES | {"head_dim": 8} | options)).eval()
+    attention.install(model, decoder_layers(model))
+    return model
+
+
+def run(model: Any, *, own: bool, **options: Any) -> torch.Tensor:
+    """Logits of five tokens, by our attention or by transformers' ``sdpa``."""
+    sees = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
+    mask = torch.zeros(1, 1, 5, 5).masked_fill(~sees, torch.finfo(torch.float32).min) if own else None
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[3, 60, 61, 62, 63]]), attention_mask=mask, **options).logits
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "options", "name"),
+    [
+        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}, "s_aux"),
+        ("gemma2", {"attn_logit_softcapping": 30.0}, "softcap"),
+    ],
+)
+def test_attention_that_is_to_do_more_than_ours_is_refused(
+    kind: str, options: dict[str, Any], name: str, own: bool
+) -> None:
+    with pytest.raises(BaseModelError, match=f"{name}, which the shared prefix does not know; give another base"):
+        run(installed(kind, **options), own=own)
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize(
+    "asked", [{"position_bias": torch.zeros(1, 4, 5, 5)}, {"softcap": 30.0}, {"s_aux": torch.zeros(4)}, {"new": False}]
+)
+def test_nothing_that_attention_is_given_is_left_out(own: bool, asked: dict[str, Any]) -> None:
+    model = tiny("llama").model
+    with pytest.raises(BaseModelError, match=next(iter(asked))):
+        run(model, own=own, **asked)
+    nothing = run(model, own=own, **dict.fromkeys(asked))
+    torch.testing.assert_close(nothing, run(model, own=own), rtol=0, atol=0)
+
+
+def test_dropout_is_refused_and_not_left_out() -> None:
+    model = installed("llama", attention_dropout=0.5)
+    assert run(model, own=True).isfinite().all()
+    model.train()
+    with pytest.raises(BaseModelError, match="dropout"):
+        run(model, own=True)

@@ -18,10 +18,28 @@ from typing import Any
 import torch
 from torch import nn
 
+from softprompt.errors import BaseModelError
+from softprompt.model.architecture import Windows
+
 NAME = "softprompt"
 
 SLIDING = "sliding_attention"
 """Transformers' name of layers whose tokens see the last few tokens only."""
+
+WITHOUT_EFFECT = frozenset(
+    {
+        "cache_position",
+        "dropout",  # 0 outside training
+        "is_causal",  # the mask says it
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+"""What transformers hands to attention besides, and a mask and embedded positions have taken care of."""
 
 BLOCK = 512
 """Keys that PyTorch's attention on a CPU works on at once."""
@@ -45,11 +63,12 @@ class Masks:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, config: Any, dtype: torch.dtype) -> Masks:
-        """Those of a model of this configuration."""
-        kinds = set(getattr(config, "layer_types", None) or (SLIDING,))
+    def of(cls, config: Any, windows: Windows, dtype: torch.dtype) -> Masks:
+        """Those of a model of this configuration, whose family has such ``windows``. The configuration alone does not
+        tell: some hold settings of the model that they were made from, which transformers does not look at."""
+        kinds = {"none": (), "every layer": (SLIDING,), "by layer_types": getattr(config, "layer_types", ())}[windows]
         window = getattr(config, "sliding_window", None) if SLIDING in kinds else None
-        return cls(window, kinds == {SLIDING}, dtype)
+        return cls(window, set(kinds) == {SLIDING}, dtype)
 
     def __call__(self, sees: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor) -> Any:
         """
@@ -238,7 +257,19 @@ def _attention(
     keep: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' attention call: with a floating-point mask ``[B, 1, T, P + S]`` it is ours, else ``sdpa``'s."""
+    """Transformers' attention call: with a floating-point mask ``[B, 1, T, P + S]`` it is ours, else ``sdpa``'s.
+
+    Raises:
+        BaseModelError: it is to do something else as well (sinks, capped scores, a bias, dropout), which would be left
+            out.
+    """
+    asked = [name for name, value in kwargs.items() if value is not None and name not in WITHOUT_EFFECT]
+    if asked or kwargs.get("dropout"):
+        raise BaseModelError(
+            f"the attention of the base model ({type(module).__name__}) is to be computed with "
+            f"{', '.join(asked or ['dropout'])}, which the shared prefix does not know; give another base model, or "
+            "the release of transformers that softprompt was tested with"
+        )
     if attention_mask is None or not attention_mask.is_floating_point():
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

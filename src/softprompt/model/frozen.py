@@ -20,9 +20,10 @@ from softprompt.model.architecture import (
     SHARED_PREFIX_MODELS,
     decoder_layers,
     embedding_table,
+    family_of,
     matrix_ends,
     require_causal,
-    shares_prefix,
+    why_whole_sequences,
     window_of,
 )
 from softprompt.model.attention import Masks
@@ -64,6 +65,7 @@ class FrozenLM:
         embedding_rms: root mean square of the table's elements, the unit of learning rates and random initialisations.
         window: the most tokens in one sequence.
         shares_prefix: whether the shared-prefix computation serves this architecture.
+        why_whole_sequences: why not, in plain words; empty if it does.
         compiled: whether the decoder layers are compiled now.
     """
 
@@ -86,8 +88,10 @@ class FrozenLM:
         config = model.config
         self.window = window_of(config, tokenizer)
         require_causal(self.model, name, rms=self.embedding_rms)
-        self.shares_prefix = shares_prefix(config)
-        self._mask = Masks.of(config, self.dtype)
+        family = family_of(config)
+        self.why_whole_sequences = why_whole_sequences(config)
+        self.shares_prefix = not self.why_whole_sequences
+        self._mask = Masks.of(config, family.windows if family else "none", self.dtype)
         self._layers = decoder_layers(model)
         # In 16 bits, a CPU rounds the matrix product of one row otherwise than that row's among others: where a row
         # alone is computed twice, its text is the same in any company.
@@ -376,7 +380,7 @@ class FrozenLM:
                 if vectors.dim() != 2:
                     raise ConfigError(
                         "A trained KV prefix must stand before all input, which may not be empty, in a base model with "
-                        f"a shared prefix ({', '.join(sorted(SHARED_PREFIX_MODELS))}); use a plain soft prompt."
+                        f"a shared prefix ({', '.join(SHARED_PREFIX_MODELS)}); use a plain soft prompt."
                     )
                 pieces.append(vectors.to(self.device, self.dtype))
             start = place + 1

@@ -15,7 +15,6 @@ import torch
 from torch.nn import functional
 
 from softprompt.errors import ConfigError
-from softprompt.model.architecture import SHARED_PREFIX_MODELS
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request
 from softprompt.model.state.kv import PrefixKV
@@ -201,9 +200,8 @@ def require_shared_prefix(lm: FrozenLM, template: Template, requests: Sequence[R
     """
     if not lm.shares_prefix:
         raise ConfigError(
-            f"the parametrisation prefix needs a base model with a shared prefix "
-            f"({', '.join(sorted(SHARED_PREFIX_MODELS))}), but {lm.name} has none; "
-            "choose another base model or parametrisation"
+            f"the parametrisation prefix needs a base model that can share a prefix, but {lm.name} cannot: "
+            f"{lm.why_whole_sequences}; choose another base model or parametrisation"
         )
     if not all(request.shares_prefix for request in requests):
         raise ConfigError(
