@@ -23,6 +23,9 @@ from softprompt.model.architecture import Windows
 
 NAME = "softprompt"
 
+INSTALLED = "_softprompt_installed"
+"""The attribute of a transformers model whose layers have our hooks."""
+
 SLIDING = "sliding_attention"
 """Transformers' name of layers whose tokens see the last few tokens only."""
 
@@ -329,7 +332,7 @@ def _pick_layer(index: int) -> Any:
 
 def install(model: nn.Module, layers: nn.ModuleList) -> None:
     """Makes ``model`` (a transformers model with decoder ``layers``) accept ``prefix=`` and ``prefix_rows=`` in its
-    forward."""
+    forward. A second time it does nothing."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -338,5 +341,8 @@ def install(model: nn.Module, layers: nn.ModuleList) -> None:
     ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)  # type: ignore[operator]
+    if getattr(model, INSTALLED, False):
+        return
+    setattr(model, INSTALLED, True)
     for index, layer in enumerate(layers):
         layer.register_forward_pre_hook(_pick_layer(index), with_kwargs=True)

@@ -404,7 +404,8 @@ class FrozenLM:
             soft_prompts: float ``[P_k, H]`` each, or trained KV prefixes ``[P_k, L, 2, H_kv, D]``; ``Request.prompt``
                 points into them.
             max_tokens: the most tokens, padding included, in one forward pass; by default twice ``tokens_at_once``.
-            prefix_of: where prefixes come from; by default each is computed once for each forward pass.
+            prefix_of: where prefixes come from; by default as many are kept as there are soft prompts, for as long as
+                this call lasts.
 
         Returns:
             float32 ``[N, W]`` on the CPU, natural logarithm, summed over a word's tokens; ``-inf`` beyond a request's
@@ -412,11 +413,12 @@ class FrozenLM:
         """
         width = max((len(request.words) for request in requests), default=0)
         scores = torch.full((len(requests), width), -torch.inf)
+        prefix_of = prefix_of or self.kept_prefixes(max(1, len(soft_prompts)))
         for group in self._groups(requests, max_tokens or 2 * self.tokens_at_once):
             members = [requests[i] for i in group]
             with self.eager():
                 if self.shares_prefix and members[0].shares_prefix:
-                    rows, prefix = self._rows(members, soft_prompts, prefix_of or self.prefix_kv)
+                    rows, prefix = self._rows(members, soft_prompts, prefix_of)
                     part = self.score_batch(collate(rows, prefix.lengths, self.device), prefix)
                 else:
                     part = self.score_concatenated(members, soft_prompts)
