@@ -139,6 +139,13 @@ class FrozenLM:
         """``L``, the number of decoder layers."""
         return len(self._layers)
 
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """The end-of-sequence tokens, of the tokenizer and of what the model says about generation."""
+        said = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        ends = said if isinstance(said, list) else [said]
+        return frozenset(token for token in (*ends, self.tokenizer.eos_token_id) if token is not None)
+
     @cached_property
     def first_layer_gain(self) -> float:
         """How many times as large as what goes in, a frequent token's embedding, is what comes out of the first decoder

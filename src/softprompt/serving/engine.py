@@ -17,7 +17,6 @@ from dataclasses import replace
 import torch
 
 from softprompt.generation.decoder import JOIN_TOKENS, Continuation, Decoder, continuation
-from softprompt.generation.writer import Writer
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.state.prefix import PrefixState
 from softprompt.serving.jobs import (
@@ -34,6 +33,7 @@ from softprompt.serving.jobs import (
     check_room,
     tickets_of,
     too_long,
+    writer_of,
 )
 from softprompt.text.tokens import Tokens
 
@@ -211,7 +211,6 @@ class Engine:
         for ticket in tickets:
             job = ticket.job
             ticket.started = time.monotonic()
-            assert job.sampling is not None
 
             def prefix_of(ids: Tokens, vectors: torch.Tensor | None, ticket: Ticket = ticket) -> PrefixState:
                 hits = self.prefixes.hits
@@ -219,7 +218,7 @@ class Engine:
                 ticket.cached = self.prefixes.hits - hits
                 return found
 
-            writer = Writer(self.lm, job.sampling, job.sampling.seed, lead=job.lead, top_logprobs=job.top_logprobs)
+            writer = writer_of(self.lm, job)
             try:
                 row = continuation(self.lm, job.request, job.vectors, writer, prefix_of)
             except Exception as error:
