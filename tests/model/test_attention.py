@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from softprompt.errors import BaseModelError
 from softprompt.model import attention
 from softprompt.model.architecture import decoder_layers
-from softprompt.model.attention import attend, attend_shared
+from softprompt.model.attention import attend, attend_fast, attend_shared
 from tests.conftest import SHARED, SIZES, make_model, tiny
 
 
@@ -26,6 +26,9 @@ def test_attention_is_pytorchs(kv_heads: int) -> None:
     mask = torch.zeros(3, 1, 5, 9).masked_fill(~sees, torch.finfo(torch.float32).min)
     expected = functional.scaled_dot_product_attention(query, key, value, sees, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(attend(query, key, value, mask, 0.3), expected.transpose(1, 2))
+    for grouped in (True, False):
+        found = attend_fast(query, key, value, mask, 0.3, grouped=grouped)
+        torch.testing.assert_close(found, expected.transpose(1, 2))
 
 
 def shared_inputs(

@@ -117,6 +117,24 @@ def attend(
     return out.view(batch, heads, tokens, width).transpose(1, 2)
 
 
+def attend_fast(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float, *, grouped: bool
+) -> torch.Tensor:
+    """What ``attend`` computes, by PyTorch's own kernel, which is the faster one without gradient.
+
+    Args:
+        query, key, value, mask, scaling: as for ``attend``.
+        grouped: hand over each key head once, for all of its query heads. On CUDA, a mask and grouped heads together
+            would take the slow path that writes all scores down, so there each query head gets a copy of its own.
+    """
+    if not grouped:
+        key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
+    out = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped
+    )
+    return out.transpose(1, 2)
+
+
 # The same for rows that share one prefix, or have none, the hot spot of training, as an operator of its own so that
 # torch.compile leaves it alone: PyTorch's own bf16 softmax is two to three times faster than the kernels that it would
 # generate. Inside, B * H_kv is one batch dimension, and the G = H_q / H_kv query heads of a key head stand below each
@@ -296,10 +314,7 @@ def _attention(
         return attend(query, key, value, attention_mask, factor), None
     if query.shape[2] > 1 and prefix_layer is None and query.device.type == "cpu" and query.dtype != torch.float32:
         key, value, attention_mask = _in_whole_blocks(key, value, attention_mask)
-    out = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, scale=factor, enable_gqa=True
-    )
-    return out.transpose(1, 2), None
+    return attend_fast(query, key, value, attention_mask, factor, grouped=query.device.type != "cuda"), None
 
 
 def _in_whole_blocks(
