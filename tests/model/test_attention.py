@@ -95,7 +95,10 @@ def run(model: Any, *, own: bool, **options: Any) -> torch.Tensor:
     sees = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
     mask = torch.zeros(1, 1, 5, 5).masked_fill(~sees, torch.finfo(torch.float32).min) if own else None
     with torch.no_grad():
-        return model(input_ids=torch.tensor([[3, 60, 61, 62, 63]]), attention_mask=mask, **options).logits
+        logits: torch.Tensor = model(
+            input_ids=torch.tensor([[3, 60, 61, 62, 63]]), attention_mask=mask, **options
+        ).logits
+    return logits
 
 
 @pytest.mark.parametrize("own", [True, False])

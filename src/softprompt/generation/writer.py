@@ -154,8 +154,8 @@ def take(writers: Sequence[Writer], logits: torch.Tensor) -> list[int]:
         The tokens.
     """
     best, likeliest = logits.max(dim=-1)
-    found = torch.stack([likeliest, best.isnan().long()]).tolist()
-    tokens, failed = found[0], list(map(bool, found[1]))
+    tokens: list[int]
+    tokens, failed = torch.stack([likeliest, best.isnan().long()]).tolist()
     drawing = [i for i, writer in enumerate(writers) if writer.sampling.temperature > 0 and not failed[i]]
     if drawing:
         ways = [(writers[i].sampling, writers[i].generator) for i in drawing]

@@ -160,8 +160,7 @@ class FrozenLM:
     @cached_property
     def kv_shape(self) -> tuple[int, ...]:
         """``(L, 2, H_kv, D)``, the shape of a virtual token of a trained KV prefix; only with ``shares_prefix``."""
-        with torch.no_grad(), self.eager():
-            return tuple(self._run_prefix((), None).numbers().shape[1:])
+        return tuple(self.prefix_numbers((), None).shape[1:])
 
     @cached_property
     def tokens_at_once(self) -> int:
@@ -225,6 +224,21 @@ class FrozenLM:
             known = before.join(known)
         behind = ids[place + 1 :]
         return self._run_prefix(behind, None, known) if behind else known
+
+    @torch.no_grad()
+    def prefix_numbers(self, ids: Sequence[int], vectors: torch.Tensor | None) -> torch.Tensor:
+        """A prefix as the numbers of a trained KV prefix.
+
+        Args:
+            ids, vectors: as for ``prefix_kv``; only with ``shares_prefix``.
+
+        Returns:
+            float32 ``[P, L, 2, H_kv, D]``, of all of its tokens, keys after any rotary embedding.
+        """
+        with self.eager():
+            prefix = self.prefix_kv(ids, vectors)
+        assert isinstance(prefix, PrefixKV)
+        return prefix.numbers().float().contiguous()
 
     def _run_prefix(self, ids: Sequence[int], vectors: torch.Tensor | None, before: PrefixKV | None = None) -> PrefixKV:
         """Keys and values of ``before``, and behind them of ``ids``, which see those."""

@@ -17,7 +17,6 @@ from torch.nn import functional
 from softprompt.errors import ConfigError
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request
-from softprompt.model.state.kv import PrefixKV
 from softprompt.text.template import Template
 from softprompt.text.tokens import SOFT, frequent_tokens
 from softprompt.tuning.config import PARAMETRISATIONS
@@ -210,7 +209,6 @@ def require_shared_prefix(lm: FrozenLM, template: Template, requests: Sequence[R
         )
 
 
-@torch.no_grad()
 def kv_of(lm: FrozenLM, before: Sequence[int], vectors: torch.Tensor) -> torch.Tensor:
     """The keys and values that a soft prompt of vectors has in the base model.
 
@@ -222,6 +220,4 @@ def kv_of(lm: FrozenLM, before: Sequence[int], vectors: torch.Tensor) -> torch.T
     Returns:
         float32 ``[P, L, 2, H_kv, D]``, keys after any rotary embedding.
     """
-    prefix = lm.prefix_kv((*before, SOFT), vectors)
-    assert isinstance(prefix, PrefixKV)
-    return prefix.numbers()[len(before) :].float().contiguous()
+    return lm.prefix_numbers((*before, SOFT), vectors)[len(before) :]
