@@ -18,7 +18,6 @@ import pytest
 import torch
 
 from softprompt.model.frozen import FrozenLM
-from softprompt.soft_prompts import artifact
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.text.template import default_template
 from softprompt.tuning import checkpoint
@@ -338,7 +337,7 @@ def test_a_full_disk_keeps_what_was_stored_and_the_training(
     assert path.read_bytes() == before
     assert [file.name for file in home.iterdir() if file.suffix == ".tmp"] == []
 
-    monkeypatch.setattr(artifact, "save", real_save)
+    monkeypatch.setattr(SoftPrompt, "save", real_save)
     resumed = train("train.jsonl", "--name", "films", "--seed", "1", "--resume", "--json")
     assert resumed.json["steps"] == 8
     assert "step" not in resumed.err  # nothing was left to do but to write

@@ -204,7 +204,7 @@ class Training:
                 raise ConfigError(
                     "The loss 'labels' needs class labels, but the targets are free text; give --labels or use lm."
                 )
-            self._objective = Objective(task.lm, torch.tensor(task.label_of_word, device=task.lm.device))
+            self._objective = Objective(task.lm, task.label_of_word)
             self._requests = [task.label_request(e) for e in examples]
             self._gold = [task.labels.index(str(e.target)) for e in examples]
         else:
