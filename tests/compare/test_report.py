@@ -261,11 +261,6 @@ def test_interval_holds_the_truth_over_seeds_and_rows(spread: float, least: int)
     assert rows_only < least
 
 
-@pytest.mark.parametrize("freedom", [1, 1.5, 2, 3.3, 9, 30, 9_999, 1e12])
-def test_quantile_of_student(freedom: float) -> None:
-    assert summary._t_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-5)
-
-
 def test_intervals_end_where_the_metric_does() -> None:
     cells = [make_cell("soft-prompt", "sst2", "smollm2-135m", seed, 0.0) for seed in range(2)]
     cells[0] |= {"value": 0.99, "low": 0.98, "high": 0.995}
