@@ -22,7 +22,6 @@ from softprompt.cli.terminal import stderr
 from softprompt.errors import SoftPromptError
 from softprompt.model.notes import as_note, hear_warnings
 
-
 _WORDS = "softprompt.words"
 
 
