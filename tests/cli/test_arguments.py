@@ -12,6 +12,8 @@ from typer.main import get_command
 
 from softprompt.cli.arguments import spread
 from softprompt.cli.main import command_line
+from softprompt.cli.options import seconds
+from softprompt.errors import ConfigError
 
 GROUP: Any = get_command(command_line())
 
@@ -96,3 +98,17 @@ def test_several_values_after_an_option(first: str, values: list[str], flag: str
 )
 def test_the_rest_is_left_to_the_parser(words: list[str]) -> None:
     assert spread(GROUP, words) == words
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("90", 90), ("90s", 90), (" 1.5 m ", 90), ("10m", 600), ("2h", 7200), ("0.5h", 1800)]
+)
+def test_times(text: str, value: float) -> None:
+    assert seconds(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "m", "-3", "1d", "1m30s", "ten", "1e3"])
+def test_no_times(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        seconds(text)
+    assert str(caught.value) == f"Expected a time such as 90s, 10m or 1h for --budget, found {text!r}; write one."
