@@ -63,6 +63,24 @@ def test_every_option_that_may_be_repeated_may_have_several_words() -> None:
     assert (list(found["prompts"]), list(found["upstream"])) == (["a", "b"], ["http://x", "http://y"])
 
 
+SEVERAL = [
+    (name, command, option.opts[0])
+    for name, command in GROUP.commands.items()
+    for option in command.params
+    if option.param_type_name == "option" and option.multiple
+]
+
+
+@pytest.mark.parametrize(("name", "command", "option"), SEVERAL, ids=lambda each: each if isinstance(each, str) else "")
+def test_each_of_them_takes_its_words_and_no_positional_argument(name: str, command: Any, option: str) -> None:
+    places = [param for param in command.params if param.param_type_name == "argument"]
+    positional = [f"place-{number}" for number in range(sum(abs(param.nargs) for param in places))]
+    several = [option, "a", option, "b"]
+    assert spread(GROUP, [name, *positional, option, "a", "b"]) == [name, *positional, *several]
+    ahead = [option, "a", "b", "--dtype", "fp32", *positional]
+    assert spread(GROUP, [name, *ahead]) == [name, *several, "--dtype", "fp32", *positional]
+
+
 def test_texts_behind_an_option_stay_texts() -> None:
     """Where a command takes any number of them and none stands elsewhere."""
     found = parsed("predict", "sst2", "--stop", ".", "a film", "a plot")

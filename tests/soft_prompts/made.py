@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from softprompt.errors import ArtifactError
+from softprompt.soft_prompts.artifact import load, read_header
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 
 BASE: Mapping[str, Any] = {
@@ -42,3 +46,13 @@ def make_prefix(vectors: torch.Tensor | None = None, **changes: Any) -> SoftProm
     if vectors is None:
         vectors = torch.randn(3, 4, 2, 1, 5, generator=torch.Generator().manual_seed(0))
     return make(vectors, **({"parametrisation": "prefix"} | changes))
+
+
+def sentence(path: Path) -> str:
+    """Why a file is refused, which is the same with and without its numbers."""
+    with pytest.raises(ArtifactError) as caught:
+        load(path)
+    with pytest.raises(ArtifactError) as without_numbers:
+        read_header(path)
+    assert str(caught.value) == str(without_numbers.value)
+    return str(caught.value)

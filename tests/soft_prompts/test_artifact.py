@@ -23,7 +23,7 @@ from softprompt.errors import ArtifactError, StoreError
 from softprompt.files import atomic_writer
 from softprompt.soft_prompts.artifact import MAX_HEADER_BYTES, check_base, load, save
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
-from tests.soft_prompts.made import BASE, make, make_prefix
+from tests.soft_prompts.made import BASE, make, make_prefix, sentence
 
 SENTENCE_END = "restore it from a copy, or tune it again."
 
@@ -39,12 +39,6 @@ def fields_of(soft_prompt: SoftPrompt) -> dict[str, Any]:
 
 def equal(a: SoftPrompt, b: SoftPrompt) -> bool:
     return a.vectors.equal(b.vectors) and fields_of(a) == fields_of(b)
-
-
-def sentence(path: Path) -> str:
-    with pytest.raises(ArtifactError) as caught:
-        load(path)
-    return str(caught.value)
 
 
 def document_of(path: Path) -> dict[str, Any]:
