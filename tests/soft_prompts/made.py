@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from softprompt.errors import ArtifactError
-from softprompt.soft_prompts.artifact import load, read_header
-from softprompt.soft_prompts.soft_prompt import SoftPrompt
+from softprompt.soft_prompts.artifact import read_header
+from softprompt.soft_prompts.soft_prompt import SoftPrompt, load
 
 BASE: Mapping[str, Any] = {
     "base": "smollm2-135m",

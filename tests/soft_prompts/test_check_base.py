@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from softprompt.errors import BaseModelError, SoftPromptError
-from softprompt.soft_prompts.artifact import check_base
+from softprompt.soft_prompts.soft_prompt import check_base
 from tests.soft_prompts.made import BASE, make, make_prefix
 
 

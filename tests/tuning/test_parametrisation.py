@@ -17,7 +17,7 @@ from softprompt.evaluation.evaluate import evaluate
 from softprompt.generation.decoder import generate
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request, Sampling
-from softprompt.soft_prompts import artifact
+from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.predict import Query, predict
 from softprompt.tasks.task import Task
 from softprompt.text.template import Template
@@ -218,7 +218,7 @@ def test_gradients_are_those_of_the_concatenated_soft_prompt(kind: str, template
         training, lambda request, word, numbers: plain_score("llama", request.ids, word, numbers)
     )
     assert loss == pytest.approx(expected, rel=1e-5)
-    tensors = training._learner.form.tensors
+    tensors = training.learned
     assert tensors.keys() == gradients.keys()
     for name, gradient in gradients.items():
         assert close(tensors[name].grad, gradient), name
@@ -277,7 +277,7 @@ def test_gradients_of_a_kv_prefix_are_those_through_transformers_cache(kind: str
     training, loss = one_step("prefix", tiny(kind), template)
     expected, gradients = reference(training, lambda request, word, numbers: cached_score(kind, request, word, numbers))
     assert loss == pytest.approx(expected, rel=1e-5)
-    assert close(training._learner.form.tensors["kv"].grad, gradients["kv"])
+    assert close(training.learned["kv"].grad, gradients["kv"])
 
 
 # --- the KV prefix as a soft prompt -----------------------------------------------------------------------------------
@@ -439,8 +439,8 @@ def test_every_parametrisation_learns_and_changes_no_weight(kind: str, tmp_path:
     assert made.parametrisation == kind
     assert made.vectors.dtype == torch.float32
     assert made.metrics[0]["value"] >= 0.8
-    artifact.save(made, tmp_path / "made.safetensors")
-    loaded = artifact.load(tmp_path / "made.safetensors")
+    made.save(tmp_path / "made.safetensors")
+    loaded = SoftPrompt.load(tmp_path / "made.safetensors")
     found = evaluate(Task.of(lm, loaded), loaded.vectors, validation)
     assert found.headline.value == made.metrics[0]["value"]
     count = {"plain": 256, "superpos": 256 + 8 * 128, "prefix": 8 * 3 * 2 * 2 * 8, "mlp": 256 + 2 * 32 * 32 + 2 * 32}
@@ -454,7 +454,7 @@ def test_clipping_is_over_all_tensors_together(kind: str) -> None:
     clipped, _ = one_step(kind, tiny("llama"), TEMPLATES[1], clip=1e-3)
 
     def gradients(training: Training) -> torch.Tensor:
-        tensors = training._learner.form.tensors.values()
+        tensors = training.learned.values()
         return torch.cat([tensor.grad.flatten() for tensor in tensors if tensor.grad is not None])
 
     whole = gradients(unclipped)

@@ -12,7 +12,6 @@ from typing import Any
 from softprompt.cli.groups import Comparing
 from softprompt.cli.options import Loading, seconds, with_line_ends
 from softprompt.cli.task import Sources, template_from
-from softprompt.cli.terminal import Clock, notices, say_reading, stderr, stdout
 from softprompt.compare import report
 from softprompt.compare.comparison import Comparison
 from softprompt.compare.comparison_time import ComparisonTime, Parts
@@ -28,6 +27,7 @@ from softprompt.errors import DataError
 from softprompt.files import local_path, strict_json
 from softprompt.methods.registry import METHODS
 from softprompt.model.frozen import FrozenLM
+from softprompt.terminal.console import Clock, notices, say_reading, stderr, stdout
 from softprompt.tuning.run_folder import RunFolder
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from softprompt.cli.options import Columns, Loading
 from softprompt.cli.predict import asked
-from softprompt.cli.terminal import metrics_table, print_json, rows_bar, stderr, stdout, warn_truncated
 from softprompt.data.example import Dataset, check_targets
 from softprompt.errors import ConfigError
 from softprompt.evaluation.evaluate import choose_metrics, evaluate
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
 from softprompt.tasks.predict import default_sampling
+from softprompt.terminal.console import metrics_table, print_json, rows_bar, stderr, stdout, warn_truncated
 from softprompt.text.template import Template
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 from softprompt.cli.options import Loading, OneTargetColumns, seconds
-from softprompt.cli.terminal import rows_bar, stdout
 from softprompt.cli.views import print_table, section, table, wrapped
 from softprompt.data.example import check_targets
 from softprompt.drawing.words import duration
@@ -15,6 +14,7 @@ from softprompt.inspection.tables import readings_table
 from softprompt.inspection.vocabulary import Vocabulary
 from softprompt.soft_prompts.store import Store
 from softprompt.tasks.task import Task
+from softprompt.terminal.console import rows_bar, stdout
 from softprompt.text.template import Template
 
 

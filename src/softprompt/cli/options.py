@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from softprompt.cli.terminal import stderr
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.errors import ConfigError, StoreError
 from softprompt.files import local_path
+from softprompt.terminal.console import stderr
 
 if TYPE_CHECKING:
     from softprompt.data.example import Dataset

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from softprompt.cli.options import Loading
-from softprompt.cli.terminal import print_json, rows_bar, stdout, warn_truncated
 from softprompt.data.encoding import text_of
 from softprompt.data.example import Example
 from softprompt.data.reading import read_dataset
@@ -22,6 +21,7 @@ from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
 from softprompt.tasks.predict import Prediction, Query, default_sampling, predict
 from softprompt.tasks.task import Task
+from softprompt.terminal.console import print_json, rows_bar, stdout, warn_truncated
 from softprompt.text.template import Template
 
 

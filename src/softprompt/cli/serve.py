@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.groups import Door, Elsewhere
 from softprompt.cli.options import Loading
-from softprompt.cli.terminal import stdout
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.errors import ConfigError
 from softprompt.model.frozen import FrozenLM
+from softprompt.serving import listening
 from softprompt.serving.engine import Engine
 from softprompt.serving.jobs import Backend
 from softprompt.serving.limits import Limits
 from softprompt.soft_prompts import artifact
 from softprompt.soft_prompts.store import Store
+from softprompt.terminal.console import stdout
 
 if TYPE_CHECKING:
     from softprompt.serving.catalog import Catalog
@@ -54,7 +55,7 @@ def serve(
     everything = prompts is None or "all" in prompts
     chosen = _chosen(store, [one for one in prompts or () if one != "all"], everything)
     first = next(iter(chosen.values()), None)
-    listener = _bound(door.host, door.port)
+    listener = listening.bound(door.host, door.port)
     if elsewhere.backend == "vllm":  # only embeds: vLLM rounds to its own dtype, and twice would be once too often
         loading = replace(loading, dtype="fp32" if loading.dtype == "auto" else loading.dtype, device="cpu")
     lm = loading.load(base or (artifact.read_header(first).base if first else DEFAULT_BASE))
@@ -67,7 +68,7 @@ def serve(
         catalog.load(name, path)
     if everything:
         server.report(catalog.sync())
-    if door.api_key is None and not _is_local(door.host):
+    if door.api_key is None and not listening.is_local(door.host):
         log.warning(f"no API key: anyone who reaches {door.host} may use this server; set one with --api-key")
     app = server.create_app(
         backend,
@@ -105,25 +106,12 @@ def _backend(lm: FrozenLM, store: Store, limits: Limits, elsewhere: Elsewhere) -
 
 def _listen(app: Any, listener: socket.socket, host: str, limits: Limits) -> None:
     """Answers requests until a signal comes, and what has begun then."""
-    import uvicorn
-
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        lifespan="on",
-        ws="none",
-        timeout_graceful_shutdown=int(limits.seconds) + 5,
-    )
     # uvicorn drains on SIGTERM and then raises it again, which would end us with 143
     signal.signal(signal.SIGTERM, lambda *_: None)
-    listener.listen(2048)
-    shown = f"[{host}]" if ":" in host else host
-    stdout.print(f"listening on http://{shown}:{listener.getsockname()[1]}")
+    listener.listen(listening.WAITING_CONNECTIONS)
+    stdout.print(f"listening on {listening.url_of(host, listener)}")
     stdout.file.flush()
-    uvicorn.Server(config).run(sockets=[listener])
+    listening.http_server(app, limits.seconds).run(sockets=[listener])
 
 
 def _check_upstreams(backend: str, upstream: Sequence[str] | None) -> None:
@@ -162,22 +150,3 @@ def _chosen(store: Store, prompts: Sequence[str], everything: bool) -> dict[str,
             )
         chosen[name] = other
     return chosen
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    """A socket of this address, before the model is loaded: so that a port that is taken is known at once."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        raise ConfigError(
-            f"Expected a free address, found {host}:{port}, which cannot be listened on: {error.strerror or error}; "
-            f"choose another --host or --port."
-        ) from error
-    return listener
-
-
-def _is_local(host: str) -> bool:
-    return host == "localhost" or host == "::1" or host.startswith("127.")

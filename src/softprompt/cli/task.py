@@ -1,4 +1,4 @@
-"""What options of several commands say of the task: template, data and labels."""
+"""What an option of several commands says of the template."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from softprompt.cli.options import Columns, with_line_ends
-from softprompt.data.checks import Reading, reading, require_label_set
-from softprompt.data.example import Dataset, check_targets, infer_labels
-from softprompt.errors import ConfigError, TemplateError
+from softprompt.data.checks import Reading
+from softprompt.data.example import Dataset
+from softprompt.errors import TemplateError
+from softprompt.tasks.reading import read_task, taken_for
 from softprompt.text.template import Template
 from softprompt.text.verbalizer import Verbalizer
 
@@ -54,34 +55,20 @@ class Sources:
             ConfigError: labels and a column of references together, or an unknown encoding.
             DataError: data that cannot be read, or labels that cannot be meant.
         """
-        labels, free = self.labels, self.columns.names_references
-        if free and labels not in (None, "none"):
-            raise ConfigError(
-                "--references-field is for free text, but --labels makes the targets labels; leave one of them out."
-            )
-        verbalizer = None if labels in (None, "all", "none") else Verbalizer.parse(str(labels))
-        rows = self.columns.read(self.train, names)
-        held_out = None if self.validation is None else self.columns.read(self.validation, names)
-        if labels is None and not free:
-            found = infer_labels(rows)
-            require_label_set(rows, found)
-            verbalizer = None if found is None else Verbalizer.from_labels(found)
-        elif labels == "all":
-            examples = (*rows.examples, *(held_out.examples if held_out else ()))
-            verbalizer = Verbalizer.from_labels(sorted({str(example.target) for example in examples}))
-        if verbalizer is not None:
-            for dataset in filter(None, (rows, held_out)):
-                check_targets(dataset, verbalizer.labels)
-        return rows, held_out, verbalizer
+        columns = self.columns
+        return read_task(
+            self.train,
+            self.validation,
+            self.labels,
+            names,
+            input_field=columns.input_field,
+            target_field=columns.target_field,
+            references_field=columns.references_field,
+            encoding=columns.encoding,
+        )
 
     def taken_for(
         self, train: Dataset, validation: Dataset | None, test: Dataset | None, verbalizer: Verbalizer | None
     ) -> Reading:
         """What the data were taken for."""
-        return reading(
-            train,
-            validation,
-            test,
-            labels=None if verbalizer is None else verbalizer.labels,
-            chosen=self.labels is not None or self.columns.names_references,
-        )
+        return taken_for(train, validation, test, verbalizer, self.labels, self.columns.references_field)

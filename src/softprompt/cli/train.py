@@ -11,9 +11,7 @@ import typer
 from softprompt.cli.groups import Learning, Output
 from softprompt.cli.options import Loading, in_utf8
 from softprompt.cli.place import Place
-from softprompt.cli.progress import watch
 from softprompt.cli.task import Sources, template_from
-from softprompt.cli.terminal import print_rows, say_reading, stderr, warn_truncated
 from softprompt.data.checks import Reading
 from softprompt.drawing.words import duration, plain_metric
 from softprompt.errors import ConfigError, StoreError, TrainingError
@@ -22,6 +20,8 @@ from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
 from softprompt.tasks.length import default_num_virtual_tokens
 from softprompt.tasks.task import Task
+from softprompt.terminal.console import print_rows, say_reading, stderr, warn_truncated
+from softprompt.terminal.training import watch
 from softprompt.text.template import chat_template, default_template
 from softprompt.tuning import checkpoint
 from softprompt.tuning.config import INITS, TrainConfig

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from rich.cells import cell_len
 from rich.table import Table
 
-from softprompt.cli.terminal import stdout
 from softprompt.drawing.words import shortened, simple_table
+from softprompt.terminal.console import stdout
 
 WIDTH = 100
 """Columns that they fit into."""

@@ -120,10 +120,19 @@ class FrozenLM:
             model, tokenizer = load_base(base, trust_remote_code=trust_remote_code)
             return cls(model, tokenizer, name=base, dtype=dtype, device=device)
 
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"<FrozenLM {self.name}: {self.num_parameters:,} weights, {dtype}, {self.device}>"
+
     @property
     def hidden_size(self) -> int:
         """``H``, the width of a token embedding."""
         return int(self.embedding.shape[1])
+
+    @property
+    def num_layers(self) -> int:
+        """``L``, the number of decoder layers."""
+        return len(self._layers)
 
     @cached_property
     def first_layer_gain(self) -> float:

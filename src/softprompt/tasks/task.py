@@ -12,7 +12,7 @@ from softprompt.data.example import Dataset, Example, check_targets, infer_label
 from softprompt.errors import ConfigError, DataError, SoftPromptWarning, TemplateError
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request
-from softprompt.soft_prompts.soft_prompt import SoftPrompt
+from softprompt.soft_prompts.soft_prompt import SoftPrompt, check_base
 from softprompt.tasks.length import default_num_virtual_tokens
 from softprompt.text.encoder import Encoder
 from softprompt.text.template import Template
@@ -112,8 +112,6 @@ class Task:
         Raises:
             BaseModelError: it was tuned on another base model.
         """
-        from softprompt.soft_prompts.artifact import check_base
-
         check_base(
             soft_prompt,
             base=lm.name,
