@@ -271,10 +271,10 @@ def _top_shares(costs: Rows) -> Rows:
 
 
 def _rank_correlation(a: Rows, b: Rows) -> float:
-    """Spearman's, of numbers without ties."""
-    if len(a) < 2:
-        return math.nan
-    return float(np.corrcoef(np.argsort(np.argsort(a)), np.argsort(np.argsort(b)))[0, 1])
+    """Spearman's; NaN for a single number."""
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(a, b).statistic) if len(a) > 1 else math.nan
 
 
 # --- read as text --------------------------------------------------------------------------------

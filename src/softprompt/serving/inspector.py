@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.errors import SoftPromptError
+from softprompt.inspection.answers import document
 from softprompt.inspection.report import inspect_vectors
 from softprompt.inspection.vocabulary import Vocabulary
 from softprompt.model.frozen import FrozenLM
@@ -67,7 +68,7 @@ class Inspector:
             raise ApiError(409, f"The file of {entry.name!r} was changed since it was loaded; load it again.")
         key = entry.content + json.dumps(soft_prompt.training, sort_keys=True)  # by that record the start is made again
         if key not in self._found:
-            report = inspect_vectors(soft_prompt, Task.of(self._lm, soft_prompt), self._vocabulary).as_dict()
+            report = document(inspect_vectors(soft_prompt, Task.of(self._lm, soft_prompt), self._vocabulary))
             while len(self._found) >= MOST:
                 del self._found[next(iter(self._found))]
             self._found[key] = {name: report[name] for name in _VIEWS}
