@@ -8,11 +8,13 @@ import signal
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 from softprompt.cli.options import Device, Dtype, Trust, flag, load_base_model, model_option, option
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.errors import ConfigError
+from softprompt.model.embedder import Embedder
+from softprompt.model.frozen import FrozenLM
 from softprompt.serving import listening
 from softprompt.serving.engine import Engine
 from softprompt.serving.jobs import Backend, Limits
@@ -110,14 +112,14 @@ def serve_command(
     listener = listening.bound(host, port)
     if backend == "vllm":  # only embeds: vLLM rounds to its own dtype, and twice would be once too often
         dtype, device = ("fp32" if dtype == "auto" else dtype), "cpu"
-    lm = load_base_model(
+    lm: Embedder = load_base_model(
         base or (artifact.load(first).base if first else DEFAULT_BASE), dtype, device, trust_remote_code
     )
 
     telemetry.log_as_json()
     upstreams: Backend | None = None
     if backend == "vllm":
-        lm.keep_embedding_only()
+        lm = Embedder.of(lm, own_table=True)  # the layers' memory is free again
         upstreams = Upstreams(lm, upstream or (), limits, api_key=upstream_api_key)
         catalog = Catalog(lm, store, upstreams.window, check=partial(check_model, block_size))
     else:
@@ -129,7 +131,7 @@ def serve_command(
     if api_key is None and not listening.is_local(host):
         log.warning(f"no API key: anyone who reaches {host} may use this server; set one with --api-key")
     app = server.create_app(
-        upstreams or Engine(lm, limits),
+        upstreams or Engine(cast(FrozenLM, lm), limits),
         catalog,
         api_key=api_key,
         allow_loading=allow_loading,

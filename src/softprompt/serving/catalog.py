@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import time
@@ -15,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.errors import SoftPromptError, StoreError
-from softprompt.model.frozen import FrozenLM
+from softprompt.model.embedder import Embedder
 from softprompt.model.request import Sampling
 from softprompt.serving.openai_api import ApiError, Message
-from softprompt.serving.served import USUAL_TOKENS, Entry, Model, Order, Wish
+from softprompt.serving.served import USUAL_TOKENS, Entry, Model, Order, Wish, for_tasks
 from softprompt.soft_prompts import artifact
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
@@ -46,12 +45,12 @@ class Catalog:
     """
 
     def __init__(
-        self, lm: FrozenLM, store: Store, window: int, *, check: Callable[[Model], None] | None = None
+        self, lm: Embedder, store: Store, window: int, *, check: Callable[[Model], None] | None = None
     ) -> None:
         """Serves the base model alone.
 
         Args:
-            lm: the base model.
+            lm: the base model, or what embeds for it; its tokenizer is copied.
             store: where soft prompts are found by name.
             window: the most tokens of one request.
             check: sees each soft prompt before it is served, and raises ``ConfigError`` where it cannot be.
@@ -59,8 +58,7 @@ class Catalog:
         self.store = store
         self._window = window
         self._check = check
-        self._lm = copy.copy(lm)
-        self._lm.tokenizer = copy.deepcopy(lm.tokenizer)
+        self._lm = Embedder.of(lm)
         self._listed: dict[str, Entry] = {}
         self._held: OrderedDict[str, Model] = OrderedDict()  # the one asked last is last
         self._seen: dict[tuple[str, Path], tuple[int, ...]] = {}  # what each file was like when it was last tried
@@ -121,7 +119,7 @@ class Catalog:
                 f"The name '{name}' is the base model's; rename the soft prompt's file, or load it under another name."
             )
         soft_prompt = artifact.load(path)
-        task = Task.of(self._lm, soft_prompt)
+        task = Task.of(for_tasks(self._lm), soft_prompt)
         if task.max_length > self._window:
             task = replace(task, max_length=self._window)
         content = content_of(soft_prompt, task.max_length)
@@ -262,7 +260,7 @@ class Catalog:
                     param="messages",
                 )
             text += _escaped(before) + place
-        return Task(self._lm, Template(f"{text}{_escaped(rest)}{{target}}"), None, 0, self._window)
+        return Task(for_tasks(self._lm), Template(f"{text}{_escaped(rest)}{{target}}"), None, 0, self._window)
 
 
 def _escaped(text: str) -> str:

@@ -14,7 +14,7 @@ import torch
 from softprompt.errors import ConfigError
 from softprompt.generation.decoder import KV_TOKENS
 from softprompt.generation.writer import TokenLogprob, Writer
-from softprompt.model.frozen import FrozenLM
+from softprompt.model.embedder import Embedder
 from softprompt.model.request import Request, Sampling
 
 log = logging.getLogger("softprompt.engine")
@@ -48,7 +48,7 @@ class Limits:
         if self.prefix_bytes < 0:
             raise ConfigError(f"The server's limit on prefix_bytes must be 0 or more, not {self.prefix_bytes}.")
 
-    def window(self, lm: FrozenLM) -> int:
+    def window(self, lm: Embedder) -> int:
         """The most tokens of one request, input and output."""
         return min(lm.window, self.tokens)
 
@@ -208,7 +208,7 @@ def tickets_of(jobs: Sequence[Job], notify: Callable[[int, Event], None]) -> lis
     return [Ticket(job, teller(index)) for index, job in enumerate(jobs)]
 
 
-def writer_of(lm: FrozenLM, job: Job) -> Writer:
+def writer_of(lm: Embedder, job: Job) -> Writer:
     """What writes the continuation of a job that is not to score words."""
     assert job.sampling is not None
     return Writer(

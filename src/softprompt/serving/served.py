@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from softprompt.data.example import Example
 from softprompt.errors import DataError, TemplateError
 from softprompt.generation.writer import TokenLogprob, draw
+from softprompt.model.embedder import Embedder
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request, Sampling
 from softprompt.serving.jobs import Job, Piece, Scores
@@ -150,13 +151,13 @@ class Model(Entry):
     have begun go on with the old one.
 
     Attributes:
-        lm: the base model, with a tokenizer of the catalog's own.
+        lm: what embeds for the base model, with a tokenizer of the catalog's own.
         window: the most tokens of one request.
         task: its own template, labels and length; None for the base model.
         vectors: the soft prompt on the CPU in the base model's dtype; None for the base model.
     """
 
-    lm: FrozenLM
+    lm: Embedder
     window: int
     task: Task | None = None
     vectors: torch.Tensor | None = None
@@ -170,8 +171,14 @@ class Model(Entry):
     def raw(self) -> Task:
         """The soft prompt, if any, and behind it the client's text as it is."""
         if self.task is None:
-            return Task(self.lm, Template("{input}{target}"), None, 0, self.window)
-        return Task(self.lm, Template("{soft_prompt}{input}{target}"), None, self.task.num_virtual_tokens, self.window)
+            return Task(for_tasks(self.lm), Template("{input}{target}"), None, 0, self.window)
+        return Task(
+            for_tasks(self.lm),
+            Template("{soft_prompt}{input}{target}"),
+            None,
+            self.task.num_virtual_tokens,
+            self.window,
+        )
 
     @cached_property
     def bare(self) -> Task | None:
@@ -309,6 +316,12 @@ class Model(Entry):
             vectors=self.vectors if soft else None,
             content=self.content if soft else "",
         )
+
+
+def for_tasks(embedder: Embedder) -> FrozenLM:
+    """What a ``Task`` is bound to where nothing is computed with it: a task asks its base model for tokenizer, table,
+    names and window only."""
+    return cast(FrozenLM, embedder)
 
 
 def _later(sampling: Sampling, number: int) -> Sampling:
