@@ -297,7 +297,7 @@ def test_of_several_starts_it_is_the_one_that_went_on() -> None:
         task, made = a_soft_prompt(RECORD | {"starts": 2, "start": number})
         start, about = starting_vectors(task, made)
         assert start is not None
-        assert torch.equal(start, initial_vectors(task.lm, 3, init="vocab", seed=number))
+        assert torch.equal(start, initial_vectors(task.model, 3, init="vocab", seed=number))
         assert about == f"made again from the training record: init vocab, seed {number}"
         starts.append(start)
     assert not torch.equal(*starts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import json
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -14,7 +13,7 @@ from softprompt.errors import SoftPromptError
 from softprompt.inspection.answers import document
 from softprompt.inspection.report import inspect_vectors
 from softprompt.inspection.vocabulary import Vocabulary
-from softprompt.model.frozen import FrozenLM
+from softprompt.model.embedder import Embedder
 from softprompt.serving.catalog import content_of
 from softprompt.serving.openai_api import ApiError
 from softprompt.serving.served import Entry
@@ -30,14 +29,13 @@ _VIEWS = ("base", "num_virtual_tokens", "warning", "answers", "nearest", "added"
 class Inspector:
     """Looks at soft prompts in a thread of its own, one at a time, each content once."""
 
-    def __init__(self, lm: FrozenLM) -> None:
+    def __init__(self, lm: Embedder) -> None:
         """Prepares to look; the embedding table is first read when somebody asks.
 
         Args:
             lm: the base model; its tokenizer is copied, since one is not made for several threads.
         """
-        self._lm = copy.copy(lm)
-        self._lm.tokenizer = copy.deepcopy(lm.tokenizer)
+        self._lm = Embedder.of(lm)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="inspector")
         self._found: dict[str, dict[str, Any]] = {}
 
