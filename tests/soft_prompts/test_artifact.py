@@ -295,7 +295,7 @@ def test_another_tools_safetensors_file(tmp_path: Path) -> None:
     for metadata in ({"format": "pt"}, None):
         path.write_bytes(safetensors_bytes({"prompt_embeddings": torch.ones(2, 2)}, metadata=metadata))
         said = sentence(path)
-        assert said.startswith(f"{path} is a safetensors file, but its header has no entry 'softprompt': ")
+        assert said.startswith(f"{path} is a safetensors file, but its header has no entry 'softprompt'")
         assert "softprompt import" in said
     said = sentence(tmp_path)
     assert said.startswith(f"{tmp_path} is a folder, ")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -56,6 +57,11 @@ class Embedder:
     def hidden_size(self) -> int:
         """``H``, the width of a token embedding."""
         return int(self.embedding.shape[1])
+
+    @cached_property
+    def embedding_rms(self) -> float:
+        """Root mean square of the table's elements, the unit of learning rates and random initialisations."""
+        return float(self.embedding.float().square().mean().sqrt())
 
     @property
     def dtype(self) -> torch.dtype:

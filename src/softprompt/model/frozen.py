@@ -58,7 +58,6 @@ class FrozenLM(Embedder):
     Attributes:
         model: transformers' own; in evaluation mode, no weight requires a gradient.
         device: where it is.
-        embedding_rms: root mean square of the table's elements, the unit of learning rates and random initialisations.
         shares_prefix: whether the shared-prefix computation serves this architecture.
         why_whole_sequences: why not, in plain words; empty if it does.
         compiled: whether the decoder layers are compiled now.
@@ -83,7 +82,6 @@ class FrozenLM(Embedder):
             settings=model_settings(config),
             generation_config=getattr(model, "generation_config", None),
         )
-        self.embedding_rms = float(self.embedding.float().square().mean().sqrt())
         require_causal(self.model, name, rms=self.embedding_rms)
         family = family_of(config)
         self.why_whole_sequences = why_whole_sequences(config)

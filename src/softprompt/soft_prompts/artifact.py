@@ -213,8 +213,8 @@ def _read_document(path: Path, text: str | None) -> tuple[dict[str, Any], object
     """The header's document without its digest, of the right types; and the digest."""
     if text is None:
         raise ArtifactError(
-            f"{path} is a safetensors file, but its header has no entry '{_DOCUMENT}', which softprompt writes; take in "
-            f"soft prompts of other tools with `softprompt import`."
+            f"{path} is a safetensors file, but its header has no entry '{_DOCUMENT}', which softprompt writes; take "
+            f"in soft prompts of other tools with `softprompt import`."
         )
     try:
         document = json.loads(text)

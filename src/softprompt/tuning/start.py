@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from softprompt.errors import ConfigError
-from softprompt.model.embedder import tokens_of
+from softprompt.model.embedder import Embedder, tokens_of
 from softprompt.model.frozen import FrozenLM
 from softprompt.tasks.length import label_list
 from softprompt.tasks.task import Task
 from softprompt.text.tokens import frequent_tokens
 from softprompt.tuning.config import TrainConfig
 
-if TYPE_CHECKING:
-    from softprompt.model.frozen import FrozenLM
-
 
 def initial_vectors(
-    lm: FrozenLM,
+    lm: Embedder,
     num_virtual_tokens: int,
     *,
     init: str,
@@ -78,7 +74,7 @@ def first_vectors(task: Task, config: TrainConfig, number: int = 0) -> torch.Ten
     All but the first are ``config.init_scale`` times as long as embeddings; that one is left as it is, since a sequence
     begins with it and heads look at it that look at nothing else.
     """
-    lm, words, init, text = task.model, task.label_words, config.init, config.init_text
+    lm, words, init, text = task.lm, task.label_words, config.init, config.init_text
     length, draw = config.start(number)
     if init == "auto" and text is None and words and draw == 0:
         options = label_list(lm, task.labels)
@@ -91,9 +87,12 @@ def first_vectors(task: Task, config: TrainConfig, number: int = 0) -> torch.Ten
     return vectors
 
 
-def init_scale(lm: FrozenLM, config: TrainConfig) -> float:
+def init_scale(lm: Embedder, config: TrainConfig) -> float:
     """How many times as long as embeddings the initial vectors are: those of a KV prefix, in which every layer has
     numbers of its own, as long as they are."""
     if config.parametrisation == "prefix":
         return 1.0
-    return lm.first_layer_gain if config.init_scale is None else config.init_scale
+    if config.init_scale is not None:
+        return config.init_scale
+    assert isinstance(lm, FrozenLM), "what a layer does to an embedding takes a whole model"
+    return lm.first_layer_gain
