@@ -253,6 +253,7 @@ def evaluate(
             target_field=target_field,
             references_field=references_column(references_field),
             encoding=encoding,
+            labels=task.labels,
         )
     vectors = None if base_only else soft_prompt.vectors
     task = task.without_soft_prompt() if base_only else task

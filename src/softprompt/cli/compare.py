@@ -18,7 +18,6 @@ from softprompt.compare.comparison_time import ComparisonTime, Parts
 from softprompt.compare.plan import Plan, cut
 from softprompt.data.checks import Reading
 from softprompt.data.encoding import decode
-from softprompt.data.example import check_targets
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.data.wording import counted
 from softprompt.drawing import style
@@ -70,9 +69,7 @@ def _planned(
     fields = ("input",) if form is None else form.fields
     rows, held_out, verbalizer = sources.read(fields)
     assert held_out is not None  # it was asked for
-    tested = sources.columns.read(test, fields)
-    if verbalizer is not None:
-        check_targets(tested, verbalizer.labels)
+    tested = sources.columns.read(test, fields, None if verbalizer is None else verbalizer.labels)
     texts = () if comparing.instructions is None else read_instructions(comparing.instructions)
     plan = Plan(
         task=comparing.task or _task_name(sources.train),

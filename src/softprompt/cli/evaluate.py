@@ -9,7 +9,7 @@ from typing import Any
 
 from softprompt.cli.options import Columns, Loading
 from softprompt.cli.predict import asked
-from softprompt.data.example import Dataset, check_targets
+from softprompt.data.example import Dataset
 from softprompt.errors import ConfigError
 from softprompt.evaluation.evaluate import choose_metrics, evaluate
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
@@ -80,7 +80,4 @@ def _read(soft_prompt: SoftPrompt, test: str, columns: Columns) -> Dataset:
             f"--references-field is for free text, but the soft prompt {soft_prompt.name!r} answers with labels; "
             f"leave it out."
         )
-    dataset = columns.read(test, Template(soft_prompt.template).fields)
-    if soft_prompt.verbalizer is not None:
-        check_targets(dataset, list(soft_prompt.verbalizer))
-    return dataset
+    return columns.read(test, Template(soft_prompt.template).fields, soft_prompt.verbalizer)

@@ -6,7 +6,6 @@ import json
 
 from softprompt.cli.options import Loading, OneTargetColumns, seconds
 from softprompt.cli.views import print_table, section, table, wrapped
-from softprompt.data.example import check_targets
 from softprompt.drawing.words import duration
 from softprompt.inspection.harden import Hardened, harden
 from softprompt.inspection.report import require_vectors
@@ -36,9 +35,7 @@ def search(
     limit = seconds(budget)
     soft_prompt = Store().load(name)
     require_vectors(soft_prompt)
-    dataset = columns.read(validation, Template(soft_prompt.template).fields)
-    if soft_prompt.verbalizer is not None:
-        check_targets(dataset, list(soft_prompt.verbalizer))
+    dataset = columns.read(validation, Template(soft_prompt.template).fields, soft_prompt.verbalizer)
     lm = loading.load(base or soft_prompt.base)
     task = Task.of(lm, soft_prompt)
     with rows_bar("searching") as progress:

@@ -14,7 +14,7 @@ from rich.table import Table
 from softprompt.cli.options import Loading, OneTargetColumns, in_utf8
 from softprompt.cli.views import WIDTH, print_table, section, table, wrapped
 from softprompt.compare.plan import cut
-from softprompt.data.example import Dataset, check_targets
+from softprompt.data.example import Dataset
 from softprompt.drawing.words import number, share, short_names, shown
 from softprompt.errors import ArtifactError, ConfigError, DataError, StoreError
 from softprompt.inspection import page
@@ -120,9 +120,7 @@ def _way(store: Store, name: str, soft_prompt: SoftPrompt, run: Path | None) -> 
 
 def _read(soft_prompt: SoftPrompt, source: str, question: Question) -> Dataset:
     """Rows of the soft prompt's task, a seeded choice of at most ``question.rows``."""
-    dataset = question.columns.read(source, Template(soft_prompt.template).fields)
-    if soft_prompt.verbalizer is not None:
-        check_targets(dataset, list(soft_prompt.verbalizer))
+    dataset = question.columns.read(source, Template(soft_prompt.template).fields, soft_prompt.verbalizer)
     if len(dataset.examples) < 2:
         raise DataError(f"Expected at least 2 rows to score with in {source}, found 1; give more.")
     return cut(dataset, question.rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import partial
 from inspect import Parameter, Signature, signature
@@ -193,8 +193,8 @@ class Columns:
         """Whether a column of references was named, which makes the targets free text."""
         return self.references_field not in (None, "none")
 
-    def read(self, source: str, names: Sequence[str]) -> Dataset:
-        """The rows of a file or data set, for a template with the fields ``names``.
+    def read(self, source: str, names: Sequence[str], labels: Collection[str] | None = None) -> Dataset:
+        """The rows of a file or data set, for a template with the fields ``names`` and targets of ``labels``, if any.
 
         Raises:
             ConfigError: an unknown encoding.
@@ -209,6 +209,7 @@ class Columns:
             target_field=self.target_field,
             references_field="" if self.references_field == "none" else self.references_field,
             encoding=self.encoding,
+            labels=labels,
         )
 
 
@@ -220,9 +221,9 @@ class OneTargetColumns:
     target_field: TargetField = "target"
     encoding: Encoding = None
 
-    def read(self, source: str, names: Sequence[str]) -> Dataset:
+    def read(self, source: str, names: Sequence[str], labels: Collection[str] | None = None) -> Dataset:
         """As :meth:`Columns.read`."""
-        return Columns(self.input_field, self.target_field, None, self.encoding).read(source, names)
+        return Columns(self.input_field, self.target_field, None, self.encoding).read(source, names, labels)
 
 
 # --- generated text -------------------------------------------------------------------------------

@@ -12,10 +12,10 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from softprompt.data.example import Dataset, Example
+from softprompt.data.example import Dataset, Example, check_targets
 from softprompt.data.sources import Source, Table, read_table
 from softprompt.data.wording import and_more, kind, listed, quoted
 from softprompt.errors import ConfigError, DataError, SoftPromptWarning
@@ -37,6 +37,7 @@ def read_dataset(
     require_target: bool = True,
     references_field: str | None = None,
     encoding: str | None = None,
+    labels: Collection[str] | None = None,
 ) -> Dataset:
     """Reads and checks every row of a source.
 
@@ -64,14 +65,16 @@ def read_dataset(
         references_field: the column of further accepted targets: a list of strings, in CSV and TSV written as JSON; an
             empty cell is an empty list. If None, the column ``references`` is used if there is one that holds lists of
             strings and nothing else, and left alone otherwise; ``""`` stands for no column.
+        labels: what every target must be one of; None or none: anything.
         encoding: of a file of text, a name that Python's codecs know; UTF-8 if None. A byte order mark, also of UTF-16
             and UTF-32, counts for more.
 
     Raises:
         ConfigError: ``input_field`` without a field ``input``, no such encoding, or a library for this source is not
             installed.
-        DataError: the source cannot be read, has no rows, lacks a column, or has a row that is malformed or has an
-            empty cell; the sentence names the first bad row and how many more there are.
+        DataError: the source cannot be read, has no rows, lacks a column, or has a row that is malformed, has an
+            empty cell or a target that is none of the labels; the sentence names the first bad row and how many more
+            there are.
     """
     if input_field is not None and "input" not in fields:
         raise ConfigError(
@@ -103,7 +106,10 @@ def read_dataset(
     if references_field:
         used["references"] = references_field
     name = os.fspath(source) if isinstance(source, str | os.PathLike) else f"{table.name} in memory"
-    return Dataset(tuple(examples), name, _fingerprint(examples), used)
+    dataset = Dataset(tuple(examples), name, _fingerprint(examples), used)
+    if labels:
+        check_targets(dataset, tuple(labels))
+    return dataset
 
 
 # From a row to an example

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from softprompt.data.example import Example, check_targets
+from softprompt.data.example import Example
 from softprompt.evaluation.validation import validator
 from softprompt.methods.problem import Learned, Problem
 from softprompt.model.batch import Row, collate
@@ -112,8 +112,6 @@ class Tuner:
         self._problem, self._lm, self._weights = problem, lm, list(weights)
         examples, held_out = split_rows(problem.train, problem.validation, self.config)
         task = problem.task(lm=lm)
-        if task.verbalizer is not None:
-            check_targets(problem.train, task.labels)
         self._objective = Objective(lm)
         self._requests = [task.target_request(e) for e in examples]
         self._order = RowOrder([None if task.verbalizer is None else example.target for example in examples])

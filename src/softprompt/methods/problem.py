@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from softprompt.data.example import Dataset, Example
+from softprompt.data.example import Dataset, Example, check_targets
 from softprompt.evaluation.evaluate import headline, headline_metric
 from softprompt.evaluation.validation import validator
 from softprompt.model.frozen import FrozenLM
@@ -55,6 +55,9 @@ class Problem:
         validation_rows: how many of them are used, a seeded choice, to validate what is being trained; the same for
             every trained method (:func:`affordable_rows`).
         began: clock time at which the budget began to run.
+
+    Raises:
+        DataError: a target is not in the label set.
     """
 
     lm: FrozenLM
@@ -70,6 +73,11 @@ class Problem:
     siblings: tuple[SoftPrompt, ...] = ()
     validation_rows: int = TrainConfig().validation_rows
     began: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        if self.verbalizer is not None:
+            for rows in (self.train, self.validation):
+                check_targets(rows, self.labels)
 
     @property
     def labels(self) -> tuple[str, ...]:

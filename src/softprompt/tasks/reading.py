@@ -51,6 +51,8 @@ def read_task(
 
     def read(source: Source | Dataset) -> Dataset:
         if isinstance(source, Dataset):
+            if verbalizer is not None:
+                check_targets(source, verbalizer.labels)
             return source
         return read_dataset(
             source,
@@ -59,20 +61,20 @@ def read_task(
             target_field=target_field,
             references_field=references_column(references_field),
             encoding=encoding,
+            labels=None if verbalizer is None else verbalizer.labels,
         )
 
     rows = read(train)
     held_out = None if validation is None else read(validation)
-    if labels is None and not named:
+    if verbalizer is None and labels == "all":
+        examples = (*rows.examples, *(held_out.examples if held_out else ()))
+        verbalizer = Verbalizer.from_labels(sorted({str(example.target) for example in examples}))
+    elif labels is None and not named:
         found = infer_labels(rows)
         require_label_set(rows, found)
         verbalizer = None if found is None else Verbalizer.from_labels(found)
-    elif labels == "all":
-        examples = (*rows.examples, *(held_out.examples if held_out else ()))
-        verbalizer = Verbalizer.from_labels(sorted({str(example.target) for example in examples}))
-    if verbalizer is not None:
-        for dataset in filter(None, (rows, held_out)):
-            check_targets(dataset, verbalizer.labels)
+        if verbalizer is not None and held_out is not None:
+            check_targets(held_out, verbalizer.labels)
     return rows, held_out, verbalizer
 
 

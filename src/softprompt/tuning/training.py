@@ -140,7 +140,8 @@ class Training:
         examples, held_out = split_rows(train, validation, self.config)
         self._data = describe_rows(train, validation, len(examples), len(held_out))
         if task.verbalizer is not None:
-            check_targets(train, task.labels)
+            for rows in filter(None, (train, validation)):
+                check_targets(rows, task.labels)
         self._order = RowOrder([None if task.verbalizer is None else example.target for example in examples])
         self._prepare(examples)
         if self.config.parametrisation == "prefix":
