@@ -138,7 +138,9 @@ def class_parts(name: str, value: type) -> Iterator[str]:
             yield from described(inner, None)
         elif inspect.isfunction(inner):
             yield f"**`{name}.{member}`**"
-            yield from described(inner, signature(f"{name}.{member}", inner, method=not isinstance(found, staticmethod)))
+            yield from described(
+                inner, signature(f"{name}.{member}", inner, method=not isinstance(found, staticmethod))
+            )
 
 
 def signature(name: str, value: Callable[..., Any], *, method: bool = False) -> str:
@@ -153,8 +155,10 @@ def signature(name: str, value: Callable[..., Any], *, method: bool = False) -> 
         keyword = argument.kind is inspect.Parameter.KEYWORD_ONLY
         if keyword and before not in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_POSITIONAL):
             texts[place] = f"*, {texts[place]}"
-    returns = "" if found.return_annotation is inspect.Signature.empty or inspect.isclass(value) else (
-        f" -> {Bare(found.return_annotation)!r}"
+    returns = (
+        ""
+        if found.return_annotation is inspect.Signature.empty or inspect.isclass(value)
+        else (f" -> {Bare(found.return_annotation)!r}")
     )
     line = f"{name}({', '.join(texts)}){returns}"
     if len(line) <= 88:
@@ -228,16 +232,19 @@ def train_config_page() -> str:
         (f"`{field.name}`", f"`{field.type}`", f"`{field.default!r}`", meanings[field.name])
         for field in dataclasses.fields(TrainConfig)
     ]
-    return "\n\n".join(
-        [
-            "# TrainConfig",
-            "The settings of a training. In Python they are fields of `softprompt.TrainConfig`, and arguments of "
-            "`softprompt.train`. On the command line `batch_size` is `--batch-size`. "
-            "[Training](../guides/training.md) says which ones to try. "
-            "[The study](../study/defaults.md) says how the defaults were chosen.",
-            table(("field", "type", "default", "meaning"), rows),
-        ]
-    ) + "\n"
+    return (
+        "\n\n".join(
+            [
+                "# TrainConfig",
+                "The settings of a training. In Python they are fields of `softprompt.TrainConfig`, and arguments of "
+                "`softprompt.train`. On the command line `batch_size` is `--batch-size`. "
+                "[Training](../guides/training.md) says which ones to try. "
+                "[The study](../study/defaults.md) says how the defaults were chosen.",
+                table(("field", "type", "default", "meaning"), rows),
+            ]
+        )
+        + "\n"
+    )
 
 
 # --- Markdown ------------------------------------------------------------------------------------
