@@ -5,6 +5,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from softprompt.api import evaluate, load_model, predict, serve, train
     from softprompt.data.example import Dataset, Example
     from softprompt.data.reading import read_dataset
     from softprompt.errors import (
@@ -17,14 +18,14 @@ if TYPE_CHECKING:
         TemplateError,
         TrainingError,
     )
-    from softprompt.evaluation.evaluate import Evaluation, evaluate
+    from softprompt.evaluation.evaluate import Evaluation
     from softprompt.evaluation.metrics import Metric
     from softprompt.model.frozen import FrozenLM
     from softprompt.model.request import Sampling
     from softprompt.soft_prompts.artifact import load, save
     from softprompt.soft_prompts.soft_prompt import SoftPrompt
     from softprompt.soft_prompts.store import Store
-    from softprompt.tasks.predict import Prediction, Query, predict
+    from softprompt.tasks.predict import Prediction, Predictions, Query
     from softprompt.tasks.task import Task
     from softprompt.text.template import Template, chat_template, default_template
     from softprompt.text.verbalizer import Verbalizer
@@ -44,6 +45,7 @@ __all__ = [
     "FrozenLM",
     "Metric",
     "Prediction",
+    "Predictions",
     "Query",
     "Sampling",
     "SoftPrompt",
@@ -63,13 +65,17 @@ __all__ = [
     "default_template",
     "evaluate",
     "load",
+    "load_model",
     "predict",
     "preset",
     "read_dataset",
     "save",
+    "serve",
+    "train",
 ]
 
 _HOMES = {
+    "softprompt.api": ("evaluate", "load_model", "predict", "serve", "train"),
     "softprompt.data.example": ("Dataset", "Example"),
     "softprompt.data.reading": ("read_dataset",),
     "softprompt.errors": (
@@ -82,14 +88,14 @@ _HOMES = {
         "TemplateError",
         "TrainingError",
     ),
-    "softprompt.evaluation.evaluate": ("Evaluation", "evaluate"),
+    "softprompt.evaluation.evaluate": ("Evaluation",),
     "softprompt.evaluation.metrics": ("Metric",),
     "softprompt.model.frozen": ("FrozenLM",),
     "softprompt.model.request": ("Sampling",),
     "softprompt.soft_prompts.artifact": ("load", "save"),
     "softprompt.soft_prompts.soft_prompt": ("SoftPrompt",),
     "softprompt.soft_prompts.store": ("Store",),
-    "softprompt.tasks.predict": ("Prediction", "Query", "predict"),
+    "softprompt.tasks.predict": ("Prediction", "Predictions", "Query"),
     "softprompt.tasks.task": ("Task",),
     "softprompt.text.template": ("Template", "chat_template", "default_template"),
     "softprompt.text.verbalizer": ("Verbalizer",),

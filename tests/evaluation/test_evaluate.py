@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import softprompt
-from softprompt import evaluate as function_of_the_package
 from softprompt.data.example import Dataset, Example
 from softprompt.errors import ConfigError, DataError
 from softprompt.evaluation import metrics
@@ -475,5 +474,4 @@ def test_scores_that_are_not_numbers_are_refused(llama: FrozenLM, monkeypatch: p
 def test_the_public_names_are_there() -> None:
     assert all(hasattr(softprompt, name) for name in softprompt.__all__)
     assert len(set(softprompt.__all__)) == len(softprompt.__all__)
-    assert function_of_the_package is evaluate
     assert softprompt.Evaluation is Evaluation

@@ -27,11 +27,9 @@ from softprompt.cli.options import (
     lasting,
     model_option,
     option,
-    references_column,
     with_line_ends,
 )
-from softprompt.cli.task import read_task, taken_for, template_from
-from softprompt.cli.terminal import Clock, notices, say_reading, stderr, stdout
+from softprompt.cli.task import template_from
 from softprompt.compare import report
 from softprompt.compare.comparison import Comparison
 from softprompt.compare.comparison_time import ComparisonTime, Parts
@@ -49,6 +47,8 @@ from softprompt.files import local_path, strict_json
 from softprompt.methods.prompt_tuning import OF_SEVERAL_SEEDS
 from softprompt.methods.registry import METHODS
 from softprompt.model.frozen import FrozenLM
+from softprompt.tasks.reading import read_task, references_column, taken_for
+from softprompt.terminal.console import Clock, notices, say_reading, stderr, stdout
 from softprompt.tuning.run_folder import RunFolder
 
 _run = partial(option, panel="The comparison")
@@ -96,7 +96,14 @@ def compare_command(
     form = None if template == "default" else template_from(template)
     fields = ("input",) if form is None else form.fields
     rows, held_out, verbalizer = read_task(
-        train, validation, labels, fields, input_field, target_field, references_field, encoding
+        train,
+        validation,
+        labels,
+        fields,
+        input_field=input_field,
+        target_field=target_field,
+        references_field=references_field,
+        encoding=encoding,
     )
     assert held_out is not None  # it was asked for
     tested = read_dataset(

@@ -31,8 +31,6 @@ from softprompt.cli.options import (
     load_base_model,
     option,
 )
-from softprompt.cli.progress import watch
-from softprompt.cli.terminal import print_json, rows_bar, stderr, stdout, warn_truncated
 from softprompt.data.example import Dataset, Example
 from softprompt.data.packages import DEFAULT_BASE, ROTTEN_TOMATOES
 from softprompt.data.reading import read_dataset
@@ -45,6 +43,8 @@ from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
 from softprompt.tasks.predict import Prediction, Query, predict
 from softprompt.tasks.task import Task
+from softprompt.terminal.console import print_json, rows_bar, stderr, stdout, warn_truncated
+from softprompt.terminal.training import watch
 from softprompt.text.template import default_template
 from softprompt.text.tokens import SOFT
 from softprompt.tuning.config import TrainConfig

@@ -30,7 +30,6 @@ from softprompt.cli.options import (
     load_base_model,
     option,
 )
-from softprompt.cli.terminal import rows_bar, stderr, stdout
 from softprompt.compare.plan import cut
 from softprompt.compare.summary import short_names
 from softprompt.data.example import Dataset, check_targets
@@ -51,6 +50,7 @@ from softprompt.inspection.words import nats
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
 from softprompt.tasks.task import Task
+from softprompt.terminal.console import rows_bar, stderr, stdout
 from softprompt.text.template import Template
 from softprompt.tuning.history import FILE as HISTORY
 

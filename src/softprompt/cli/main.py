@@ -18,9 +18,9 @@ from typer.core import TyperCommand
 
 import softprompt
 from softprompt.cli.arguments import spread
-from softprompt.cli.terminal import stderr
 from softprompt.errors import SoftPromptError
 from softprompt.model.notes import as_note, hear_warnings
+from softprompt.terminal.console import stderr
 
 COMMANDS = {
     "train": ("train", "Tune a soft prompt on labelled or free-text examples and store it."),

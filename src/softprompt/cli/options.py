@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from softprompt.cli.terminal import stderr
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.errors import ConfigError
 from softprompt.files import local_path
+from softprompt.terminal.console import stderr
 
 if TYPE_CHECKING:
     from softprompt.model.frozen import FrozenLM
@@ -93,11 +93,6 @@ def in_utf8(text: str) -> str:
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ConfigError(f"Expected UTF-8 in the text {text!r}, found other bytes; convert it.")
     return text
-
-
-def references_column(option: str | None) -> str | None:
-    """What ``read_dataset`` takes for ``--references-field``."""
-    return "" if option == "none" else option
 
 
 def lasting(base: str) -> str:

@@ -34,10 +34,8 @@ from softprompt.cli.options import (
     data_option,
     load_base_model,
     option,
-    references_column,
     with_line_ends,
 )
-from softprompt.cli.terminal import metrics_table, print_json, rows_bar, stderr, stdout, warn_truncated
 from softprompt.data.encoding import text_of
 from softprompt.data.example import Example, check_targets
 from softprompt.data.reading import read_dataset
@@ -49,7 +47,9 @@ from softprompt.model.request import Sampling
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
 from softprompt.tasks.predict import Prediction, Query, default_sampling, predict
+from softprompt.tasks.reading import references_column
 from softprompt.tasks.task import Task
+from softprompt.terminal.console import metrics_table, print_json, rows_bar, stderr, stdout, warn_truncated
 from softprompt.text.template import Template
 
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 import logging
 import re
 import signal
-import socket
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from softprompt.cli.options import Device, Dtype, Trust, flag, load_base_model, model_option, option
-from softprompt.cli.terminal import stdout
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.errors import ConfigError
+from softprompt.serving import listening
 from softprompt.serving.engine import Engine
 from softprompt.serving.jobs import Backend, Limits
 from softprompt.soft_prompts import artifact
 from softprompt.soft_prompts.store import Store
+from softprompt.terminal.console import stdout
 
 _L = Limits()
 _door = partial(option, panel="Who may ask")
@@ -86,7 +86,7 @@ def serve_command(
         -d '{"model": "sst2", "input": "a stirring film"}'
     """
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
 
         from softprompt.serving import server, telemetry
         from softprompt.serving.catalog import Catalog
@@ -107,7 +107,7 @@ def serve_command(
     everything = prompts is None or "all" in prompts
     chosen = _chosen(store, [one for one in prompts or () if one != "all"], everything)
     first = next(iter(chosen.values()), None)
-    listener = _bound(host, port)
+    listener = listening.bound(host, port)
     if backend == "vllm":  # only embeds: vLLM rounds to its own dtype, and twice would be once too often
         dtype, device = ("fp32" if dtype == "auto" else dtype), "cpu"
     lm = load_base_model(
@@ -126,7 +126,7 @@ def serve_command(
         catalog.load(name, path)
     if everything:
         server.report(catalog.sync())
-    if api_key is None and not _is_local(host):
+    if api_key is None and not listening.is_local(host):
         log.warning(f"no API key: anyone who reaches {host} may use this server; set one with --api-key")
     app = server.create_app(
         upstreams or Engine(lm, limits),
@@ -136,23 +136,12 @@ def serve_command(
         watch=watch,
         files=None if everything else chosen,
     )
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        lifespan="on",
-        ws="none",
-        timeout_graceful_shutdown=int(limits.seconds) + 5,
-    )
     # uvicorn drains on SIGTERM and then raises it again, which would end us with 143
     signal.signal(signal.SIGTERM, lambda *_: None)
-    listener.listen(2048)
-    shown = f"[{host}]" if ":" in host else host
-    stdout.print(f"listening on http://{shown}:{listener.getsockname()[1]}")
+    listener.listen(listening.WAITING_CONNECTIONS)
+    stdout.print(f"listening on {listening.url_of(host, listener)}")
     stdout.file.flush()
-    uvicorn.Server(config).run(sockets=[listener])
+    listening.http_server(app, limits.seconds).run(sockets=[listener])
 
 
 def _check_upstreams(backend: str, upstream: Sequence[str] | None) -> None:
@@ -191,22 +180,3 @@ def _chosen(store: Store, prompts: Sequence[str], everything: bool) -> dict[str,
             )
         chosen[name] = other
     return chosen
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    """A socket of this address, before the model is loaded: so that a port that is taken is known at once."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        raise ConfigError(
-            f"Expected a free address, found {host}:{port}, which cannot be listened on: {error.strerror or error}; "
-            f"choose another --host or --port."
-        ) from error
-    return listener
-
-
-def _is_local(host: str) -> bool:
-    return host == "localhost" or host == "::1" or host.startswith("127.")

@@ -13,12 +13,12 @@ from softprompt.cli.options import (
     Json,
     Name,
 )
-from softprompt.cli.terminal import print_json, print_rows, stderr, stdout
 from softprompt.compare.summary import short_names
 from softprompt.drawing.words import number, plain_metric, simple_table
 from softprompt.soft_prompts import artifact
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
+from softprompt.terminal.console import print_json, print_rows, stderr, stdout
 from softprompt.tuning.run_folder import RunFolder
 
 

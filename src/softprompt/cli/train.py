@@ -31,9 +31,7 @@ from softprompt.cli.options import (
     model_option,
     option,
 )
-from softprompt.cli.progress import watch
-from softprompt.cli.task import read_task, taken_for, template_from
-from softprompt.cli.terminal import print_rows, say_reading, stderr, warn_truncated
+from softprompt.cli.task import template_from
 from softprompt.data.checks import Reading
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.drawing.words import duration, plain_metric
@@ -43,7 +41,10 @@ from softprompt.soft_prompts import artifact
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
 from softprompt.tasks.length import default_num_virtual_tokens
+from softprompt.tasks.reading import read_task, taken_for
 from softprompt.tasks.task import Task
+from softprompt.terminal.console import print_rows, say_reading, stderr, warn_truncated
+from softprompt.terminal.training import watch
 from softprompt.text.template import chat_template, default_template
 from softprompt.tuning import checkpoint
 from softprompt.tuning.config import (
@@ -137,7 +138,14 @@ def train_command(
     form = None if template in ("default", "chat") else template_from(template)
     names = ("input",) if form is None else form.fields
     rows, held_out, verbalizer = read_task(
-        train, validation, labels, names, input_field, target_field, references_field, encoding
+        train,
+        validation,
+        labels,
+        names,
+        input_field=input_field,
+        target_field=target_field,
+        references_field=references_field,
+        encoding=encoding,
     )
     with place.claimed():
         lm = load_base_model(base, dtype, device, trust_remote_code)

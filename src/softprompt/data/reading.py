@@ -16,10 +16,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from softprompt.data.example import Dataset, Example
-from softprompt.data.sources import Table, read_table
+from softprompt.data.sources import Source, Table, read_table
 from softprompt.data.wording import and_more, kind, listed, quoted
 from softprompt.errors import ConfigError, DataError, SoftPromptWarning
-from softprompt.files import StrPath
 
 REFERENCES = "references"
 """The column of further accepted answers that is used without being asked for, if it holds lists of strings."""
@@ -30,7 +29,7 @@ class _BadRow(Exception):
 
 
 def read_dataset(
-    source: StrPath,
+    source: Source,
     *,
     fields: Sequence[str],
     input_field: str | None = None,
@@ -57,6 +56,7 @@ def read_dataset(
             ``hf:owner/name/config``), or a local folder that ``datasets`` can load or has saved (``hf:./folder:test``).
             The split is ``train`` if not given, and may be cut and joined: ``train[:50%]+test``. No code of a data set
             is ever run.
+            Or rows in memory: a list of dicts, a pandas, polars or Arrow table, a ``datasets.Dataset``.
         fields: names of the template's fields, each the name of a column.
         input_field: the column that feeds the field ``input``, where it has another name.
         target_field: the column of the targets.
@@ -102,7 +102,8 @@ def read_dataset(
     used = {**columns, "target": target_field} if target_field in table.columns else dict(columns)
     if references_field:
         used["references"] = references_field
-    return Dataset(tuple(examples), os.fspath(source), _fingerprint(examples), used)
+    name = os.fspath(source) if isinstance(source, str | os.PathLike) else f"{table.name} in memory"
+    return Dataset(tuple(examples), name, _fingerprint(examples), used)
 
 
 # From a row to an example

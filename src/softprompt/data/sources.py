@@ -1,14 +1,15 @@
-"""From a source to a table: files of several formats, and data sets of Hugging Face."""
+"""From a source to a table: files of several formats, data sets of Hugging Face, and rows that are in memory."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from softprompt.data.delimited import read_delimited
 from softprompt.data.encoding import text_of
@@ -17,6 +18,10 @@ from softprompt.errors import ConfigError, DataError
 from softprompt.files import StrPath, local_path
 
 COMPRESSED = (".gz", ".bz2", ".xz")
+
+Source: TypeAlias = StrPath | Sequence[Mapping[str, Any]] | Any
+"""Where rows come from: a path, ``hf:DATASET[/CONFIG][:SPLIT]``, a list of dicts, or a table of pandas, ``datasets``,
+polars or Arrow, whose types are not named here, since none of these libraries must be installed."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +39,16 @@ class Table:
     rows: tuple[tuple[int, Mapping[str, Any] | str], ...]
 
 
-def read_table(source: StrPath, encoding: str | None = None) -> Table:
-    """The table of a file or of a Hugging Face data set, see ``softprompt.data.reading.read_dataset``.
+def read_table(source: Source, encoding: str | None = None) -> Table:
+    """The table of a file, of a Hugging Face data set or of rows in memory, see
+    ``softprompt.data.reading.read_dataset``.
 
     Raises:
         ConfigError: a library for this source is not installed, or there is no such encoding.
         DataError: the source cannot be read.
     """
+    if not isinstance(source, str | os.PathLike):
+        return _read_memory(source)
     name = os.fspath(source)
     return _read_hub(name) if name.startswith("hf:") else _read_file(local_path(name), encoding)
 
@@ -207,10 +215,17 @@ def _read_hub(source: str) -> Table:
             f"Expected a data set that datasets can load at {source}, found: {first_line(error)}; "
             f"check its name, configuration and split."
         ) from error
+    return _hub_table(f"hf:{name}:{split}", rows)
+
+
+def _hub_table(name: str, rows: Any) -> Table:
+    """The table of a ``datasets.Dataset``."""
+    import datasets
+
     labels = {
         column: feature.names for column, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)
     }
-    return _arrow_table(f"hf:{name}:{split}", rows.to_list(), rows.column_names, labels)
+    return _arrow_table(name, rows.to_list(), rows.column_names, labels)
 
 
 def _name_and_split(source: str) -> tuple[str, str | None]:
@@ -276,6 +291,62 @@ def _cut(datasets: Any, splits: Mapping[str, Any], wanted: str) -> tuple[Any, st
         splits[part.splitname].select(range(part.from_, part.to) if part.from_ < part.to else ()) for part in parts
     ]
     return datasets.concatenate_datasets(chosen), wanted
+
+
+# Rows in memory
+
+ROWS = "rows"
+"""How the place of a row in memory starts: ``rows:3`` is the third."""
+
+
+def _read_memory(source: Any) -> Table:
+    if _is_of(source, "pandas", "DataFrame"):
+        return _read_pandas(source)
+    if _is_of(source, "datasets", "Dataset"):
+        return _hub_table(ROWS, source)
+    if _is_of(source, "pyarrow", "Table"):
+        return _arrow_table(ROWS, source.to_pylist(), source.column_names, {})
+    if _is_of(source, "polars", "DataFrame"):
+        return _json_table(ROWS, tuple(enumerate(source.to_dicts(), start=1)))
+    if isinstance(source, Sequence) and not isinstance(source, bytes):
+        rows = ((dict(row) if isinstance(row, Mapping) else f"expected a dict, found {kind(row)}") for row in source)
+        return _json_table(ROWS, [(number, _plain(row)) for number, row in enumerate(rows, start=1)])
+    if isinstance(source, Mapping) and source and all(_is_of(part, "datasets", "Dataset") for part in source.values()):
+        raise DataError(
+            f"Expected one data set, found a dict of the splits {listed(tuple(source))}; "
+            f"choose one of them by its name."
+        )
+    raise DataError(
+        f"Expected data as a path, hf:DATASET, a list of dicts, or a table of pandas, datasets, polars or Arrow, found "
+        f"{kind(source)}; make a list of dicts of it."
+    )
+
+
+def _is_of(value: Any, library: str, name: str) -> bool:
+    """Whether a value is of a library's class, without importing the library: else nobody could have made it."""
+    found = getattr(sys.modules.get(library), name, None)
+    return isinstance(found, type) and isinstance(value, found)
+
+
+def _read_pandas(frame: Any) -> Table:
+    columns = [str(column) for column in frame.columns]
+    twice = next((column for number, column in enumerate(columns) if column in columns[:number]), None)
+    if twice is not None:
+        raise DataError(f"Expected columns of different names in the table, found {quoted(twice)} twice; rename one.")
+    values = frame.astype(object).where(frame.notna(), None).itertuples(index=False, name=None)
+    rows = [(number, _plain(dict(zip(columns, row, strict=True)))) for number, row in enumerate(values, start=1)]
+    return Table(ROWS, tuple(columns), tuple(rows))
+
+
+def _plain(row: dict[str, Any] | str) -> dict[str, Any] | str:
+    """The row with Python's own values in the place of numpy's."""
+    if isinstance(row, str):
+        return row
+    return {str(key): cell.tolist() if _is_numpy(cell) else cell for key, cell in row.items()}
+
+
+def _is_numpy(cell: Any) -> bool:
+    return _is_of(cell, "numpy", "generic") or _is_of(cell, "numpy", "ndarray")
 
 
 def _needs_library(library: str, purpose: str) -> ConfigError:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from softprompt.data.example import Dataset, check_targets
+from softprompt.drawing.words import html_table, number
 from softprompt.errors import ConfigError, DataError
 from softprompt.evaluation import metrics as measures
 from softprompt.evaluation.metrics import Metric
@@ -108,6 +109,19 @@ class Evaluation:
     def headline(self) -> Metric:
         """The first metric."""
         return self.metrics[0]
+
+    def __str__(self) -> str:
+        """The headline, ``accuracy 0.9072 ± 0.0068 (n = 872)``."""
+        return str(self.headline)
+
+    def _repr_html_(self) -> str:
+        """All metrics as a table, for a notebook."""
+        rows = []
+        for metric in (metric.as_dict() for metric in self.metrics):
+            name = str(metric["metric"])
+            value, stderr, low, high = (number(name, metric[key]) for key in ("value", "stderr", "low", "high"))
+            rows.append((name, value, stderr, f"{low} to {high}", f"{metric['n']:,}"))
+        return html_table(("metric", "value", "± stderr", "95 % interval", "n"), rows)
 
     def as_dict(self) -> dict[str, Any]:
         """The headline's own values, all metrics, the number of truncated inputs, and the most frequent answer, as JSON

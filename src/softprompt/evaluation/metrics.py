@@ -20,10 +20,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from softprompt.drawing.words import plain_metric
 from softprompt.errors import DataError
 
 BOOTSTRAP_DRAWS = 1_000
@@ -56,11 +58,15 @@ class Metric:
     high: float
     n: int
 
-    def as_dict(self) -> dict[str, float | int | str | None]:
+    def as_dict(self) -> dict[str, Any]:
         """The metric as JSON values, its name under ``metric``; None where a number is not finite."""
         numbers = {"value": self.value, "stderr": self.stderr, "low": self.low, "high": self.high}
         finite = {key: number if math.isfinite(number) else None for key, number in numbers.items()}
         return {"metric": self.name, **finite, "n": self.n}
+
+    def __str__(self) -> str:
+        """``accuracy 0.9072 ± 0.0068 (n = 872)``: the value, its standard error and the number of rows."""
+        return plain_metric(self.as_dict())
 
 
 def accuracy(predicted: Sequence[str], gold: Sequence[str]) -> Metric:

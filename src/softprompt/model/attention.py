@@ -302,6 +302,8 @@ def install(model: nn.Module, layers: nn.ModuleList) -> None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    if model.config._attn_implementation == NAME:  # type: ignore[union-attr]
+        return  # a model that was frozen before
     ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)  # type: ignore[operator]

@@ -120,6 +120,10 @@ class FrozenLM:
             model, tokenizer = load_base(base, trust_remote_code=trust_remote_code)
             return cls(model, tokenizer, name=base, dtype=dtype, device=device)
 
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"<FrozenLM {self.name}: {self.num_parameters:,} weights, {dtype}, {self.device}>"
+
     @property
     def hidden_size(self) -> int:
         """``H``, the width of a token embedding."""

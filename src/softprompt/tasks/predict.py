@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from softprompt.data.example import Example
+from softprompt.drawing.words import html_table
 from softprompt.errors import ConfigError
 from softprompt.generation.decoder import generate
 from softprompt.model.frozen import FrozenLM
@@ -82,6 +84,30 @@ class Prediction:
         if self.logprobs is None:
             return None
         return dict(zip(self.logprobs, torch.tensor(list(self.logprobs.values())).double().exp().tolist(), strict=True))
+
+    @property
+    def probability(self) -> float | None:
+        """Of the most probable label, given that it is one of the labels; None for free text."""
+        return None if self.logprobs is None else math.exp(self.logprobs[self.text])
+
+    def __str__(self) -> str:
+        """``positive 0.98``, or the generated text."""
+        return self.text if self.probability is None else f"{self.text} {self.probability:.2f}"
+
+
+class Predictions(tuple[Prediction, ...]):
+    """Answers in the order of the inputs. They print as ``[positive 0.98, negative 0.95]``, free text in quotation
+    marks, and in a notebook as a table."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"[{', '.join(repr(one.text) if one.logprobs is None else str(one) for one in self)}]"
+
+    def _repr_html_(self) -> str:
+        columns = ("answer", "probability")
+        rows = [(one.text, "–" if one.probability is None else f"{one.probability:.2f}") for one in self]
+        return html_table(columns, rows)
 
 
 def default_sampling(task: Task) -> Sampling:

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from softprompt.cli import terminal as terminal_module
 from softprompt.cli.main import main
-from softprompt.cli.progress import watch
-from softprompt.cli.terminal import notices, rows_bar
 from softprompt.drawing.words import duration, roughly, short
+from softprompt.terminal import console as terminal_module
+from softprompt.terminal.console import notices, rows_bar
+from softprompt.terminal.training import watch
 from softprompt.tuning.training import Step, Training
 from tests.conftest import QUICK, tiny, toy, toy_task, train_settings, write_labels
 

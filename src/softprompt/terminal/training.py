@@ -11,10 +11,10 @@ from types import FrameType
 
 from rich.progress import TextColumn
 
-from softprompt.cli.terminal import Clock, Minute, progress_bar, stderr
 from softprompt.data.wording import counted
 from softprompt.drawing.words import number, plain_metric, roughly, short
 from softprompt.evaluation.evaluate import OneAnswer
+from softprompt.terminal.console import Clock, Minute, can_redraw, progress_bar, stderr
 from softprompt.tuning.training import Step, Training
 from softprompt.tuning.training_time import TrainingTime
 
@@ -54,7 +54,7 @@ def watch(training: Training, clock: Clock = time.monotonic) -> None:
                 if not told:
                     bar.console.print(_estimated(expected, now - began + seconds, first, training.config.patience))
                     told = True
-            if not stderr.is_terminal and step.number < step.total and minute.is_over():
+            if not can_redraw() and step.number < step.total and minute.is_over():
                 shown = (f"step {step.number:,}/{step.total:,}", f"loss {mean:.3f}", left)
                 stderr.print(", ".join(filter(None, shown)))
             speed = f"{training.tokens / max(training.seconds, 1e-9):,.0f} tokens/s"

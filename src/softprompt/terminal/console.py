@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -60,7 +61,7 @@ def notices(clock: Clock = time.monotonic) -> Iterator[Callable[[str], None]]:
 
         def show(text: str) -> None:
             line.update(text)
-            if not stderr.is_terminal and minute.is_over():
+            if not can_redraw() and minute.is_over():
                 stderr.print(text)
 
         yield show
@@ -75,17 +76,21 @@ def rows_bar(description: str, clock: Clock = time.monotonic) -> Iterator[Report
 
         def report(done: int, total: int) -> None:
             bar.update(row, completed=done, total=total)
-            if not stderr.is_terminal and 0 < done < total and minute.is_over():
+            if not can_redraw() and 0 < done < total and minute.is_over():
                 left = (clock() - began) * (total - done) / done
                 stderr.print(f"{description}: {done:,} of {total:,}, about {roughly(left)} left")
 
         yield report
 
 
+def can_redraw() -> bool:
+    """Whether a bar can move: on a terminal, and in a notebook that has ipywidgets."""
+    return stderr.is_terminal or (stderr.is_jupyter and find_spec("ipywidgets") is not None)
+
+
 def progress_bar(extra: ProgressColumn, time_left: ProgressColumn) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(16), MofNCompleteColumn(), extra, time_left)
-    # not on a terminal, there is nothing to redraw
-    return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
+    return Progress(*columns, console=stderr, transient=True, disable=not can_redraw())
 
 
 def say_reading(reading: Reading) -> None:

@@ -1,0 +1,459 @@
+"""The ten lines: load a model, train, evaluate, predict, serve.
+
+Each function is a short way through the rooms below; whoever wants to see each step uses :class:`Training`,
+:class:`Task` and ``softprompt.tasks.predict`` themselves.
+"""
+
+from __future__ import annotations
+
+import copy as copying
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from softprompt.data.example import Dataset, Example
+from softprompt.data.packages import DEFAULT_BASE
+from softprompt.data.reading import read_dataset
+from softprompt.data.sources import Source
+from softprompt.errors import ConfigError, DataError, SoftPromptWarning
+from softprompt.evaluation import evaluate as evaluation
+from softprompt.evaluation.evaluate import Evaluation
+from softprompt.files import StrPath, local_path
+from softprompt.model.frozen import FrozenLM
+from softprompt.model.loading import DTYPES
+from softprompt.model.request import Sampling
+from softprompt.soft_prompts.soft_prompt import SoftPrompt
+from softprompt.tasks import predict as answering
+from softprompt.tasks.length import default_num_virtual_tokens
+from softprompt.tasks.predict import Predictions, Progress, Query
+from softprompt.tasks.reading import Labels, read_task, references_column, taken_for
+from softprompt.tasks.task import Task
+from softprompt.terminal.console import rows_bar, say_reading, stderr
+from softprompt.terminal.training import watch
+from softprompt.text.template import Template, chat_template, default_template
+from softprompt.tuning.config import TrainConfig
+from softprompt.tuning.training import Training
+
+if TYPE_CHECKING:
+    from softprompt.serving.jobs import Limits
+    from softprompt.serving.listening import RunningServer
+
+Input = str | Mapping[str, str]
+"""An input text, or the texts of a template's fields by name."""
+
+FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+"""How the name of a data file ends that is probably not meant as an input text."""
+
+
+def load_model(
+    base: StrPath | Any = DEFAULT_BASE,
+    tokenizer: Any = None,
+    *,
+    name: str | None = None,
+    copy: bool = False,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> FrozenLM:
+    """A frozen base model, which all that follows shares.
+
+    Args:
+        base: ``smollm2-135m``, a hub id, a folder with safetensors, a GGUF file, or a causal language model of
+            transformers that is loaded already. Such a model is frozen in place: it is set to evaluation mode, none of
+            its weights requires a gradient any more, its attention is computed by softprompt, with the same results,
+            and ``dtype`` and ``device`` are applied if given. Its weights are not changed otherwise.
+        tokenizer: with a model that is loaded already, its tokenizer.
+        name: what soft prompts remember as their base model, to find it again; by default ``base``, or where the model
+            was loaded from.
+        copy: freeze a copy of a loaded model, which takes its memory a second time, and leave it as it is.
+        dtype: ``fp32``, ``bf16``, ``fp16``, or ``auto``: that of a loaded model; else bf16 where the processor computes
+            it natively, and fp32 elsewhere.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` …; ``auto`` is that of a loaded model, else the best there is.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        BaseModelError: the model cannot be found or read, or is no causal language model.
+        ConfigError: an unknown dtype or device, or a loaded model without its tokenizer.
+    """
+    if isinstance(base, str | os.PathLike):
+        if tokenizer is not None or copy:
+            raise ConfigError("tokenizer and copy are for a model that is loaded already; leave them out, or give one.")
+        lm = FrozenLM.load(_lasting(base), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        lm.name = name or lm.name
+        return lm
+    if not hasattr(base, "get_input_embeddings") or tokenizer is None:
+        found = f"a {type(base).__name__}" + " without a tokenizer" * (tokenizer is None)
+        raise ConfigError(
+            f"Expected a model's id, folder or .gguf file, or a loaded transformers model and its tokenizer, "
+            f"found {found}; write load_model(model, tokenizer)."
+        )
+    if hasattr(base, "peft_config"):
+        raise ConfigError(
+            "Expected a base model without adapters, found one of PEFT; merge it with merge_and_unload(), or take its "
+            "base with unload()."
+        )
+    model = copying.deepcopy(base) if copy else base
+    weight = model.get_input_embeddings().weight
+    own = next((known for known, torch_dtype in DTYPES.items() if torch_dtype == weight.dtype), "auto")
+    return FrozenLM(
+        model,
+        tokenizer,
+        name=name or _lasting(model.config._name_or_path or type(model).__name__),
+        dtype=own if dtype == "auto" else dtype,
+        device=str(weight.device) if device == "auto" else device,
+    )
+
+
+def train(
+    lm: FrozenLM,
+    data: Source | Dataset,
+    *,
+    validation: Source | Dataset | None = None,
+    name: str = "soft-prompt",
+    template: str | Template = "default",
+    labels: Labels | None = None,
+    input_field: str | None = None,
+    target_field: str = "target",
+    references_field: str | None = None,
+    encoding: str | None = None,
+    start: SoftPrompt | None = None,
+    config: TrainConfig | None = None,
+    folder: StrPath | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    **settings: Any,
+) -> SoftPrompt:
+    """Tunes a soft prompt on labelled or free-text examples.
+
+    Args:
+        lm: the frozen base model.
+        data: a path, ``hf:DATASET[/CONFIG][:SPLIT]``, a list of dicts, a pandas, polars, Arrow or ``datasets`` table,
+            or a data set that was read already.
+        validation: rows to choose the best step by; None: a tenth of ``data``.
+        name: what the soft prompt is called.
+        template: ``"default"``, ``"chat"`` (the base model's own chat template), or text with ``{soft_prompt}``, fields
+            and ``{target}``.
+        labels: the label set as text or a list, or label → its word or words; ``"all"``: each target is a label;
+            ``"none"``: free text; None: as the targets look.
+        input_field: the column that feeds ``{input}``, where it has another name.
+        target_field: the column of the targets.
+        references_field: the column of further accepted answers to free text.
+        encoding: of files of text; UTF-8 if None.
+        start: a soft prompt of the same base model to start from.
+        config: settings; None: the defaults.
+        folder: where checkpoints, log and history are kept; None keeps none.
+        resume: go on from the checkpoint in ``folder``, if there is one.
+        progress: show on stderr what the data were taken for, the plan, and a progress bar, in a notebook too.
+        settings: fields of :class:`TrainConfig` by name, which count for more than ``config``: ``steps=600``.
+
+    Returns:
+        The best soft prompt by validation. Where the loss stopped being finite, the last good one, with a warning.
+
+    Raises:
+        DataError: data that cannot be read or meant.
+        TemplateError: template and base model do not fit.
+        ConfigError: settings that contradict each other, or an unknown one.
+        BaseModelError: ``start`` is of another base model.
+        StoreError: ``folder`` cannot be written, or is held by another training.
+        TrainingError: nothing was learned.
+    """
+    config = _settings(config, settings, start)
+    form = _template(lm, template)
+    names = ("input",) if form is None else form.fields
+    rows, held_out, verbalizer = read_task(
+        data,
+        validation,
+        labels,
+        names,
+        input_field=input_field,
+        target_field=target_field,
+        references_field=references_field,
+        encoding=encoding,
+    )
+    if start is not None:
+        Task.of(lm, start)  # refuses vectors of another base model: they mean nothing here
+    if config.num_virtual_tokens is None:
+        length = default_num_virtual_tokens(lm, () if verbalizer is None else verbalizer.labels)
+        config = replace(config, num_virtual_tokens=length)
+    form = form or default_template(verbalizer is not None)
+    task = Task(lm, form, verbalizer, config.longest, config.max_length or lm.window)
+    vectors = None if start is None else start.vectors
+    training = Training(task, rows, held_out, config, name=name, start=vectors, folder=folder, resume=resume)
+    reading = taken_for(rows, held_out, None, verbalizer, labels, references_field)
+    if progress:
+        say_reading(reading)
+        watch(training)
+    else:
+        for doubt in reading.doubts:
+            warnings.warn(doubt, SoftPromptWarning, stacklevel=2)
+        for _ in training:
+            pass
+    _warn_truncated(training.truncated, task.max_length)
+    if training.stopped == "not finite":
+        warnings.warn(
+            f"the loss is not finite any more after step {training.step:,} of {training.total:,}; the soft prompt is "
+            f"the last good one; train again with an lr below {training.config.lr}, or with dtype fp32",
+            SoftPromptWarning,
+            stacklevel=2,
+        )
+    return training.result()
+
+
+def evaluate(
+    lm: FrozenLM,
+    soft_prompt: SoftPrompt,
+    data: Source | Dataset,
+    *,
+    base_only: bool = False,
+    metrics: Sequence[str] | None = None,
+    input_field: str | None = None,
+    target_field: str = "target",
+    references_field: str | None = None,
+    encoding: str | None = None,
+    sampling: Sampling | None = None,
+    normalise: bool = False,
+    progress: bool = True,
+) -> Evaluation:
+    """Measures a soft prompt on rows with targets.
+
+    Args:
+        lm: the base model that it was tuned on.
+        soft_prompt: what to measure.
+        data: as for :func:`train`.
+        base_only: leave the soft prompt out and keep its template: what the base model does alone.
+        metrics: names, the first is the headline; of labels ``accuracy``, ``macro_f1``, ``mcc``, ``log_loss``, of free
+            text ``bleu``, ``rouge_l``, ``exact_match``, ``token_f1``, ``perplexity``; None: all of them.
+        input_field, target_field, references_field, encoding: as for :func:`train`.
+        sampling: how free text is generated; None: greedily.
+        normalise: divide the log-probability of a label's word by its number of tokens.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        Its metrics, each with standard error and 95 % interval, and the answers.
+
+    Raises:
+        DataError: data that cannot be read, or a target that is not one of the labels.
+        ConfigError: a metric that this kind of task does not have.
+        BaseModelError: the soft prompt is of another base model.
+    """
+    _require_model(lm)
+    task = Task.of(lm, soft_prompt)
+    rows = data
+    if not isinstance(rows, Dataset):
+        rows = read_dataset(
+            rows,
+            fields=task.template.fields,
+            input_field=input_field,
+            target_field=target_field,
+            references_field=references_column(references_field),
+            encoding=encoding,
+        )
+    vectors = None if base_only else soft_prompt.vectors
+    task = task.without_soft_prompt() if base_only else task
+    with _bar("evaluating", progress) as report:
+        found = evaluation.evaluate(
+            task, vectors, rows, metrics=metrics, normalise=normalise, sampling=sampling, progress=report
+        )
+    _warn_truncated(found.truncated, task.max_length)
+    if found.most_frequent is not None and found.most_frequent.is_telling:
+        what = f"{lm.name} without a soft prompt" if base_only else soft_prompt.name
+        warnings.warn(f"{what} {found.most_frequent}", SoftPromptWarning, stacklevel=2)
+    return found
+
+
+def predict(
+    lm: FrozenLM,
+    soft_prompt: SoftPrompt | Iterable[tuple[SoftPrompt, Input]],
+    inputs: Input | Iterable[Input] | Path | None = None,
+    *,
+    sampling: Sampling | None = None,
+    normalise: bool = False,
+    progress: bool = False,
+) -> Predictions:
+    """Answers input texts: a label with probabilities, or generated text.
+
+    ``predict(lm, soft_prompt, inputs)`` answers with one soft prompt, ``predict(lm, pairs)`` each input with its own:
+    all in shared batches of the one base model.
+
+    Args:
+        lm: the base model of all soft prompts.
+        soft_prompt: a soft prompt, or pairs of a soft prompt and an input.
+        inputs: texts, or for a template with several fields dicts of them by name; a single one is a list of one. A
+            ``pathlib.Path`` is a data file.
+        sampling: how free text is generated; None: greedily.
+        normalise: divide the log-probability of a label's word by its number of tokens.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        One prediction an input, in order.
+
+    Raises:
+        DataError: an input without the template's fields, or blank, or a file that cannot be read.
+        BaseModelError: a soft prompt of another base model.
+        ConfigError: the numbers of the base model overflow in its dtype.
+    """
+    _require_model(lm)
+    if isinstance(soft_prompt, SoftPrompt):
+        if inputs is None:
+            raise ConfigError("predict(lm, soft_prompt, inputs) needs inputs; give a list of texts.")
+        pairs = [(soft_prompt, one) for one in _inputs(soft_prompt, inputs)]
+    elif inputs is None:
+        pairs = list(soft_prompt)
+    else:
+        raise ConfigError(
+            f"Expected a soft prompt before the inputs, found a {type(soft_prompt).__name__}; load it with "
+            f"SoftPrompt.load(path), or give pairs of a soft prompt and an input."
+        )
+    tasks: dict[int, Task] = {}
+    queries = []
+    for number, (one, given) in enumerate(pairs, start=1):
+        if id(one) not in tasks:
+            tasks[id(one)] = Task.of(lm, one)
+        task = tasks[id(one)]
+        example = given if isinstance(given, Example) else _example(task.template, given, number)
+        queries.append(Query(task, example, one.vectors))
+    with _bar("predicting", progress) as report:
+        found = answering.predict(queries, sampling=sampling, normalise=normalise, progress=report)
+    cut = sum(prediction.truncated for prediction in found)
+    _warn_truncated(cut, max((task.max_length for task in tasks.values()), default=0))
+    return Predictions(found)
+
+
+def serve(
+    lm: FrozenLM,
+    soft_prompts: Mapping[str, SoftPrompt | StrPath],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    limits: Limits | None = None,
+    block: bool = True,
+) -> RunningServer:
+    """Serves the base model and soft prompts on it over OpenAI's API; a request's ``model`` names the soft prompt.
+
+    Args:
+        lm: the base model; while it is served, leave it to the server.
+        soft_prompts: name in requests → soft prompt, or its file.
+        host: the address to listen on.
+        port: 0: any that is free.
+        api_key: what clients must send as Bearer token; None: anyone may ask.
+        limits: of rows, tokens, waiting requests and seconds; None: the defaults.
+        block: answer until Ctrl-C. False returns at once, and the server answers in a thread until ``close()``.
+
+    Returns:
+        The server, closed already if it was waited for.
+
+    Raises:
+        ConfigError: the address is taken, or the libraries for serving are not installed.
+        ArtifactError: a file is not a sound soft prompt.
+        BaseModelError: a soft prompt is of another base model.
+    """
+    _require_model(lm)
+    try:
+        from softprompt.serving import listening, server
+        from softprompt.serving.catalog import Catalog
+        from softprompt.serving.engine import Engine
+        from softprompt.serving.jobs import Limits
+    except ImportError as error:
+        raise ConfigError(
+            f'Serving needs the library {error.name}, which is not installed; pip install "softprompt[serve]".'
+        ) from error
+    from softprompt.soft_prompts.store import Store
+
+    limits = limits or Limits()
+    listener = listening.bound(host, port)
+    files = TemporaryDirectory(prefix="softprompt-")
+    try:
+        catalog = Catalog(lm, Store(files.name), limits.window(lm))
+        for name, one in soft_prompts.items():
+            stored = catalog.store.save(replace(one, name=name)) if isinstance(one, SoftPrompt) else local_path(one)
+            catalog.load(name, stored)
+        app = server.create_app(Engine(lm, limits), catalog, api_key=api_key)
+        running = listening.RunningServer(app, listener, host, limits.seconds, files)
+    except BaseException:
+        listener.close()
+        files.cleanup()
+        raise
+    if block:
+        stderr.print(f"listening on {running.url}; Ctrl-C ends it")
+        running.wait()
+    return running
+
+
+def _require_model(lm: object) -> None:
+    if not isinstance(lm, FrozenLM):
+        raise ConfigError(
+            f"Expected a base model first, as load_model gives it, found a {type(lm).__name__}; functions that take "
+            f"queries and tasks are in softprompt.tasks.predict and softprompt.evaluation.evaluate."
+        )
+
+
+def _lasting(base: StrPath) -> str:
+    """A base model's id; a path on this machine by its full name, so that it is found again from another folder."""
+    path = local_path(base)
+    text = os.fspath(base)
+    return str(path.resolve()) if text != DEFAULT_BASE and path.exists() else text
+
+
+def _settings(config: TrainConfig | None, settings: Mapping[str, Any], start: SoftPrompt | None) -> TrainConfig:
+    """The settings, with the length of the soft prompt to start from where nobody says another."""
+    known = [field.name for field in fields(TrainConfig)]
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise ConfigError(f"There is no setting {unknown[0]!r}; TrainConfig has {', '.join(known)}.")
+    config = replace(config or TrainConfig(), **settings)
+    if start is not None and config.num_virtual_tokens is None:
+        config = replace(config, num_virtual_tokens=start.num_virtual_tokens)
+    return config
+
+
+def _template(lm: FrozenLM, template: str | Template) -> Template | None:
+    """The template; None for the default one, which depends on whether there are labels."""
+    _require_model(lm)
+    if isinstance(template, Template) or template == "default":
+        return template if isinstance(template, Template) else None
+    return chat_template(lm.tokenizer) if template == "chat" else Template(template)
+
+
+def _inputs(soft_prompt: SoftPrompt, inputs: Input | Iterable[Input] | Path) -> Iterable[Input | Example]:
+    if isinstance(inputs, os.PathLike):
+        form = Template(soft_prompt.template)
+        return read_dataset(inputs, fields=form.fields, require_target=False, references_field="").examples
+    if isinstance(inputs, str) and inputs.lower().endswith(FILES) and local_path(inputs).is_file():
+        raise DataError(f"Expected input text, found the name of a file, {inputs}; write Path({inputs!r}) to read it.")
+    return [inputs] if isinstance(inputs, str | Mapping) else inputs
+
+
+def _example(template: Template, given: Input, number: int) -> Example:
+    """An input as an example without a target."""
+    names, where = template.fields, f"input {number}"
+    if isinstance(given, str) and len(names) == 1:
+        texts: Mapping[str, str] = {names[0]: given}
+    elif isinstance(given, Mapping) and all(isinstance(given.get(name), str) for name in names):
+        texts = given
+    else:
+        wanted = "a text" if len(names) == 1 else f"a dict with texts for {', '.join(names)}"
+        raise DataError(f"{where}: expected {wanted}, found {given!r:.80}; correct it.")
+    if not any(texts[name].strip() for name in names):
+        raise DataError(f"{where}: expected text for {{{'}, {'.join(names)}}}, found only blanks; write some.")
+    return Example({name: texts[name] for name in names}, None, where=where)
+
+
+def _bar(what: str, progress: bool) -> AbstractContextManager[Progress | None]:
+    return rows_bar(what) if progress else nullcontext()
+
+
+def _warn_truncated(truncated: int, max_length: int) -> None:
+    if truncated:
+        inputs = "input did" if truncated == 1 else "inputs did"
+        warnings.warn(
+            f"{truncated:,} {inputs} not fit into {max_length:,} tokens, template and target included; the end of the "
+            f"input was cut",
+            SoftPromptWarning,
+            stacklevel=3,
+        )
