@@ -125,7 +125,10 @@ def class_parts(name: str, value: type) -> Iterator[str]:
     """A class with its public methods and properties."""
     yield f"### {name}"
     protocol = getattr(value, "_is_protocol", False)
-    yield from described(value, None if protocol else signature(name, value))
+    if value is TrainConfig:
+        yield f"{plain(documentation(value).splitlines()[0])} [Its fields](train_config.md) have a page of their own."
+    else:
+        yield from described(value, None if protocol else signature(name, value))
     for member, found in vars(value).items():
         if member.startswith("_"):
             continue
@@ -149,7 +152,7 @@ def signature(name: str, value: Callable[..., Any], *, method: bool = False) -> 
     arguments = [argument.replace(annotation=Bare(argument.annotation)) for argument in found.parameters.values()]
     if method:
         arguments = arguments[1:]
-    texts = [re.sub(r"=(?=\S)", "=", str(argument).replace(": -", "")) for argument in arguments]
+    texts = [str(argument).replace(": -", "").replace("<factory>", "...") for argument in arguments]
     for place, argument in enumerate(arguments):
         before = arguments[place - 1].kind if place else None
         keyword = argument.kind is inspect.Parameter.KEYWORD_ONLY

@@ -1,5 +1,4 @@
-"""A soft prompt: ``P`` vectors of the base model's embedding width, or a trained KV prefix, and what one must know to
-use it."""
+"""A soft prompt: ``P`` vectors of the base model's embedding width, or a trained KV prefix, and its metadata."""
 
 from __future__ import annotations
 
@@ -15,7 +14,8 @@ from softprompt.drawing.words import amount, html_table, plain_metric
 
 @dataclass(frozen=True, kw_only=True)
 class SoftPrompt:
-    """``P`` virtual tokens and their papers (Lester et al. 2021, §2; for a KV prefix Li and Liang 2021, §4).
+    """A soft prompt: ``P`` virtual tokens and the metadata needed to use them (Lester et al. 2021, §2; for a KV prefix
+    Li and Liang 2021, §4).
 
     Attributes:
         vectors: float32 ``[P, H]`` on the CPU, finite; row ``i`` is virtual token ``i``. Of a trained KV prefix
