@@ -218,7 +218,7 @@ def test_gradients_are_those_of_the_concatenated_soft_prompt(kind: str, template
         training, lambda request, word, numbers: plain_score("llama", request.ids, word, numbers)
     )
     assert loss == pytest.approx(expected, rel=1e-5)
-    tensors = training._learner.form.tensors
+    tensors = training.learned
     assert tensors.keys() == gradients.keys()
     for name, gradient in gradients.items():
         assert close(tensors[name].grad, gradient), name
@@ -277,7 +277,7 @@ def test_gradients_of_a_kv_prefix_are_those_through_transformers_cache(kind: str
     training, loss = one_step("prefix", tiny(kind), template)
     expected, gradients = reference(training, lambda request, word, numbers: cached_score(kind, request, word, numbers))
     assert loss == pytest.approx(expected, rel=1e-5)
-    assert close(training._learner.form.tensors["kv"].grad, gradients["kv"])
+    assert close(training.learned["kv"].grad, gradients["kv"])
 
 
 # --- the KV prefix as a soft prompt -----------------------------------------------------------------------------------
@@ -454,7 +454,7 @@ def test_clipping_is_over_all_tensors_together(kind: str) -> None:
     clipped, _ = one_step(kind, tiny("llama"), TEMPLATES[1], clip=1e-3)
 
     def gradients(training: Training) -> torch.Tensor:
-        tensors = training._learner.form.tensors.values()
+        tensors = training.learned.values()
         return torch.cat([tensor.grad.flatten() for tensor in tensors if tensor.grad is not None])
 
     whole = gradients(unclipped)

@@ -78,6 +78,25 @@ def test_another_base_model_is_named(tmp_path: Path) -> None:
         Training(toy_task(lm, toy(15, 0)), toy(15, 0), toy(20, 1), first.config, folder=tmp_path, resume=True)
 
 
+def test_a_base_model_of_other_settings_is_named(tmp_path: Path) -> None:
+    first = made(tmp_path)
+    stopped_at(first, 4)
+    model = make_model("llama")
+    model.config.rms_norm_eps = 1e-3
+    lm = FrozenLM(model, make_tokenizer(), name=tiny("llama").name, dtype="fp32", device="cpu")
+    with pytest.raises(ConfigError, match="with other base settings;"):
+        Training(toy_task(lm, toy(15, 0)), toy(15, 0), toy(20, 1), first.config, folder=tmp_path, resume=True)
+
+
+def test_a_checkpoint_that_knows_no_base_settings_is_gone_on_from(tmp_path: Path) -> None:
+    first = made(tmp_path)
+    stopped_at(first, 4)
+    tensors, optimizers, state = checkpoint.load(tmp_path)
+    del state["identity"]["base settings"]
+    checkpoint.save(tmp_path, tensors, optimizers, state)
+    assert made(tmp_path).step == 4
+
+
 def as_version_2(folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, source: str) -> None:
     """Writes a run's checkpoint anew as the releases of schema version 2 did: one digest of four things, and paths."""
     tensors, optimizers, state = checkpoint.load(folder)

@@ -13,7 +13,7 @@ from tests.conftest import tiny, toy, toy_task, train_settings
 
 def test_the_time_left_is_steps_and_validations_at_what_they_took() -> None:
     """2,304 s: 1,600 steps of 1.3 s are 2,080 s, and 16 validations of 14 s are 224 s."""
-    expected = TrainingTime(Schedule.of(1600, 100, rows=500, tokens=9000))
+    expected = TrainingTime(Schedule(1600, 100, rows=500, tokens=9000))
     for seconds in (1.2, 9.0, 1.3, 1.4, 0.1):  # the median is 1.3
         expected.saw_step(seconds, 600)
     expected.saw_validation(14.0)
@@ -25,7 +25,7 @@ def test_the_time_left_is_steps_and_validations_at_what_they_took() -> None:
 
 def test_a_validation_is_guessed_by_its_tokens_until_one_was_seen() -> None:
     """9,000 tokens are 15 steps of 600 tokens, at a third of their time: 5 steps of 2 s."""
-    expected = TrainingTime(Schedule.of(100, 50, rows=500, tokens=9000))
+    expected = TrainingTime(Schedule(100, 50, rows=500, tokens=9000))
     for _ in range(2):
         expected.saw_step(2.0, 600)
     assert not expected.validations_seen
@@ -41,7 +41,7 @@ def test_a_validation_is_guessed_by_its_tokens_until_one_was_seen() -> None:
     [((), False), ((0.1,) * 3, False), ((0.1,) * 4, True), ((2.6,), False), ((20.0,), False), ((2.6, 2.6), True)],
 )
 def test_an_estimate_needs_a_few_steps_or_seconds(seconds: tuple[float, ...], ready: bool) -> None:
-    expected = TrainingTime(Schedule.of(100, 50, rows=5, tokens=90))
+    expected = TrainingTime(Schedule(100, 50, rows=5, tokens=90))
     for took in seconds:
         expected.saw_step(took, 10)
     assert expected.ready is ready

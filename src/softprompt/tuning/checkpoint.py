@@ -132,6 +132,9 @@ def require_same(folder: StrPath, ours: Mapping[str, Any], theirs: Mapping[str, 
         ConfigError: they differ; the sentence names in what, and both values where they are short.
     """
     ours, theirs, differing = json.loads(json.dumps(ours)), dict(theirs), []
+    # those that only one of both has are not compared: earlier releases kept none, other libraries know others
+    there = theirs.get("base settings", {})
+    theirs["base settings"] = {key: there.get(key, value) for key, value in ours["base settings"].items()}
     if "task" in theirs:
         theirs |= _of_version_2(ours, theirs)
         differing = [] if "template" in theirs else ["template, labels or base model"]
@@ -147,7 +150,7 @@ def require_same(folder: StrPath, ours: Mapping[str, Any], theirs: Mapping[str, 
         )
 
 
-_UNSHOWN = ("start", "template", "base model")
+_UNSHOWN = ("start", "template", "base model", "base settings")
 
 
 def _named(key: str, there: Any, here: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,33 @@ class Learner:
     def numbers(self) -> torch.Tensor:
         """The soft prompt as it is now, float32."""
         return self.form.fold() * self.form.unit
+
+    def gradient(self, folded: torch.Tensor, numbers: torch.Tensor) -> float:
+        """Takes the gradient at the soft prompt's numbers back to what is learned.
+
+        Args:
+            folded: ``form.fold()``.
+            numbers: the leaf that was computed with, ``folded`` in the base model's units, with its gradient.
+
+        Returns:
+            The norm of the gradient over all tensors.
+        """
+        assert numbers.grad is not None
+        self.optimizer.zero_grad()
+        torch.autograd.backward(folded, numbers.grad * self.form.unit)
+        tensors = self.form.tensors.values()
+        return math.hypot(*(float(tensor.grad.norm()) for tensor in tensors if tensor.grad is not None))
+
+    def descend(self, lr: float, clip: float, decay: float) -> None:
+        """One step of the optimizer, with the gradient clipped to the norm ``clip`` unless that is 0, and of the
+        average, if there is one."""
+        if clip:
+            torch.nn.utils.clip_grad_norm_(self.form.tensors.values(), clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.lerp_(self.numbers(), 1 - decay)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that must be saved, besides the optimizer's memory."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from softprompt.tuning.parametrisation import parametrise, require_shared_prefix
 from softprompt.tuning.rows import RowOrder, describe_rows, split_rows
 from softprompt.tuning.run_folder import Hold, RunFolder
 from softprompt.tuning.start import first_vectors, init_scale
+from softprompt.tuning.state import State
 from softprompt.tuning.training_time import Schedule
 
 
@@ -79,10 +80,8 @@ class Training:
     Attributes:
         config: its settings.
         task: template and verbalizer, bound to the base model.
-        step: optimizer steps done.
-        total: optimizer steps planned.
-        stopped: why it ended: ``steps``, ``early``, ``interrupted``, ``not finite``; empty while it runs.
-        compiled: whether the decoder layers are compiled while it trains; False, too, where that was seen not to work.
+        schedule: its steps and validations.
+        truncated: how many inputs were cut.
         base_unchanged: whether every bit of the base model's weights is as it was before any training, as the latest
             ``result`` found; None before that.
     """
@@ -147,26 +146,54 @@ class Training:
             require_shared_prefix(task.lm, task.template, self._requests)
         self.truncated = sum(request.truncated for request in self._requests)
         self._validator = validator(task, held_out)
-        self._checked = [task.label_request(e) if task.words else task.target_request(e) for e in held_out]
-        self._keeper = Keeper(self.config.patience)
-        self._validations: list[dict[str, Any]] = []
-        self._history = History(self.folder)
-        self.step, self.tokens, self.seconds = 0, 0, 0.0
-        self.stopped: str = ""
-        self._planned = self._planned_steps()
-        self._every = self.config.eval_every or self._interval()
-        self._probe = max(1, self._planned // 10) if self.config.tries > 1 else 0
-        self._probing = self._probe * self.config.tries
-        self.total = self._planned + max(0, self._probing - self._probe)
-        self.compiled = self._should_compile()
-
+        checked = [task.label_request(e) if task.words else task.target_request(e) for e in held_out]
+        self.schedule = self._schedule(checked)
         self._start = start
-        self._learner = self._begin(0)
-        self._leader: Learner | None = None  # the best of several starts so far
-        self._good = self._learner.numbers()
-        self._best_vectors = self._good.clone()
+        self._history = History(self.folder)
+        self._state = State.of(Keeper(self.config.patience), self._begin(0), self._should_compile())
         self._hold, self._iterating = Hold(self._run), False
         self._open_folder(resume)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self._state.step
+
+    @property
+    def total(self) -> int:
+        """Optimizer steps planned."""
+        return self.schedule.total
+
+    @property
+    def tokens(self) -> int:
+        """Tokens computed in these steps."""
+        return self._state.tokens
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of these steps, validations not included."""
+        return self._state.seconds
+
+    @property
+    def stopped(self) -> str:
+        """Why it ended: ``steps``, ``early``, ``interrupted``, ``not finite``; empty while it runs."""
+        return self._state.stopped
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the decoder layers are compiled while it trains; False, too, where that was seen not to work."""
+        return self._state.compiled
+
+    @property
+    def learned(self) -> dict[str, torch.Tensor]:
+        """The tensors that are learned, by name, on the base model's device; their gradients are those of the last
+        step, clipped."""
+        return self._state.learner.form.tensors
+
+    @property
+    def vectors(self) -> torch.Tensor:
+        """The soft prompt as it is now, trained or not: float32 ``[P, H]`` or ``[P, L, 2, H_kv, D]`` on the CPU."""
+        return self._state.learner.numbers().cpu()
 
     def _prepare(self, examples: Sequence[Example]) -> None:
         """What each row asks, and its label's number where the loss is over labels."""
@@ -191,24 +218,24 @@ class Training:
             StoreError: the folder cannot be written; or it was given back when an earlier iteration ended, and another
                 training has it now, or has had it since.
         """
-        lm = self.task.lm
+        lm, state = self.task.lm, self._state
         self._hold.take()
         try:
             self._iterating = True
-            if self.compiled:
+            if state.compiled:
                 lm.compile_layers()
-            while not self.stopped:
-                if self.step >= self.total:
-                    self.stopped = "steps"
+            while not state.stopped:
+                if state.step >= self.total:
+                    state.stopped = "steps"
                     break
                 step = self._advance()
                 if not math.isfinite(step.loss) or not math.isfinite(step.grad_norm):
                     if self._give_up_start():
                         continue
-                    self.stopped = "not finite"
+                    state.stopped = "not finite"
                     break
                 self._log(step)
-                if self.step % self.config.checkpoint_every == 0 or step.validation is not None:
+                if state.step % self.config.checkpoint_every == 0 or step.validation is not None:
                     self._save()
                 yield step
         finally:
@@ -219,37 +246,27 @@ class Training:
     def _advance(self) -> Step:
         """One optimizer step, with a validation when it is due."""
         began = time.perf_counter()
-        learner, place = self._learner, self._place()
-        form = learner.form
+        state, form = self._state, self._state.learner.form
+        place = self.schedule.place(state.step)
         chosen = self._batch(place)
-        requests = [self._requests[i] for i in chosen]
         folded = form.fold()
         numbers = (folded.detach() * form.unit).requires_grad_()
-        loss, tokens = self._objective.backward(requests, [self._gold[i] for i in chosen], numbers)
-        assert numbers.grad is not None
-        self.compiled = self.task.lm.compiled  # it may have turned out that they cannot be
-        learner.optimizer.zero_grad()
-        torch.autograd.backward(folded, numbers.grad * form.unit)
-        norm = math.hypot(*(float(tensor.grad.norm()) for tensor in form.tensors.values() if tensor.grad is not None))
-        lr = learning_rate(self.config, place, self._planned)
+        requests, gold = [self._requests[i] for i in chosen], [self._gold[i] for i in chosen]
+        loss, tokens = self._objective.backward(requests, gold, numbers)
+        state.compiled = self.task.lm.compiled  # it may have turned out that they cannot be
+        lr = learning_rate(self.config, place, self.schedule.planned)
+        norm = state.learner.gradient(folded, numbers)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            return Step(self.step + 1, self.total, loss, lr, norm, tokens, time.perf_counter() - began)
-        if self.config.clip:
-            torch.nn.utils.clip_grad_norm_(form.tensors.values(), self.config.clip)
-        for group in learner.optimizer.param_groups:
-            group["lr"] = lr
-        self._good = numbers.detach()  # its loss is finite; what the step makes of it, may not have one
-        learner.optimizer.step()
-        if learner.average is not None:
-            decay = min(self.config.average, (2 + place) / (11 + place))
-            learner.average.lerp_(learner.numbers(), 1 - decay)
-        self.step += 1
+            return Step(state.step + 1, self.total, loss, lr, norm, tokens, time.perf_counter() - began)
+        state.good = numbers.detach()  # its loss is finite; what the step makes of it, may not have one
+        state.learner.descend(lr, self.config.clip, min(self.config.average, (2 + place) / (11 + place)))
         seconds = time.perf_counter() - began
-        self.seconds += seconds
-        self.tokens += tokens
-        step = Step(self.step, self.total, loss, lr, norm, tokens, seconds)
-        tried = self.step <= self._probing and place + 1 == self._probe
-        if (place + 1) % self._every == 0 or self.step == self.total or tried:
+        state.step += 1
+        state.seconds += seconds
+        state.tokens += tokens
+        step = Step(state.step, self.total, loss, lr, norm, tokens, seconds)
+        tried = self.schedule.ends_start(state.step)
+        if (place + 1) % self.schedule.every == 0 or state.step == self.total or tried:
             step = self._validate(step)
         if tried:
             self._compare_starts(step.validation)
@@ -257,16 +274,16 @@ class Training:
 
     def _validate(self, step: Step) -> Step:
         """Scores the current soft prompt, or its average, on the validation rows and keeps it if it is the best."""
-        average = self._learner.average
-        current = self._learner.numbers() if average is None else average.clone()
-        found = {"step": self.step, "start": self._learner.number, **self._validator(current)}
-        improved = self._keeper.add(found)
+        state, learner = self._state, self._state.learner
+        current = learner.numbers() if learner.average is None else learner.average.clone()
+        found = {"step": state.step, "start": learner.number, **self._validator(current)}
+        improved = state.keeper.add(found)
         if improved:
-            self._best_vectors = current
-        self._validations.append(found)
-        self._history.add(self._learner.number, self.step, current)
-        if self._keeper.over and self._probing < self.step < self.total:  # a start that is tried does not end the run
-            self.stopped = "early"
+            state.best = current
+        state.validated(found)
+        self._history.add(learner.number, state.step, current)
+        if state.keeper.over and self.schedule.probing < state.step < self.total:  # a start that is tried goes on
+            state.stopped = "early"
         return replace(step, validation=found, improved=improved)
 
     def end_after(self, steps: int) -> None:
@@ -274,14 +291,11 @@ class Training:
         of its learning rate with it. At least one more step is done, so that the last one is validated."""
         assert self.config.tries == 1
         assert self.folder is None
-        self._planned = self.total = max(steps, self.step + 1)
-        self.config = replace(self.config, steps=self.total, epochs=None)
+        old, steps = self.schedule, max(steps, self.step + 1)
+        self.schedule = Schedule(steps, old.every, old.rows, old.tokens)
+        self.config = replace(self.config, steps=steps, epochs=None)
 
     # --- several starts ---------------------------------------------------------------------------
-
-    def _place(self) -> int:
-        """The next step's place in the schedule of its start, from 0."""
-        return self.step % self._probe if self.step < self._probing else self.step - (self.total - self._planned)
 
     def _begin(self, number: int) -> Learner:
         """The start of that number, before its first step."""
@@ -296,43 +310,32 @@ class Training:
         )
         learner = Learner(number, form, make_optimizer(self.config, *form.tensors.values()), None)
         learner.average = learner.numbers() if self.config.average else None
-        self._history.add(number, number * self._probe, learner.numbers())
+        self._history.add(number, number * self.schedule.probe, learner.numbers())
         return learner
 
     def _compare_starts(self, found: dict[str, Any] | None) -> None:
         """After a start's last step, whose validation is ``found``: keeps it if it is the best so far; begins the
         next, or goes on with the best. None: it has none, and is not kept."""
-        tried, leader = self._learner, self._leader
+        state = self._state
+        tried, leader = state.learner, state.leader
         tried.found = found
         if found and math.isfinite(found["loss"]) and (leader is None or better(found, leader.found or {})):
             leader = tried
-        if self.step < self._probing:
-            self._learner, self._leader = self._begin(tried.number + 1), leader
+        if state.step < self.schedule.probing:
+            state.learner, state.leader = self._begin(tried.number + 1), leader
         else:
-            self._learner, self._leader = leader or tried, None
-        self._keeper.begin()
+            state.learner, state.leader = leader or tried, None
+        state.keeper.begin()
 
     def _give_up_start(self) -> bool:
         """Skips what is left of a start whose loss is not finite; False if there is no other to go on with."""
-        following = self._learner.number + 1
-        if self.step >= self._probing or (following == self.config.tries and self._leader is None):
+        state, schedule = self._state, self.schedule
+        following = state.learner.number + 1
+        if state.step >= schedule.probing or (following == self.config.tries and state.leader is None):
             return False
-        self.step = following * self._probe
+        state.step = following * schedule.probe
         self._compare_starts(None)
         return True
-
-    @property
-    def vectors(self) -> torch.Tensor:
-        """The soft prompt as it is now, trained or not: float32 ``[P, H]`` or ``[P, L, 2, H_kv, D]`` on the CPU."""
-        return self._learner.numbers().cpu()
-
-    @property
-    def schedule(self) -> Schedule:
-        """When validations come, and what each of them computes."""
-        rows, tries, longest = self._checked, self.config.tries, self.config.longest
-        whole = (len(row.ids) - 1 + longest + len(word) for row in rows for word in row.words)
-        tokens = _tokens(rows) if self.task.lm.shares_prefix else sum(whole)
-        return Schedule.of(self._planned, self._every, len(rows), tokens, tries=tries, probe=self._probe)
 
     def result(self) -> SoftPrompt:
         """The best soft prompt so far; before any validation, the last one whose loss was finite.
@@ -341,11 +344,12 @@ class Training:
             TrainingError: no step was done yet, the loss of the very first was not finite, or a weight of the base
                 model changed, which must never happen.
         """
-        lm, best = self.task.lm, self._keeper.best
-        if not self.tokens:
+        lm, state = self.task.lm, self._state
+        best = state.keeper.best
+        if not state.tokens:
             raise TrainingError(
                 "The loss is not finite at the very first step, so nothing was learned; try --dtype fp32."
-                if self.stopped == "not finite"
+                if state.stopped == "not finite"
                 else "The training has done no step yet, so there is no result; iterate over it first, for instance "
                 "with `for step in training: print(step)`."
             )
@@ -357,11 +361,9 @@ class Training:
                 f"A weight of the base model {lm.name} is not what it was before the training, so its soft prompt "
                 "would fit no model; load the base model anew, and report this unless you changed the weight yourself."
             )
-        metrics = []
-        if best is not None:
-            metrics = [{"split": "validation", **metric} for metric in best["metrics"]]
+        given = self._start is not None and self.config.init in INITS
         return SoftPrompt(
-            vectors=(self._best_vectors if best is not None else self._good).cpu(),
+            vectors=(state.good if best is None else state.best).cpu(),
             name=self.name,
             base=lm.name,
             base_fingerprint=lm.fingerprint,
@@ -373,20 +375,13 @@ class Training:
             training={
                 **self.config.as_dict(),
                 "init_scale": init_scale(lm, self.config),
-                "init": "given" if self._start is not None and self.config.init in INITS else self.config.init,
-                "steps_done": self.step,
-                "best_step": self.step if best is None else best["step"],
-                "stopped": self.stopped or "interrupted",
-                "start": self._learner.number if best is None else best["start"],
-                "trainable_parameters": sum(tensor.numel() for tensor in self._learner.form.tensors.values()),
-                "tokens": self.tokens,
-                "train_seconds": round(self.seconds, 3),
+                "init": "given" if given else self.config.init,
+                **state.summary(),
                 "dtype": str(lm.dtype).removeprefix("torch."),
                 "device": lm.device.type,
-                "compiled": self.compiled,
             },
             data=self._data,
-            metrics=tuple(metrics),
+            metrics=() if best is None else tuple({"split": "validation", **metric} for metric in best["metrics"]),
             versions=library_versions(),
             created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             base_settings=lm.settings,
@@ -394,16 +389,19 @@ class Training:
 
     # --- preparation ------------------------------------------------------------------------------
 
-    def _planned_steps(self) -> int:
-        config = self.config
+    def _schedule(self, checked: Sequence[Request]) -> Schedule:
+        """When validations come, and what each of them computes; ``checked`` are the requests of its rows."""
+        config, lm = self.config, self.task.lm
         if config.epochs is not None:
-            return max(1, math.ceil(config.epochs * len(self._requests) / config.batch_size))
-        return config.steps or DEFAULT_STEPS
-
-    def _interval(self) -> int:
-        """Steps between validations, by tokens alone, so that a resumed run has the same; a step runs them twice."""
-        step = 2 * self.config.batch_size * _tokens(self._requests) / len(self._requests)
-        return max(1, min(max(EVAL_EVERY, math.ceil(3 * _tokens(self._checked) / step)), self._planned // 5))
+            planned = max(1, math.ceil(config.epochs * len(self._requests) / config.batch_size))
+        else:
+            planned = config.steps or DEFAULT_STEPS
+        # by tokens alone, so that a resumed run has the same; a step runs them twice
+        step = 2 * config.batch_size * _tokens(self._requests) / len(self._requests)
+        interval = max(1, min(max(EVAL_EVERY, math.ceil(3 * _tokens(checked) / step)), planned // 5))
+        whole = (len(row.ids) - 1 + config.longest + len(word) for row in checked for word in row.words)
+        tokens = _tokens(checked) if lm.shares_prefix else sum(whole)
+        return Schedule(planned, config.eval_every or interval, len(checked), tokens, tries=config.tries)
 
     def _should_compile(self) -> bool:
         lm = self.task.lm
@@ -435,7 +433,7 @@ class Training:
 
     def _batch(self, step: int) -> list[int]:
         """Indices of the examples of a start's step ``step``, from its seed alone."""
-        seed = self.config.seed + self.config.start(self._learner.number)[1]
+        seed = self.config.seed + self.config.start(self._state.learner.number)[1]
         return self._order.batch(seed, step, self.config.batch_size)
 
     # --- what survives a kill ---------------------------------------------------------------------
@@ -454,6 +452,7 @@ class Training:
             "template": task.template.text,
             "labels": [task.labels, task.words, task.label_of_word, task.ends],
             "base model": task.lm.fingerprint,
+            "base settings": dict(task.lm.settings),
             "dtype": next(name for name, dtype in DTYPES.items() if dtype == task.lm.dtype),
             "training data": [data["train"]["fingerprint"], data["train"]["rows"]],
             "validation data": [data["validation"]["fingerprint"], data["validation"]["rows"]],
@@ -477,55 +476,19 @@ class Training:
             raise
 
     def _save(self) -> None:
-        if self.folder is None:
-            return
-        tensors = {"good": self._good, "best": self._best_vectors}
-        learners = {"learner": self._learner} | ({} if self._leader is None else {"leader": self._leader})
-        for role, learner in learners.items():
-            tensors |= {f"{role}/{name}": tensor for name, tensor in learner.tensors().items()}
-        checkpoint.save(
-            self.folder,
-            tensors,
-            {role: checkpoint.slots_of(learner.optimizer) for role, learner in learners.items()},
-            {
-                "identity": self._identity(),
-                "step": self.step,
-                "seconds": self.seconds,
-                "tokens": self.tokens,
-                "starts": {role: [learner.number, learner.found] for role, learner in learners.items()},
-                "keeper": self._keeper.state(),
-                "validations": [_without_rows(found) for found in self._validations],
-                "stopped": self.stopped,
-                "compiled": self.compiled,
-            },
-        )
+        if self.folder is not None:
+            self._state.save(self.folder, self._identity())
 
     def _load(self) -> None:
         assert self.folder is not None
-        tensors, optimizers, state = checkpoint.load(self.folder)
-        checkpoint.require_same(self.folder, self._identity(), state["identity"])
-        began = {role: self._begin(number) for role, (number, _) in state["starts"].items()}
-        for role, learner in began.items():
-            with torch.no_grad():
-                for name, tensor in learner.tensors().items():
-                    tensor.copy_(tensors[f"{role}/{name}"])
-            checkpoint.give_slots(learner.optimizer, optimizers[role])
-            learner.found = state["starts"][role][1]
-        self._learner, self._leader = began["learner"], began.get("leader")
-        self._good = tensors["good"].to(self.task.lm.device)
-        self._best_vectors = tensors["best"].to(self.task.lm.device)
-        self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
-        if "keeper" in state:
-            self._keeper.resume(state["keeper"])
-        else:
-            self._keeper.resume_earlier(state["best"])
-        best, self._validations = self._keeper.best, state["validations"]
-        self.stopped, self.compiled = state["stopped"], state["compiled"]
-        self._history.resume(self.step)
+        state = self._state
+        state.load(self.folder, self._identity(), self._begin)
+        self._history.resume(state.step)
+        best = state.keeper.best
         if best is not None:  # it may have been thinned out since
-            self._history.add(best["start"], best["step"], self._best_vectors)
-        self._history.write(self._validations, self._keeper.best)
-        checkpoint.trim_log(self.folder / checkpoint.LOG, self.step)
+            self._history.add(best["start"], best["step"], state.best)
+        self._history.write(state.validations, best)
+        checkpoint.trim_log(self.folder / checkpoint.LOG, state.step)
 
     def _log(self, step: Step) -> None:
         if self._run is None:
@@ -533,11 +496,6 @@ class Training:
         try:
             self._run.log({key: value for key, value in step.__dict__.items() if value is not None})
             if step.validation is not None:
-                self._history.write(self._validations, self._keeper.best)
+                self._history.write(self._state.validations, self._state.keeper.best)
         except OSError as error:
             raise self._run.unwritable(error) from error
-
-
-def _without_rows(found: Mapping[str, Any]) -> dict[str, Any]:
-    """A validation as the checkpoint has it; its rows are in the log."""
-    return {key: value for key, value in found.items() if key != "rows"}

@@ -1,4 +1,4 @@
-"""How long a training still takes, by what its steps and validations have taken so far."""
+"""When a training validates, and how long it still takes by what its steps and validations have taken so far."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import statistics
 from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass
+from functools import cached_property
 
 LATEST = 50
 """Steps, or validations, whose median tells what the next ones take."""
@@ -19,29 +20,54 @@ FORWARD = 1 / 3
 class Schedule:
     """The steps of a training, and its validations if nothing ends it early.
 
+    With several starts, each does the first tenth of the planned steps, and one of them goes on with the rest.
+
     Attributes:
-        total: how many steps.
+        planned: steps of the start that goes on to the end.
         every: steps between two validations.
-        validations: the numbers of the steps that end with one, in order.
         rows: how many rows each validation scores.
         tokens: how many tokens each validation computes.
+        tries: how many starts.
     """
 
-    total: int
+    planned: int
     every: int
-    validations: tuple[int, ...]
     rows: int
     tokens: int
+    tries: int = 1
 
-    @classmethod
-    def of(cls, planned: int, every: int, rows: int, tokens: int, *, tries: int = 1, probe: int = 0) -> Schedule:
-        """The schedule of a run of ``planned`` steps, at the multiples of ``every`` and at its end; with several
-        ``tries``, each does ``probe`` of these steps, with a validation at its end, and one does the rest."""
-        shift = (tries - 1) * probe
-        short = [place for place in (*range(every, probe, every), probe) if place]
-        tried = {number * probe + place for number in range(tries) for place in short}
-        rest = {shift + place for place in range(every, planned, every) if place > probe}
-        return cls(shift + planned, every, tuple(sorted({*tried, *rest, shift + planned})), rows, tokens)
+    @property
+    def probe(self) -> int:
+        """Steps that each of several starts does; 0 for one start."""
+        return max(1, self.planned // 10) if self.tries > 1 else 0
+
+    @property
+    def probing(self) -> int:
+        """Steps that all starts do together before one goes on."""
+        return self.tries * self.probe
+
+    @property
+    def total(self) -> int:
+        """Steps in all."""
+        return self.planned + max(0, self.probing - self.probe)
+
+    @cached_property
+    def validations(self) -> tuple[int, ...]:
+        """The numbers of the steps that end with one, in order: the multiples of ``every`` of each start, the ends of
+        short runs, and the last."""
+        probe, shift = self.probe, self.total - self.planned
+        short = [place for place in (*range(self.every, probe, self.every), probe) if place]
+        tried = {number * probe + place for number in range(self.tries) for place in short}
+        rest = {shift + place for place in range(self.every, self.planned, self.every) if place > probe}
+        return tuple(sorted({*tried, *rest, self.total}))
+
+    def place(self, step: int) -> int:
+        """The place of the step after the first ``step`` in the plan of its start, from 0."""
+        return step % self.probe if step < self.probing else step - (self.total - self.planned)
+
+    def ends_start(self, step: int) -> bool:
+        """Whether the short run of one of several starts ends with the step of that number, from 1."""
+        return step <= self.probing and step % self.probe == 0
 
     def validations_after(self, step: int) -> int:
         """How many validations come after the first ``step`` steps."""

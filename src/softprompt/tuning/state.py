@@ -1,0 +1,129 @@
+"""What a training has come to: all that its checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from softprompt.tuning import checkpoint
+from softprompt.tuning.keeping import Keeper
+from softprompt.tuning.learner import Learner
+
+
+@dataclass(eq=False)
+class State:
+    """What a training has come to.
+
+    Attributes:
+        keeper: which validation is kept.
+        learner: the start that is trained now.
+        good: float32 ``[P, H]`` or ``[P, L, 2, H_kv, D]``, the last numbers whose loss was finite.
+        best: float32 of the same shape, the numbers of the validation that is kept.
+        leader: the best of several starts so far; None with one, and when they are compared.
+        step, tokens, seconds: what was done: optimizer steps, tokens computed, wall time without validations.
+        validations: all of them, without their rows.
+        stopped: why it ended: ``steps``, ``early``, ``interrupted``, ``not finite``; empty while it runs.
+        compiled: whether the decoder layers are compiled while it trains.
+    """
+
+    keeper: Keeper
+    learner: Learner
+    good: torch.Tensor
+    best: torch.Tensor
+    leader: Learner | None = None
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    validations: list[dict[str, Any]] = field(default_factory=list)
+    stopped: str = ""
+    compiled: bool = False
+
+    @classmethod
+    def of(cls, keeper: Keeper, learner: Learner, compiled: bool) -> State:
+        """Before the first step."""
+        numbers = learner.numbers()
+        return cls(keeper, learner, numbers, numbers.clone(), compiled=compiled)
+
+    def validated(self, found: Mapping[str, Any]) -> None:
+        """Adds a validation; its rows are in the log."""
+        self.validations.append({key: value for key, value in found.items() if key != "rows"})
+
+    def summary(self) -> dict[str, Any]:
+        """What a soft prompt remembers of its training, JSON values."""
+        best = self.keeper.best
+        return {
+            "steps_done": self.step,
+            "best_step": self.step if best is None else best["step"],
+            "stopped": self.stopped or "interrupted",
+            "start": self.learner.number if best is None else best["start"],
+            "trainable_parameters": sum(tensor.numel() for tensor in self.learner.form.tensors.values()),
+            "tokens": self.tokens,
+            "train_seconds": round(self.seconds, 3),
+            "compiled": self.compiled,
+        }
+
+    def save(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        """Writes the checkpoint.
+
+        Args:
+            folder: where.
+            identity: all that the run's numbers depend on, JSON values.
+
+        Raises:
+            StoreError: the folder cannot be written; the earlier checkpoint stays.
+        """
+        tensors = {"good": self.good, "best": self.best}
+        learners = {"learner": self.learner} | ({} if self.leader is None else {"leader": self.leader})
+        for role, learner in learners.items():
+            tensors |= {f"{role}/{name}": tensor for name, tensor in learner.tensors().items()}
+        checkpoint.save(
+            folder,
+            tensors,
+            {role: checkpoint.slots_of(learner.optimizer) for role, learner in learners.items()},
+            {
+                "identity": identity,
+                "step": self.step,
+                "seconds": self.seconds,
+                "tokens": self.tokens,
+                "starts": {role: [learner.number, learner.found] for role, learner in learners.items()},
+                "keeper": self.keeper.state(),
+                "validations": self.validations,
+                "stopped": self.stopped,
+                "compiled": self.compiled,
+            },
+        )
+
+    def load(self, folder: Path, identity: Mapping[str, Any], begin: Callable[[int], Learner]) -> None:
+        """Becomes what the checkpoint holds.
+
+        Args:
+            folder: where it is.
+            identity: that of this run.
+            begin: the start of a number, before its first step.
+
+        Raises:
+            StoreError: the checkpoint is damaged.
+            ConfigError: it is of a run with other settings or data.
+        """
+        tensors, optimizers, saved = checkpoint.load(folder)
+        checkpoint.require_same(folder, identity, saved["identity"])
+        began = {role: begin(number) for role, (number, _) in saved["starts"].items()}
+        for role, learner in began.items():
+            with torch.no_grad():
+                for name, tensor in learner.tensors().items():
+                    tensor.copy_(tensors[f"{role}/{name}"])
+            checkpoint.give_slots(learner.optimizer, optimizers[role])
+            learner.found = saved["starts"][role][1]
+        self.learner, self.leader = began["learner"], began.get("leader")
+        self.good = tensors["good"].to(self.good.device)
+        self.best = tensors["best"].to(self.best.device)
+        self.step, self.seconds, self.tokens = saved["step"], saved["seconds"], saved["tokens"]
+        self.validations, self.stopped, self.compiled = saved["validations"], saved["stopped"], saved["compiled"]
+        if "keeper" in saved:
+            self.keeper.resume(saved["keeper"])
+        else:
+            self.keeper.resume_earlier(saved["best"])
