@@ -163,8 +163,8 @@ def how_it_works() -> Figure:
     _text(axes, 56.5, 28.3, "keys and values", SOFT, align="center", size=8.4)
     _text(axes, 56.5, 24.9, "of the soft prompt", SOFT, align="center", size=8.4)
     _arrow(axes, (27.6, 35.2), (47.8, 27.8), SOFT, curve=-0.16)
-    for place in (51.5, 56.5, 61.5):
-        _arrow(axes, (place, 22.0), (place, 15.4), SOFT)
+    for x in (51.5, 56.5, 61.5):
+        _arrow(axes, (x, 22.0), (x, 15.4), SOFT)
     for number in range(3):
         _box(axes, 48, 13.2 - 4.6 * number - 1.3, 17, 2.6, "#cfe0ee")
 

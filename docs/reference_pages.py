@@ -188,7 +188,8 @@ def described(value: Any, shown: str | None) -> Iterator[str]:
     if shown is not None:
         yield f"```python\n{shown}\n```"
     text: list[str] = []
-    section, lines = "", []
+    lines: list[str] = []
+    section = ""
     for line in [*documentation(value).splitlines(), "End:"]:
         match = SECTION.fullmatch(line)
         if not match and line != "End:":
