@@ -129,6 +129,11 @@ class FrozenLM:
         """``H``, the width of a token embedding."""
         return int(self.embedding.shape[1])
 
+    @property
+    def num_layers(self) -> int:
+        """``L``, the number of decoder layers."""
+        return len(self._layers)
+
     @cached_property
     def first_layer_gain(self) -> float:
         """How many times as large as what goes in, a frequent token's embedding, is what comes out of the first decoder

@@ -42,7 +42,7 @@ class Encoder:
 
     Special tokens are recognised in the template's literal text only: a field's value or a target that spells one is
     plain text. Where the tokenizer puts a beginning-of-sequence token first, so does the encoder, unless the template's
-    own text begins with it.
+    own text begins with it, at the start or behind a soft prompt that stands there.
 
     Attributes:
         template: the template.
@@ -65,7 +65,8 @@ class Encoder:
 
         self._places = self._placed(template.parts)
         bos = self._bos()
-        self._bos_ids = () if self._places[0].ids[: len(bos)] == bos else bos
+        behind = self._places[self._places[0].part.kind == "soft"]  # behind a soft prompt that stands first
+        self._bos_ids = () if behind.ids[: len(bos)] == bos else bos
         literal = sum(len(place.ids) for place in self._places if place.part.kind == "text")
         self.num_fixed = len(self._bos_ids) + literal
 
@@ -120,6 +121,13 @@ class Encoder:
             ids += piece[: next(kept)] if of_field else piece
         assert shared is not None  # a template has at least one field
         return TokenSequence(tuple(ids), shared, target_ids, truncated=sum(lengths) > room)
+
+    @property
+    def before_soft_prompt(self) -> tuple[int, ...]:
+        """The tokens of the template before its soft prompt, the beginning-of-sequence token included; fields have
+        none."""
+        kinds = [place.part.kind for place in self._places]
+        return self._bos_ids + tuple(id for place in self._places[: kinds.index("soft")] for id in place.ids)
 
     def target_ids(self, target: str, *, append_eos: bool = False) -> tuple[int, ...]:
         """The target's tokens as the template places them, the moved space included.
@@ -217,6 +225,48 @@ class Encoder:
             if full[start : start + len(bare)] == bare:
                 return tuple(full[:start])
         return ()
+
+
+_RECIPE = """def tokens({arguments}):
+    return [
+{pieces}
+    ]
+
+
+def piece(text, starts=False):
+    def raw(text):
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+{body}
+"""
+
+_PLAIN = "    return raw(text)"
+
+_WITHOUT_ADDED_SPACE = """    # this tokenizer puts a space before a text by itself
+    if text.startswith(" "):
+        return raw(text[1:])
+    for mark, ids in () if starts else {marks!r}:
+        if raw(mark + text)[: len(ids)] == ids:
+            return raw(mark + text)[len(ids) :]
+    return raw(text)"""
+
+
+def recipe(encoder: Encoder) -> str:
+    """Python source of ``tokens(text)``, or of ``tokens`` of a template's several fields: the tokens that follow the
+    soft prompt, with a tokenizer of transformers alone, as the encoder gives them."""
+    fields = encoder.template.fields
+    names = {field: f"field_{number}" if len(fields) > 1 else "text" for number, field in enumerate(fields, start=1)}
+    kinds = [place.part.kind for place in encoder._places]
+    pieces = []
+    for place in encoder._places[kinds.index("soft") + 1 :]:
+        if place.part.kind == "field":
+            text = names[place.part.value] if place.lead == "" else f"{place.lead!r} + {names[place.part.value]}"
+            pieces.append(f"        *piece({text}{', starts=True' if place.starts else ''}),")
+        elif place.ids:
+            comment = f"  # {place.part.value!r}" if place.part.kind == "text" else ""
+            pieces.append(f"        {', '.join(map(str, place.ids))},{comment}")
+    body = _WITHOUT_ADDED_SPACE.format(marks=tuple(encoder._marks.items())) if encoder._adds_space else _PLAIN
+    return _RECIPE.format(arguments=", ".join(names.values()), pieces="\n".join(pieces), body=body)
 
 
 def _expected_at(example: Example) -> str:

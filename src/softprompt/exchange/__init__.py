@@ -1,0 +1,1 @@
+"""Soft prompts of other tools come in, and ours go out."""

@@ -1,0 +1,79 @@
+"""The page beside exported files: what they are, how to tokenise, and code that gives the answers that ours gives."""
+
+from __future__ import annotations
+
+from softprompt.exchange.baking import Baked
+from softprompt.exchange.check import Checked
+from softprompt.exchange.peft_folder import HUB_IDS
+from softprompt.model.frozen import FrozenLM
+from softprompt.soft_prompts.soft_prompt import SoftPrompt
+from softprompt.text.encoder import recipe
+
+_LOAD = """import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({base!r})
+tokenizer = AutoTokenizer.from_pretrained({base!r})
+"""
+
+_PEFT_ANSWER = """from peft import PeftModel
+
+model = PeftModel.from_pretrained(model, ".")  # this folder
+ids = torch.tensor([tokens({example})])
+answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)
+print(tokenizer.decode(answer[0, ids.shape[1]:], skip_special_tokens=True))
+"""
+
+_EMBEDDED_ANSWER = """{read}
+ids = torch.tensor([tokens({example})])
+embedded = torch.cat([numbers[None].to(model.dtype), model.get_input_embeddings()(ids)], dim=1)
+answer = model.generate(inputs_embeds=embedded, max_new_tokens=32, do_sample=False)
+print(tokenizer.decode(answer[0], skip_special_tokens=True))
+"""
+
+_READ = {
+    "npy": "import numpy\n\nnumbers = torch.from_numpy(numpy.load({file!r}))",
+    "safetensors": "from safetensors.torch import load_file\n\nnumbers = load_file({file!r})['prompt_embeddings']",
+}
+
+
+def readme(lm: FrozenLM, soft_prompt: SoftPrompt, baked: Baked, to: str, checked: Checked | None) -> str:
+    """The page, as Markdown."""
+    base = HUB_IDS.get(soft_prompt.base, soft_prompt.base)
+    what = "keys and values of every layer" if baked.is_kv else "embeddings"
+    lines = [
+        f"# {soft_prompt.name}",
+        "",
+        f"A soft prompt for `{base}`: {baked.num_virtual_tokens} virtual tokens, {what}, in the form of {to}.",
+        "It was made with [softprompt](https://pypi.org/project/softprompt).",
+        "",
+    ]
+    if base != soft_prompt.base:
+        lines += [
+            f"It was trained on what softprompt calls `{soft_prompt.base}`, a quantised copy of `{base}`; on the",
+            "original weights its answers may differ a little.",
+            "",
+        ]
+    if baked.before:
+        text = lm.tokenizer.decode(list(baked.before))
+        lines += [
+            f"Its first {len(baked.before)} virtual tokens are what stands before the soft prompt in its template,",
+            f"{text!r}. Do not put them, or a beginning-of-sequence token, before the text again.",
+            "",
+        ]
+    lines += ["## Use", "", "Tokenise the text so, piece by piece and without special tokens:", "", "```python"]
+    example = ", ".join(repr("A text.") for _ in baked.task.template.fields)
+    answer = _PEFT_ANSWER if to not in _READ else _EMBEDDED_ANSWER
+    read = _READ.get(to, "").format(file=f"{soft_prompt.name}.{to}")
+    lines += [
+        _LOAD.format(base=base),
+        recipe(baked.task.encoder),
+        answer.format(example=example, read=read) + "```",
+        "",
+    ]
+    if soft_prompt.verbalizer is not None:
+        labels = ", ".join(f"`{label}`" for label in soft_prompt.verbalizer)
+        lines += [f"It answers with one of these labels: {labels}.", ""]
+    lines += ["Template:", "", "```", soft_prompt.template, "```", ""]
+    lines += [f"When it was exported: {checked}." if checked else "It was not compared with the other library.", ""]
+    return "\n".join(lines)
