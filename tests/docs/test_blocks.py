@@ -92,6 +92,7 @@ def test_there_are_pages_with_blocks() -> None:
 
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda page: page.relative_to(ROOT).as_posix())
 @pytest.mark.usefixtures("small")
+@pytest.mark.filterwarnings("ignore::softprompt.errors.SoftPromptWarning")  # so short a training learns little
 def test_the_blocks_of_a_page_run(
     page: Path, lm: FrozenLM, servers: list[RunningServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
