@@ -22,6 +22,7 @@ from tests.test_sentences import GROUP, SOURCES, texts
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+PACKAGE = Path(softprompt.__file__).parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 TOLD = [page for page in PAGES if "study" not in page.parts]
 """All but the notebooks, whose commands are of their time."""
@@ -68,6 +69,12 @@ def test_it_finds_dead_links(tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_lead_somewhere(page: Path) -> None:
     assert list(dead(page)) == []
+
+
+@pytest.mark.parametrize("page", TOLD, ids=name)
+def test_files_that_are_named_are_there(page: Path) -> None:
+    named = re.findall(r"`((?:\w+/)+[\w.]+\.(?:py|sh|html|toml))`", prose(page))
+    assert [file for file in named if not any((root / file).is_file() for root in (ROOT, PACKAGE))] == []
 
 
 def test_the_site_has_every_page() -> None:
