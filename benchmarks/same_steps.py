@@ -29,8 +29,8 @@ from softprompt.data.example import infer_labels
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.data.reading import read_dataset
 from softprompt.evaluation.evaluate import headline, headline_difference, headline_metric
-from softprompt.methods.fine_tuning import PEFT_LR, PeftTask, peft_prompt_tuning
-from softprompt.methods.method import Problem
+from softprompt.methods.peft import PEFT_LR, PeftTask, peft_prompt_tuning
+from softprompt.methods.problem import Problem
 from softprompt.model.frozen import FrozenLM
 from softprompt.tasks.predict import Prediction, Query, predict
 from softprompt.tasks.task import Task

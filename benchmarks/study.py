@@ -18,11 +18,12 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from softprompt.compare.figures import score_against_size
-from softprompt.compare.summary import OURS, Cell, Row, summary, times
+from softprompt.compare.summary import Cell, Row, summary, times
 from softprompt.drawing.style import GREY, PALETTE, png, style
 from softprompt.files import atomic_writer
+from softprompt.methods.registry import METHODS, OURS
 
-HARD = ("zero-shot", "instruction", "few-shot")
+HARD = tuple(name for name, method in METHODS.items() if method.kind == "hard prompt")
 """Prompt engineering, by the beginning of a method's name."""
 SHOWN = ("tf-idf", "peft-prompt-tuning", "prefix", "lora", "full-fine-tuning")
 """What else the overview has a column for."""
@@ -69,7 +70,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def by_method(cells: list[Cell]) -> tuple[dict[str, Row], Row | None]:
     """What the seeds of each method come to, and the best hard prompt among them."""
     rows = {row.method: row for row in summary(cells)}
-    hard = [row for method, row in rows.items() if method.startswith(HARD)]
+    hard = [row for method, row in rows.items() if method in HARD]
     return rows, max(hard, key=lambda row: row.score.value if row.score else -1.0, default=None)
 
 

@@ -37,7 +37,7 @@ from torch._dynamo.utils import counters
 
 from softprompt.data.example import Dataset
 from softprompt.data.reading import read_dataset
-from softprompt.methods.fine_tuning import PeftTask
+from softprompt.methods.peft import PeftTask
 from softprompt.model.architecture import decoder_layers
 from softprompt.model.batch import Row
 from softprompt.model.frozen import FrozenLM

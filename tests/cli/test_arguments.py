@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
-from inspect import getdoc
 from typing import Any
 
 import pytest
@@ -13,7 +11,7 @@ from hypothesis import strategies as st
 from typer.main import get_command
 
 from softprompt.cli.arguments import spread
-from softprompt.cli.main import COMMANDS, command_line
+from softprompt.cli.main import command_line
 
 GROUP: Any = get_command(command_line())
 
@@ -98,10 +96,3 @@ def test_several_values_after_an_option(first: str, values: list[str], flag: str
 )
 def test_the_rest_is_left_to_the_parser(words: list[str]) -> None:
     assert spread(GROUP, words) == words
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_the_list_of_commands_has_the_first_line_of_each_help(name: str) -> None:
-    module, help = COMMANDS[name]
-    function = getattr(import_module(f"softprompt.cli.{module}"), f"{name}_command")
-    assert " ".join((getdoc(function) or "").split("\n\n")[0].split()) == help

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +17,7 @@ from softprompt.compare.plan import Plan
 from softprompt.data.example import Example
 from softprompt.errors import DataError, TrainingError
 from softprompt.methods import registry
-from softprompt.methods.method import Learned, Problem
+from softprompt.methods.problem import Learned, Problem
 from softprompt.tasks.predict import Prediction, Progress
 from tests.conftest import (
     TOY_LABELS,
@@ -89,13 +91,18 @@ def test_the_majority_class_stands_first_with_its_metrics(run: Run, base: str, t
     assert "macro-F1" in page
 
 
+def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, run: Any) -> None:
+    """Has something else run as the method ``name``."""
+    monkeypatch.setitem(registry.METHODS, name, replace(registry.METHODS[name], run=run))
+
+
 def test_a_failed_cell_is_told_and_the_rest_goes_on(
     run: Run, base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fails(problem: object) -> None:
         raise MemoryError("not enough of it")
 
-    monkeypatch.setitem(registry.METHODS, "zero-shot", fails)
+    stand_in(monkeypatch, "zero-shot", fails)
     ran = run("compare", *DATA, *QUICK, "--methods", "zero-shot", "tf-idf", "--bases", base)
     assert ran.code == 0
     assert "1/2  zero-shot, seed 0 failed: not enough of it" in ran.err
@@ -109,7 +116,7 @@ def test_a_mistake_of_ours_ends_it_with_the_report_of_the_cells_so_far(
     def broken(problem: object) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)")
 
-    monkeypatch.setitem(registry.METHODS, "zero-shot", broken)
+    stand_in(monkeypatch, "zero-shot", broken)
     options = (*DATA, *QUICK, "--bases", base, "--methods", "tf-idf")
     assert run("compare", *options).code == 0
     page = tmp_path / "report" / "report.html"
@@ -263,8 +270,8 @@ def test_without_a_terminal_what_is_done_is_a_line_a_minute(
         problem.notice("failing")
         raise TrainingError("It does not learn.")
 
-    monkeypatch.setattr("softprompt.compare.comparison.METHODS", {"zero-shot": learns, "lora": fails})
-    monkeypatch.setattr("softprompt.compare.plan.METHODS", {"zero-shot": learns, "lora": fails})
+    stand_in(monkeypatch, "zero-shot", learns)
+    stand_in(monkeypatch, "lora", fails)
     plan = toy_plan(methods=("zero-shot", "lora"), budget=600)
     run_cells(plan, tmp_path, lambda base: tiny("llama"), clock)
     lines = capsys.readouterr().err.splitlines()

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score, matthews_corrcoef
 
-from softprompt.cli.compare import seconds
+from softprompt.cli.options import seconds
 from softprompt.compare import measure, report
 from softprompt.compare.comparison import Comparison
 from softprompt.compare.measure import peak_memory, plain_perplexity
@@ -26,7 +26,8 @@ from softprompt.compare.plan import Key, Plan, cut
 from softprompt.data.example import Dataset, Example
 from softprompt.errors import BaseModelError, ConfigError, TrainingError
 from softprompt.evaluation import metrics
-from softprompt.methods.method import Learned, Method, Problem
+from softprompt.methods.method import Method
+from softprompt.methods.problem import Learned, Problem
 from softprompt.methods.registry import METHODS
 from softprompt.model.frozen import FrozenLM
 from softprompt.tasks.predict import Prediction, Progress
@@ -34,8 +35,10 @@ from tests.conftest import TOY_LABELS, TOY_TEMPLATE, make_model, make_tokenizer,
 
 RAN: list[tuple[str, int]] = []
 
+Run = Callable[[Problem], Learned]
 
-def says(labels: Sequence[str], name: str = "", adapted: FrozenLM | None = None) -> Method:
+
+def says(labels: Sequence[str], name: str = "", adapted: FrozenLM | None = None) -> Run:
     """A method that answers row ``i`` of any data with ``labels[i]``, again and again."""
 
     def method(problem: Problem) -> Learned:
@@ -61,16 +64,27 @@ def stops(problem: Problem) -> Learned:
     raise KeyboardInterrupt
 
 
+class MadeUp:
+    """What stands in for the methods; all others are not there."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._made: dict[str, Method] = {}
+        monkeypatch.setattr("softprompt.compare.comparison.METHODS", self._made)
+        monkeypatch.setattr("softprompt.compare.plan.METHODS", self._made)
+
+    def __setitem__(self, name: str, run: Run) -> None:
+        self._made[name] = replace(METHODS[name], run=run)
+        for known in [known for known in METHODS if known in self._made]:  # in their order
+            self._made[known] = self._made.pop(known)
+
+
 @pytest.fixture(autouse=True)
-def made_up(monkeypatch: pytest.MonkeyPatch) -> dict[str, Method]:
+def made_up(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
     RAN.clear()
-    made: dict[str, Method] = {
-        "zero-shot": says(["negative"], "zero-shot"),
-        "soft-prompt": says(["negative", "positive", "positive"], "soft-prompt"),
-        "lora": fails,
-    }
-    monkeypatch.setattr("softprompt.compare.comparison.METHODS", made)
-    monkeypatch.setattr("softprompt.compare.plan.METHODS", made)
+    made = MadeUp(monkeypatch)
+    made["zero-shot"] = says(["negative"], "zero-shot")
+    made["soft-prompt"] = says(["negative", "positive", "positive"], "soft-prompt")
+    made["lora"] = fails
     return made
 
 
@@ -144,14 +158,8 @@ def test_cells_have_macro_f1_and_mcc_beside_accuracy(tmp_path: Path) -> None:
         }
 
 
-def test_the_majority_class_runs_first_wherever_there_are_labels(
-    tmp_path: Path, made_up: dict[str, Method], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made_up["majority-class"] = METHODS["majority-class"]  # behind the others
-    monkeypatch.setattr(
-        "softprompt.compare.comparison.METHODS", {name: made_up[name] for name in METHODS if name in made_up}
-    )
-    monkeypatch.setattr("softprompt.compare.plan.METHODS", {name: made_up[name] for name in METHODS if name in made_up})
+def test_the_majority_class_runs_first_wherever_there_are_labels(tmp_path: Path, made_up: MadeUp) -> None:
+    made_up["majority-class"] = METHODS["majority-class"].run
     assert plan().methods[0] == next(iter(METHODS)) == "majority-class"
     assert "majority-class" not in plan(verbalizer=None, template=None).methods
     earlier = comparison(tmp_path, methods=("zero-shot", "soft-prompt"))
@@ -176,7 +184,7 @@ def test_the_majority_class_runs_first_wherever_there_are_labels(
     assert report.verdict(found.cells)
 
 
-def test_an_instruction_that_was_chosen_is_kept_with_its_text(tmp_path: Path, made_up: dict[str, Method]) -> None:
+def test_an_instruction_that_was_chosen_is_kept_with_its_text(tmp_path: Path, made_up: MadeUp) -> None:
     def method(problem: Problem) -> Learned:
         return replace(says(["negative"])(problem), chosen={"k": 4, "instruction": 1})
 
@@ -185,7 +193,7 @@ def test_an_instruction_that_was_chosen_is_kept_with_its_text(tmp_path: Path, ma
     assert run_all(found)[0]["chosen"] == {"k": 4, "instruction": 1, "instruction_text": "Good or bad?"}
 
 
-def test_a_cell_says_what_all_of_it_took(tmp_path: Path, made_up: dict[str, Method]) -> None:
+def test_a_cell_says_what_all_of_it_took(tmp_path: Path, made_up: MadeUp) -> None:
     def slow(problem: Problem) -> Learned:
         time.sleep(0.3)
         learned = says(["negative"])(problem)
@@ -242,7 +250,7 @@ def test_differences_are_paired(tmp_path: Path) -> None:
     assert soft["difference"] is None
 
 
-def test_finished_cells_do_not_run_again_and_failed_ones_do(tmp_path: Path, made_up: dict[str, Method]) -> None:
+def test_finished_cells_do_not_run_again_and_failed_ones_do(tmp_path: Path, made_up: MadeUp) -> None:
     run_all(comparison(tmp_path))
     assert RAN == [("zero-shot", 0), ("soft-prompt", 0), ("fails", 0)]
     RAN.clear()
@@ -261,7 +269,7 @@ def test_finished_cells_do_not_run_again_and_failed_ones_do(tmp_path: Path, made
     assert comparison(tmp_path, seeds=2).todo() == []
 
 
-def test_an_interruption_loses_the_cell_at_hand_only(tmp_path: Path, made_up: dict[str, Method]) -> None:
+def test_an_interruption_loses_the_cell_at_hand_only(tmp_path: Path, made_up: MadeUp) -> None:
     made_up["lora"] = stops
     found = comparison(tmp_path)
     with pytest.raises(KeyboardInterrupt):
@@ -312,7 +320,7 @@ def test_a_plan_says_what_does_not_fit() -> None:
         assert str(caught.value) == sentence
 
 
-def test_methods_that_do_not_fit(made_up: dict[str, Method]) -> None:
+def test_methods_that_do_not_fit(made_up: MadeUp) -> None:
     for name in ("tf-idf", "zero-shot-calibrated", "instruction", "soft-prompt-ensemble"):
         made_up[name] = fails
     free: dict[str, Any] = {"verbalizer": None, "template": None}
@@ -330,7 +338,7 @@ def test_methods_that_do_not_fit(made_up: dict[str, Method]) -> None:
     assert "instruction" in plan(instructions=("Good or bad?",)).methods
 
 
-def test_free_text_is_compared_by_bleu(tmp_path: Path, made_up: dict[str, Method]) -> None:
+def test_free_text_is_compared_by_bleu(tmp_path: Path, made_up: MadeUp) -> None:
     made_up["zero-shot"], made_up["soft-prompt"] = says(["the film is a film"]), says(["the plot is thin"])
     rows = tuple(Example({"input": str(i)}, "the plot is thin", where=f"t:{i}") for i in range(12))
     test = Dataset(rows, "t", "t")
@@ -347,7 +355,7 @@ def test_free_text_is_compared_by_bleu(tmp_path: Path, made_up: dict[str, Method
     assert found.cells[0]["difference"]["value"] == pytest.approx(zero["value"] - 100)
 
 
-def test_short_answers_are_compared_by_the_words_they_share(tmp_path: Path, made_up: dict[str, Method]) -> None:
+def test_short_answers_are_compared_by_the_words_they_share(tmp_path: Path, made_up: MadeUp) -> None:
     """ "a red car" shares one of three words with "a red door" once the article is gone: F1 of 2 * 1 / (2 + 2)."""
     made_up["zero-shot"], made_up["soft-prompt"] = says(["a red car"]), says(["The red door."])
     rows = tuple(Example({"input": str(i)}, "red door", where=f"t:{i}") for i in range(12))
@@ -378,7 +386,7 @@ def test_perplexity_of_plain_text_against_transformers() -> None:
     assert plain_perplexity(lm, passages, length) == pytest.approx(math.exp(np.mean(nll)), rel=1e-4)
 
 
-def test_forgetting_is_measured_on_the_changed_copy(tmp_path: Path, made_up: dict[str, Method]) -> None:
+def test_forgetting_is_measured_on_the_changed_copy(tmp_path: Path, made_up: MadeUp) -> None:
     model = make_model("llama")
     with torch.no_grad():
         model.lm_head.weight.mul_(3)
@@ -447,9 +455,7 @@ def test_no_times(text: str) -> None:
     assert str(caught.value) == f"Expected a time such as 90s, 10m or 1h for --budget, found {text!r}; write one."
 
 
-def test_instructions_may_be_added_after_methods_that_do_not_read_them(
-    tmp_path: Path, made_up: dict[str, Method]
-) -> None:
+def test_instructions_may_be_added_after_methods_that_do_not_read_them(tmp_path: Path, made_up: MadeUp) -> None:
     run_all(comparison(tmp_path))
     made_up["instruction"] = says(["negative"], "instruction")
     instructed = {"instructions": ("Good or bad?",)}
@@ -457,10 +463,10 @@ def test_instructions_may_be_added_after_methods_that_do_not_read_them(
     run_all(later)
     assert [cell["method"] for cell in later.cells if cell["status"] == "done"] == [
         "zero-shot",
-        "soft-prompt",
         "instruction",
+        "soft-prompt",
     ]
-    assert later.cells[-1]["difference"] is not None
+    assert later.cells[1]["difference"] is not None
     assert comparison(tmp_path, methods=("zero-shot", "soft-prompt")).todo() == []
     with pytest.raises(ConfigError, match="with other instructions; "):
         comparison(tmp_path, methods=("instruction",), instructions=("Another one?",))
@@ -484,7 +490,7 @@ SAID = {"org1/tiny": ["negative"], "org2/tiny": ["positive"]}
 
 
 @pytest.fixture
-def two(made_up: dict[str, Method]) -> Callable[..., Comparison]:
+def two(made_up: MadeUp) -> Callable[..., Comparison]:
     """A comparison of two base models of one name, which answer differently."""
     models = {"org1/tiny": tiny("llama"), "org2/tiny": tiny("gpt2")}
 
@@ -526,9 +532,7 @@ def as_earlier(folder: Path, *bases: str) -> None:
             path.replace(folder / "predictions" / f"tiny.{method}.0.json")
 
 
-def test_files_of_earlier_releases_are_read(
-    tmp_path: Path, two: Callable[..., Comparison], made_up: dict[str, Method]
-) -> None:
+def test_files_of_earlier_releases_are_read(tmp_path: Path, two: Callable[..., Comparison], made_up: MadeUp) -> None:
     run_all(two(tmp_path, bases=("org1/tiny",)))
     as_earlier(tmp_path, "org1/tiny")
     run_all(two(tmp_path))  # another of that name joins
@@ -542,7 +546,7 @@ def test_files_of_earlier_releases_are_read(
 
 
 def test_files_of_earlier_releases_that_may_be_anothers_are_not_read(
-    tmp_path: Path, two: Callable[..., Comparison], made_up: dict[str, Method]
+    tmp_path: Path, two: Callable[..., Comparison], made_up: MadeUp
 ) -> None:
     run_all(two(tmp_path))
     as_earlier(tmp_path, *BASES)
@@ -611,9 +615,7 @@ def test_a_base_model_that_is_gone_later_fails_its_cells_only(tmp_path: Path) ->
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_what_a_method_may_run_into_fails_its_cell(
-    error: Exception, tmp_path: Path, made_up: dict[str, Method]
-) -> None:
+def test_what_a_method_may_run_into_fails_its_cell(error: Exception, tmp_path: Path, made_up: MadeUp) -> None:
     def method(problem: Problem) -> Learned:
         raise error
 
@@ -631,7 +633,7 @@ def test_what_a_method_may_run_into_fails_its_cell(
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_a_mistake_of_ours_is_no_failed_cell(error: Exception, tmp_path: Path, made_up: dict[str, Method]) -> None:
+def test_a_mistake_of_ours_is_no_failed_cell(error: Exception, tmp_path: Path, made_up: MadeUp) -> None:
     def method(problem: Problem) -> Learned:
         raise error
 
@@ -643,7 +645,7 @@ def test_a_mistake_of_ours_is_no_failed_cell(error: Exception, tmp_path: Path, m
     assert [(cell["method"], cell["status"]) for cell in kept] == [("zero-shot", "done"), ("soft-prompt", "done")]
 
 
-def test_numbers_that_are_not_finite_are_null(tmp_path: Path, made_up: dict[str, Method]) -> None:
+def test_numbers_that_are_not_finite_are_null(tmp_path: Path, made_up: MadeUp) -> None:
     def method(problem: Problem) -> Learned:
         curve = ({"seconds": 1.0, "step": 1, "value": 0.5, "loss": math.inf},)
         return replace(says(["positive"])(problem), curve=curve, validation=math.nan)

@@ -172,10 +172,6 @@ def printed(cells: Sequence[dict[str, Any]], width: int = 120) -> list[str]:
 # --- summary --------------------------------------------------------------------------------------
 
 
-def test_methods_are_those_of_compare_in_its_order() -> None:
-    assert list(summary.METHODS) == list(registry.METHODS)
-
-
 def test_one_seed_keeps_the_interval_of_its_rows() -> None:
     cells = make_cells()
     for cell in cells:
@@ -647,7 +643,7 @@ def test_page_names_what_was_compared(tmp_path: Path) -> None:
         report.verdict(cells),
         "Each had 10 min to learn, all choices included.",
         "smollm2-135m, 135 M parameters; accuracy, % on 1,821 test rows; up to 3 seeds.",
-        summary.METHODS["few-shot-nearest"],
+        registry.METHODS["few-shot-nearest"].words,
         "learning rate 3e-5",
         "softprompt 0.1.0, torch 2.13.0.",
     ):

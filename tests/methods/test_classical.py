@@ -14,7 +14,7 @@ from softprompt.data.example import Dataset, Example
 from softprompt.errors import ConfigError, DataError
 from softprompt.methods import classical
 from softprompt.methods.classical import fit_tf_idf, majority_class, rank, tf_idf
-from softprompt.methods.method import Problem
+from softprompt.methods.problem import Problem
 from softprompt.tasks.predict import Prediction
 from softprompt.text.template import Template
 from softprompt.text.verbalizer import Verbalizer

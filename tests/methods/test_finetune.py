@@ -1,180 +1,45 @@
-"""Trained baselines: their gradients and steps against transformers and torch alone, their use of the time by a clock
-of ours, and PEFT's prompt tuning against PEFT."""
+"""Full fine-tuning: gradients and steps against transformers and torch alone, its time by a clock of ours."""
 
 from __future__ import annotations
 
-import logging
 import math
-import sys
-import warnings
-from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import processors
 from torch import nn
 
 from softprompt.data.example import Dataset, Example
-from softprompt.errors import ConfigError, DataError
-from softprompt.evaluation.validation import validator
-from softprompt.methods import fine_tuning, method, prompt_tuning
-from softprompt.methods.fine_tuning import METHODS, NOTHING, Tuner
-from softprompt.methods.method import Learned, Problem
+from softprompt.errors import DataError
+from softprompt.methods import fine_tuning, prompt_tuning
+from softprompt.methods import peft as by_peft
+from softprompt.methods import problem as given
+from softprompt.methods.fine_tuning import NOTHING, Tuner
+from softprompt.methods.registry import METHODS
 from softprompt.model.frozen import FrozenLM
-from softprompt.model.request import Request
-from softprompt.tasks.length import VIRTUAL_TOKENS
-from softprompt.tasks.predict import Query, predict
-from softprompt.tasks.task import Task
-from softprompt.text.template import Template
-from softprompt.text.tokens import SOFT
-from softprompt.text.verbalizer import Verbalizer
-from softprompt.tuning.config import DEFAULT_STEPS, TrainConfig
+from softprompt.tuning.config import TrainConfig
 from softprompt.tuning.objective import Objective
-from tests.conftest import TOY_LABELS, TOY_TEMPLATE, make_model, make_tokenizer, plain_score, scripted, tiny, toy
-
-PATHS = ("llama", "gpt2", "qwen3", "phi")
-"""Architectures of the shared-prefix path, and one that runs every word as a whole sequence."""
-WORDS = Verbalizer({"negative": ("bad", "a dull mess"), "positive": ("good", "a dull but great film", "very good")})
-
-
-def another(kind: str, dtype: str = "fp32") -> FrozenLM:
-    """A copy of ``tiny(kind)`` that may be changed."""
-    return FrozenLM(make_model(kind), make_tokenizer(), name=f"tiny-{kind}", dtype=dtype, device="cpu")
-
-
-def problem(kind: str = "llama", *, dtype: str = "fp32", **options: Any) -> Problem:
-    settings: dict[str, Any] = {
-        "lm": tiny(kind),
-        "fresh": lambda: another(kind, dtype),
-        "template": TOY_TEMPLATE,
-        "verbalizer": TOY_LABELS,
-        "train": toy(16, 1),
-        "validation": toy(20, 2),
-        "seed": 0,
-        "budget": 60.0,
-    }
-    return Problem(**settings | options)
-
-
-def texts(count: int) -> Dataset:
-    """Rows with free text as targets."""
-    rows = [Example({"input": f"film {i}"}, f"it was {i} {'great ' * (i % 3)}", where=f"{i}") for i in range(count)]
-    return Dataset(tuple(rows), "texts.jsonl", "texts")
-
-
-def tuner(problem: Problem, lm: FrozenLM | None = None) -> Tuner:
-    """Of all weights of ``lm``."""
-    lm = lm or problem.fresh()
-    return Tuner(problem, lm, list(lm.model.parameters()))
-
-
-class Clock:
-    """A clock that goes on when it is told to, so that every second of a test is known."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now, self._patch = 1000.0, monkeypatch
-        for module in (fine_tuning, method, prompt_tuning):
-            monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: self.now))
-
-    def charge(self, owner: Any, name: str, seconds: Callable[[], float]) -> list[Any]:
-        """Makes a call of ``owner.name`` take ``seconds()``; returns the list of its results."""
-        charged, results = self._charged(getattr(owner, name), seconds)
-        self._patch.setattr(owner, name, charged)
-        return results
-
-    def charge_validations(self, seconds: float) -> list[Any]:
-        """Makes every validation take ``seconds``; returns the list of their results."""
-        results = list[Any]()
-
-        def charged(task: Task, examples: Sequence[Example]) -> Any:
-            return self._charged(validator(task, examples), lambda: seconds, results)[0]
-
-        self._patch.setattr("softprompt.tuning.training.validator", charged)
-        self._patch.setattr("softprompt.methods.fine_tuning.validator", charged)
-        return results
-
-    def _charged(
-        self, call: Any, seconds: Callable[[], float], results: list[Any] | None = None
-    ) -> tuple[Callable[..., Any], list[Any]]:
-        found = list[Any]() if results is None else results
-
-        def charged(*arguments: Any) -> Any:
-            found.append(call(*arguments))
-            self.now += seconds()
-            return found[-1]
-
-        return charged, found
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """A step takes a second, a validation half of one, and everything else nothing."""
-    clock = Clock(monkeypatch)
-    clock.charge(Tuner, "backward", lambda: 1.0)
-    clock.charge_validations(0.5)
-    return clock
-
-
-def idle(monkeypatch: pytest.MonkeyPatch, clock: Clock, seconds: Callable[[], float] = lambda: 1.0) -> None:
-    """Gradients take time by the clock, and are none."""
-    monkeypatch.setattr(Tuner, "backward", lambda self, chosen: 0.1)
-    clock.charge(Tuner, "backward", seconds)
-
-
-def rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The learning rates of all steps to come."""
-    return _spied(monkeypatch, fine_tuning, "learning_rate")
-
-
-def _spied(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
-    call, results = getattr(owner, name), list[Any]()
-
-    def spy(*arguments: Any) -> Any:
-        results.append(call(*arguments))
-        return results[-1]
-
-    monkeypatch.setattr(owner, name, spy)
-    return results
-
+from tests.conftest import make_tokenizer, scripted, tiny, toy
+from tests.methods.trained import (
+    PATHS,
+    WORDS,
+    Clock,
+    another,
+    idle,
+    label_loss,
+    plain_copy,
+    plain_loss,
+    problem,
+    quick,
+    rates,
+    texts,
+    tuner,
+)
 
 # --- gradient and step, by transformers and torch alone ------------------------------------------------------
-
-
-def plain_loss(model: Any, requests: Sequence[Request], gold: Sequence[int], owners: Sequence[int] | None) -> Any:
-    """The mean loss, every word of every row as a sequence of its own through the model's own forward."""
-    total, count = torch.zeros(()), 0
-    for request, right in zip(requests, gold, strict=True):
-        scores = []
-        for word in request.words:
-            ids = torch.tensor([[*request.ids, *word]])
-            logprobs = model(input_ids=ids).logits[0].log_softmax(-1)
-            own = range(len(request.ids) - 1, ids.shape[1] - 1)
-            scores.append(torch.stack([logprobs[i, ids[0, i + 1]] for i in own]).sum())
-        if owners is None:
-            total, count = total - scores[0], count + len(request.words[0])
-        else:
-            likelihood = torch.stack(scores).exp()
-            labels = [likelihood[torch.tensor(owners) == label].sum() for label in range(max(owners) + 1)]
-            total, count = total - (labels[right] / sum(labels)).log(), count + 1
-    return total / count
-
-
-def plain_copy(kind: str) -> Any:
-    """The oracle: transformers alone, its plainest attention, every weight trainable."""
-    model = make_model(kind).eval()
-    model.set_attn_implementation("eager")
-    return model
-
-
-def label_loss(model: Any, task: Any, rows: Dataset) -> Any:
-    requests = [task.label_request(example) for example in rows.examples]
-    gold = [task.labels.index(str(example.target)) for example in rows.examples]
-    return plain_loss(model, requests, gold, task.label_of_word)
 
 
 def target_loss(model: Any, task: Any, rows: Dataset) -> Any:
@@ -323,7 +188,7 @@ def test_the_budget_is_kept(budget: float, validation: float, monkeypatch: pytes
     idle(monkeypatch, clock, lambda: 0.5 + float(torch.rand((), generator=draws)))
     monkeypatch.setattr(fine_tuning, "TrainConfig", partial(TrainConfig, patience=0))
     validations = clock.charge_validations(validation)
-    learned = METHODS["full-fine-tuning"](problem(budget=budget, began=clock.now, validation=toy(200, 2)))
+    learned = METHODS["full-fine-tuning"].run(problem(budget=budget, began=clock.now, validation=toy(200, 2)))
     spent = clock.now - 1000
     assert spent <= budget + 2 * 1.5 + validation  # the step that is timed, and a step and a validation
     assert len(validations) >= 1
@@ -380,7 +245,7 @@ def test_the_rate_is_chosen_by_short_runs(
         return run(self, lr, seconds, validations)
 
     monkeypatch.setattr(Tuner, "run", spy)
-    learned = METHODS["full-fine-tuning"](problem(budget=203.0, began=clock.now, validation=toy(100, 2)))
+    learned = METHODS["full-fine-tuning"].run(problem(budget=203.0, began=clock.now, validation=toy(100, 2)))
     rates, best = fine_tuning.FULL_RATES, fine_tuning.FULL_RATES[place]
     assert [(lr, validations) for lr, _, validations in runs] == [*((lr, 1) for lr in rates), (best, 16)]
     assert [seconds for _, seconds, _ in runs[:3]] == pytest.approx([202 / 15] * 3)
@@ -400,10 +265,10 @@ def test_free_text_has_no_margin(clock: Clock, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    ("name", "middle"), [("full-fine-tuning", fine_tuning.FULL_RATES[1]), ("lora", fine_tuning.LORA_RATES[1])]
+    ("name", "middle"), [("full-fine-tuning", fine_tuning.FULL_RATES[1]), ("lora", by_peft.LORA_RATES[1])]
 )
 def test_without_time_to_try_it_is_the_middle_rate(name: str, middle: float, clock: Clock) -> None:
-    learned = METHODS[name](problem(budget=30.0, began=clock.now))
+    learned = METHODS[name].run(problem(budget=30.0, began=clock.now))
     assert learned.chosen["lr"] == middle
     assert learned.chosen["steps"] > 20
 
@@ -445,7 +310,7 @@ def test_the_best_weights_are_kept_and_patience_ends(clock: Clock, monkeypatch: 
 def test_every_trained_method_is_validated_on_the_rows_that_there_is_time_for() -> None:
     """The same ones: both draw as many with ``split_rows`` from the same seed."""
     asked = problem(budget=1e-9, validation=toy(40, 1), validation_rows=17)
-    ours, theirs = prompt_tuning.soft_prompt(asked), METHODS["full-fine-tuning"](asked)
+    ours, theirs = prompt_tuning.soft_prompt(asked), METHODS["full-fine-tuning"].run(asked)
     assert ours.soft_prompt is not None
     assert ours.soft_prompt.metrics[0]["n"] == ours.validation_rows == theirs.validation_rows == 17
 
@@ -484,19 +349,13 @@ def test_a_run_that_is_not_finite_leaves_the_weights_as_they_were(
 # --- the methods --------------------------------------------------------------------------------------------
 
 
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rates for tiny models with random weights."""
-    monkeypatch.setattr(fine_tuning, "FULL_RATES", (1e-4, 3e-3, 1e-2))
-    monkeypatch.setattr(fine_tuning, "LORA_RATES", (1e-3, 1e-2, 3e-2))
-
-
 @pytest.mark.parametrize(("name", "kind"), [("full-fine-tuning", "gpt2"), ("lora", "llama"), ("lora", "phi")])
 def test_they_learn(name: str, kind: str, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 60 rows that chance gets right half of the time, 50 right by luck has a probability of 1e-7."""
     quick(monkeypatch)
     ours = problem(kind, train=toy(96, 1), budget=75.0, began=clock.now)
     digest = ours.lm.weights_digest()
-    learned = METHODS[name](ours)
+    learned = METHODS[name].run(ours)
     test = toy(60, 3)
     answers = learned.answer(test.examples, None)
     assert sum(a.text == e.target for a, e in zip(answers, test.examples, strict=True)) >= 50
@@ -512,40 +371,18 @@ def test_they_learn(name: str, kind: str, clock: Clock, monkeypatch: pytest.Monk
 
 def test_what_is_kept_is_counted(clock: Clock) -> None:
     """LoRA of rank 16 on seven matrices in three layers of widths 32, 48 and, for keys and values, 16."""
-    one = METHODS["full-fine-tuning"](problem(dtype="bf16", budget=1.0, began=clock.now))
+    one = METHODS["full-fine-tuning"].run(problem(dtype="bf16", budget=1.0, began=clock.now))
     assert (one.trainable_parameters, one.bytes) == (tiny("llama").num_parameters, 2 * tiny("llama").num_parameters)
-    two = METHODS["lora"](problem(dtype="bf16", budget=1.0, began=clock.now))
+    two = METHODS["lora"].run(problem(dtype="bf16", budget=1.0, began=clock.now))
     numbers = 3 * 16 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
     assert (two.trainable_parameters, two.bytes) == (numbers, 4 * numbers)
-
-
-@pytest.mark.parametrize("kind", PATHS)
-def test_lora_is_the_base_model_with_low_rank_sums(kind: str, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """W + 32 / 16 · B A, put by hand into a plain model, gives the answers of the adapted one."""
-    quick(monkeypatch)
-    learned = METHODS["lora"](problem(kind, budget=20.0, began=clock.now))
-    assert learned.adapted is not None
-    adapted, merged = learned.adapted.model, plain_copy(kind)
-    changed = 0
-    for name, module in adapted.named_modules():
-        if hasattr(module, "lora_A"):
-            product = module.lora_B["default"].weight @ module.lora_A["default"].weight
-            weight = merged.get_submodule(name).weight
-            assert torch.equal(module.base_layer.weight, weight)
-            weight.data += 2 * (product if product.shape == weight.shape and kind != "gpt2" else product.T)
-            changed += bool(product.abs().max() > 0)
-    assert changed == sum(hasattr(module, "lora_A") for module in adapted.modules()) > 0
-    task, test = problem(kind).task(), toy(6, 3)
-    for example, answer in zip(test.examples, learned.answer(test.examples, None), strict=True):
-        loss = label_loss(merged, task, Dataset((example,), "", ""))
-        assert (answer.logprobs or {})[str(example.target)] == pytest.approx(-float(loss), rel=1e-3, abs=1e-4)
 
 
 def test_free_text_ends_where_it_was_taught_to(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch)
     rows = Dataset(tuple(Example({"input": f"film {i}"}, "good\nbad", where=str(i)) for i in range(16)), "", "")
     ours = problem(train=rows, validation=rows, verbalizer=None, budget=40.0, began=clock.now)
-    learned = METHODS["full-fine-tuning"](ours)
+    learned = METHODS["full-fine-tuning"].run(ours)
     (answer,) = learned.answer(rows.examples[:1], None)
     assert (answer.text, answer.finish) == ("good\nbad", "stop")
     assert learned.validation is None
@@ -556,159 +393,19 @@ def test_long_budgets_compile(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> 
     done = list[str]()
     monkeypatch.setattr(FrozenLM, "compile_layers", lambda self: done.append("compiled"))
     monkeypatch.setattr(FrozenLM, "uncompile_layers", lambda self: done.append("undone"))
-    monkeypatch.setattr(method, "can_compile", lambda lm: lm.shares_prefix)
+    monkeypatch.setattr(given, "can_compile", lambda lm: lm.shares_prefix)
     monkeypatch.setattr(Tuner, "run", lambda self, lr, seconds, validations: fine_tuning.Run(NOTHING, ()))
     for kind, budget, expected in (("llama", 300.0, 2), ("llama", 299.0, 1), ("phi", 300.0, 1)):
         done.clear()
-        METHODS["full-fine-tuning"](problem(kind, budget=budget, began=clock.now))
+        METHODS["full-fine-tuning"].run(problem(kind, budget=budget, began=clock.now))
         assert done == ["compiled", "undone"][-expected:]
 
 
 def test_a_foreign_target_is_refused() -> None:
     rows = Dataset((*toy(3, 1).examples, Example({"input": "film"}, "grand", where="toy.jsonl:4")), "", "")
     with pytest.raises(DataError) as error:
-        METHODS["full-fine-tuning"](problem(train=rows))
+        METHODS["full-fine-tuning"].run(problem(train=rows))
     assert str(error.value) == (
         'toy.jsonl:4: expected one of the labels "negative", "positive", found "grand"; '
         "correct this row, or give all labels with --labels."
     )
-
-
-@pytest.mark.parametrize(("name", "purpose"), [("lora", "LoRA"), ("peft-prompt-tuning", "PEFT's prompt tuning")])
-def test_without_peft(name: str, purpose: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ConfigError) as error:
-        METHODS[name](problem())
-    assert str(error.value) == (
-        f'{purpose} needs the library peft, which is not installed; pip install "softprompt[compare]".'
-    )
-
-
-def test_what_peft_says_is_heard_but_for_noise(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of GPT-2's layers PEFT says what it sets right by itself; anything else is for the user."""
-    import peft
-
-    quick(monkeypatch)
-    adapt = peft.get_peft_model
-    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
-    with pytest.warns(UserWarning, match="fan_in_fan_out"):
-        adapt(plain_copy("gpt2"), settings)
-
-    def told(*arguments: Any) -> Any:
-        warnings.warn("some weights are not what they should be", UserWarning, stacklevel=1)
-        logging.getLogger("peft.tuners").warning("a layer was left out.")
-        return adapt(*arguments)
-
-    monkeypatch.setattr(peft, "get_peft_model", told)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        METHODS["lora"](problem("gpt2", budget=1.0, began=clock.now))
-    assert [str(each.message) for each in caught if issubclass(each.category, UserWarning)] == [
-        "some weights are not what they should be",
-        "peft says: a layer was left out",
-    ]
-
-
-# --- PEFT's prompt tuning -----------------------------------------------------------------------------------
-
-
-def with_bos(lm: FrozenLM) -> FrozenLM:
-    """Its tokenizer puts a beginning-of-sequence token first, as Llama's does."""
-    made: Any = processors.TemplateProcessing
-    lm.tokenizer.backend_tokenizer.post_processor = made(single="</s> $A", special_tokens=[("</s>", 1)])
-    return lm
-
-
-def peft_run(ours: Problem, monkeypatch: pytest.MonkeyPatch) -> tuple[Learned, Any]:
-    """What the method learned, and PEFT's own model after it."""
-    import peft
-
-    models = _spied(monkeypatch, peft, "get_peft_model")
-    return METHODS["peft-prompt-tuning"](ours), models[-1].eval()
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "phi"])
-@pytest.mark.parametrize("template", [TOY_TEMPLATE, Template("the plot {soft_prompt}{input} : {target}")])
-@pytest.mark.parametrize("bos", [False, True])
-def test_the_answers_are_those_of_pefts_own_logits(
-    kind: str, template: Template, bos: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def load() -> FrozenLM:
-        return with_bos(another(kind)) if bos else another(kind)
-
-    ours = problem(kind, lm=load(), fresh=load, template=template, budget=0.2)
-    learned, model = peft_run(ours, monkeypatch)
-    assert learned.chosen["steps"] >= 1
-    numbers = 32 * VIRTUAL_TOKENS
-    assert (learned.trainable_parameters, learned.bytes) == (numbers, 4 * numbers)
-    assert learned.adapted is None
-    task, test = ours.task(), toy(5, 3)
-    for example, answer in zip(test.examples, learned.answer(test.examples, None), strict=True):
-        ids = task.label_request(example).ids
-        text = task.lm.tokenizer.decode([t for t in ids if t != 1])
-        assert text.replace(" ", "") == template.text.format(
-            soft_prompt="", input=example.fields["input"], target=""
-        ).replace(" ", "")
-        assert (ids[0] == 1) == bos
-        scores = []
-        for word in task.words:
-            logits = model(input_ids=torch.tensor([[*ids, *word]])).logits[0].log_softmax(-1)
-            first = VIRTUAL_TOKENS + len(ids) - 1
-            scores.append(sum(float(logits[first + i, token]) for i, token in enumerate(word)))
-        wanted = torch.tensor(scores).log_softmax(0).tolist()
-        assert list((answer.logprobs or {}).values()) == pytest.approx(wanted, rel=1e-3, abs=1e-4)
-
-
-def test_pefts_loss_is_that_of_the_targets(llama: FrozenLM) -> None:
-    """The mean over target tokens, each row by itself by transformers alone."""
-    import peft
-
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    with fine_tuning._seeded(0):
-        model = peft.get_peft_model(another("llama").model, config)
-    vectors = model.get_prompt_embedding_to_save("default")
-    requests = [Request((SOFT, 60, 61), 1, ((70, 71, 72),), 0), Request((SOFT, 62, 63, 64, 65), 1, ((73,),), 0)]
-    found = fine_tuning.peft_loss(model, requests)
-    by_hand = sum(plain_score("llama", r.ids, r.words[0], vectors) for r in requests) / -4
-    assert float(found) == pytest.approx(float(by_hand), rel=1e-5)
-
-
-def test_pefts_example_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of a second in 100 seconds, the soft prompt's default number in many; the rate falls from 3e-2 to 0."""
-    clock, seen = Clock(monkeypatch), rates(monkeypatch)
-    loss = torch.zeros((), requires_grad=True)
-    batches = clock.charge(fine_tuning, "peft_loss", lambda: 1.0)
-    monkeypatch.setattr(fine_tuning, "peft_loss", lambda model, rows, call=fine_tuning.peft_loss: call(model, rows[:1]))
-    learned, _ = peft_run(problem(budget=100.0, began=clock.now), monkeypatch)
-    assert learned.chosen["steps"] == len(seen) == len(batches) == 100
-    assert seen[0] == 3e-2
-    assert seen[1:] == pytest.approx([3e-2 * (1 - i / 100) for i in range(1, 100)])
-    assert (learned.validation, learned.curve) == (None, ())
-    monkeypatch.setattr(fine_tuning, "peft_loss", lambda model, rows: loss + 0)
-    clock.charge(fine_tuning, "peft_loss", lambda: 1.0)
-    learned, _ = peft_run(problem(budget=1e6, began=clock.now), monkeypatch)
-    assert learned.chosen["steps"] == DEFAULT_STEPS
-
-
-def test_the_seed_decides_what_peft_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = torch.random.get_rng_state()
-    vectors = [
-        peft_run(problem(budget=1e-9, seed=seed), monkeypatch)[1].get_prompt_embedding_to_save("default")
-        for seed in (0, 0, 1)
-    ]
-    assert torch.equal(vectors[0], vectors[1])
-    assert not torch.equal(vectors[0], vectors[2])
-    assert 0.9 < float(vectors[0].std()) < 1.1  # PEFT's default: normal, deviation 1
-    assert torch.equal(drawn, torch.random.get_rng_state())
-
-
-def test_a_soft_prompt_behind_the_input_is_moved_to_the_front(llama: FrozenLM) -> None:
-    behind = Template("the {input}{soft_prompt} : {target}")
-    task = fine_tuning.PeftTask(llama, behind, TOY_LABELS, 20, llama.window)
-    example = toy(1, 1).examples[0]
-    request, plain = task.label_request(example), problem(template=behind).task().label_request(example)
-    assert request.ids == (SOFT, *plain.ids)
-    assert request.shared == plain.shared + 1
-    assert request.ids[1 : request.shared] == plain.ids[: plain.shared]
-    (answer,) = predict([Query(task, example, torch.zeros(20, 32))])
-    assert answer.text in TOY_LABELS.labels

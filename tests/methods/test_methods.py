@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from softprompt.errors import ConfigError, SoftPromptWarning, TrainingError
 from softprompt.evaluation.evaluate import evaluate
-from softprompt.methods import method, prompt_tuning
-from softprompt.methods.method import Learned, Problem
+from softprompt.methods import problem as problems
+from softprompt.methods import prompt_tuning
+from softprompt.methods.problem import Learned, Problem
 from softprompt.model.frozen import FrozenLM
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.length import VIRTUAL_TOKENS
@@ -79,7 +80,7 @@ def test_no_budget_at_all_still_gives_a_soft_prompt(llama: FrozenLM) -> None:
     assert prompt_tuning.soft_prompt(problem(llama, budget=1e-9)).chosen["steps"] == 1
 
 
-@pytest.mark.parametrize("steps_timed", [0, method.PROBE])
+@pytest.mark.parametrize("steps_timed", [0, problems.PROBE])
 def test_a_loss_that_is_not_finite_from_the_first_step_on_is_said(
     steps_timed: int, llama: FrozenLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,18 +104,18 @@ def test_the_end_moves_when_steps_take_another_time_than_those_that_were_timed(
 
     def slow(self: Objective, *given: Any) -> Any:
         steps[0] += 1
-        clock[0] += 1.0 if steps[0] <= method.PROBE + 10 else later
+        clock[0] += 1.0 if steps[0] <= problems.PROBE + 10 else later
         return backward(self, *given)
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(Objective, "backward", slow)
-    monkeypatch.setattr("softprompt.methods.method.TrainConfig", partial(TrainConfig, patience=0))
+    monkeypatch.setattr("softprompt.methods.problem.TrainConfig", partial(TrainConfig, patience=0))
     monkeypatch.setattr("softprompt.methods.prompt_tuning.TrainConfig", partial(TrainConfig, patience=0))
     learned = prompt_tuning.soft_prompt(problem(llama, budget=60.0, began=0.0))
     found = learned.soft_prompt
     assert found is not None
     assert clock[0] == pytest.approx(60.0, abs=max(2.0, later))
-    fitting = 10 + (60 - method.PROBE - 10) / later
+    fitting = 10 + (60 - problems.PROBE - 10) / later
     assert learned.chosen["steps"] == found.training["steps"] == pytest.approx(fitting, abs=2 / min(1.0, later))
     assert learned.curve[-1]["step"] == learned.chosen["steps"]
 
@@ -133,7 +134,7 @@ def test_where_validations_are_dear_they_are_of_fewer_rows(
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(FrozenLM, "score", slow_rows)
     asked = problem(llama, budget=600.0, began=0.0, validation=toy(300, 1))
-    assert method.affordable_rows(asked) == pytest.approx(rows, abs=1)
+    assert problems.affordable_rows(asked) == pytest.approx(rows, abs=1)
 
 
 @given(st.integers(1, 60), st.integers(0, 300), st.integers(1, 9), st.integers(1, 80), st.integers(0, 400))
@@ -155,7 +156,7 @@ def test_long_budgets_compile_the_steps_that_are_timed_and_the_run(
 ) -> None:
     done, compiles = list[str](), FrozenLM.compile_layers
     monkeypatch.setattr("softprompt.methods.prompt_tuning.most_steps", lambda rows, batch_size: 3)
-    monkeypatch.setattr(method, "can_compile", lambda lm: lm is llama)
+    monkeypatch.setattr(problems, "can_compile", lambda lm: lm is llama)
 
     def compile_layers(lm: FrozenLM) -> None:
         done.append("compiled")
@@ -167,7 +168,7 @@ def test_long_budgets_compile_the_steps_that_are_timed_and_the_run(
         done.clear()
         assert prompt_tuning.soft_prompt(problem(llama, budget=budget)).chosen["steps"] == 3
         assert done == ["compiled"] * expected
-    monkeypatch.setattr(method, "can_compile", lambda lm: False)
+    monkeypatch.setattr(problems, "can_compile", lambda lm: False)
     prompt_tuning.soft_prompt(problem(llama, budget=300.0))
     assert done == []
 
@@ -176,7 +177,7 @@ def test_a_compiler_that_does_not_work_is_tried_once(
     llama: FrozenLM, monkeypatch: pytest.MonkeyPatch, broken_compiler: list[str]
 ) -> None:
     monkeypatch.setattr("softprompt.methods.prompt_tuning.most_steps", lambda rows, batch_size: 3)
-    monkeypatch.setattr(method, "can_compile", lambda lm: True)
+    monkeypatch.setattr(problems, "can_compile", lambda lm: True)
     with pytest.warns(SoftPromptWarning, match="could not be compiled"):
         assert prompt_tuning.soft_prompt(problem(llama, budget=300.0)).chosen["steps"] == 3
     assert len(broken_compiler) == llama.kv_shape[0] - 1
@@ -259,7 +260,7 @@ def test_the_weights_are_looked_at_once_after_the_budget(llama: FrozenLM, monkey
 
     def until_the_end(training: Training) -> Iterator[Step]:
         yield from steps(training)
-        ended[0] = training.total > method.PROBE
+        ended[0] = training.total > problems.PROBE
 
     monkeypatch.setattr(FrozenLM, "weights_digest", digest)
     monkeypatch.setattr(Training, "__iter__", until_the_end)

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from softprompt.errors import ArtifactError, SoftPromptError, StoreError
-from softprompt.soft_prompts.soft_prompt import SoftPrompt
+from softprompt.soft_prompts.soft_prompt import Header, SoftPrompt
 from softprompt.soft_prompts.store import Store
 from tests.conftest import Run
 
@@ -186,10 +186,10 @@ def test_a_damaged_file_does_not_hide_the_others(store: Store) -> None:
     store.save(make("c"))
     damaged.write_bytes(damaged.read_bytes()[:-1])
     a, b, c = store.entries()
-    assert isinstance(a.soft_prompt, SoftPrompt)
-    assert isinstance(c.soft_prompt, SoftPrompt)
-    assert isinstance(b.soft_prompt, ArtifactError)
-    assert str(b.soft_prompt).startswith(f"{damaged} is not a sound soft prompt: ")
+    assert isinstance(a.header, Header)
+    assert isinstance(c.header, Header)
+    assert isinstance(b.header, ArtifactError)
+    assert str(b.header).startswith(f"{damaged} is not a sound soft prompt: ")
     assert b.bytes == damaged.stat().st_size
     with pytest.raises(ArtifactError):
         store.load("b")

@@ -311,7 +311,7 @@ def test_only_the_file_that_was_looked_at_is_replaced(
     name: str | None, out: str | None, elsewhere: bool, home: Path, stored: SoftPrompt
 ) -> None:
     """In every combination of name and path, before and after a training."""
-    from softprompt.cli.train import Place
+    from softprompt.cli.place import Place
 
     if name is None and out is None:
         return

@@ -3,142 +3,56 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from softprompt.cli.options import (
-    LABELS,
-    SOURCE,
-    Device,
-    Dtype,
-    Encoding,
-    InputField,
-    Json,
-    ReferencesField,
-    TargetField,
-    Trust,
-    data_option,
-    lasting,
-    model_option,
-    option,
-    with_line_ends,
-)
-from softprompt.cli.task import template_from
+from softprompt.cli.groups import Comparing
+from softprompt.cli.options import Loading, seconds, with_line_ends
+from softprompt.cli.task import Sources, template_from
 from softprompt.compare import report
 from softprompt.compare.comparison import Comparison
 from softprompt.compare.comparison_time import ComparisonTime, Parts
 from softprompt.compare.plan import Plan, cut
-from softprompt.compare.summary import short_names
+from softprompt.data.checks import Reading
 from softprompt.data.encoding import decode
 from softprompt.data.example import check_targets
 from softprompt.data.packages import DEFAULT_BASE
-from softprompt.data.reading import read_dataset
 from softprompt.data.wording import counted
 from softprompt.drawing import style
-from softprompt.drawing.words import duration, number, roughly
-from softprompt.errors import ConfigError, DataError
+from softprompt.drawing.words import duration, number, roughly, short_names
+from softprompt.errors import DataError
 from softprompt.files import local_path, strict_json
-from softprompt.methods.prompt_tuning import OF_SEVERAL_SEEDS
 from softprompt.methods.registry import METHODS
 from softprompt.model.frozen import FrozenLM
-from softprompt.tasks.reading import read_task, references_column, taken_for
 from softprompt.terminal.console import Clock, notices, say_reading, stderr, stdout
 from softprompt.tuning.run_folder import RunFolder
 
-_run = partial(option, panel="The comparison")
 
-
-def compare_command(
-    train: Annotated[str, typer.Argument(metavar="TRAIN", help=SOURCE)],
-    validation: Annotated[str, data_option("Rows that every method chooses by.")],
-    test: Annotated[str, data_option("Rows that are reported, and looked at for nothing else.")],
-    out: Annotated[Path, _run("The folder for results, soft prompts and report; a comparison goes on there.")],
-    methods: Annotated[list[str] | None, _run(f"Some of {', '.join(METHODS)}.", "all that fit")] = None,
-    instruction: Annotated[list[str] | None, _run("Hard prompts; the best on validation counts.")] = None,
-    instructions: Annotated[Path | None, _run("A file of hard prompts: one a line, or a JSON list.")] = None,
-    seeds: Annotated[int, _run("Seeds of each method that draws something.", 1)] = 1,
-    budget: Annotated[str, _run("Time to learn for each cell: 90s, 10m, 1h.", "10m")] = "10m",
-    test_rows: Annotated[int | None, _run("The most test rows, a seeded choice.", "all")] = None,
-    task: Annotated[str | None, _run("The task's name in the results.", "as TRAIN")] = None,
-    template: Annotated[
-        str, data_option("default, or text with {soft_prompt}, fields and {target}; \\n: line end.", "default")
-    ] = "default",
-    labels: Annotated[str | None, data_option(LABELS, "as TRAIN looks")] = None,
-    input_field: InputField = None,
-    target_field: TargetField = "target",
-    references_field: ReferencesField = None,
-    encoding: Encoding = None,
-    bases: Annotated[list[str] | None, model_option("Frozen models: aliases, hub ids, folders.", DEFAULT_BASE)] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    trust_remote_code: Trust = False,
-    as_json: Json = False,
+def compare(
+    sources: Sources,
+    test: str,
+    template: str,
+    comparing: Comparing,
+    bases: Sequence[str] | None,
+    loading: Loading,
+    as_json: bool,
 ) -> None:
-    """Measure soft prompts against prompt engineering, LoRA and fine-tuning on your own data.
+    """Runs a comparison, or what is left of it, and says what came of it.
 
-    Every cell (base model, method, seed) is kept as it finishes: the same command goes on where it was stopped.
-    Labels are scored by accuracy, short free answers by token F1, longer ones by BLEU.
-
-    \b
-    softprompt compare train.jsonl --validation dev.jsonl --test test.jsonl --out report
-    softprompt compare train.jsonl --validation dev.jsonl --test test.jsonl --out report \\
-        --methods zero-shot soft-prompt full-fine-tuning --seeds 3 --budget 15m
+    Raises:
+        SoftPromptError: a mistake of the user's, see each step.
     """
     began = time.perf_counter()
     with style.style():  # without matplotlib, say so now rather than after hours
         pass
-    form = None if template == "default" else template_from(template)
-    fields = ("input",) if form is None else form.fields
-    rows, held_out, verbalizer = read_task(
-        train,
-        validation,
-        labels,
-        fields,
-        input_field=input_field,
-        target_field=target_field,
-        references_field=references_field,
-        encoding=encoding,
-    )
-    assert held_out is not None  # it was asked for
-    tested = read_dataset(
-        test,
-        fields=fields,
-        input_field=input_field,
-        target_field=target_field,
-        references_field=references_column(references_field),
-        encoding=encoding,
-    )
-    if verbalizer is not None:
-        check_targets(tested, verbalizer.labels)
-    texts = () if instructions is None else read_instructions(instructions)
-    plan = Plan(
-        task=task or _task_name(train),
-        train=rows,
-        validation=held_out,
-        test=cut(tested, test_rows),
-        template=form,
-        verbalizer=verbalizer,
-        bases=tuple(dict.fromkeys(bases or (DEFAULT_BASE,))),
-        methods=tuple(dict.fromkeys(methods or ())),
-        seeds=seeds,
-        budget=seconds(budget),
-        instructions=tuple(map(with_line_ends, (*(instruction or ()), *texts))),
-    )
-
-    say_reading(taken_for(rows, held_out, tested, verbalizer, labels, references_field))
-    out = local_path(out)
+    plan, taken = _planned(sources, test, template, comparing, bases)
+    say_reading(taken)
+    out = local_path(comparing.out)
     with RunFolder(out, plan.task, "comparison"):
-        comparison = run_cells(
-            plan,
-            out,
-            lambda base: FrozenLM.load(lasting(base), dtype=dtype, device=device, trust_remote_code=trust_remote_code),
-        )
+        comparison = run_cells(plan, out, loading.load_quietly)
     wanted = [cell for cell in comparison.cells if cell["base"] in plan.bases and cell["method"] in plan.methods]
     if as_json:
         print(strict_json({"out": str(out), "seconds": round(time.perf_counter() - began, 1), "cells": wanted}))
@@ -146,6 +60,34 @@ def compare_command(
     stdout.print(report.table(wanted))
     stdout.print(f"results: {out / 'results.json'}, report: {out / 'report.html'}")
     stdout.print(f"the whole comparison took {duration(time.perf_counter() - began)}")
+
+
+def _planned(
+    sources: Sources, test: str, template: str, comparing: Comparing, bases: Sequence[str] | None
+) -> tuple[Plan, Reading]:
+    """The plan, and what the data were taken for; no model is loaded."""
+    form = None if template == "default" else template_from(template)
+    fields = ("input",) if form is None else form.fields
+    rows, held_out, verbalizer = sources.read(fields)
+    assert held_out is not None  # it was asked for
+    tested = sources.columns.read(test, fields)
+    if verbalizer is not None:
+        check_targets(tested, verbalizer.labels)
+    texts = () if comparing.instructions is None else read_instructions(comparing.instructions)
+    plan = Plan(
+        task=comparing.task or _task_name(sources.train),
+        train=rows,
+        validation=held_out,
+        test=cut(tested, comparing.test_rows),
+        template=form,
+        verbalizer=verbalizer,
+        bases=tuple(dict.fromkeys(bases or (DEFAULT_BASE,))),
+        methods=tuple(dict.fromkeys(comparing.methods or ())),
+        seeds=comparing.seeds,
+        budget=seconds(comparing.budget),
+        instructions=tuple(map(with_line_ends, (*(comparing.instruction or ()), *texts))),
+    )
+    return plan, sources.taken_for(rows, held_out, tested, verbalizer)
 
 
 def run_cells(plan: Plan, out: Path, load: Callable[[str], FrozenLM], clock: Clock = time.monotonic) -> Comparison:
@@ -230,23 +172,12 @@ def estimated(left: Parts, test_rows: int, untimed: Sequence[str] = ()) -> str:
 
 def took(cell: Mapping[str, Any]) -> str:
     """``12 min 3 s: 8 min learning, 4 min answering, 3.0 s else``; parts of less than a second are left out."""
-    learning = 0.0 if cell["method"] in OF_SEVERAL_SEEDS else cell["train_seconds"]  # theirs is that of other cells
+    of_others = METHODS[cell["method"]].of_several_seeds  # its members have learned, in cells of their own
+    learning = 0.0 if of_others else cell["train_seconds"]
     rest = cell["seconds"] - learning - cell["answer_seconds"]
     parts = (learning, "learning"), (cell["answer_seconds"], "answering"), (rest, "else")
     shown = ", ".join(f"{duration(seconds)} {what}" for seconds, what in parts if seconds >= 1)
     return duration(cell["seconds"]) + f": {shown}" * bool(shown)
-
-
-def seconds(text: str) -> float:
-    """``90s``, ``10m``, ``1.5h`` or plain seconds.
-
-    Raises:
-        ConfigError: something else.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", text)
-    if found is None:
-        raise ConfigError(f"Expected a time such as 90s, 10m or 1h for --budget, found {text!r}; write one.")
-    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 def read_instructions(path: Path) -> list[str]:

@@ -17,20 +17,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from rich.rule import Rule
 
 from softprompt import files
-from softprompt.cli.options import (
-    SEED_RANGE,
-    Device,
-    Dtype,
-    Json,
-    load_base_model,
-    option,
-)
+from softprompt.cli.options import Loading
 from softprompt.data.example import Dataset, Example
 from softprompt.data.packages import DEFAULT_BASE, ROTTEN_TOMATOES
 from softprompt.data.reading import read_dataset
@@ -52,8 +45,6 @@ from softprompt.tuning.run_folder import RunFolder
 from softprompt.tuning.training import Training
 
 VERDICTS = ("fresh", "rotten")
-
-STEPS = 300
 
 TEST_ROWS, VALIDATION_ROWS = 500, 200
 
@@ -290,21 +281,12 @@ def _answer(prediction: Prediction) -> str:
     return f"{prediction.text} {probabilities[prediction.text]:.2f}"
 
 
-def demo_command(
-    seed: Annotated[int, option("Seeds split and training.", 0, **SEED_RANGE)] = 0,
-    steps: Annotated[int, option("Optimizer steps.", STEPS)] = STEPS,
-    out: Annotated[Path | None, option("Copy data, soft prompt and results.json into this folder, too.")] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """The whole way on real data: tune, measure, keep and swap, in minutes on two cores.
+def demo(seed: int, steps: int, out: Path | None, loading: Loading, as_json: bool) -> None:
+    """Runs it, and prints what it found.
 
-    Data (critics' sentences on films, each "fresh" or "rotten") and base model come from the package index.
-
-    \b
-    softprompt demo
-    softprompt demo --steps 50 --json
+    Raises:
+        StoreError: another soft prompt has its name.
+        SoftPromptError: data or base model cannot be had.
     """
     config = TrainConfig(steps=steps, seed=seed)
     store = Store()
@@ -316,7 +298,7 @@ def demo_command(
         )
     with RunFolder(folder, "demo"):
         splits = write_splits(read_reviews(ROTTEN_TOMATOES.path()), folder, seed=seed)
-        outcome = run(lambda: load_base_model(DEFAULT_BASE, dtype, device, False), splits, config)
+        outcome = run(lambda: loading.load(DEFAULT_BASE), splits, config)
         path = store.save(outcome.soft_prompt, overwrite=True)
         document = {"name": "demo", "path": str(path), "bytes": path.stat().st_size, **outcome.as_dict()}
         if out is not None:

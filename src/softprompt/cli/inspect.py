@@ -1,44 +1,24 @@
-"""``softprompt inspect`` and ``softprompt harden``: options → data, checked before a model is loaded → views."""
+"""``softprompt inspect``: options → data, checked before a model is loaded → views."""
 
 from __future__ import annotations
 
 import json
-import textwrap
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-from rich.cells import cell_len
 from rich.table import Table
 
-from softprompt.cli.compare import seconds
-from softprompt.cli.options import (
-    Base,
-    Device,
-    Dtype,
-    Encoding,
-    InputField,
-    Json,
-    Name,
-    TargetField,
-    Trust,
-    data_option,
-    flag,
-    in_utf8,
-    load_base_model,
-    option,
-)
+from softprompt.cli.options import Loading, OneTargetColumns, in_utf8
+from softprompt.cli.views import WIDTH, print_table, section, table, wrapped
 from softprompt.compare.plan import cut
-from softprompt.compare.summary import short_names
 from softprompt.data.example import Dataset, check_targets
-from softprompt.data.reading import read_dataset
-from softprompt.drawing.words import duration, number, share, shortened, shown, simple_table
-from softprompt.errors import ConfigError, DataError, StoreError
+from softprompt.drawing.words import number, share, short_names, shown
+from softprompt.errors import ArtifactError, ConfigError, DataError, StoreError
 from softprompt.inspection import page
 from softprompt.inspection.drift import Way, way_of
-from softprompt.inspection.harden import Hardened, harden
 from softprompt.inspection.nearest import WAYWARD
 from softprompt.inspection.page import pairs_table
 from softprompt.inspection.report import Report, answers, inspect, require_vectors
@@ -47,6 +27,7 @@ from softprompt.inspection.start import starting_vectors
 from softprompt.inspection.tables import DRIFT, continuation_table, drift_table, matters_table, readings_table
 from softprompt.inspection.vocabulary import Vocabulary
 from softprompt.inspection.words import nats
+from softprompt.soft_prompts import artifact
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
 from softprompt.tasks.task import Task
@@ -54,69 +35,62 @@ from softprompt.terminal.console import rows_bar, stderr, stdout
 from softprompt.text.template import Template
 from softprompt.tuning.history import FILE as HISTORY
 
-WIDTH = 100
-"""Columns that the terminal view fits into."""
 MOST_LINES = 100
 NO_WAY = (
     "the run folder of its training was not found, which keeps the vectors of each validation; where there is one, "
     "name it with --run"
 )
 
-Rows = Annotated[int, data_option("The most rows to score, a seeded choice.", 200, min=2)]
 
+@dataclass(frozen=True)
+class Question:
+    """What is to be told of a single soft prompt.
 
-def inspect_command(
-    names: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[N…]", help="Names or paths: one to look at, several to compare.", show_default=False),
-    ] = None,
-    every: Annotated[bool, flag("--all", "Compare all soft prompts of the store.")] = False,
-    data: Annotated[str | None, data_option("Rows with targets, for all that needs the model.")] = None,
-    rows: Rows = 200,
-    text: Annotated[list[str] | None, option("Show what follows these input texts; -- ends them.")] = None,
-    run: Annotated[
-        Path | None, data_option("The run folder of its training, for the way it took.", "the store's")
-    ] = None,
-    out: Annotated[Path | None, option("Write report.html, card.md, report.json and figures to this folder.")] = None,
-    input_field: InputField = None,
-    target_field: TargetField = "target",
-    encoding: Encoding = None,
-    base: Base = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    trust_remote_code: Trust = False,
-    as_json: Json = False,
-) -> None:
-    """See what a soft prompt says and does, each figure beside its null; or how alike several are.
-
-    With --data the model is asked, too: which virtual tokens matter, what is lost when it is read as text. Give rows
-    that the soft prompt was not trained on.
-
-    \b
-    softprompt inspect sst2
-    softprompt inspect sst2 --data dev.jsonl --text "a stirring film" --out report
-    softprompt inspect sst2 trec cr
-    softprompt inspect --all
+    Attributes:
+        data: rows with targets.
+        rows: the most of them to score.
+        texts: input texts, to show what follows.
+        run: the run folder of its training.
+        columns: what is where in ``data``.
     """
-    store, model = Store(), (dtype, device, trust_remote_code)
-    if not names and not every:
-        _show_store(store, as_json)
-        return
+
+    data: str | None
+    rows: int
+    texts: Sequence[str]
+    run: Path | None
+    columns: OneTargetColumns
+
+
+def inspect_stored(
+    names: Sequence[str],
+    every: bool,
+    question: Question,
+    out: Path | None,
+    base: str | None,
+    loading: Loading,
+    as_json: bool,
+) -> None:
+    """Looks at one soft prompt, or compares several.
+
+    Raises:
+        SoftPromptError: a mistake of the user's, see each step.
+    """
+    store = Store()
     if names and every:
         raise ConfigError("Either names or --all can be given to inspect, not both; leave one out.")
-    chosen = _of_one_base(store) if every else {name: store.load(name) for name in dict.fromkeys(names or ())}
+    chosen = _of_one_base(store) if every else {name: store.load(name) for name in dict.fromkeys(names)}
     for soft_prompt in chosen.values():
         require_vectors(soft_prompt)
     if len(chosen) > 1:
-        if data is not None or text or run is not None:
+        if question.data is not None or question.texts or question.run is not None:
             raise ConfigError("--data, --text and --run go with a single soft prompt; name one, or leave them out.")
-        _compare(chosen, base, model, out, as_json)
+        _compare(chosen, base, loading, out, as_json)
         return
     ((name, soft_prompt),) = chosen.items()
-    way = _way(store, name, soft_prompt, run)
-    dataset = None if data is None else _read(soft_prompt, data, rows, input_field, target_field, encoding)
-    texts = tuple(map(in_utf8, text or ()))
-    lm = load_base_model(base or soft_prompt.base, *model)
+    way = _way(store, name, soft_prompt, question.run)
+    dataset = None if question.data is None else _read(soft_prompt, question.data, question)
+    texts = tuple(map(in_utf8, question.texts))
+    lm = loading.load(base or soft_prompt.base)
     with stderr.status("looking"):
         report = inspect(soft_prompt, Task.of(lm, soft_prompt), dataset, texts, rows_bar, way, NO_WAY)
     if out is not None:
@@ -144,17 +118,14 @@ def _way(store: Store, name: str, soft_prompt: SoftPrompt, run: Path | None) -> 
         return None
 
 
-def _read(
-    soft_prompt: SoftPrompt, source: str, rows: int, input_field: str | None, target_field: str, encoding: str | None
-) -> Dataset:
-    """Rows of the soft prompt's task, a seeded choice of at most ``rows``."""
-    fields = Template(soft_prompt.template).fields
-    dataset = read_dataset(source, fields=fields, input_field=input_field, target_field=target_field, encoding=encoding)
+def _read(soft_prompt: SoftPrompt, source: str, question: Question) -> Dataset:
+    """Rows of the soft prompt's task, a seeded choice of at most ``question.rows``."""
+    dataset = question.columns.read(source, Template(soft_prompt.template).fields)
     if soft_prompt.verbalizer is not None:
         check_targets(dataset, list(soft_prompt.verbalizer))
     if len(dataset.examples) < 2:
         raise DataError(f"Expected at least 2 rows to score with in {source}, found 1; give more.")
-    return cut(dataset, rows)
+    return cut(dataset, question.rows)
 
 
 # --- one -----------------------------------------------------------------------------------------
@@ -163,26 +134,26 @@ def _read(
 def _show(report: Report) -> None:
     soft_prompt = report.soft_prompt
     stdout.print(f"{soft_prompt.name}: {report.num_virtual_tokens} virtual tokens for {soft_prompt.base}")
-    _wrapped(f"Note: {WAYWARD}")
+    wrapped(f"Note: {WAYWARD}")
     for question, answer in answers(report):
         stdout.print()
         stdout.print(question)
-        _wrapped(answer, "  ")
+        wrapped(answer, "  ")
     stdout.print()
-    _print(_tokens_table(report))
+    print_table(_tokens_table(report))
     if report.drift is not None:
-        _section(DRIFT)
-        _print(_table(*drift_table(report.drift), {}))
+        section(DRIFT)
+        print_table(table(*drift_table(report.drift), {}))
     if report.matters is not None:
-        _section("What matters: the change of loss and accuracy, the most costly first")
+        section("What matters: the change of loss and accuracy, the most costly first")
         columns, rows = matters_table(report, most=10)
-        _print(_table(columns[:6], [row[:6] for row in rows], {1: 12}))
+        print_table(table(columns[:6], [row[:6] for row in rows], {1: 12}))
     if report.readings:
-        _section("Read as text")
-        _print(_table(*readings_table(report.readings), {0: 34}))
+        section("Read as text")
+        print_table(table(*readings_table(report.readings), {0: 34}))
     for found in report.continuations:
-        _section(f"After {shown(found.text, WIDTH - 10)}")
-        _print(_table(*continuation_table(found), {0: 40, 1: 40}))
+        section(f"After {shown(found.text, WIDTH - 10)}")
+        print_table(table(*continuation_table(found), {0: 40, 1: 40}))
 
 
 def _tokens_table(report: Report) -> Table:
@@ -204,30 +175,7 @@ def _tokens_table(report: Report) -> Table:
         if report.matters is not None:
             row.append(nats(report.matters.tokens[i].left_out.loss_change).split(" [")[0])
         rows.append(row)
-    return _table(columns, rows, {1: 34})
-
-
-def _section(title: str) -> None:
-    stdout.print()
-    _wrapped(title)
-
-
-def _wrapped(text: str, indent: str = "") -> None:
-    stdout.print(textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=indent))
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], widths: dict[int, int]) -> Table:
-    """A table whose columns in ``widths`` are cut to that many letters, so that no line is too long."""
-    table = simple_table(*columns)
-    for row in rows:
-        table.add_row(*(shortened(cell, widths.get(i, WIDTH)) for i, cell in enumerate(row)))
-    return table
-
-
-def _print(table: Table) -> None:
-    for column in table.columns:  # no narrower in a pipe: cut numbers would be of no use
-        column.min_width = max(cell_len(str(text)) for text in (column.header, *column.cells))
-    stdout.print(table)
+    return table(columns, rows, {1: 34})
 
 
 # --- several, and the store ----------------------------------------------------------------------
@@ -237,12 +185,12 @@ def _of_one_base(store: Store) -> dict[str, SoftPrompt]:
     """The store's soft prompts of the base model that most of them are for; the others are named on stderr."""
     found: dict[str, SoftPrompt] = {}
     for entry in store.entries():
-        if not isinstance(entry.soft_prompt, SoftPrompt):
-            stderr.print(f"warning: {entry.soft_prompt}")
-        elif entry.soft_prompt.vectors.dim() != 2:
+        if isinstance(entry.header, ArtifactError):
+            stderr.print(f"warning: {entry.header}")
+        elif entry.header.parametrisation == "prefix":
             stderr.print(f"left out: {entry.name}, a trained KV prefix")
         else:
-            found[entry.name] = entry.soft_prompt
+            found[entry.name] = artifact.load(entry.path)
     if not found:
         raise ConfigError(f"There is no soft prompt in {store.home} to inspect; see `softprompt train --help`.")
     most = Counter(soft_prompt.base_fingerprint for soft_prompt in found.values()).most_common(1)[0][0]
@@ -253,7 +201,7 @@ def _of_one_base(store: Store) -> dict[str, SoftPrompt]:
 
 
 def _compare(
-    chosen: dict[str, SoftPrompt], base: str | None, model: tuple[str, str, bool], out: Path | None, as_json: bool
+    chosen: dict[str, SoftPrompt], base: str | None, loading: Loading, out: Path | None, as_json: bool
 ) -> None:
     first, *rest = chosen.items()
     for name, soft_prompt in rest:
@@ -262,7 +210,7 @@ def _compare(
                 f"Soft prompts can be compared that were tuned on one base model, but {first[0]!r} is for "
                 f"{first[1].base} and {name!r} for {soft_prompt.base}; name some of the same."
             )
-    lm = load_base_model(base or first[1].base, *model)
+    lm = loading.load(base or first[1].base)
     with stderr.status("comparing"):
         vocabulary = Vocabulary.of(lm)
         starts = {name: starting_vectors(Task.of(lm, each), each)[0] for name, each in chosen.items()}
@@ -287,35 +235,36 @@ def _compare(
 def _show_similarity(title: str, found: Similarity) -> None:
     stdout.print(title)
     columns, rows = pairs_table(found)
-    _print(_table(columns, rows, {0: 16, 1: 16}))
-    _wrapped(
+    print_table(table(columns, rows, {0: 16, 1: 16}))
+    wrapped(
         f"In brackets what {share(1 - found.level)} of {found.draws} random pairs of the same norms and profiles stay "
         f"below; * above that, at a false discovery rate of {share(found.level)}."
     )
     for merge in found.tree:
         left, right = ("+".join(names) for names in (merge.left, merge.right))
-        _wrapped(f"at distance {merge.height:.2f}: {left} with {right}")
+        wrapped(f"at distance {merge.height:.2f}: {left} with {right}")
 
 
-def _show_store(store: Store, as_json: bool) -> None:
+def show_store(as_json: bool) -> None:
     """A line for each soft prompt of the store, without a model."""
+    store = Store()
     listed: list[dict[str, Any]] = []
     for entry in store.entries():
-        if not isinstance(entry.soft_prompt, SoftPrompt):
-            stderr.print(f"warning: {entry.soft_prompt}")
+        if isinstance(entry.header, ArtifactError):
+            stderr.print(f"warning: {entry.header}")
             continue
-        vectors, training = entry.soft_prompt.vectors, entry.soft_prompt.training
-        lengths = vectors.flatten(1).norm(dim=1)
+        soft_prompt = artifact.load(entry.path)
+        lengths = soft_prompt.vectors.flatten(1).norm(dim=1)
         listed.append(
             {
                 "name": entry.name,
-                "base": entry.soft_prompt.base,
-                "num_virtual_tokens": len(vectors),
-                "labels": None if entry.soft_prompt.verbalizer is None else list(entry.soft_prompt.verbalizer),
-                "init": training.get("init"),
-                "steps": training.get("steps_done"),
+                "base": soft_prompt.base,
+                "num_virtual_tokens": soft_prompt.num_virtual_tokens,
+                "labels": None if soft_prompt.verbalizer is None else list(soft_prompt.verbalizer),
+                "init": soft_prompt.training.get("init"),
+                "steps": soft_prompt.training.get("steps_done"),
                 "norm": {"least": float(lengths.min()), "mean": float(lengths.mean()), "most": float(lengths.max())},
-                "metrics": list(entry.soft_prompt.metrics),
+                "metrics": list(soft_prompt.metrics),
             }
         )
     if as_json:
@@ -341,68 +290,5 @@ def _show_store(store: Store, as_json: bool) -> None:
             ]
         )
     columns = ["name", "base model", ">P", "task", "validation", "init", ">mean norm", ">norms"]
-    _print(_table(columns, rows, {0: 20, 1: 16, 5: 10}))
-    _wrapped("softprompt inspect NAME looks at one, softprompt inspect --all compares them.")
-
-
-# --- harden --------------------------------------------------------------------------------------
-
-
-def harden_command(
-    name: Name,
-    validation: Annotated[str, data_option("Rows with targets: half to search with, the rest to report on.")],
-    budget: Annotated[str, option("Time to search: 90s, 10m, 1h.", "2m")] = "2m",
-    seed: Annotated[int, option("Seeds the split of the rows and the search.", 0, min=0)] = 0,
-    input_field: InputField = None,
-    target_field: TargetField = "target",
-    encoding: Encoding = None,
-    base: Base = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    trust_remote_code: Trust = False,
-    as_json: Json = False,
-) -> None:
-    """Search a readable hard prompt that does what a soft prompt does, and say how much is lost.
-
-    It starts from the nearest readable tokens and swaps them one by one, by the gradient and by trying.
-
-    \b
-    softprompt harden sst2 --validation dev.jsonl
-    softprompt harden sst2 --validation dev.jsonl --budget 10m --json
-    """
-    limit = seconds(budget)
-    soft_prompt = Store().load(name)
-    require_vectors(soft_prompt)
-    fields = Template(soft_prompt.template).fields
-    dataset = read_dataset(
-        validation, fields=fields, input_field=input_field, target_field=target_field, encoding=encoding
-    )
-    if soft_prompt.verbalizer is not None:
-        check_targets(dataset, list(soft_prompt.verbalizer))
-    lm = load_base_model(base or soft_prompt.base, dtype, device, trust_remote_code)
-    task = Task.of(lm, soft_prompt)
-    with rows_bar("searching") as progress:
-        found = harden(
-            task,
-            soft_prompt.vectors,
-            Vocabulary.of(lm),
-            dataset,
-            budget=limit,
-            seed=seed,
-            progress=lambda gone, _: progress(int(gone), int(limit)),
-        )
-    if as_json:
-        print(json.dumps({"name": soft_prompt.name, "base": lm.name, **found.as_dict()}, allow_nan=False))
-        return
-    _show_hardened(found)
-
-
-def _show_hardened(found: Hardened) -> None:
-    _print(_table(*readings_table(found.readings), {0: 34}))
-    _wrapped(
-        f"On {found.report_rows} rows that the search did not see; it used {found.search_rows} others, "
-        f"{found.steps} steps and {duration(found.seconds)}, and changed the text {found.swaps} times (ended: "
-        f"{found.stopped}). Loss there: {found.search_loss[0]:.3f} before, {found.search_loss[1]:.3f} after."
-    )
-    _section("The hard prompt, as a Python string")
-    stdout.print(repr(found.text))
+    print_table(table(columns, rows, {0: 20, 1: 16, 5: 10}))
+    wrapped("softprompt inspect NAME looks at one, softprompt inspect --all compares them.")

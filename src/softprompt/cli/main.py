@@ -1,4 +1,4 @@
-"""The command line: a command's module is imported when it is used; the one place where errors become sentences.
+"""The command line, and the one place where errors become sentences.
 
 Results go to stdout, progress and warnings to stderr. A user's mistake is one sentence and exit code 2.
 """
@@ -9,71 +9,37 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
-from importlib import import_module
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 import softprompt
 from softprompt.cli.arguments import spread
+from softprompt.cli.commands import COMMANDS
 from softprompt.errors import SoftPromptError
 from softprompt.model.notes import as_note, hear_warnings
 from softprompt.terminal.console import stderr
 
-COMMANDS = {
-    "train": ("train", "Tune a soft prompt on labelled or free-text examples and store it."),
-    "compare": (
-        "compare",
-        "Measure soft prompts against prompt engineering, LoRA and fine-tuning on your own data.",
-    ),
-    "inspect": (
-        "inspect",
-        "See what a soft prompt says and does, each figure beside its null; or how alike several are.",
-    ),
-    "harden": (
-        "inspect",
-        "Search a readable hard prompt that does what a soft prompt does, and say how much is lost.",
-    ),
-    "serve": (
-        "serve",
-        "Serve the base model and soft prompts on it over OpenAI's API; a request's model names the soft prompt.",
-    ),
-    "evaluate": ("predict", "Measure a soft prompt on rows with targets."),
-    "predict": ("predict", "Answer input texts: a label with probabilities, or generated text."),
-    "list": ("store", "List the stored soft prompts."),
-    "show": ("store", "Show all that a soft prompt's file says, except its numbers."),
-    "rm": ("store", "Delete soft prompts from the store, and what their trainings left behind."),
-    "demo": (
-        "demo",
-        "The whole way on real data: tune, measure, keep and swap, in minutes on two cores.",
-    ),
-}
-"""Every command: the module that it is in, and the first line of its help. Modules are imported when they are used, so
-that the list of commands needs no torch."""
+_WORDS = "softprompt.words"
 
 
-def command_line(commands: Iterable[str] = COMMANDS) -> typer.Typer:
-    """The command line with these commands; of all others only the first line of their help is there."""
+def command_line() -> typer.Typer:
+    """The command line with all commands."""
     app = typer.Typer(
         name="softprompt",
+        cls=_Group,
         help=softprompt.__doc__,
         epilog="Quick start: softprompt demo",
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    wanted = set(commands)
-    for name, (module, help) in COMMANDS.items():
-        if name in wanted:
-            function = getattr(import_module(f"softprompt.cli.{module}"), f"{name}_command")
-            app.command(name, cls=_TextsCommand if name == "predict" else None)(function)
-        else:
-            app.command(name, help=help)(_root)
+    for name, function in COMMANDS.items():
+        app.command(name, cls=_TextsCommand if name == "predict" else _Command)(function)
     return app
 
 
@@ -88,9 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             hear_warnings()
             warnings.showwarning = lambda message, *_: print(f"Note: {as_note(str(message))}.", file=sys.stderr)
-            typed = sys.argv[1:] if arguments is None else arguments
-            app = command_line([word for word in typed if not word.startswith("-")][:1])
-            app(spread(typer.main.get_command(app), typed), prog_name="softprompt")
+            command_line()(sys.argv[1:] if arguments is None else list(arguments), prog_name="softprompt")
         code = 0
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else 1
@@ -133,7 +97,30 @@ def _root(
     pass
 
 
-class _TextsCommand(TyperCommand):
+class _Group(TyperGroup):
+    """Commands whose options that may be repeated take several words, see ``spread``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, spread(self, args))
+
+
+class _Command(TyperCommand):
+    """A command; a shell completes also the second and further words of an option that takes several."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[_WORDS] = list(args)
+        return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        found = list(super().shell_complete(ctx, incomplete))
+        before = ctx.meta.get(_WORDS, [])[-2:-1]
+        for param in self.params:
+            if before and getattr(param, "multiple", False) and before[0] in param.opts:
+                found += param.shell_complete(ctx, incomplete)
+        return found
+
+
+class _TextsCommand(_Command):
     """A command whose arguments are texts, which may begin with a dash as options do."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -1,27 +1,58 @@
-"""The options that several commands share."""
+"""The options that several commands share, and groups of options that a command gets as one object."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from inspect import Parameter, Signature, signature
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from softprompt.data.packages import DEFAULT_BASE
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, StoreError
 from softprompt.files import local_path
 from softprompt.terminal.console import stderr
 
 if TYPE_CHECKING:
+    from softprompt.data.example import Dataset
     from softprompt.model.frozen import FrozenLM
 
 SEED_RANGE: dict[str, Any] = {"min": 0, "max": 2**32 - 1, "metavar": "<int>"}
 """What torch takes for sure, whatever is added to it."""
 
 
-def option(help: str, default: object = None, *, panel: str | None = None, **kwargs: Any) -> Any:
-    """An option; ``default`` is what its help says is used where it is not given."""
+# --- how an option is declared --------------------------------------------------------------------
+
+
+def completed(choices: Iterable[str], *, stored: bool = False) -> Callable[[str], list[str]]:
+    """What a shell completes a value to: one of ``choices``, or with ``stored`` a name in the store, too."""
+
+    def complete(incomplete: str) -> list[str]:
+        found = (*choices, *(_stored() if stored else ()))
+        return [choice for choice in found if choice.startswith(incomplete)]
+
+    return complete
+
+
+def _stored() -> tuple[str, ...]:
+    from softprompt.soft_prompts.store import Store
+
+    try:
+        return Store().names()
+    except StoreError:
+        return ()
+
+
+def option(
+    help: str, default: object = None, *, panel: str | None = None, choices: Sequence[str] = (), **kwargs: Any
+) -> Any:
+    """An option; ``default`` is what its help says is used where it is not given, ``choices`` what shells complete."""
     shown = "" if default is None else f" [dim]\\[default: {default}][/dim]"
+    if choices:
+        kwargs.setdefault("autocompletion", completed(choices))
     return typer.Option(help=help + shown, rich_help_panel=panel, show_default=False, **kwargs)
 
 
@@ -30,14 +61,57 @@ def flag(name: str, help: str, *, panel: str | None = None) -> Any:
     return typer.Option(name, help=help, rich_help_panel=panel)
 
 
+def expanded(function: Callable[..., None]) -> Callable[..., None]:
+    """The command with each parameter that is a dataclass replaced by the dataclass's fields, which are options. The
+    function gets one object made of them."""
+    hints = get_type_hints(function, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters = []
+    for parameter in signature(function).parameters.values():
+        if group := groups.get(parameter.name):
+            types = get_type_hints(group, include_extras=True)
+            parameters += [
+                Parameter(
+                    field.name,
+                    Parameter.KEYWORD_ONLY,
+                    default=Parameter.empty if field.default is MISSING else field.default,
+                    annotation=types[field.name],
+                )
+                for field in fields(group)
+            ]
+        else:
+            annotation = hints[parameter.name]
+            parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=annotation))
+
+    def command(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
+        function(**given)
+
+    command.__doc__ = function.__doc__
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    return command
+
+
 model_option = partial(option, panel="Base model")
 data_option = partial(option, panel="Data")
 text_option = partial(option, panel="Generated text")
 
 Json = Annotated[bool, flag("--json", "Print one JSON object on stdout and nothing else there.")]
-Name = Annotated[str, typer.Argument(metavar="N", help="A soft prompt: its name in the store, or a path.")]
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="N",
+        help="A soft prompt: its name in the store, or a path.",
+        autocompletion=completed((), stored=True),
+    ),
+]
 BaseOnly = Annotated[bool, flag("--base-only", "Leave the soft prompt out, keep the template.")]
 Normalise = Annotated[bool, flag("--normalise-length", "Divide a label's log-probability by its tokens.")]
+
+
+# --- the base model -------------------------------------------------------------------------------
 
 Base = Annotated[str | None, model_option("The base model, where it has moved since.", "as in training")]
 Dtype = Annotated[
@@ -46,14 +120,56 @@ Dtype = Annotated[
         "auto, fp32, bf16 or fp16; auto is bf16 where it is native. In 16 bits, what else is in a batch can change an "
         "answer's last digits, on a GPU its text.",
         "auto",
+        choices=("auto", "fp32", "bf16", "fp16"),
     ),
 ]
-Device = Annotated[str, model_option("auto, cpu, cuda, mps …", "auto")]
+Device = Annotated[str, model_option("auto, cpu, cuda, mps …", "auto", choices=("auto", "cpu", "cuda", "mps"))]
 Trust = Annotated[bool, flag("--trust-remote-code", "Run code that comes with the model.", panel="Base model")]
 
-SOURCE = "JSONL, JSON, CSV, TSV, Parquet or hf:DATASET."
-LABELS = "a,b or a=word|word,b=word or a .json file; all: each target is one; none: free text."
 
+@dataclass(frozen=True)
+class Loading:
+    """How a base model is loaded."""
+
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    trust_remote_code: Trust = False
+
+    def load(self, base: str) -> FrozenLM:
+        """Loads a base model, which is said on stderr.
+
+        Raises:
+            BaseModelError: it cannot be found or read.
+            ConfigError: an unknown dtype or device.
+        """
+        with stderr.status(f"loading {base}"):
+            return self.load_quietly(base)
+
+    def load_quietly(self, base: str) -> FrozenLM:
+        """As :meth:`load`, without a word."""
+        from softprompt.model.frozen import FrozenLM
+
+        return FrozenLM.load(
+            lasting(base), dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code
+        )
+
+
+def lasting(base: str) -> str:
+    """The base model's id, a path on this machine by its full name, so that it is found again from another folder."""
+    path = local_path(base)
+    return str(path.resolve()) if base != DEFAULT_BASE and path.exists() else base
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+SOURCE = "JSONL, JSON, CSV, TSV, Parquet or hf:DATASET."
+
+Labels = Annotated[
+    str | None,
+    data_option(
+        "a,b or a=word|word,b=word or a .json file; all: each target is one; none: free text.", "as TRAIN looks"
+    ),
+]
 InputField = Annotated[str | None, data_option("The column that feeds {input}.", "input")]
 TargetField = Annotated[str, data_option("The column of the targets.", "target")]
 ReferencesField = Annotated[
@@ -62,17 +178,90 @@ ReferencesField = Annotated[
 ]
 Encoding = Annotated[str | None, data_option("The encoding of files of text, such as cp1252.", "utf-8")]
 
-MaxNewTokens = Annotated[int | None, text_option("The most tokens to generate.", "128, at most half of the room")]
-Temperature = Annotated[float | None, text_option("0 takes the most probable token.", 0)]
-TopP = Annotated[float | None, text_option("Draw from the tokens that hold this probability.", 1)]
-Stop = Annotated[
-    list[str] | None,
-    text_option(
-        "End the text before this; \\n is a line end. Several may follow, -- ends them.",
-        "\\n with --base-only, else none",
-    ),
-]
-SampleSeed = Annotated[int | None, text_option("Seeds the drawing of tokens.", 0, **SEED_RANGE)]
+
+@dataclass(frozen=True)
+class Columns:
+    """What is where in rows with targets."""
+
+    input_field: InputField = None
+    target_field: TargetField = "target"
+    references_field: ReferencesField = None
+    encoding: Encoding = None
+
+    @property
+    def names_references(self) -> bool:
+        """Whether a column of references was named, which makes the targets free text."""
+        return self.references_field not in (None, "none")
+
+    def read(self, source: str, names: Sequence[str]) -> Dataset:
+        """The rows of a file or data set, for a template with the fields ``names``.
+
+        Raises:
+            ConfigError: an unknown encoding.
+            DataError: they cannot be read.
+        """
+        from softprompt.data.reading import read_dataset
+
+        return read_dataset(
+            source,
+            fields=names,
+            input_field=self.input_field,
+            target_field=self.target_field,
+            references_field="" if self.references_field == "none" else self.references_field,
+            encoding=self.encoding,
+        )
+
+
+@dataclass(frozen=True)
+class OneTargetColumns:
+    """What is where in rows with one target each."""
+
+    input_field: InputField = None
+    target_field: TargetField = "target"
+    encoding: Encoding = None
+
+    def read(self, source: str, names: Sequence[str]) -> Dataset:
+        """As :meth:`Columns.read`."""
+        return Columns(self.input_field, self.target_field, None, self.encoding).read(source, names)
+
+
+# --- generated text -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How text is generated."""
+
+    max_new_tokens: Annotated[
+        int | None, text_option("The most tokens to generate.", "128, at most half of the room")
+    ] = None
+    temperature: Annotated[float | None, text_option("0 takes the most probable token.", 0)] = None
+    top_p: Annotated[float | None, text_option("Draw from the tokens that hold this probability.", 1)] = None
+    stop: Annotated[
+        list[str] | None,
+        text_option(
+            "End the text before this; \\n is a line end. Several may follow, -- ends them.",
+            "\\n with --base-only, else none",
+        ),
+    ] = None
+    seed: Annotated[int | None, text_option("Seeds the drawing of tokens.", 0, **SEED_RANGE)] = None
+
+    def given(self) -> dict[str, Any]:
+        """What was given of ``Sampling``, checked.
+
+        Raises:
+            ConfigError: a value out of its range, or text that is not UTF-8.
+        """
+        from softprompt.model.request import Sampling
+
+        stop = tuple(map(with_line_ends, self.stop)) if self.stop else None
+        values = {field.name: getattr(self, field.name) for field in fields(self)} | {"stop": stop}
+        options = {key: value for key, value in values.items() if value is not None}
+        Sampling(**options)
+        return options
+
+
+# --- values ---------------------------------------------------------------------------------------
 
 
 def with_line_ends(text: str) -> str:
@@ -95,20 +284,13 @@ def in_utf8(text: str) -> str:
     return text
 
 
-def lasting(base: str) -> str:
-    """The base model's id, a path on this machine by its full name, so that it is found again from another folder."""
-    path = local_path(base)
-    return str(path.resolve()) if base != DEFAULT_BASE and path.exists() else base
-
-
-def load_base_model(base: str, dtype: str, device: str, trust_remote_code: bool) -> FrozenLM:
-    """Loads a base model.
+def seconds(text: str) -> float:
+    """``90s``, ``10m``, ``1.5h`` or plain seconds.
 
     Raises:
-        BaseModelError: it cannot be found or read.
-        ConfigError: an unknown dtype or device.
+        ConfigError: something else.
     """
-    from softprompt.model.frozen import FrozenLM
-
-    with stderr.status(f"loading {base}"):
-        return FrozenLM.load(lasting(base), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", text)
+    if found is None:
+        raise ConfigError(f"Expected a time such as 90s, 10m or 1h for --budget, found {text!r}; write one.")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]

@@ -5,137 +5,107 @@ from __future__ import annotations
 import logging
 import re
 import signal
+import socket
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Any
 
-from softprompt.cli.options import Device, Dtype, Trust, flag, load_base_model, model_option, option
+from softprompt.cli.groups import Door, Elsewhere
+from softprompt.cli.options import Loading
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.errors import ConfigError
+from softprompt.model.frozen import FrozenLM
 from softprompt.serving import listening
 from softprompt.serving.engine import Engine
-from softprompt.serving.jobs import Backend, Limits
+from softprompt.serving.jobs import Backend
+from softprompt.serving.limits import Limits
 from softprompt.soft_prompts import artifact
 from softprompt.soft_prompts.store import Store
 from softprompt.terminal.console import stdout
 
-_L = Limits()
-_door = partial(option, panel="Who may ask")
-_limit = partial(option, panel="Limits")
-_upstream = partial(option, panel="Servers elsewhere")
+if TYPE_CHECKING:
+    from softprompt.serving.catalog import Catalog
 
 log = logging.getLogger("softprompt.server")
 
 
-def serve_command(
-    prompts: Annotated[
-        list[str] | None, option("Names in the store or paths; all: the store's of this base model.", "all")
-    ] = None,
-    watch: Annotated[bool, flag("--watch", "Follow the files that are served, and with all the whole store.")] = False,
-    host: Annotated[str, _door("The address to listen on.", "127.0.0.1")] = "127.0.0.1",
-    port: Annotated[int, _door("0: any that is free.", 8000, min=0, max=65535, metavar="<int>")] = 8000,
-    api_key: Annotated[
-        str | None,
-        _door(
-            "What clients must send as Bearer token; better given as $SOFTPROMPT_API_KEY.", envvar="SOFTPROMPT_API_KEY"
-        ),
-    ] = None,
-    allow_loading: Annotated[
-        bool, flag("--allow-loading", "Let clients load and unload soft prompts.", panel="Who may ask")
-    ] = False,
-    max_rows: Annotated[int, _limit("The most requests in one forward pass, or at one upstream.", _L.rows)] = _L.rows,
-    max_tokens: Annotated[
-        int, _limit("Tokens of keys and values: rows times the longest; one request's most.", _L.tokens)
-    ] = _L.tokens,
-    max_waiting: Annotated[int, _limit("Requests that wait; more get 503.", _L.waiting)] = _L.waiting,
-    time_limit: Annotated[float, _limit("Seconds that a request may take.", _L.seconds)] = _L.seconds,
-    prefix_cache: Annotated[int, _limit("MiB of computed prefixes to keep.", _L.prefix_bytes >> 20)] = (
-        _L.prefix_bytes >> 20
-    ),
-    base: Annotated[
-        str | None, model_option("The frozen model.", f"that of the first of --prompts, else {DEFAULT_BASE}")
-    ] = None,
-    backend: Annotated[str, _upstream("What computes: local, or vllm for servers elsewhere.", "local")] = "local",
-    upstream: Annotated[
-        list[str] | None, _upstream("URLs of vLLM servers of the base model, started with --enable-prompt-embeds.")
-    ] = None,
-    upstream_api_key: Annotated[
-        str | None,
-        _upstream(
-            "What they want as Bearer token; better given as $SOFTPROMPT_UPSTREAM_API_KEY.",
-            envvar="SOFTPROMPT_UPSTREAM_API_KEY",
-        ),
-    ] = None,
-    block_size: Annotated[
-        int, _upstream("Their --block-size: a warning says which soft prompts do not fill it.", 16, min=1)
-    ] = 16,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    trust_remote_code: Trust = False,
+def serve(
+    prompts: Sequence[str] | None,
+    watch: bool,
+    door: Door,
+    limits: Limits,
+    base: str | None,
+    elsewhere: Elsewhere,
+    loading: Loading,
 ) -> None:
-    """Serve the base model and soft prompts on it over OpenAI's API; a request's model names the soft prompt.
+    """Serves until a signal ends it.
 
-    Requests of different soft prompts share each forward pass. SIGTERM: what has begun is finished.
-
-    \b
-    softprompt serve
-    softprompt serve --prompts sst2 news --port 8080 --watch
-    softprompt serve --backend vllm --upstream http://gpu1:8000 http://gpu2:8000
-    curl localhost:8000/v1/classify -H 'Content-Type: application/json' \\
-        -d '{"model": "sst2", "input": "a stirring film"}'
+    Raises:
+        ConfigError: a library is missing, the address is taken, or options contradict each other.
+        SoftPromptError: a soft prompt or the base model cannot be loaded.
     """
-    try:
-        import uvicorn  # noqa: F401
-
-        from softprompt.serving import server, telemetry
-        from softprompt.serving.catalog import Catalog
-
-        if backend == "vllm":
-            from softprompt.serving.upstream import Upstreams, check_model
-    except ImportError as error:
-        raise ConfigError(
-            f'Serving needs the library {error.name}, which is not installed; pip install "softprompt[serve]".'
-        ) from error
-    limits = Limits(
-        rows=max_rows, tokens=max_tokens, waiting=max_waiting, seconds=time_limit, prefix_bytes=prefix_cache << 20
-    )
-    if api_key is not None and not api_key.strip():
+    _require_libraries(elsewhere.backend)
+    if door.api_key is not None and not door.api_key.strip():
         raise ConfigError("The API key is blank; give another one, or none to let anyone ask.")
-    _check_upstreams(backend, upstream)
+    _check_upstreams(elsewhere.backend, elsewhere.upstream)
     store = Store()
     everything = prompts is None or "all" in prompts
     chosen = _chosen(store, [one for one in prompts or () if one != "all"], everything)
     first = next(iter(chosen.values()), None)
-    listener = listening.bound(host, port)
-    if backend == "vllm":  # only embeds: vLLM rounds to its own dtype, and twice would be once too often
-        dtype, device = ("fp32" if dtype == "auto" else dtype), "cpu"
-    lm = load_base_model(
-        base or (artifact.load(first).base if first else DEFAULT_BASE), dtype, device, trust_remote_code
-    )
+    listener = listening.bound(door.host, door.port)
+    if elsewhere.backend == "vllm":  # only embeds: vLLM rounds to its own dtype, and twice would be once too often
+        loading = replace(loading, dtype="fp32" if loading.dtype == "auto" else loading.dtype, device="cpu")
+    lm = loading.load(base or (artifact.read_header(first).base if first else DEFAULT_BASE))
+
+    from softprompt.serving import server, telemetry
 
     telemetry.log_as_json()
-    upstreams: Backend | None = None
-    if backend == "vllm":
-        lm.keep_embedding_only()
-        upstreams = Upstreams(lm, upstream or (), limits, api_key=upstream_api_key)
-        catalog = Catalog(lm, store, upstreams.window, check=partial(check_model, block_size))
-    else:
-        catalog = Catalog(lm, store, limits.window(lm))
+    backend, catalog = _backend(lm, store, limits, elsewhere)
     for name, path in chosen.items():
         catalog.load(name, path)
     if everything:
         server.report(catalog.sync())
-    if api_key is None and not listening.is_local(host):
-        log.warning(f"no API key: anyone who reaches {host} may use this server; set one with --api-key")
+    if door.api_key is None and not listening.is_local(door.host):
+        log.warning(f"no API key: anyone who reaches {door.host} may use this server; set one with --api-key")
     app = server.create_app(
-        upstreams or Engine(lm, limits),
+        backend,
         catalog,
-        api_key=api_key,
-        allow_loading=allow_loading,
+        api_key=door.api_key,
+        allow_loading=door.allow_loading,
         watch=watch,
         files=None if everything else chosen,
     )
+    _listen(app, listener, door.host, limits)
+
+
+def _require_libraries(backend: str) -> None:
+    try:
+        for module in ("uvicorn", "softprompt.serving.server", *["softprompt.serving.upstream"] * (backend == "vllm")):
+            import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f'Serving needs the library {error.name}, which is not installed; pip install "softprompt[serve]".'
+        ) from error
+
+
+def _backend(lm: FrozenLM, store: Store, limits: Limits, elsewhere: Elsewhere) -> tuple[Backend, Catalog]:
+    """What computes, and what is served with it."""
+    from softprompt.serving.catalog import Catalog
+
+    if elsewhere.backend == "local":
+        return Engine(lm, limits), Catalog(lm, store, limits.window(lm))
+    from softprompt.serving.upstream import Upstreams, check_model
+
+    lm.keep_embedding_only()
+    upstreams = Upstreams(lm, elsewhere.upstream or (), limits, api_key=elsewhere.upstream_api_key)
+    return upstreams, Catalog(lm, store, upstreams.window, check=partial(check_model, elsewhere.block_size))
+
+
+def _listen(app: Any, listener: socket.socket, host: str, limits: Limits) -> None:
+    """Answers requests until a signal comes, and what has begun then."""
     # uvicorn drains on SIGTERM and then raises it again, which would end us with 143
     signal.signal(signal.SIGTERM, lambda *_: None)
     listener.listen(listening.WAITING_CONNECTIONS)

@@ -3,53 +3,40 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import fields
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from softprompt.cli.options import (
-    Json,
-    Name,
-)
-from softprompt.compare.summary import short_names
-from softprompt.drawing.words import number, plain_metric, simple_table
+from softprompt.drawing.words import number, plain_metric, short_names, simple_table
 from softprompt.soft_prompts import artifact
-from softprompt.soft_prompts.soft_prompt import SoftPrompt
+from softprompt.soft_prompts.soft_prompt import Header, Metadata
 from softprompt.soft_prompts.store import Store
 from softprompt.terminal.console import print_json, print_rows, stderr, stdout
-from softprompt.tuning.run_folder import RunFolder
 
 
-def list_command(as_json: Json = False) -> None:
-    """List the stored soft prompts.
-
-    The store is the folder $SOFTPROMPT_HOME, by default in the user's data directory.
-
-    \b
-    softprompt list
-    """
+def show_list(as_json: bool) -> None:
+    """Prints what is in the store."""
     store = Store()
     entries = store.entries()
     if as_json:
         listed: list[dict[str, Any]] = []
         for entry in entries:
             of_entry = {"name": entry.name, "path": str(entry.path), "bytes": entry.bytes}
-            if isinstance(entry.soft_prompt, SoftPrompt):
-                listed.append({**of_entry, **_brief(entry.soft_prompt)})
+            if isinstance(entry.header, Header):
+                listed.append({**of_entry, **_brief(entry.header)})
             else:
-                listed.append({**of_entry, "error": str(entry.soft_prompt)})
+                listed.append({**of_entry, "error": str(entry.header)})
         print_json({"home": str(store.home), "soft_prompts": listed})
         return
     if not entries:
         stderr.print(f"the store {store.home} is empty; see `softprompt train --help` or `softprompt demo`")
         return
-    names = short_names(entry.soft_prompt.base for entry in entries if isinstance(entry.soft_prompt, SoftPrompt))
+    names = short_names(entry.header.base for entry in entries if isinstance(entry.header, Header))
     table = simple_table("name", "base model", ">P", "task", "validation", ">bytes", "created")
     for entry in entries:
-        if isinstance(entry.soft_prompt, SoftPrompt):
-            brief = _brief(entry.soft_prompt)
+        if isinstance(entry.header, Header):
+            brief = _brief(entry.header)
             kind = "free text" if brief["labels"] is None else f"{len(brief['labels'])} labels"
             metric = next(iter(brief["metrics"]), None)
             value = "" if metric is None else f"{metric['metric']} {number(metric['metric'], metric['value'])}"
@@ -58,34 +45,29 @@ def list_command(as_json: Json = False) -> None:
             table.add_row(entry.name, base, length, kind, value, f"{entry.bytes:,}", str(brief["created"])[:10])
         else:
             table.add_row(entry.name, "(unreadable)", "", "", "", f"{entry.bytes:,}", "")
-            stderr.print(f"warning: {entry.soft_prompt}")
+            stderr.print(f"warning: {entry.header}")
     stdout.print(table)
 
 
-def _brief(soft_prompt: SoftPrompt) -> dict[str, Any]:
+def _brief(header: Header) -> dict[str, Any]:
     return {
-        "base": soft_prompt.base,
-        "num_virtual_tokens": soft_prompt.num_virtual_tokens,
-        "labels": None if soft_prompt.verbalizer is None else list(soft_prompt.verbalizer),
-        "metrics": list(soft_prompt.metrics),
-        "created": soft_prompt.created,
+        "base": header.base,
+        "num_virtual_tokens": header.num_virtual_tokens,
+        "labels": None if header.verbalizer is None else list(header.verbalizer),
+        "metrics": list(header.metrics),
+        "created": header.created,
     }
 
 
-def show_command(name: Name, as_json: Json = False) -> None:
-    """Show all that a soft prompt's file says, except its numbers.
-
-    \b
-    softprompt show sst2
-    softprompt show ./sst2.safetensors --json
-    """
+def show_one(name: str, as_json: bool) -> None:
+    """Prints what a soft prompt's file says, except its numbers."""
     path = Store().find(name)
-    soft_prompt = artifact.load(path)
+    header = artifact.read_header(path)
     document = {
         "path": str(path),
         "bytes": path.stat().st_size,
-        **soft_prompt.sizes,
-        **{field.name: getattr(soft_prompt, field.name) for field in fields(SoftPrompt) if field.name != "vectors"},
+        **header.sizes,
+        **{field.name: getattr(header, field.name) for field in fields(Metadata)},
     }
     if as_json:
         print_json(document)
@@ -105,12 +87,10 @@ def _plain(value: object) -> str:
     return value if isinstance(value, str) and value.isprintable() else json.dumps(value, ensure_ascii=False)
 
 
-def rm_command(names: Annotated[list[str], typer.Argument(metavar="N…", help="Names in the store.")]) -> None:
-    """Delete soft prompts from the store, and what their trainings left behind.
+def remove(names: Sequence[str]) -> None:
+    """Deletes soft prompts, and what their trainings left behind."""
+    from softprompt.tuning.run_folder import RunFolder  # needs torch, which list and show do not
 
-    \b
-    softprompt rm sst2 qa
-    """
     store = Store()
     stored = set(store.names())
     with ExitStack() as held:

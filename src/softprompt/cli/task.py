@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from softprompt.cli.options import with_line_ends
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from softprompt.cli.options import Columns, with_line_ends
+from softprompt.data.checks import Reading
+from softprompt.data.example import Dataset
 from softprompt.errors import TemplateError
+from softprompt.tasks.reading import read_task, taken_for
 from softprompt.text.template import Template
+from softprompt.text.verbalizer import Verbalizer
 
 
 def template_from(text: str) -> Template:
@@ -20,3 +27,48 @@ def template_from(text: str) -> Template:
             f"put it where the soft prompt shall stand."
         )
     return template
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Training and validation data and their labels, as the options say.
+
+    Attributes:
+        train: a file or data set.
+        validation: another; None: there is none.
+        labels: ``--labels``.
+        columns: what is where in them.
+    """
+
+    train: str
+    validation: str | None
+    labels: str | None
+    columns: Columns
+
+    def read(self, names: Sequence[str]) -> tuple[Dataset, Dataset | None, Verbalizer | None]:
+        """Reads them for a template with the fields ``names``.
+
+        Without ``--labels``, targets that look like labels are; a column of references that was named makes them free
+        text.
+
+        Raises:
+            ConfigError: labels and a column of references together, or an unknown encoding.
+            DataError: data that cannot be read, or labels that cannot be meant.
+        """
+        columns = self.columns
+        return read_task(
+            self.train,
+            self.validation,
+            self.labels,
+            names,
+            input_field=columns.input_field,
+            target_field=columns.target_field,
+            references_field=columns.references_field,
+            encoding=columns.encoding,
+        )
+
+    def taken_for(
+        self, train: Dataset, validation: Dataset | None, test: Dataset | None, verbalizer: Verbalizer | None
+    ) -> Reading:
+        """What the data were taken for."""
+        return taken_for(train, validation, test, verbalizer, self.labels, self.columns.references_field)

@@ -30,9 +30,8 @@ from softprompt.evaluation.evaluate import (
 )
 from softprompt.evaluation.metrics import Metric
 from softprompt.files import StrPath, atomic_writer, finite, local_path
-from softprompt.methods import prompt_tuning
-from softprompt.methods.method import Learned, Problem, affordable_rows
-from softprompt.methods.registry import METHODS, OURS, VALIDATED
+from softprompt.methods.problem import Learned, Problem, affordable_rows
+from softprompt.methods.registry import METHODS, OURS
 from softprompt.model.frozen import FrozenLM
 from softprompt.soft_prompts import artifact
 from softprompt.soft_prompts.soft_prompt import SoftPrompt, library_versions
@@ -186,14 +185,14 @@ class Comparison:
             budget=plan.budget,
             instructions=plan.instructions,
             notice=self._notice,
-            siblings=tuple(self._soft_prompts(key.base)) if key.method in prompt_tuning.OF_SEVERAL_SEEDS else (),
+            siblings=tuple(self._soft_prompts(key.base)) if method.of_several_seeds else (),
         )
-        if key.method in VALIDATED:
+        if method.validated:
             rows = self._validation_rows(problem, key.base)
             problem = replace(problem, validation_rows=rows, began=time.perf_counter())
         with peak_memory(lm) as peak:
             began = time.perf_counter()
-            learned = method(problem)
+            learned = method.run(problem)
             seconds = time.perf_counter() - began
             self._notice("answering the test rows")
             predictions = learned.answer(plan.test.examples, self._rows_done)
@@ -206,7 +205,7 @@ class Comparison:
                 replace(learned.soft_prompt, name=key.file_name),
                 self.folder / "soft-prompts" / f"{key.file_name}{artifact.SUFFIX}",
             )
-        if key.method in prompt_tuning.OF_SEVERAL_SEEDS:  # what its members took
+        if method.of_several_seeds:  # what its members took
             seconds += sum(cell["train_seconds"] for cell in self.cells if _is_member(cell, key))
         self._notice("measuring latency and forgetting")
         after = before if learned.adapted is None else plain_perplexity(learned.adapted)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from softprompt.methods.hard_prompt import CHOICE_ROWS, GROWTH, NEAREST_GROWTH, SHOT_TOKENS
-from softprompt.methods.prompt_tuning import OF_SEVERAL_SEEDS
+from softprompt.methods.method import Method
+from softprompt.methods.registry import METHODS
 from softprompt.model.frozen import FrozenLM
 from softprompt.tasks.predict import Query, predict
 from softprompt.tasks.task import Task
@@ -32,8 +33,6 @@ ADAPTERS = 1.5
 """How many times as long a row takes with adapters that stay beside the weights."""
 NEUTRAL = 3
 """Inputs without content that calibration asks beside each row whose shots are its own."""
-CHANGE_WEIGHTS = ("lora", "full-fine-tuning")
-"""Methods whose copy of the base model reads the plain text, too."""
 
 
 @dataclass(frozen=True)
@@ -105,25 +104,25 @@ class Parts:
 
 def expected(plan: Plan, method: str, speed: Speed) -> Parts:
     """What a cell takes on a base model of that speed, its whole budget included where a method may use it."""
-    name = method.removesuffix("-calibrated")
-    if name == "tf-idf":  # the base model has no part in it
+    if method == "tf-idf":  # the base model has no part in it
         return Parts()
-    passes = _passes(plan, method, speed)
+    known = METHODS[method]
+    passes = _passes(plan, known, speed)
     rest = len(plan.timed_alone) * speed.alone * passes
-    if name in CHANGE_WEIGHTS:
+    if known.kind == "weights":  # its copy of the base model reads the plain text, too
         rest += speed.plain
-    return Parts(_learning(plan, name, speed, passes), len(plan.test.examples) * speed.row * passes, rest)
+    return Parts(_learning(plan, known, speed, passes), len(plan.test.examples) * speed.row * passes, rest)
 
 
-def _passes(plan: Plan, method: str, speed: Speed) -> float:
+def _passes(plan: Plan, method: Method, speed: Speed) -> float:
     """How many times as long as by the bare template a test row takes."""
-    name = method.removesuffix("-calibrated")
-    if name in OF_SEVERAL_SEEDS:
+    name = method.calibrates or method.name
+    if method.of_several_seeds:
         return plan.seeds
     if name == "few-shot":
         return SHARED_SHOTS
     if name == "few-shot-nearest":
-        return 1 + _shot_tokens(speed) / speed.tokens + NEUTRAL * (name != method)
+        return 1 + _shot_tokens(speed) / speed.tokens + NEUTRAL * (method.calibrates is not None)
     return ADAPTERS if name == "lora" else 1.0
 
 
@@ -132,11 +131,12 @@ def _shot_tokens(speed: Speed) -> float:
     return max(0.0, min(SHOT_TOKENS, speed.window - speed.tokens))
 
 
-def _learning(plan: Plan, name: str, speed: Speed, passes: float) -> float:
+def _learning(plan: Plan, method: Method, speed: Speed, passes: float) -> float:
     """What a method takes to choose on validation rows, or its budget if it uses all the time that it has."""
-    if name == "zero-shot" or name in OF_SEVERAL_SEEDS:
+    name = method.calibrates or method.name
+    if name == "zero-shot" or method.of_several_seeds:
         return 0.0
-    if name in CHANGE_WEIGHTS:
+    if method.kind == "weights":
         return max(plan.budget, speed.load)  # a fresh copy is loaded in any case
     if name == "instruction":
         candidates = len(plan.instructions) if len(plan.instructions) > 1 else 0

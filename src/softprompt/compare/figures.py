@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from softprompt.drawing.labels import BESIDE, LABEL_SIZE, Boxes, apart, around, gap, place_labels, text_size
-from softprompt.drawing.style import GREY, INK, PALETTE, style
+from softprompt.drawing.style import GREY, INK, style
 from softprompt.drawing.words import amount, shortened
+from softprompt.methods.registry import METHODS, OURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -125,35 +126,23 @@ class _Look:
     strong: bool
 
 
-_COLOURED = {  # all but hard prompts: method → (colour, marker)
-    "majority-class": (PALETTE[5], "d"),
-    "soft-prompt": (PALETTE[0], "o"),
-    "soft-prompt-ensemble": (PALETTE[0], "D"),
-    "soft-prompt-majority": (PALETTE[0], "p"),
-    "prefix": (PALETTE[3], "s"),
-    "peft-prompt-tuning": (PALETTE[4], "v"),
-    "lora": (PALETTE[2], "^"),
-    "full-fine-tuning": (PALETTE[1], "P"),
-    "tf-idf": (PALETTE[6], "X"),
-}
-
-_HARD = {"zero-shot": "o", "instruction": "s", "few-shot": "^", "few-shot-nearest": "D"}
-
-
-def _look(method: str) -> _Look:
-    plain = method.removesuffix("-calibrated")
-    colour, marker = _COLOURED.get(method, (GREY, _HARD.get(plain, "o")))
-    strong = method == "soft-prompt"
-    hollow = method.endswith(("-calibrated", "-ensemble", "-majority"))
-    order = 5 if strong else 4 if method in _COLOURED else 3
+def _look(name: str) -> _Look:
+    method = METHODS.get(name)
+    colour, marker = (GREY, "o") if method is None else (method.colour, method.marker)
+    strong = name == OURS
     mark = {
         "markersize": 9.0 if strong else 6.0,
-        "markerfacecolor": "white" if hollow else colour,
+        "markerfacecolor": "white" if method is not None and method.hollow else colour,
         "markeredgecolor": colour,
         "markeredgewidth": 1.2,
     }
-    line = {"color": colour, "linewidth": 2.6 if strong else 1.4 if method in _COLOURED else 0.9, "zorder": order}
-    return _Look(marker, mark, line, strong)
+    width, order = (2.6, 5) if strong else (1.4, 4) if _is_coloured(name) else (0.9, 3)
+    return _Look(marker, mark, {"color": colour, "linewidth": width, "zorder": order}, strong)
+
+
+def _is_coloured(name: str) -> bool:
+    """Whether it stands out: hard prompts, and what is not known, are grey."""
+    return name in METHODS and METHODS[name].colour != GREY
 
 
 def _panels(count: int, names: Iterable[str] = ()) -> tuple[Figure, list[Axes]]:
@@ -261,9 +250,9 @@ def _name_marks(
     all_of_them: bool,
 ) -> None:
     """Writes each method's name beside its mark; in a small panel only the best of the hard prompts is named."""
-    hard = [i for i, row in enumerate(rows) if row.method not in _COLOURED]
+    hard = [i for i, row in enumerate(rows) if not _is_coloured(row.method)]
     best = max(hard, key=lambda i: y[i], default=None)
-    named = [i for i, row in enumerate(rows) if all_of_them or i == best or row.method in _COLOURED]
+    named = [i for i, row in enumerate(rows) if all_of_them or i == best or _is_coloured(row.method)]
     scale = 72 / panel.figure.dpi  # pixels → points
     marks = panel.transData.transform(np.column_stack([x, y])) * scale
     low, high = (

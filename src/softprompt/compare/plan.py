@@ -15,8 +15,7 @@ from softprompt.errors import ConfigError
 from softprompt.evaluation.evaluate import (
     headline_metric,
 )
-from softprompt.methods import prompt_tuning
-from softprompt.methods.registry import METHODS, NEEDS_LABELS, READS_INSTRUCTIONS, SEEDED
+from softprompt.methods.registry import METHODS
 from softprompt.text.template import Template, default_template
 from softprompt.text.tokens import overlap
 from softprompt.text.verbalizer import Verbalizer
@@ -62,27 +61,23 @@ class Plan:
         if self.seeds < 1:
             raise ConfigError(f"At least 1 seed is needed, not {self.seeds}; give --seeds 1 or more.")
         if not self.methods:
-            object.__setattr__(self, "methods", tuple(filter(self._fits, METHODS)))
+            object.__setattr__(self, "methods", tuple(name for name in METHODS if not self._lacks(name)))
         for method in self.methods:
             if method not in METHODS:
                 raise ConfigError(f"A method must be one of {', '.join(METHODS)}, not {method!r}; choose one.")
-            if not self._fits(method):
-                raise ConfigError(
-                    f"The method {method!r} cannot be compared here: {self._lacks(method)}; leave it out."
-                )
+            if lack := self._lacks(method):
+                raise ConfigError(f"The method {method!r} cannot be compared here: {lack}; leave it out.")
 
-    def _lacks(self, method: str) -> str:
+    def _lacks(self, name: str) -> str:
         """What a method needs that is not there; empty if it can run."""
-        if self.verbalizer is None and (method in NEEDS_LABELS or method.endswith("-calibrated")):
+        method = METHODS[name]
+        if method.needs_labels and self.verbalizer is None:
             return "the targets are free text, and it needs labels"
-        if method.startswith("instruction") and not self.instructions:
+        if method.needs_instructions and not self.instructions:
             return "it needs --instruction or --instructions"
-        if method in prompt_tuning.OF_SEVERAL_SEEDS and self.seeds < 2:
+        if method.of_several_seeds and self.seeds < 2:
             return "it needs the soft prompts of at least 2 seeds"
         return ""
-
-    def _fits(self, method: str) -> bool:
-        return not self._lacks(method)
 
     @property
     def form(self) -> Template:
@@ -101,7 +96,7 @@ class Plan:
             Key(base, method, seed)
             for base in self.bases
             for method in self.methods
-            for seed in range(self.seeds if method in SEEDED else 1)
+            for seed in range(self.seeds if METHODS[method].seeded else 1)
         ]
 
     @property
@@ -123,7 +118,7 @@ class Plan:
         }
         if words is not None and overlap(word for several in words.values() for word in several):
             content["label_ends"] = True  # earlier releases could not predict all of these labels
-        if method.startswith(READS_INSTRUCTIONS):
+        if METHODS[method].reads_instructions:
             content["instructions"] = list(self.instructions)
         return {key: _digest(value) if key in ("instructions", "labels") else value for key, value in content.items()}
 

@@ -16,10 +16,7 @@ from rich.text import Text
 
 from softprompt.compare import figures as plots
 from softprompt.compare.summary import (
-    MAJORITY,
-    METHODS,
     METRICS,
-    OURS,
     ROUNDING,
     Cell,
     Estimate,
@@ -33,12 +30,13 @@ from softprompt.drawing import style
 from softprompt.drawing.page import Page
 from softprompt.drawing.words import amount, duration, shortened, simple_table
 from softprompt.files import StrPath, atomic_writer, local_path
+from softprompt.methods.registry import MAJORITY, METHODS, OURS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_HARD = tuple(method for method in METHODS if method.startswith(("zero-shot", "instruction", "few-shot")))
-_TUNED = ("lora", "full-fine-tuning")
+_HARD = tuple(name for name, method in METHODS.items() if method.kind == "hard prompt")
+_TUNED = tuple(name for name, method in METHODS.items() if method.kind == "weights")
 
 
 # --- the verdict ----------------------------------------------------------------------------------
@@ -545,7 +543,7 @@ def _explanations(page: Page, cells: Sequence[Cell], rows: Sequence[Row]) -> Non
     """What the names mean, what was chosen, and with what it was run."""
     used = {row.method for row in rows}
     page.heading("What the methods are")
-    page.table(["method", "what it is"], [[method, text] for method, text in METHODS.items() if method in used])
+    page.table(["method", "what it is"], [[name, method.words] for name, method in METHODS.items() if name in used])
     page.heading("What the columns mean")
     page.table(["column", "what it says"], [[name, _COLUMNS[name][0]] for name in _columns(rows)])
     chosen = [

@@ -5,44 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
+from softprompt.drawing.words import short_names
 from softprompt.evaluation.evaluate import OneAnswer
+from softprompt.methods.registry import MAJORITY, METHODS, OURS
 
 _Z = NormalDist().inv_cdf(0.975)
 
 Cell = Mapping[str, Any]
 """One entry of ``results.json``: a task, method, base model and seed."""
-
-OURS = "soft-prompt"
-MAJORITY = "majority-class"
-_SHOTS = "worked examples from the training rows, as many as did best on validation rows, in the soft prompt's place"
-_CALIBRATED = "with contextual calibration (Zhao et al. 2021)"
-METHODS = {
-    MAJORITY: "the most frequent label of the training rows, whatever the input",
-    "zero-shot": "the base model as it is, with nothing in the soft prompt's place",
-    "zero-shot-calibrated": f"zero-shot {_CALIBRATED}",
-    "instruction": "a written instruction in the soft prompt's place; of several, the best on validation rows",
-    "instruction-calibrated": f"instruction {_CALIBRATED}",
-    "few-shot": f"{_SHOTS}, drawn at random",
-    "few-shot-calibrated": f"few-shot {_CALIBRATED}",
-    "few-shot-nearest": f"{_SHOTS}, the most similar ones for each input text",
-    "few-shot-nearest-calibrated": f"few-shot-nearest {_CALIBRATED}",
-    "tf-idf": "logistic regression on weighted counts of words and pairs of words, without a language model",
-    "peft-prompt-tuning": "prompt tuning by the library PEFT with its own defaults",
-    OURS: "trained vectors in front of the input text, the base model frozen",
-    "soft-prompt-ensemble": "the soft prompts of all seeds, their probabilities averaged",
-    "soft-prompt-majority": "the soft prompts of all seeds, the label that most of them give",
-    "prefix": "trained keys and values in every layer, the base model frozen (prefix tuning)",
-    "lora": "trained low-rank changes of the base model's weights (LoRA), by the library PEFT",
-    "full-fine-tuning": "all weights of the base model trained",
-}
-"""Method → what it is, in the order in which methods are shown."""
-
 
 METRICS = {"accuracy": "accuracy", "token_f1": "token F1", "bleu": "BLEU"}
 """Metric → how it is written."""
@@ -304,23 +279,6 @@ def _t_quantile(freedom: float) -> float:
 def times(ratio: float) -> str:
     """How many times as high a perplexity is: ``×1.09``, ``×16.03``, ``×3,423``."""
     return f"×{ratio:.2f}" if round(ratio, 2) < 100 else f"×{ratio:,.0f}"
-
-
-def short_names(bases: Iterable[str]) -> dict[str, str]:
-    """Base model's id or path → its last part; where several share that, as many of the last parts as tell them
-    apart."""
-    parts = {base: Path(base).parts or (base,) for base in bases}
-    most = max(map(len, parts.values()), default=0)
-
-    def last(base: str, count: int) -> str:
-        return str(Path(*parts[base][-count:]))
-
-    names = {base: last(base, 1) for base in parts}
-    for count in range(2, most + 1):
-        shown = list(names.values())
-        names = {base: last(base, count) if shown.count(name) > 1 else name for base, name in names.items()}
-    shown = list(names.values())
-    return {base: base if shown.count(name) > 1 else name for base, name in names.items()}
 
 
 def grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:

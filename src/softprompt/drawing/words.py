@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -85,3 +86,20 @@ def html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def short_names(bases: Iterable[str]) -> dict[str, str]:
+    """Base model's id or path → its last part; where several share that, as many of the last parts as tell them
+    apart."""
+    parts = {base: Path(base).parts or (base,) for base in bases}
+    most = max(map(len, parts.values()), default=0)
+
+    def last(base: str, count: int) -> str:
+        return str(Path(*parts[base][-count:]))
+
+    names = {base: last(base, 1) for base in parts}
+    for count in range(2, most + 1):
+        shown = list(names.values())
+        names = {base: last(base, count) if shown.count(name) > 1 else name for base, name in names.items()}
+    shown = list(names.values())
+    return {base: base if shown.count(name) > 1 else name for base, name in names.items()}

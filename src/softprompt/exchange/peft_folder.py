@@ -133,12 +133,9 @@ def read(folder: StrPath, task: int | None = None) -> PeftPrompt:
     if config.get("num_transformer_submodules", 1) not in (1, None):
         raise ArtifactError(f"Expected a prompt for a decoder in {path}, found one for encoder and decoder.")
     tensors = _tensors(path)
-    numbers = tensors.get("prompt_embeddings")
-    if numbers is None or numbers.dim() != 2:
-        found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in list(tensors.items())[:5]) or "nothing"
-        raise ArtifactError(
-            f"Expected the tensor prompt_embeddings [P, width] in {path / WEIGHTS}, found {found[:200]}."
-        )
+    numbers = tensors[PROMPT]
+    if numbers.dim() != 2 or 0 in numbers.shape:
+        raise ArtifactError(f"Expected {PROMPT} [P, width] in {path / WEIGHTS}, found {list(numbers.shape)}.")
     tasks = 0
     if kind == "MULTITASK_PROMPT_TUNING":
         numbers, tasks = _of_task(path, tensors, numbers, task)

@@ -12,7 +12,7 @@ import torch
 
 from softprompt.data.example import Dataset, Example, check_targets
 from softprompt.errors import ConfigError, DataError
-from softprompt.methods.method import Learned, Method, Problem
+from softprompt.methods.problem import Learned, Problem
 from softprompt.tasks.predict import Prediction, Progress
 
 INVERSE_PENALTIES = (10.0, 1.0, 100.0, 0.1)
@@ -176,6 +176,3 @@ def _needs_library() -> ConfigError:
     return ConfigError(
         'TF-IDF needs the library scikit-learn, which is not installed; pip install "softprompt[compare]".'
     )
-
-
-METHODS: dict[str, Method] = {"majority-class": majority_class, "tf-idf": tf_idf}

@@ -1,17 +1,14 @@
-"""Ways that train something else than our soft prompt: full fine-tuning, LoRA, and PEFT's own prompt tuning.
+"""Full fine-tuning, and the loop that trains any weights of a copy of the base model.
 
-The first two are trained with the soft prompt's care: its rows and template, its loss and validation rule, its batch
-size, clipping and patience, a learning rate chosen on the validation rows, and the best weights kept. One loop serves
-both; only the weights that it changes differ.
+They are trained with the soft prompt's care: its rows and template, its loss and validation rule, its batch size,
+clipping and patience, a learning rate chosen on the validation rows, and the best weights kept.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,25 +16,19 @@ from typing import Any
 import torch
 
 from softprompt.data.example import Example, check_targets
-from softprompt.errors import ConfigError
 from softprompt.evaluation.validation import validator
-from softprompt.methods.method import Learned, Method, Problem
+from softprompt.methods.problem import Learned, Problem
 from softprompt.model.batch import Row, collate
 from softprompt.model.frozen import FrozenLM
-from softprompt.model.notes import heard, hide_noise
-from softprompt.model.request import Request
 from softprompt.model.state.kv import PrefixKV
 from softprompt.tasks.predict import Prediction, Progress, Query, default_sampling, predict
-from softprompt.tasks.task import Task
-from softprompt.text.tokens import SOFT
-from softprompt.tuning.config import EPOCHS, TrainConfig, most_steps
+from softprompt.tuning.config import EPOCHS, TrainConfig
 from softprompt.tuning.keeping import Keeper
 from softprompt.tuning.objective import Objective
 from softprompt.tuning.optimizer import learning_rate
 from softprompt.tuning.rows import RowOrder, split_rows
 
 FULL_RATES = (3e-5, 1e-4, 3e-4)
-LORA_RATES = (3e-4, 1e-3, 3e-3)
 """Peak learning rates that are tried; the middle one is taken where there is no time to try, or no clear winner."""
 TRIALS = 0.2
 """Share of the budget that goes into trying the learning rates."""
@@ -48,37 +39,14 @@ VALIDATIONS = 16
 LEAST_PLANNED = 200
 """Steps that are allowed even if they are more passes than that, for data of a few dozen rows."""
 
-LORA_RANK, LORA_ALPHA = 16, 32
-PEFT_LR = 3e-2
-"""Of ``examples/causal_language_modeling/peft_prompt_tuning_clm.ipynb`` in PEFT's repository."""
-
 
 def full_fine_tuning(problem: Problem) -> Learned:
     """Every weight of the base model trained."""
     lm = problem.fresh()
-    return _learn(problem, lm, list(lm.model.parameters()), FULL_RATES)
+    return learn(problem, lm, list(lm.model.parameters()), FULL_RATES)
 
 
-def lora(problem: Problem) -> Learned:
-    """Low-rank adapters of every linear layer of the decoder (Hu et al. 2022), through ``peft``.
-
-    They are float32, as is PEFT's default, and stay beside the weights (they are not merged).
-
-    Raises:
-        ConfigError: ``peft`` is not installed.
-    """
-    peft = _import_peft("LoRA")
-    lm = problem.fresh()
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=0.0, target_modules="all-linear"
-    )
-    with _seeded(problem.seed):
-        peft.get_peft_model(lm.model, config)  # puts the adapters into the model itself
-    lm.model.eval()
-    return _learn(problem, lm, [weight for weight in lm.model.parameters() if weight.requires_grad], LORA_RATES)
-
-
-def _learn(problem: Problem, lm: FrozenLM, weights: list[torch.nn.Parameter], rates: Sequence[float]) -> Learned:
+def learn(problem: Problem, lm: FrozenLM, weights: list[torch.nn.Parameter], rates: Sequence[float]) -> Learned:
     """Trains ``weights`` of ``lm`` with the best of ``rates``, within the budget."""
     tuner = Tuner(problem, lm, weights)
     try:
@@ -339,111 +307,3 @@ def _hand_over(master: torch.Tensor, weight: torch.Tensor) -> None:
 def _copied(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Copies in the CPU's memory."""
     return [weight.detach().to("cpu", copy=True) for weight in weights]
-
-
-# --- PEFT's prompt tuning -------------------------------------------------------------------------
-
-
-class PeftTask(Task):
-    """A task whose soft prompt stands where PEFT puts it: before everything else, the beginning-of-sequence token
-    included."""
-
-    def _request(self, *arguments: Any) -> Request:
-        request = super()._request(*arguments)
-        rest = tuple(token for token in request.ids if token != SOFT)
-        moved_in = SOFT not in request.ids[: request.shared]
-        return replace(request, ids=(SOFT, *rest), shared=request.shared + moved_in)
-
-
-def peft_prompt_tuning(problem: Problem) -> Learned:
-    """PEFT's prompt tuning as its example for causal language models does it.
-
-    As many virtual tokens as a soft prompt has by default, PEFT's default initialisation (normal, deviation 1),
-    cross-entropy of the target tokens by transformers' own forward, AdamW with a rate that falls linearly from
-    ``PEFT_LR``, no validation: the last vectors are taken. As many steps as a soft prompt has in ``compare``, or as
-    fit into the budget. The vectors are then used by our own engine, which gives PEFT's logits.
-
-    Raises:
-        ConfigError: ``peft`` is not installed.
-    """
-    peft = _import_peft("PEFT's prompt tuning")
-    lm = problem.fresh()
-    lm.model.set_attn_implementation("sdpa")  # what transformers gives a user
-    config = TrainConfig(lr=PEFT_LR, warmup=0.0, schedule="linear", seed=problem.seed)
-    task = PeftTask(problem.lm, problem.template, problem.verbalizer, problem.num_virtual_tokens, problem.lm.window)
-    requests = [task.target_request(example) for example in problem.train.examples]
-    with _seeded(problem.seed):
-        settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=problem.num_virtual_tokens)
-        model = peft.get_peft_model(lm.model, settings).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=PEFT_LR)
-    order = RowOrder([None] * len(requests))  # plainly random, as in its example
-    step, pace, most = 0, 0.0, most_steps(len(requests), config.batch_size)
-    total = most
-    while step < max(1, total):
-        began = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, total)
-        loss = peft_loss(model, [requests[i] for i in order.batch(config.seed, step, config.batch_size)])
-        if not math.isfinite(float(loss.detach())):
-            break
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        step += 1
-        took = time.perf_counter() - began
-        pace = took if step == 1 else pace + 0.1 * (took - pace)
-        total = min(most, step + int(problem.seconds_left / pace))
-        if step % 10 == 0:
-            problem.notice(f"step {step:,} of {total:,}, loss {float(loss.detach()):.3f}")
-    vectors = model.get_prompt_embedding_to_save("default").float()
-    kept = problem.lm.kept_prefixes(1)
-
-    def answer(examples: Sequence[Example], progress: Progress | None) -> list[Prediction]:
-        return predict([Query(task, example, vectors) for example in examples], progress=progress, prefix_of=kept)
-
-    return Learned(answer, vectors.numel(), vectors.nbytes, chosen={"steps": step})
-
-
-def peft_loss(model: Any, requests: Sequence[Request]) -> torch.Tensor:
-    """Mean loss of the target tokens by PEFT's forward, a scalar: padded rows, labels of -100 before the target."""
-    heads = [[token for token in request.ids if token != SOFT] for request in requests]
-    rows = [head + list(request.words[0]) for head, request in zip(heads, requests, strict=True)]
-    shape = (len(rows), max(map(len, rows)))
-    ids, mask = (torch.zeros(shape, dtype=torch.long, device=model.device) for _ in range(2))
-    labels = torch.full(shape, -100, device=model.device)
-    for i, (head, row) in enumerate(zip(heads, rows, strict=True)):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-        labels[i, len(head) : len(row)] = ids[i, len(head) : len(row)]
-    loss: torch.Tensor = model(input_ids=ids, attention_mask=mask, labels=labels).loss
-    return loss
-
-
-# --- peft -----------------------------------------------------------------------------------------
-
-
-def _import_peft(purpose: str) -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise ConfigError(
-            f'{purpose} needs the library peft, which is not installed; pip install "softprompt[compare]".'
-        ) from error
-    return peft
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """PEFT draws from torch's global generator, and warns of what it sets right by itself."""
-    with torch.random.fork_rng(), warnings.catch_warnings(), heard():
-        hide_noise()
-        torch.manual_seed(seed)
-        yield
-
-
-METHODS: dict[str, Method] = {
-    "full-fine-tuning": full_fine_tuning,
-    "lora": lora,
-    "peft-prompt-tuning": peft_prompt_tuning,
-}
-"""Every way by its name in ``softprompt compare``."""

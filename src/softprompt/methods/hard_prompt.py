@@ -20,7 +20,7 @@ import torch
 from softprompt.data.example import Dataset, Example
 from softprompt.errors import ConfigError, DataError, TemplateError
 from softprompt.methods.classical import fit_tf_idf, input_text, rank
-from softprompt.methods.method import Learned, Method, Problem
+from softprompt.methods.problem import Learned, Problem
 from softprompt.model.request import Sampling
 from softprompt.tasks.predict import Prediction, Progress, Query, default_sampling, predict
 from softprompt.tasks.task import Task
@@ -175,18 +175,6 @@ def few_shot_nearest(problem: Problem, *, calibrate: bool = False) -> Learned:
         return any(len(shots(example, k)) > len(shots(example, k // NEAREST_GROWTH)) for example in rows.examples)
 
     return _few_shot(problem, prompt, fits, rows, calibrate, NEAREST_GROWTH)
-
-
-METHODS: dict[str, Method] = {
-    name + suffix: partial(method, calibrate=bool(suffix))
-    for name, method in (
-        ("zero-shot", zero_shot),
-        ("instruction", instruction),
-        ("few-shot", few_shot),
-        ("few-shot-nearest", few_shot_nearest),
-    )
-    for suffix in ("", "-calibrated")
-}
 
 
 # --- choosing on validation rows ----------------------------------------------------------------------------------

@@ -8,13 +8,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
 from softprompt.data.example import Example
 from softprompt.errors import ConfigError, TrainingError
-from softprompt.methods.method import CHECKING, LEAST_CHECKS, PROBE, PROBE_ROWS, Learned, Method, Problem
+from softprompt.methods.problem import CHECKING, LEAST_CHECKS, PROBE, PROBE_ROWS, Learned, Problem
 from softprompt.soft_prompts import artifact
 from softprompt.tasks.predict import Prediction, Progress, Query, predict
 from softprompt.tasks.task import Task
@@ -182,13 +181,3 @@ def majority(problem: Problem) -> Learned:
         return (votes.mean(dim=0) + 1e-6 * each.mean(dim=0)) / (1 + 1e-6)
 
     return _of_several(problem, decide)
-
-
-METHODS: dict[str, Method] = {
-    "soft-prompt": soft_prompt,
-    "soft-prompt-ensemble": ensemble,
-    "soft-prompt-majority": majority,
-    "prefix": partial(soft_prompt, parametrisation="prefix"),
-}
-
-OF_SEVERAL_SEEDS = ("soft-prompt-ensemble", "soft-prompt-majority")

@@ -21,13 +21,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
+from safetensors.numpy import save as safetensors_bytes
 
 from softprompt.errors import ArtifactError, BaseModelError, StoreError
 from softprompt.files import StrPath, atomic_writer, local_path
-from softprompt.soft_prompts.soft_prompt import SoftPrompt, size_names
+from softprompt.soft_prompts.soft_prompt import Header, SoftPrompt, size_names
 
 SCHEMA_VERSION = 2
 """Of soft prompts whose label words have an end, which earlier releases would leave out; all others have version 1."""
@@ -75,7 +76,25 @@ def load(path: StrPath) -> SoftPrompt:
     Raises:
         ArtifactError: there is no such file, or it is truncated, corrupted, foreign or of a newer schema.
     """
-    path = local_path(path)
+    import torch
+
+    document, numbers = _read(local_path(path))
+    return SoftPrompt(vectors=torch.from_numpy(numbers), **_fields(document))
+
+
+def read_header(path: StrPath) -> Header:
+    """All that the file says except its numbers, which are checked as :func:`load` does; needs no torch.
+
+    Raises:
+        ArtifactError: as for :func:`load`.
+    """
+    document, _ = _read(local_path(path))
+    sizes = {name: document[name] for name in size_names(document["parametrisation"])}
+    return Header(sizes=sizes, **_fields(document))
+
+
+def _read(path: Path) -> tuple[dict[str, Any], NDArray[np.float32]]:
+    """The header's document without its digest, and the numbers; both checked."""
     try:
         if path.is_dir():
             raise ArtifactError(
@@ -90,7 +109,7 @@ def load(path: StrPath) -> SoftPrompt:
             header_bytes = int.from_bytes(file.read(8), "little")
         if header_bytes > MAX_HEADER_BYTES:
             _refuse(path, f"a safetensors header of at most {MAX_HEADER_BYTES:,} bytes", f"{header_bytes:,}")
-        with safe_open(path, framework="pt") as opened:
+        with safe_open(path, framework="np") as opened:
             document, digest = _read_document(path, (opened.metadata() or {}).get(_DOCUMENT))
             if list(opened.keys()) != [_TENSOR]:
                 _refuse(path, f"the one tensor '{_TENSOR}'", f"the tensors {sorted(opened.keys())}")
@@ -100,18 +119,18 @@ def load(path: StrPath) -> SoftPrompt:
             if stored.get_dtype() != "F32" or stored.get_shape() != shape:
                 found = f"{stored.get_dtype()} {stored.get_shape()}"
                 _refuse(path, f"the tensor '{_TENSOR}' as F32 {shape}", found)
-            vectors: torch.Tensor = opened.get_tensor(_TENSOR).clone()  # not a view of the file
+            numbers: NDArray[np.float32] = np.array(opened.get_tensor(_TENSOR))  # a copy, not a view of the file
     except SafetensorError as error:
         _refuse(path, "a whole safetensors file", f"'{error}'")
     except OSError as error:
         raise ArtifactError(
             f"The soft prompt {path} cannot be read: {error.strerror or error}; check the file and its permissions."
         ) from error
-    if not torch.isfinite(vectors).all():
-        _refuse(path, "finite numbers", f"{int((~torch.isfinite(vectors)).sum())} that are not")
-    if (actual := _digest(document, vectors)) != digest:
+    if not np.isfinite(numbers).all():
+        _refuse(path, "finite numbers", f"{int((~np.isfinite(numbers)).sum())} that are not")
+    if (actual := _digest(document, numbers)) != digest:
         _refuse(path, f"content of the digest {digest}", actual)
-    return _soft_prompt(document, vectors)
+    return document, numbers
 
 
 def check_base(
@@ -171,15 +190,16 @@ def encode(soft_prompt: SoftPrompt) -> bytes:
         sound, form = vectors.ndim == 5 and vectors.shape[2] == 2, "[P, L, 2, H_kv, D] with P, L, H_kv and D"
     else:
         sound, form = vectors.ndim == 2, "[P, H] with P and H"
-    if not sound or vectors.numel() == 0 or vectors.dtype != torch.float32:
+    if not sound or vectors.numel() == 0 or str(vectors.dtype) != "torch.float32":
         raise ArtifactError(
             f"The soft prompt '{name}' should be float32 {form} of at least 1, but is "
             f"{str(vectors.dtype).removeprefix('torch.')} {list(vectors.shape)}; convert it before saving."
         )
-    if not torch.isfinite(vectors).all():
+    numbers: NDArray[np.float32] = vectors.numpy()
+    if not np.isfinite(numbers).all():
         raise ArtifactError(
-            f"The soft prompt '{name}' should hold finite numbers, but {int((~torch.isfinite(vectors)).sum())} of its "
-            f"{vectors.numel()} are not; tune it again with a lower learning rate."
+            f"The soft prompt '{name}' should hold finite numbers, but {int((~np.isfinite(numbers)).sum())} of its "
+            f"{numbers.size} are not; tune it again with a lower learning rate."
         )
     verbalizer = soft_prompt.verbalizer
     fields = {key: getattr(soft_prompt, key) for key in (*_TEXTS, *_MAPPINGS, "metrics")}
@@ -198,8 +218,8 @@ def encode(soft_prompt: SoftPrompt) -> bytes:
         fault = "a value that is not finite, too long or circular"
     if fault:
         raise ArtifactError(f"The soft prompt '{name}' has a field without a JSON form ({fault}); change that field.")
-    text = _canonical(document | {"digest": _digest(document, vectors)})
-    content: bytes = safetensors_bytes({_TENSOR: vectors}, metadata={_DOCUMENT: text})
+    text = _canonical(document | {"digest": _digest(document, numbers)})
+    content: bytes = safetensors_bytes({_TENSOR: numbers}, metadata={_DOCUMENT: text})
     if int.from_bytes(content[:8], "little") > MAX_HEADER_BYTES:
         raise ArtifactError(
             f"The soft prompt '{name}' should have at most {MAX_HEADER_BYTES:,} bytes of metadata, but has "
@@ -222,9 +242,9 @@ def _no_json(value: object) -> NoReturn:
     raise TypeError(f"{type(value).__name__} is not a JSON value")
 
 
-def _digest(document: Mapping[str, Any], vectors: torch.Tensor) -> str:
-    numbers = vectors.numpy().astype("<f4", copy=False)
-    return hashlib.sha256(_canonical(document).encode("ascii") + numbers.tobytes()).hexdigest()
+def _digest(document: Mapping[str, Any], numbers: NDArray[np.float32]) -> str:
+    little_endian = numbers.astype("<f4", copy=False)
+    return hashlib.sha256(_canonical(document).encode("ascii") + little_endian.tobytes()).hexdigest()
 
 
 def _read_document(path: Path, text: str | None) -> tuple[dict[str, Any], object]:
@@ -284,16 +304,16 @@ def _is_label_with_words(pair: object) -> bool:
     return False
 
 
-def _soft_prompt(document: Mapping[str, Any], vectors: torch.Tensor) -> SoftPrompt:
+def _fields(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ``Metadata`` that a sound document holds."""
     verbalizer = document["verbalizer"]
-    return SoftPrompt(
-        vectors=vectors,
-        verbalizer=None if verbalizer is None else {label: tuple(words) for label, words in verbalizer},
-        word_end=document["schema_version"] > 1,
-        metrics=tuple(document["metrics"]),
-        base_settings=document.get(_SETTINGS, {}),
+    return {
+        "verbalizer": None if verbalizer is None else {label: tuple(words) for label, words in verbalizer},
+        "word_end": document["schema_version"] > 1,
+        "metrics": tuple(document["metrics"]),
+        "base_settings": document.get(_SETTINGS, {}),
         **{key: document[key] for key in (*_TEXTS, *_MAPPINGS)},
-    )
+    }
 
 
 def _refuse(path: Path, expected: str, found: str) -> NoReturn:

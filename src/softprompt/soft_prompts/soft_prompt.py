@@ -1,26 +1,24 @@
-"""A soft prompt: ``P`` vectors of the base model's embedding width, or a trained KV prefix, and its metadata."""
+"""A soft prompt: ``P`` vectors of the base model's embedding width, or a trained KV prefix, and the metadata needed to
+use it."""
 
 from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 from softprompt.drawing.words import amount, html_table, plain_metric
 
 
 @dataclass(frozen=True, kw_only=True)
-class SoftPrompt:
-    """A soft prompt: ``P`` virtual tokens and the metadata needed to use them (Lester et al. 2021, §2; for a KV prefix
-    Li and Liang 2021, §4).
+class Metadata:
+    """The metadata needed to use a soft prompt.
 
     Attributes:
-        vectors: float32 ``[P, H]`` on the CPU, finite; row ``i`` is virtual token ``i``. Of a trained KV prefix
-            ``[P, L, 2, H_kv, D]``: for each virtual token the keys (after any rotary embedding) and values of every
-            layer.
         name: what the user calls it.
         base: id of the base model it was tuned on (``smollm2-135m``, a hub id or a path).
         base_fingerprint: hex digest of that model's type and weights (``FrozenLM.fingerprint``).
@@ -39,7 +37,6 @@ class SoftPrompt:
             (``FrozenLM.settings``); empty in files of earlier releases.
     """
 
-    vectors: torch.Tensor
     name: str
     base: str
     base_fingerprint: str
@@ -54,6 +51,19 @@ class SoftPrompt:
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
     base_settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftPrompt(Metadata):
+    """``P`` virtual tokens and their metadata (Lester et al. 2021, §2; for a KV prefix Li and Liang 2021, §4).
+
+    Attributes:
+        vectors: float32 ``[P, H]`` on the CPU, finite; row ``i`` is virtual token ``i``. Of a trained KV prefix
+            ``[P, L, 2, H_kv, D]``: for each virtual token the keys (after any rotary embedding) and values of every
+            layer.
+    """
+
+    vectors: torch.Tensor
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -86,6 +96,22 @@ class SoftPrompt:
         """The sizes of ``vectors`` by name."""
         shape = self.vectors.shape
         return dict(zip(size_names(self.parametrisation), (*shape[:2], *shape[3:]), strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header(Metadata):
+    """What a soft prompt's file says, except its numbers.
+
+    Attributes:
+        sizes: as :attr:`SoftPrompt.sizes`.
+    """
+
+    sizes: Mapping[str, int]
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """``P``."""
+        return self.sizes["num_virtual_tokens"]
 
 
 def size_names(parametrisation: str) -> tuple[str, ...]:

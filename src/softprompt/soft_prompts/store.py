@@ -16,7 +16,7 @@ from filelock import FileLock
 from softprompt.errors import ArtifactError, StoreError
 from softprompt.files import StrPath, local_path
 from softprompt.soft_prompts import artifact
-from softprompt.soft_prompts.soft_prompt import SoftPrompt
+from softprompt.soft_prompts.soft_prompt import Header, SoftPrompt
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 
@@ -28,13 +28,13 @@ class Entry:
     Attributes:
         name: the file's name without its suffix.
         path: where it lies.
-        soft_prompt: what it holds, or why it cannot be read.
+        header: what it says, or why it cannot be read.
         bytes: size of the file.
     """
 
     name: str
     path: Path
-    soft_prompt: SoftPrompt | ArtifactError
+    header: Header | ArtifactError
     bytes: int
 
 
@@ -163,7 +163,7 @@ class Store:
         return tuple(sorted(path.stem for path in files if _NAME.fullmatch(path.stem)))
 
     def entries(self) -> tuple[Entry, ...]:
-        """All soft prompts by name; a file that cannot be read is there with its error.
+        """All soft prompts by name, without their numbers; a file that cannot be read is there with its error.
 
         Raises:
             StoreError: as for :meth:`names`.
@@ -188,12 +188,12 @@ class Store:
 
     def _entry(self, name: str) -> Entry:
         path = self.path(name)
-        soft_prompt: SoftPrompt | ArtifactError
+        header: Header | ArtifactError
         try:
-            soft_prompt = artifact.load(path)
+            header = artifact.read_header(path)
         except ArtifactError as error:
-            soft_prompt = error
-        return Entry(name, path, soft_prompt, path.stat().st_size if path.exists() else 0)
+            header = error
+        return Entry(name, path, header, path.stat().st_size if path.exists() else 0)
 
     def _require_writable(self) -> None:
         try:

@@ -63,8 +63,8 @@ class Encoder:
         marks = {mark: self._raw(mark, literal=True) for mark in ("\n", ".", "0")}
         self._marks = {mark: ids for mark, ids in marks.items() if ids and tokenizer.unk_token_id not in ids}
 
-        self._places = self._placed(template.parts)
         bos = self._bos()
+        self._places = self._placed(template.parts, bos)
         behind = self._places[self._places[0].part.kind == "soft"]  # behind a soft prompt that stands first
         self._bos_ids = () if behind.ids[: len(bos)] == bos else bos
         literal = sum(len(place.ids) for place in self._places if place.part.kind == "text")
@@ -161,7 +161,7 @@ class Encoder:
                 found.append(ids)
         return tuple(found)
 
-    def _placed(self, parts: tuple[Part, ...]) -> tuple[_Place, ...]:
+    def _placed(self, parts: tuple[Part, ...], bos: tuple[int, ...]) -> tuple[_Place, ...]:
         places: list[_Place] = []
         lead = ""
         starts = True
@@ -169,9 +169,11 @@ class Encoder:
             if part.kind == "text":
                 moves = following is not None and following.kind in ("field", "target")
                 text = part.value.removesuffix(" ") if moves else part.value
-                places.append(_Place(part, tuple(self._piece(text, literal=True, starts=starts))))
+                ids = tuple(self._piece(text, literal=True, starts=starts))
+                begins = len(places) == 1 and places[0].part.kind == "soft" and ids == bos
+                places.append(_Place(part, ids))
                 lead = part.value[len(text) :]
-                starts = starts and text == ""
+                starts = starts and (text == "" or begins)  # text behind the token that begins a sequence is its start
             else:
                 places.append(_Place(part, (SOFT,) if part.kind == "soft" else (), lead, starts))
                 lead = ""

@@ -1,0 +1,391 @@
+"""Every command: its options and its help. What it does is in the module of its name, which is imported when it runs,
+so that help and completion need no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from softprompt.cli.groups import Bounds, Comparing, Door, Elsewhere, Learning, Output
+from softprompt.cli.options import (
+    SEED_RANGE,
+    SOURCE,
+    Base,
+    BaseOnly,
+    Columns,
+    Device,
+    Dtype,
+    Encoding,
+    InputField,
+    Json,
+    Labels,
+    Loading,
+    Name,
+    Normalise,
+    OneTargetColumns,
+    TextOptions,
+    completed,
+    data_option,
+    expanded,
+    flag,
+    model_option,
+    option,
+)
+from softprompt.data.packages import DEFAULT_BASE
+
+_STORED = completed((), stored=True)
+
+
+# --- train ----------------------------------------------------------------------------------------
+
+
+@expanded
+def train_command(
+    train: Annotated[str, typer.Argument(metavar="TRAIN", help=SOURCE)],
+    *,
+    output: Output,
+    validation: Annotated[str | None, data_option("Rows to choose the best step by.", "a tenth of TRAIN")] = None,
+    template: Annotated[
+        str,
+        data_option(
+            "default, chat, or text with {soft_prompt}, fields and {target}; \\n: line end.",
+            "default",
+            choices=("default", "chat"),
+        ),
+    ] = "default",
+    labels: Labels = None,
+    columns: Columns,
+    learning: Learning,
+    base: Annotated[
+        str, model_option("The frozen model: alias, hub id, folder or .gguf file.", DEFAULT_BASE)
+    ] = DEFAULT_BASE,
+    loading: Loading,
+    as_json: Json = False,
+) -> None:
+    """Tune a soft prompt on labelled or free-text examples and store it.
+
+    The base model stays as it is, bit for bit. Targets that look like labels are taken for labels; a line says so.
+
+    \b
+    softprompt train train.jsonl --validation dev.jsonl --name sst2
+    softprompt train train.jsonl --name sst2 --init-text "Good or bad?" --epochs 2
+    softprompt train qa.csv --name qa --template "{soft_prompt}{question} {target}"
+    softprompt train hf:ag_news --input-field text --target-field label --name news
+    """
+    from softprompt.cli.task import Sources
+    from softprompt.cli.train import tune
+
+    tune(Sources(train, validation, labels, columns), template, output, learning, base, loading, as_json)
+
+
+# --- compare --------------------------------------------------------------------------------------
+
+
+@expanded
+def compare_command(
+    train: Annotated[str, typer.Argument(metavar="TRAIN", help=SOURCE)],
+    validation: Annotated[str, data_option("Rows that every method chooses by.")],
+    test: Annotated[str, data_option("Rows that are reported, and looked at for nothing else.")],
+    *,
+    comparing: Comparing,
+    template: Annotated[
+        str,
+        data_option(
+            "default, or text with {soft_prompt}, fields and {target}; \\n: line end.", "default", choices=("default",)
+        ),
+    ] = "default",
+    labels: Labels = None,
+    columns: Columns,
+    bases: Annotated[list[str] | None, model_option("Frozen models: aliases, hub ids, folders.", DEFAULT_BASE)] = None,
+    loading: Loading,
+    as_json: Json = False,
+) -> None:
+    """Measure soft prompts against prompt engineering, LoRA and fine-tuning on your own data.
+
+    Every cell (base model, method, seed) is kept as it finishes: the same command goes on where it was stopped.
+    Labels are scored by accuracy, short free answers by token F1, longer ones by BLEU.
+
+    \b
+    softprompt compare train.jsonl --validation dev.jsonl --test test.jsonl --out report
+    softprompt compare train.jsonl --validation dev.jsonl --test test.jsonl --out report \\
+        --methods zero-shot soft-prompt full-fine-tuning --seeds 3 --budget 15m
+    """
+    from softprompt.cli.compare import compare
+    from softprompt.cli.task import Sources
+
+    compare(Sources(train, validation, labels, columns), test, template, comparing, bases, loading, as_json)
+
+
+# --- inspect and harden ---------------------------------------------------------------------------
+
+
+@expanded
+def inspect_command(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[N…]",
+            help="Names or paths: one to look at, several to compare.",
+            show_default=False,
+            autocompletion=_STORED,
+        ),
+    ] = None,
+    every: Annotated[bool, flag("--all", "Compare all soft prompts of the store.")] = False,
+    data: Annotated[str | None, data_option("Rows with targets, for all that needs the model.")] = None,
+    rows: Annotated[int, data_option("The most rows to score, a seeded choice.", 200, min=2)] = 200,
+    text: Annotated[list[str] | None, option("Show what follows these input texts; -- ends them.")] = None,
+    run: Annotated[
+        Path | None, data_option("The run folder of its training, for the way it took.", "the store's")
+    ] = None,
+    out: Annotated[Path | None, option("Write report.html, card.md, report.json and figures to this folder.")] = None,
+    *,
+    columns: OneTargetColumns,
+    base: Base = None,
+    loading: Loading,
+    as_json: Json = False,
+) -> None:
+    """See what a soft prompt says and does, each figure beside its null; or how alike several are.
+
+    With --data the model is asked, too: which virtual tokens matter, what is lost when it is read as text. Give rows
+    that the soft prompt was not trained on.
+
+    \b
+    softprompt inspect sst2
+    softprompt inspect sst2 --data dev.jsonl --text "a stirring film" --out report
+    softprompt inspect sst2 trec cr
+    softprompt inspect --all
+    """
+    from softprompt.cli.inspect import Question, inspect_stored, show_store
+
+    if names or every:
+        question = Question(data, rows, tuple(text or ()), run, columns)
+        inspect_stored(names or (), every, question, out, base, loading, as_json)
+    else:
+        show_store(as_json)
+
+
+@expanded
+def harden_command(
+    name: Name,
+    validation: Annotated[str, data_option("Rows with targets: half to search with, the rest to report on.")],
+    budget: Annotated[str, option("Time to search: 90s, 10m, 1h.", "2m")] = "2m",
+    seed: Annotated[int, option("Seeds the split of the rows and the search.", 0, min=0)] = 0,
+    *,
+    columns: OneTargetColumns,
+    base: Base = None,
+    loading: Loading,
+    as_json: Json = False,
+) -> None:
+    """Search a readable hard prompt that does what a soft prompt does, and say how much is lost.
+
+    It starts from the nearest readable tokens and swaps them one by one, by the gradient and by trying.
+
+    \b
+    softprompt harden sst2 --validation dev.jsonl
+    softprompt harden sst2 --validation dev.jsonl --budget 10m --json
+    """
+    from softprompt.cli.harden import search
+
+    search(name, validation, budget, seed, columns, base, loading, as_json)
+
+
+# --- serve ----------------------------------------------------------------------------------------
+
+
+@expanded
+def serve_command(
+    prompts: Annotated[
+        list[str] | None,
+        option(
+            "Names in the store or paths; all: the store's of this base model.",
+            "all",
+            autocompletion=completed(("all",), stored=True),
+        ),
+    ] = None,
+    watch: Annotated[bool, flag("--watch", "Follow the files that are served, and with all the whole store.")] = False,
+    *,
+    door: Door,
+    bounds: Bounds,
+    base: Annotated[
+        str | None, model_option("The frozen model.", f"that of the first of --prompts, else {DEFAULT_BASE}")
+    ] = None,
+    elsewhere: Elsewhere,
+    loading: Loading,
+) -> None:
+    """Serve the base model and soft prompts on it over OpenAI's API; a request's model names the soft prompt.
+
+    Requests of different soft prompts share each forward pass. SIGTERM: what has begun is finished.
+
+    \b
+    softprompt serve
+    softprompt serve --prompts sst2 news --port 8080 --watch
+    softprompt serve --backend vllm --upstream http://gpu1:8000 http://gpu2:8000
+    curl localhost:8000/v1/classify -H 'Content-Type: application/json' \\
+        -d '{"model": "sst2", "input": "a stirring film"}'
+    """
+    from softprompt.cli.serve import serve
+
+    serve(prompts, watch, door, bounds.limits(), base, elsewhere, loading)
+
+
+# --- evaluate and predict -------------------------------------------------------------------------
+
+
+@expanded
+def evaluate_command(
+    name: Name,
+    test: Annotated[str, typer.Argument(metavar="TEST", help=SOURCE)],
+    base_only: BaseOnly = False,
+    metric: Annotated[list[str] | None, option("Only these metrics, the first is the headline.", "all")] = None,
+    normalise_length: Normalise = False,
+    *,
+    generated: TextOptions,
+    columns: Columns,
+    base: Base = None,
+    loading: Loading,
+    as_json: Json = False,
+) -> None:
+    """Measure a soft prompt on rows with targets.
+
+    Labels: accuracy, macro_f1, mcc, log_loss. Free text: bleu, rouge_l, exact_match, token_f1, perplexity.
+
+    \b
+    softprompt evaluate sst2 test.jsonl
+    softprompt evaluate sst2 test.jsonl --base-only --json
+    softprompt evaluate qa test.csv --metric token_f1 --stop "\\n"
+    """
+    from softprompt.cli.evaluate import measure
+
+    measure(
+        name,
+        test,
+        columns,
+        base_only=base_only,
+        metrics=metric,
+        normalise=normalise_length,
+        sampling=generated.given(),
+        base=base,
+        loading=loading,
+        as_json=as_json,
+    )
+
+
+@expanded
+def predict_command(
+    name: Name,
+    text: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[TEXT…|-]", help="Input texts; - reads one a line from stdin.", show_default=False),
+    ] = None,
+    file: Annotated[str | None, data_option(f"Rows to answer: {SOURCE}")] = None,
+    base_only: BaseOnly = False,
+    normalise_length: Normalise = False,
+    *,
+    generated: TextOptions,
+    input_field: InputField = None,
+    encoding: Encoding = None,
+    base: Base = None,
+    loading: Loading,
+    as_json: Json = False,
+) -> None:
+    """Answer input texts: a label with probabilities, or generated text.
+
+    A template with several fields takes each TEXT as a JSON object of its fields.
+
+    \b
+    softprompt predict sst2 "a stirring film" "a dull mess"
+    softprompt predict nli '{"premise": "It rains.", "hypothesis": "It is dry."}'
+    softprompt predict sst2 --file reviews.csv --input-field review --json
+    """
+    from softprompt.cli.predict import Inputs, answer
+
+    answer(
+        name,
+        Inputs(text or [], file, input_field, encoding),
+        base_only=base_only,
+        normalise=normalise_length,
+        sampling=generated.given(),
+        base=base,
+        loading=loading,
+        as_json=as_json,
+    )
+
+
+# --- the store, and the demo ----------------------------------------------------------------------
+
+
+def list_command(as_json: Json = False) -> None:
+    """List the stored soft prompts.
+
+    The store is the folder $SOFTPROMPT_HOME, by default in the user's data directory.
+
+    \b
+    softprompt list
+    """
+    from softprompt.cli.store import show_list
+
+    show_list(as_json)
+
+
+def show_command(name: Name, as_json: Json = False) -> None:
+    """Show all that a soft prompt's file says, except its numbers.
+
+    \b
+    softprompt show sst2
+    softprompt show ./sst2.safetensors --json
+    """
+    from softprompt.cli.store import show_one
+
+    show_one(name, as_json)
+
+
+def rm_command(
+    names: Annotated[list[str], typer.Argument(metavar="N…", help="Names in the store.", autocompletion=_STORED)],
+) -> None:
+    """Delete soft prompts from the store, and what their trainings left behind.
+
+    \b
+    softprompt rm sst2 qa
+    """
+    from softprompt.cli.store import remove
+
+    remove(names)
+
+
+def demo_command(
+    seed: Annotated[int, option("Seeds split and training.", 0, **SEED_RANGE)] = 0,
+    steps: Annotated[int, option("Optimizer steps.", 300)] = 300,
+    out: Annotated[Path | None, option("Copy data, soft prompt and results.json into this folder, too.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """The whole way on real data: tune, measure, keep and swap, in minutes on two cores.
+
+    Data (critics' sentences on films, each "fresh" or "rotten") and base model come from the package index.
+
+    \b
+    softprompt demo
+    softprompt demo --steps 50 --json
+    """
+    from softprompt.cli.demo import demo
+
+    demo(seed, steps, out, Loading(dtype, device), as_json)
+
+
+COMMANDS: dict[str, Any] = {
+    "train": train_command,
+    "compare": compare_command,
+    "inspect": inspect_command,
+    "harden": harden_command,
+    "serve": serve_command,
+    "evaluate": evaluate_command,
+    "predict": predict_command,
+    "list": list_command,
+    "show": show_command,
+    "rm": rm_command,
+    "demo": demo_command,
+}
+"""Every command by name, in the order of the help."""

@@ -1,0 +1,175 @@
+"""Groups of options that belong to one command each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+from softprompt.cli.options import SEED_RANGE, completed, flag, option
+from softprompt.methods.registry import METHODS
+from softprompt.serving.limits import Limits
+from softprompt.tuning.config import (
+    DEFAULT_STEPS,
+    INITS,
+    LOSSES,
+    OPTIMIZERS,
+    PARAMETRISATIONS,
+    PRESETS,
+    SCHEDULES,
+    TrainConfig,
+)
+
+_D, _L = TrainConfig(), Limits()
+
+_run = partial(option, panel="The run")
+_learn = partial(option, panel="Learning")
+_compare = partial(option, panel="The comparison")
+_door = partial(option, panel="Who may ask")
+_limit = partial(option, panel="Limits")
+_upstream = partial(option, panel="Servers elsewhere")
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a tuned soft prompt goes."""
+
+    name: Annotated[str | None, _run("What to call the soft prompt.")] = None
+    out: Annotated[Path | None, _run("Write to this .safetensors file instead of the store.")] = None
+    resume: Annotated[bool, flag("--resume", "Go on with a run that was stopped.", panel="The run")] = False
+    overwrite: Annotated[bool, flag("--overwrite", "Replace an earlier one of that name.", panel="The run")] = False
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What was given of a ``TrainConfig``, and the recipe to start from."""
+
+    preset: Annotated[
+        str | None, _learn(f"A published recipe as start: {', '.join(PRESETS)}.", choices=tuple(PRESETS))
+    ] = None
+    num_virtual_tokens: Annotated[int | None, _learn("How many vectors to learn.", "64, more for many labels")] = None
+    init: Annotated[
+        str | None,
+        _learn(
+            f"{', '.join(INITS)}, or a soft prompt's name or path.",
+            _D.init,
+            autocompletion=completed(INITS, stored=True),
+        ),
+    ] = None
+    init_text: Annotated[str | None, _learn("Text to start from.")] = None
+    init_scale: Annotated[float | None, _learn("Length of the start in embeddings.", "as the base model asks")] = None
+    parametrisation: Annotated[
+        str | None, _learn(f"{', '.join(PARAMETRISATIONS)}.", _D.parametrisation, choices=PARAMETRISATIONS)
+    ] = None
+    starts: Annotated[int | None, _learn("Short runs of which the best goes on.", _D.starts)] = None
+    lengths: Annotated[str | None, _learn("Other numbers of virtual tokens to try so, a,b,c.")] = None
+    loss: Annotated[str | None, _learn(f"{', '.join(LOSSES)}.", _D.loss, choices=LOSSES)] = None
+    steps: Annotated[int | None, _learn("Optimizer steps.", DEFAULT_STEPS)] = None
+    epochs: Annotated[float | None, _learn("Passes over TRAIN, instead of steps.")] = None
+    batch_size: Annotated[int | None, _learn("Examples a step.", _D.batch_size)] = None
+    lr: Annotated[float | None, _learn("Peak learning rate in RMS of the start.", _D.lr)] = None
+    optimizer: Annotated[str | None, _learn(f"{', '.join(OPTIMIZERS)}.", _D.optimizer, choices=OPTIMIZERS)] = None
+    schedule: Annotated[str | None, _learn(f"{', '.join(SCHEDULES)}.", _D.schedule, choices=SCHEDULES)] = None
+    warmup: Annotated[float | None, _learn("Share of the steps.", _D.warmup)] = None
+    clip: Annotated[float | None, _learn("The most that the gradient's norm may be; 0: any.", _D.clip)] = None
+    weight_decay: Annotated[float | None, _learn("Decoupled, a factor of lr.", _D.weight_decay)] = None
+    average: Annotated[float | None, _learn("Decay of the soft prompt's average over steps; 0: none.", _D.average)] = (
+        None
+    )
+    eval_every: Annotated[int | None, _learn("Steps between validations.", "100, or as fits")] = None
+    patience: Annotated[int | None, _learn("Validations worse than the best to stop after; 0: never.", _D.patience)] = (
+        None
+    )
+    validation_rows: Annotated[int | None, _learn("The most validation rows to use.", _D.validation_rows)] = None
+    max_length: Annotated[int | None, _learn("The most tokens in one sequence.", "the model's window")] = None
+    seed: Annotated[int | None, _learn("Seeds start, order and held-out rows.", _D.seed, **SEED_RANGE)] = None
+    checkpoint_every: Annotated[int | None, _run("Steps between checkpoints.", _D.checkpoint_every)] = None
+    compile: Annotated[
+        str | None, _run("Compile the layers: auto, on, off.", _D.compile, choices=("auto", "on", "off"))
+    ] = None
+
+
+@dataclass(frozen=True)
+class Comparing:
+    """What is compared, and for how long."""
+
+    out: Annotated[Path, _compare("The folder for results, soft prompts and report; a comparison goes on there.")]
+    methods: Annotated[
+        list[str] | None, _compare(f"Some of {', '.join(METHODS)}.", "all that fit", choices=tuple(METHODS))
+    ] = None
+    instruction: Annotated[list[str] | None, _compare("Hard prompts; the best on validation counts.")] = None
+    instructions: Annotated[Path | None, _compare("A file of hard prompts: one a line, or a JSON list.")] = None
+    seeds: Annotated[int, _compare("Seeds of each method that draws something.", 1)] = 1
+    budget: Annotated[str, _compare("Time to learn for each cell: 90s, 10m, 1h.", "10m")] = "10m"
+    test_rows: Annotated[int | None, _compare("The most test rows, a seeded choice.", "all")] = None
+    task: Annotated[str | None, _compare("The task's name in the results.", "as TRAIN")] = None
+
+
+@dataclass(frozen=True)
+class Door:
+    """Where the server listens, and to whom."""
+
+    host: Annotated[str, _door("The address to listen on.", "127.0.0.1")] = "127.0.0.1"
+    port: Annotated[int, _door("0: any that is free.", 8000, min=0, max=65535, metavar="<int>")] = 8000
+    api_key: Annotated[
+        str | None,
+        _door(
+            "What clients must send as Bearer token; better given as $SOFTPROMPT_API_KEY.", envvar="SOFTPROMPT_API_KEY"
+        ),
+    ] = None
+    allow_loading: Annotated[
+        bool, flag("--allow-loading", "Let clients load and unload soft prompts.", panel="Who may ask")
+    ] = False
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What the server may use."""
+
+    max_rows: Annotated[int, _limit("The most requests in one forward pass, or at one upstream.", _L.rows)] = _L.rows
+    max_tokens: Annotated[
+        int, _limit("Tokens of keys and values: rows times the longest; one request's most.", _L.tokens)
+    ] = _L.tokens
+    max_waiting: Annotated[int, _limit("Requests that wait; more get 503.", _L.waiting)] = _L.waiting
+    time_limit: Annotated[float, _limit("Seconds that a request may take.", _L.seconds)] = _L.seconds
+    prefix_cache: Annotated[int, _limit("MiB of computed prefixes to keep.", _L.prefix_bytes >> 20)] = (
+        _L.prefix_bytes >> 20
+    )
+
+    def limits(self) -> Limits:
+        """The same as the engine takes it.
+
+        Raises:
+            ConfigError: a number out of its range.
+        """
+        return Limits(
+            rows=self.max_rows,
+            tokens=self.max_tokens,
+            waiting=self.max_waiting,
+            seconds=self.time_limit,
+            prefix_bytes=self.prefix_cache << 20,
+        )
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Servers that compute in place of this machine."""
+
+    backend: Annotated[
+        str,
+        _upstream("What computes: local, or vllm for servers elsewhere.", "local", choices=("local", "vllm")),
+    ] = "local"
+    upstream: Annotated[
+        list[str] | None, _upstream("URLs of vLLM servers of the base model, started with --enable-prompt-embeds.")
+    ] = None
+    upstream_api_key: Annotated[
+        str | None,
+        _upstream(
+            "What they want as Bearer token; better given as $SOFTPROMPT_UPSTREAM_API_KEY.",
+            envvar="SOFTPROMPT_UPSTREAM_API_KEY",
+        ),
+    ] = None
+    block_size: Annotated[
+        int, _upstream("Their --block-size: a warning says which soft prompts do not fill it.", 16, min=1)
+    ] = 16
