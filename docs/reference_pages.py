@@ -129,6 +129,9 @@ def class_parts(name: str, value: type) -> Iterator[str]:
         yield f"{plain(documentation(value).splitlines()[0])} [Its fields](train_config.md) have a page of their own."
     else:
         yield from described(value, None if protocol else signature(name, value))
+        for base in value.__bases__:
+            if base.__module__.startswith("softprompt.") and not issubclass(value, BaseException):
+                yield from described(base, None)  # its attributes are this class's, too
     for member, found in vars(value).items():
         if member.startswith("_"):
             continue
