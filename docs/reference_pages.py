@@ -54,6 +54,7 @@ def commands_page() -> str:
             ("command", "does"),
             [(f"[`{name}`](#softprompt-{name})", first(command.help)) for name, command in group.commands.items()],
         ),
+        *parameters(group),
     ]
     for name, command in group.commands.items():
         parts += [f"## softprompt {name}", *help_text(command.help), *parameters(command)]
