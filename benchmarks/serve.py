@@ -526,9 +526,7 @@ class Soak:
         soft_prompt = self._setting.soft_prompt(number, version=version, labels=True)
         path = Path(self._setting.store.home) / f"{name}.{version}.safetensors"
         if not path.exists():
-            from softprompt.soft_prompts import artifact
-
-            artifact.save(soft_prompt, path)
+            soft_prompt.save(path)
         body = {"name": name, "path": str(path), "load_inplace": True}
         (await self._client.post("/v1/load_soft_prompt", json=body)).raise_for_status()
 

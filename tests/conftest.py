@@ -25,7 +25,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from softprompt.data.example import Dataset, Example
 from softprompt.model.frozen import FrozenLM
-from softprompt.soft_prompts import artifact
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.task import Task
 from softprompt.text.template import Template
@@ -344,5 +343,5 @@ def stored(home: Path) -> SoftPrompt:
         template="{soft_prompt}{input}\nAnswer: {target}",
         verbalizer={"negative": ("negative",), "positive": ("positive",)},
     )
-    artifact.save(soft_prompt, home / "films.safetensors")
+    soft_prompt.save(home / "films.safetensors")
     return soft_prompt

@@ -348,9 +348,19 @@ def test_a_soft_prompt_and_a_model_say_what_they_are(lm: FrozenLM, prompt: SoftP
 # --- save, load, serve ---------------------------------------------------------------------------
 
 
+def test_a_soft_prompt_is_saved_and_loaded_by_path(lm: FrozenLM, prompt: SoftPrompt, tmp_path: Path) -> None:
+    for path in (tmp_path / "one.safetensors", str(tmp_path / "other.safetensors")):
+        prompt.save(path)
+        again = sp.SoftPrompt.load(path)
+        assert again.template == prompt.template
+        assert torch.equal(again.vectors, prompt.vectors)
+        assert sp.predict(lm, again, "a great film") == sp.predict(lm, prompt, "a great film")
+        assert torch.equal(sp.load(path).vectors, prompt.vectors)
+
+
 def test_soft_prompts_are_served_until_the_server_is_closed(lm: FrozenLM, prompt: SoftPrompt, tmp_path: Path) -> None:
     path = tmp_path / "again.safetensors"
-    sp.save(prompt, path)
+    prompt.save(path)
     with sp.serve(lm, {"sst2": prompt, "again": path}, port=0, block=False) as server:
         answers = [
             httpx.post(f"{server.url}/v1/classify", json={"model": name, "input": "a great film"}).json()

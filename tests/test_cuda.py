@@ -93,7 +93,7 @@ def test_loss_and_gradient(kind: str, loss: str) -> None:
     for lm in (tiny(kind, DEVICE), tiny(kind)):
         data = toy(9, 0)
         task = toy_task(lm, data, 7)
-        labels = torch.tensor(task.label_of_word, device=lm.device) if loss == "labels" else None
+        labels = task.label_of_word if loss == "labels" else None
         rows = [task.label_request(e) if loss == "labels" else task.target_request(e) for e in data.examples]
         gold = [task.labels.index(str(e.target)) if loss == "labels" else 0 for e in data.examples]
         vectors = PROMPTS[0].to(lm.device, copy=True).requires_grad_()

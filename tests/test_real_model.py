@@ -98,7 +98,7 @@ def test_the_shared_prefix_gradient_is_the_gradient_of_whole_sequences(loss: str
     count = sum(len(r.words[0]) for r in requests) if loss == "lm" else 3
     (expected,) = torch.autograd.grad(total / count, own)
 
-    labels = None if loss == "lm" else torch.tensor(bound.label_of_word)
+    labels = None if loss == "lm" else bound.label_of_word
     # Rounding in 30 layers of fp32. Micro-batches of 16 tokens read one position each: on some processors a product of
     # up to three rows adds the vocabulary's 49,152 terms ten times less exactly than one of more. Seen there, against
     # fp64: 3e-6 for whole sequences by transformers and for 1,024 tokens, 5e-5 for 16.

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from softprompt.evaluation.metrics import Metric
     from softprompt.model.frozen import FrozenLM
     from softprompt.model.request import Sampling
-    from softprompt.soft_prompts.artifact import load, save
-    from softprompt.soft_prompts.soft_prompt import SoftPrompt
+    from softprompt.soft_prompts.soft_prompt import SoftPrompt, load, save
     from softprompt.soft_prompts.store import Store
     from softprompt.tasks.predict import Prediction, Predictions, Query
     from softprompt.tasks.task import Task
@@ -92,8 +91,7 @@ _HOMES = {
     "softprompt.evaluation.metrics": ("Metric",),
     "softprompt.model.frozen": ("FrozenLM",),
     "softprompt.model.request": ("Sampling",),
-    "softprompt.soft_prompts.artifact": ("load", "save"),
-    "softprompt.soft_prompts.soft_prompt": ("SoftPrompt",),
+    "softprompt.soft_prompts.soft_prompt": ("SoftPrompt", "load", "save"),
     "softprompt.soft_prompts.store": ("Store",),
     "softprompt.tasks.predict": ("Prediction", "Predictions", "Query"),
     "softprompt.tasks.task": ("Task",),

@@ -18,7 +18,6 @@ import pytest
 import torch
 
 from softprompt.model.frozen import FrozenLM
-from softprompt.soft_prompts import artifact
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.text.template import default_template
 from softprompt.tuning import checkpoint
@@ -247,7 +246,7 @@ def test_a_soft_prompt_to_start_from(run: Run, train: Run, home: Path) -> None:
     train("train.jsonl", "--name", "first", "--num-virtual-tokens", "3")
     second = train("train.jsonl", "--name", "second", "--init", "first", "--lr", "1e-9", "--json")
     assert second.json["num_virtual_tokens"] == 3
-    first, started = (artifact.load(home / f"{name}.safetensors").vectors for name in ("first", "second"))
+    first, started = (SoftPrompt.load(home / f"{name}.safetensors").vectors for name in ("first", "second"))
     torch.testing.assert_close(started, first, atol=1e-6, rtol=0)
     by_path = train(
         "train.jsonl", "--name", "third", "--init", str(home / "first.safetensors"), "--num-virtual-tokens", "3"
@@ -321,14 +320,14 @@ def test_a_full_disk_keeps_what_was_stored_and_the_training(
     def full(number: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    real_save = artifact.save
+    real_save = SoftPrompt.save
 
     def save(soft_prompt: SoftPrompt, target: Path) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", full)
             real_save(soft_prompt, target)
 
-    monkeypatch.setattr(artifact, "save", save)
+    monkeypatch.setattr(SoftPrompt, "save", save)
     ran = train("train.jsonl", "--name", "films", "--overwrite", "--seed", "1")
     assert (ran.code, ran.out) == (2, "")
     assert re.sub(r"free [\d,]+ bytes", "free N bytes", ran.err.splitlines()[-1]) == (
@@ -338,11 +337,11 @@ def test_a_full_disk_keeps_what_was_stored_and_the_training(
     assert path.read_bytes() == before
     assert [file.name for file in home.iterdir() if file.suffix == ".tmp"] == []
 
-    monkeypatch.setattr(artifact, "save", real_save)
+    monkeypatch.setattr(SoftPrompt, "save", real_save)
     resumed = train("train.jsonl", "--name", "films", "--seed", "1", "--resume", "--json")
     assert resumed.json["steps"] == 8
     assert "step" not in resumed.err  # nothing was left to do but to write
-    assert artifact.load(path).training["seed"] == 1
+    assert SoftPrompt.load(path).training["seed"] == 1
 
 
 def test_a_disk_that_is_full_for_checkpoints(train: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,7 +399,7 @@ def test_ctrl_c_keeps_the_best_so_far_and_can_be_resumed(
     )
     resumed = train("train.jsonl", "--name", "films", "--resume", "--json").json
     assert (resumed["steps"], resumed["metrics"]) == (8, whole["metrics"])
-    left, right = (artifact.load(home / f"{name}.safetensors").vectors for name in ("whole", "films"))
+    left, right = (SoftPrompt.load(home / f"{name}.safetensors").vectors for name in ("whole", "films"))
     assert torch.equal(left, right)
     is_refused(
         train("train.jsonl", "--name", "films", "--resume"),
@@ -471,7 +470,7 @@ def test_a_loss_that_is_not_finite(at: int, run: Run, train: Run, home: Path, mo
         f"error: The loss is not finite any more after step 5 of 8; the last good soft prompt is in {path}; "
         f"train again with an --lr below {TrainConfig().lr}, or with --dtype fp32."
     )
-    assert torch.isfinite(artifact.load(path).vectors).all()
+    assert torch.isfinite(SoftPrompt.load(path).vectors).all()
 
 
 def test_rm_takes_what_a_stopped_run_left_behind(run: Run, home: Path) -> None:

@@ -21,7 +21,6 @@ from softprompt.cli.main import main
 from softprompt.data.example import Dataset, Example
 from softprompt.inspection.nearest import WAYWARD
 from softprompt.model.frozen import FrozenLM
-from softprompt.soft_prompts import artifact
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
 from softprompt.tasks.task import Task
@@ -236,8 +235,8 @@ def test_the_history_of_another_training_is_not_taken(
 ) -> None:
     assert train("train.jsonl", "--out", "a.safetensors", "--num-virtual-tokens", "4").code == 0
     assert run("inspect", "a.safetensors", "--json", *FP32).json["drift"] is not None
-    soft_prompt = artifact.load(home.parent / "a.safetensors")
-    artifact.save(replace(soft_prompt, vectors=2 * soft_prompt.vectors), home.parent / "a.safetensors")
+    soft_prompt = SoftPrompt.load(home.parent / "a.safetensors")
+    replace(soft_prompt, vectors=2 * soft_prompt.vectors).save(home.parent / "a.safetensors")
     ran = run("inspect", "a.safetensors", "--json", *FP32)
     sentence = "The history in a.safetensors.run is of another training: the vectors of 'a' are nowhere in it."
     assert (ran.json["drift"], ran.err) == (None, f"warning: {sentence}\n")
@@ -378,7 +377,7 @@ def test_a_missing_matplotlib_is_one_sentence(tuned: Run, monkeypatch: pytest.Mo
 def test_a_text_for_several_fields_is_refused(tuned: Run, home: Path) -> None:
     path = home / "pair.safetensors"
     one = Store().load("one")
-    artifact.save(replace(one, name="pair", template="{soft_prompt}{a} {b} {target}"), path)
+    replace(one, name="pair", template="{soft_prompt}{a} {b} {target}").save(path)
     is_refused(
         tuned("inspect", str(path), "--text", "x", *FP32),
         "A text can be given for a template with one field, but this one has a, b; give rows with --data instead.",

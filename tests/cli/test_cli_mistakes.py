@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from softprompt.soft_prompts import artifact
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from tests.conftest import Ran, Run, is_refused
 
@@ -131,7 +130,7 @@ def test_a_mistake_is_one_sentence_before_a_model_is_loaded(
     (home.parent / "broken.jsonl").write_text('{"input": "a", "target": "b"}\n{"input": ,\n')
     (home.parent / "foreign.jsonl").write_text('{"input": "a", "target": "neutral"}\n')
     is_refused(run(*arguments), MISTAKES[arguments].replace("HOME", str(home)))
-    assert artifact.load(home / "films.safetensors").name == "films"
+    assert SoftPrompt.load(home / "films.safetensors").name == "films"
 
 
 @pytest.mark.parametrize(

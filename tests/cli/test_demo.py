@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from softprompt.cli.demo import SENTENCES, Review, read_reviews, split_by_film
 from softprompt.cli.main import main
-from softprompt.soft_prompts import artifact
+from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from tests.conftest import make_model, make_tokenizer
 
 CSV = """category,filename,text,movie_name
@@ -92,7 +92,7 @@ def test_the_whole_demo(home: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert [answer["input"] for answer in found["answers"]] == list(SENTENCES)
     assert all(sum(answer["tuned"].values()) == pytest.approx(1) for answer in found["answers"])
     assert all(answer["tuned"] != answer["untuned"] for answer in found["answers"])
-    assert {metric["split"] for metric in artifact.load(path).metrics} == {"validation", "test"}
+    assert {metric["split"] for metric in SoftPrompt.load(path).metrics} == {"validation", "test"}
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "demo.safetensors",
         "results.json",

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from softprompt.generation import decoder as decoding
 from softprompt.generation.decoder import Continuation, Decoder, Generated, continuation, generate
-from softprompt.generation.writer import Writer
+from softprompt.generation.writer import Writer, take
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request, Sampling
 from softprompt.model.state.kv import PrefixKV
@@ -52,7 +52,9 @@ def row(lm: FrozenLM, index: int, seed: int | None) -> Continuation:
     request = requests[index]
     vectors = None if request.prompt is None else prompts[request.prompt]
     sampling = sampling_of(index, seed)
-    return continuation(lm, request, vectors, Writer(lm, sampling, sampling.seed), lm.prefix_kv)
+    return continuation(
+        lm, request, vectors, Writer(lm.tokenizer, lm.end_tokens, sampling, sampling.seed), lm.prefix_kv
+    )
 
 
 @pytest.mark.parametrize(("kind", "seed"), [*((kind, None) for kind in ALL), ("llama", 7), ("phi", 7)])
@@ -210,14 +212,12 @@ TEXT = st.text(st.sampled_from("abe tig.,n é😀漢ß\n"), max_size=14)
 
 def written(tokenizer: Any, ids: Sequence[int], sampling: Sampling, **options: Any) -> tuple[Writer, list[str]]:
     """A writer that was made to pick ``ids``, and the pieces that it released after each."""
-    lm: Any = tiny("llama")
-    stand_in = type("LM", (), {"tokenizer": tokenizer, "model": lm.model, "dtype": lm.dtype})
-    writer = Writer(stand_in, sampling, 0, **options)  # type: ignore[arg-type]
+    writer = Writer(tokenizer, {1}, sampling, 0, **options)
     pieces = []
     for token in ids:
         logits = torch.full((len(tokenizer) + 8,), -9.0)
         logits[token] = 9.0
-        writer.take(logits)
+        take([writer], logits[None])
         pieces.append(writer.release()[0])
         if writer.done:
             break
@@ -307,14 +307,13 @@ def test_tokens_are_told_with_the_text_that_they_belong_to() -> None:
     """Two tokens that wait for a stop string to show itself are told with the text they turn out to be."""
     tokenizer = make_tokenizer()
     ids = [tokenizer(letter, add_special_tokens=False).input_ids[0] for letter in "abzc"]
-    lm: Any = tiny("llama")
-    writer = Writer(lm, Sampling(max_new_tokens=4, stop=("abx",)), 0, top_logprobs=2)
+    writer = Writer(tokenizer, {1}, Sampling(max_new_tokens=4, stop=("abx",)), 0, top_logprobs=2)
     released = []
     logits = torch.zeros(320)
     for token in ids:
         logits = torch.zeros(320)
         logits[token], logits[65] = 3.0, 1.0
-        writer.take(logits)
+        take([writer], logits[None])
         released.append(writer.release())
     assert [text for text, _ in released] == ["", "", "abz", "c"]
     assert [[token.text for token in tokens] for _, tokens in released] == [[], [], ["a", "b", "z"], ["c"]]
@@ -339,7 +338,68 @@ def test_draws_do_not_change_with_the_way_the_nucleus_is_found(monkeypatch: pyte
 
 
 def test_scores_that_are_not_numbers_end_a_row() -> None:
-    lm = tiny("llama")
-    writer = Writer(lm, Sampling(), 0)
-    writer.take(torch.full((320,), torch.nan))
-    assert (writer.finish, writer.ids, writer.release()) == ("error", [], ("", ()))
+    writers = [Writer(make_tokenizer(), {1}, Sampling(temperature=t), 0, top_logprobs=1) for t in (0.0, 1.0, 0.0, 0.0)]
+    logits = torch.full((4, 320), torch.nan)
+    logits[2] = 0.0
+    logits[3, 60:] = 0.0  # one number that is none is enough
+    take(writers, logits)
+    for writer in (writers[0], writers[1], writers[3]):
+        assert (writer.finish, writer.ids, writer.release()) == ("error", [], ("", ()))
+    assert (writers[2].finish, len(writers[2].ids)) == ("", 1)
+
+
+def test_rows_picked_together_are_picked_as_each_alone() -> None:
+    """Greedy and drawn, with and without nucleus, with as many alternatives as each wants; one ends with its token."""
+    logits = 3 * torch.randn(6, 320, generator=torch.Generator().manual_seed(0))
+    logits[5, 1] = 50
+    ways = [
+        (Sampling(), None),
+        (Sampling(temperature=1.5), 3),
+        (Sampling(temperature=0.7, top_p=0.5), 0),
+        (Sampling(), 5),
+        (Sampling(temperature=1.5, top_p=0.99), None),
+        (Sampling(), 2),
+    ]
+
+    def write() -> list[Writer]:
+        return [
+            Writer(make_tokenizer(), {1}, sampling, seed, top_logprobs=top) for seed, (sampling, top) in enumerate(ways)
+        ]
+
+    together, alone = write(), write()
+    tokens = take(together, logits)
+    assert tokens == [take([writer], row[None])[0] for writer, row in zip(alone, logits, strict=True)]
+    assert [tokens[i] for i in (0, 3, 5)] == logits.argmax(dim=1)[[0, 3, 5]].tolist()
+    assert together[5].finish == "stop"
+    told = 0
+    for one, other, row, token, (_, top) in zip(together, alone, logits, tokens, ways, strict=True):
+        assert (one.text, one.ids, one.finish) == (other.text, other.ids, other.finish)
+        (_, noted), (_, expected) = one.release(), other.release()
+        assert noted == expected
+        assert all(len(note.top) == top for note in noted)
+        told += len(noted)
+        for note in noted:
+            logprobs = row.log_softmax(dim=0)
+            assert note.logprob == pytest.approx(float(logprobs[token]))
+            best = logprobs.topk(len(note.top)).values.tolist()
+            assert [value for _, value in note.top] == pytest.approx(best)
+    assert told >= 2
+
+
+def test_a_pass_is_read_by_the_host_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many rows pick their most probable token."""
+    read = 0
+    lists = torch.Tensor.tolist
+
+    def counted(tensor: torch.Tensor) -> Any:
+        nonlocal read
+        read += 1
+        return lists(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", counted)
+    for name in ("item", "__int__", "__float__", "__bool__", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, None)
+    writers = [Writer(make_tokenizer(), {1}, Sampling(), 0) for _ in range(32)]
+    take(writers, torch.randn(32, 320, generator=torch.Generator().manual_seed(0)))
+    assert read == 1
+    assert all(len(writer.ids) == 1 for writer in writers)

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from softprompt.errors import BaseModelError
-from softprompt.model.architecture import decoder_layers, window_of
+from softprompt.model.architecture import FAMILIES, decoder_layers, window_of
 from softprompt.model.fingerprint import model_settings
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request
-from tests.conftest import ALL, SIZES, make_model, make_tokenizer, tiny
+from tests.conftest import ALL, SHARED, SIZES, make_model, make_tokenizer, tiny
 
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8, "num_local_experts": 8}
 ENCODER = {**SIZES, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
@@ -105,6 +106,69 @@ def test_a_model_that_takes_no_embedded_tokens_is_refused() -> None:
     assert "'some model' (llama) does not compute logits and gradients from embedded tokens" in str(error.value)
 
 
+# --- families --------------------------------------------------------------------------------------
+
+
+def test_every_family_is_one_that_transformers_knows() -> None:
+    kinds = [kind for family in FAMILIES for kind in family.model_types]
+    assert len(set(kinds)) == len(kinds)
+    assert set(kinds) <= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert {kind.removesuffix("-sliding") for kind in SHARED} == set(kinds)  # what the exactness tests run over
+    for family in FAMILIES:
+        assert family.name
+        assert family.enters
+        assert all(refusal.why for refusal in family.refused)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "why"),
+    [
+        ("llama", {}, ""),
+        ("phi", {}, "it is of type phi"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, ""),
+        ("gemma3_text", {"head_dim": 8, "final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ("gemma3_text", {"head_dim": 8, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ("gemma3_text", {"head_dim": 8}, ""),
+    ],
+)
+def test_a_model_that_cannot_share_a_prefix_says_why(kind: str, options: dict[str, Any], why: str) -> None:
+    lm = frozen(model_of(kind, **options))
+    assert why in lm.why_whole_sequences
+    assert lm.shares_prefix == (not why) == (not lm.why_whole_sequences)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("llama", {"sliding_window": 4}),  # made from a Mistral; transformers does not look at it
+        ("llama", {"sliding_window": 4, "layer_types": ["sliding_attention"] * 3}),
+        ("gpt_neox", {"sliding_window": 4}),
+        ("mistral", {"sliding_window": 4, "layer_types": ["full_attention"] * 3}),  # all layers slide all the same
+        ("mistral", {"sliding_window": None}),
+        ("qwen2", {"sliding_window": 4, "use_sliding_window": False}),
+        ("qwen2", {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 0}),
+        ("qwen2", {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 2}),
+        ("qwen3", {"head_dim": 8, "sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1}),
+        ("gemma3_text", {"head_dim": 8, "sliding_window": 4, "layer_types": ["full_attention"] * 3}),
+        ("gemma3_text", {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention"] * 3}),
+    ],
+)
+def test_windows_are_those_of_transformers_whatever_the_configuration_says(kind: str, options: dict[str, Any]) -> None:
+    model = model_of(kind, **options).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 0.15)
+    ids = (*range(3, 15), 60, 61, 62)
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(dim=-1)
+    lm = frozen(model)
+    assert lm.shares_prefix
+    words = tuple((token,) for token in range(320))
+    torch.testing.assert_close(lm.score([Request(ids, 9, words)])[0], expected, rtol=1e-4, atol=1e-4)
+
+
 # --- layers ----------------------------------------------------------------------------------------
 
 
@@ -131,7 +195,7 @@ class Mixture(nn.Module):
         self.vision_tower = nn.ModuleList(nn.Identity() for _ in range(layers))
         self.blocks = nn.ModuleList(Block(8) for _ in range(layers))
         text = SimpleNamespace(num_hidden_layers=said)
-        self.config = SimpleNamespace(get_text_config=lambda: text)
+        self.config = SimpleNamespace(model_type="mixture", get_text_config=lambda: text)
 
 
 @pytest.mark.parametrize("said", [2, None, 7])

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from softprompt.model.attention import attend, attend_shared
-from softprompt.model.state.kv import PrefixKV, stack_prefixes
-from tests.conftest import SHARED, make_model, tiny
+from softprompt.errors import BaseModelError
+from softprompt.model import attention
+from softprompt.model.architecture import decoder_layers
+from softprompt.model.attention import attend, attend_fast, attend_shared
+from tests.conftest import SHARED, SIZES, make_model, tiny
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -21,6 +26,9 @@ def test_attention_is_pytorchs(kv_heads: int) -> None:
     mask = torch.zeros(3, 1, 5, 9).masked_fill(~sees, torch.finfo(torch.float32).min)
     expected = functional.scaled_dot_product_attention(query, key, value, sees, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(attend(query, key, value, mask, 0.3), expected.transpose(1, 2))
+    for grouped in (True, False):
+        found = attend_fast(query, key, value, mask, 0.3, grouped=grouped)
+        torch.testing.assert_close(found, expected.transpose(1, 2))
 
 
 def shared_inputs(
@@ -70,19 +78,59 @@ def test_without_a_prefix_the_model_is_as_it_was(kind: str) -> None:
     assert torch.equal(found[1, :3], expected[1, :3])
 
 
-def test_prefixes_of_any_lengths_stand_beside_each_other() -> None:
-    def prefix(length: int) -> PrefixKV:
-        layers = tuple(torch.full((1, 2, length, 4), 10.0 * length + layer) for layer in range(3))
-        return PrefixKV(layers, tuple(-layer for layer in layers), (length,))
+# --- what attention is to do besides -------------------------------------------------------------------------
 
-    stacked = stack_prefixes([prefix(2), prefix(0), prefix(3)])
-    assert stacked.lengths == (2, 0, 3)
-    assert stacked.width == 3
-    assert len(stacked) == 3
-    for layer in range(3):
-        assert stacked.keys[layer].shape == stacked.values[layer].shape == (3, 2, 3, 4)
-        assert stacked.keys[layer][:, 1, :, 2].tolist() == [[20 + layer, 20 + layer, 0], [0, 0, 0], [30 + layer] * 3]
-        assert torch.equal(stacked.values[layer], -stacked.keys[layer])
-    one = prefix(2)
-    assert stack_prefixes([one]) is one
-    assert one.nbytes == 2 * 3 * 2 * 2 * 4 * 4
+
+def installed(kind: str, **options: Any) -> Any:
+    """A tiny model of another family, with our attention in it."""
+    models: Any = AutoModelForCausalLM
+    torch.manual_seed(0)
+    model = models.from_config(AutoConfig.for_model(kind, **SIZES | {"head_dim": 8} | options)).eval()
+    attention.install(model, decoder_layers(model))
+    return model
+
+
+def run(model: Any, *, own: bool, **options: Any) -> torch.Tensor:
+    """Logits of five tokens, by our attention or by transformers' ``sdpa``."""
+    sees = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
+    mask = torch.zeros(1, 1, 5, 5).masked_fill(~sees, torch.finfo(torch.float32).min) if own else None
+    with torch.no_grad():
+        logits: torch.Tensor = model(
+            input_ids=torch.tensor([[3, 60, 61, 62, 63]]), attention_mask=mask, **options
+        ).logits
+    return logits
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "options", "name"),
+    [
+        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}, "s_aux"),
+        ("gemma2", {"attn_logit_softcapping": 30.0}, "softcap"),
+    ],
+)
+def test_attention_that_is_to_do_more_than_ours_is_refused(
+    kind: str, options: dict[str, Any], name: str, own: bool
+) -> None:
+    with pytest.raises(BaseModelError, match=f"{name}, which the shared prefix does not know; give another base"):
+        run(installed(kind, **options), own=own)
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize(
+    "asked", [{"position_bias": torch.zeros(1, 4, 5, 5)}, {"softcap": 30.0}, {"s_aux": torch.zeros(4)}, {"new": False}]
+)
+def test_nothing_that_attention_is_given_is_left_out(own: bool, asked: dict[str, Any]) -> None:
+    model = tiny("llama").model
+    with pytest.raises(BaseModelError, match=next(iter(asked))):
+        run(model, own=own, **asked)
+    nothing = run(model, own=own, **dict.fromkeys(asked))
+    torch.testing.assert_close(nothing, run(model, own=own), rtol=0, atol=0)
+
+
+def test_dropout_is_refused_and_not_left_out() -> None:
+    model = installed("llama", attention_dropout=0.5)
+    assert run(model, own=True).isfinite().all()
+    model.train()
+    with pytest.raises(BaseModelError, match="dropout"):
+        run(model, own=True)

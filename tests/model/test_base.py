@@ -23,7 +23,6 @@ from softprompt.model.fingerprint import fingerprint_model, fingerprint_tokenize
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.loading import load_base, pick_device, pick_dtype
 from softprompt.model.request import Request
-from softprompt.soft_prompts import artifact
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.task import Task
 from tests.conftest import make_model, make_tokenizer
@@ -383,8 +382,8 @@ def test_another_configuration_is_another_base_model(tmp_path: Path) -> None:
         template="{soft_prompt}{input} {target}",
         base_settings=lm.settings,
     )
-    artifact.save(soft_prompt, tmp_path / "films.safetensors")
-    stored = artifact.load(tmp_path / "films.safetensors")
+    soft_prompt.save(tmp_path / "films.safetensors")
+    stored = SoftPrompt.load(tmp_path / "films.safetensors")
     Task.of(lm, stored)
     changed(tmp_path / "model", rope_parameters={"rope_type": "default", "rope_theta": 77.0})
     other = FrozenLM.load(lm.name, dtype="fp32", device="cpu")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from softprompt.model.batch import Row, build_trie, collate, micro_batches
 from softprompt.model.request import Request
-from softprompt.model.state.kv import PrefixKV, stack_prefixes
+from softprompt.model.state.kv import PrefixKV
 from softprompt.text.tokens import Tokens
 from tests.conftest import plain_score, tiny
 
@@ -143,7 +143,7 @@ def test_packing_changes_no_score(texts: list[list[int]], draw: random.Random) -
     prefixes = [lm.prefix_kv(ids, None) for ids in ((3, 4, 5), (6, 7))]
     for known in (prefixes, prefixes[:1]):
         rows = [Row(tuple(text), draw.choice(several), draw.randrange(len(known))) for text in texts]
-        stacked = stack_prefixes(known)
+        stacked = known[0].stack(known[1:])
         packed = lm.score_batch(collate(rows, stacked.lengths, CPU), stacked)
         for row, scores in zip(rows, packed, strict=True):
             own = known[row.prefix]
@@ -178,9 +178,8 @@ def test_padding_changes_nothing(kind: str) -> None:
             filled.append(torch.cat([torch.cat([part, junk], dim=2), other]))
         return tuple(filled)
 
-    prefix = PrefixKV(
-        padded(prefixes[0].keys, prefixes[1].keys), padded(prefixes[0].values, prefixes[1].values), (3, 9)
-    )
+    filled = padded(prefixes[0].tensors, prefixes[1].tensors)
+    prefix = PrefixKV(filled[:3], filled[3:], (3, 9))
     batch = collate([row, Row((62, 63, 64, 65, 66), ((70, 72, 73), (71, 70, 75)), prefix=1)], (3, 9), CPU)
     ids, positions = batch.ids.clone(), batch.positions.clone()
     ids[0, 3:], positions[0, 3:] = 99, 77

@@ -162,8 +162,8 @@ def test_every_path_gives_the_gradient_of_one_example_at_a_time(
         requests, gold, owners = [bound.target_request(e) for e in examples], [0, 0, 0], None
     else:
         requests, gold = [bound.label_request(e) for e in examples], [0, 1, 2]
-        owners = torch.tensor(bound.label_of_word)
-    expected, gradient = reference_gradient(kind, requests, gold, vectors, None if owners is None else owners.tolist())
+        owners = bound.label_of_word
+    expected, gradient = reference_gradient(kind, requests, gold, vectors, owners)
 
     def check(max_tokens: int) -> None:
         leaf = vectors.clone().requires_grad_()
@@ -229,7 +229,7 @@ def test_peft_gives_the_same_loss_and_gradient() -> None:
 
 def test_the_number_of_computed_tokens_counts_the_prefix_once(llama: FrozenLM) -> None:
     request = Request((3, SOFT, 4, 60, 61), 3, ((70, 71, 72), (70, 80)), 0)  # 2 + P shared, 2 own, the trie's 70 and 71
-    _, tokens = Objective(llama, torch.tensor([0, 1])).backward([request] * 3, [0, 1, 0], soft(7).requires_grad_())
+    _, tokens = Objective(llama, (0, 1)).backward([request] * 3, [0, 1, 0], soft(7).requires_grad_())
     assert tokens == 2 + 7 + 3 * (2 + 2)
 
 
@@ -241,7 +241,7 @@ def test_bf16_is_close_to_fp32() -> None:
         bound = task(model, "{soft_prompt}{input}\nAnswer: {target}")
         requests = [bound.label_request(Example({"input": text}, None)) for text in TEXTS]
         leaf = vectors.clone().requires_grad_()
-        Objective(model, torch.tensor(bound.label_of_word)).backward(requests, [0, 1, 2], leaf)
+        Objective(model, bound.label_of_word).backward(requests, [0, 1, 2], leaf)
         assert leaf.grad is not None
         assert leaf.grad.dtype == torch.float32
         gradients.append(leaf.grad)
@@ -553,11 +553,18 @@ def test_an_empty_template_prefix_works(kind: str) -> None:
 
 def test_a_prefix_knows_its_size(llama: FrozenLM) -> None:
     prefix = llama.prefix_kv((3, SOFT, 4), soft(5))
-    assert len(prefix) == 1
     assert prefix.lengths == (7,)
     assert prefix.width == 7
-    assert [tuple(key.shape) for key in prefix.keys] == [(1, 2, 7, 8)] * 3
+    assert [tuple(tensor.shape) for tensor in prefix.tensors] == [(1, 2, 7, 8)] * 6  # keys and values of 3 layers
     assert prefix.nbytes == 2 * 3 * 2 * 7 * 8 * 4
+
+
+def test_a_model_may_be_frozen_twice() -> None:
+    model, request = make_model("llama"), Request((SOFT, 60, 61), 1, ((70, 71),), 0)
+    first = FrozenLM(model, make_tokenizer(), name="first", dtype="fp32", device="cpu").score([request], [soft(3)])
+    again = FrozenLM(model, make_tokenizer(), name="again", dtype="fp32", device="cpu").score([request], [soft(3)])
+    assert torch.equal(first, again)
+    assert float(first) == pytest.approx(float(plain_score("llama", request.ids, (70, 71), soft(3))), rel=1e-4)
 
 
 def test_what_a_frozen_model_says_of_itself(llama: FrozenLM) -> None:
@@ -573,7 +580,7 @@ def gradient_of(lm: FrozenLM) -> torch.Tensor:
     bound = task(lm, "{soft_prompt}{input}\nAnswer: {target}")
     requests = [bound.label_request(Example({"input": text}, None)) for text in TEXTS]
     leaf = soft(7).requires_grad_()
-    Objective(lm, torch.tensor(bound.label_of_word), 60).backward(requests, [0, 1, 2], leaf)
+    Objective(lm, bound.label_of_word, 60).backward(requests, [0, 1, 2], leaf)
     assert leaf.grad is not None
     return leaf.grad
 

@@ -17,7 +17,7 @@ from softprompt.serving import catalog
 from softprompt.serving.catalog import Catalog, content_of
 from softprompt.serving.openai_api import ApiError, Message
 from softprompt.serving.served import Wish
-from softprompt.soft_prompts import artifact
+from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
 from softprompt.tasks.task import Task
 from tests.servers import Running, fill, make_lm, serving, soft_prompt
@@ -125,11 +125,11 @@ def test_a_damaged_or_missing_file_is_said_when_it_is_needed(store: Store, littl
 
 
 def save(path: Path, seed: int) -> None:
-    artifact.save(soft_prompt(make_lm(), "write", "{soft_prompt}{input} {target}", seed=seed), path)
+    soft_prompt(make_lm(), "write", "{soft_prompt}{input} {target}", seed=seed).save(path)
 
 
 def content_at(path: Path) -> str:
-    return content_of(artifact.load(path), 64)
+    return content_of(SoftPrompt.load(path), 64)
 
 
 def test_what_is_served_follows_its_own_file_and_no_other_of_its_name(store: Store, tmp_path: Path) -> None:

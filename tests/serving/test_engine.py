@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,8 +22,8 @@ from softprompt.generation.decoder import generate
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.loading import pick_dtype
 from softprompt.model.request import Request, Sampling
-from softprompt.model.state.kv import PrefixKV
-from softprompt.serving.engine import Engine, PrefixCache
+from softprompt.model.state.prefix import PrefixState
+from softprompt.serving.engine import Engine
 from softprompt.serving.jobs import Busy, Closed, Event, Failure, FairQueue, Job, Limits, Piece, Scores, Ticket
 from softprompt.text.tokens import SOFT
 from tests.conftest import ALL, SIZES, make_tokenizer, tiny
@@ -195,7 +194,7 @@ def test_a_prefix_is_computed_once(llama: FrozenLM, monkeypatch: pytest.MonkeyPa
     computed: list[tuple[int, ...]] = []
     whole = llama.prefix_kv
 
-    def watched(ids: Sequence[int], vectors: torch.Tensor | None) -> PrefixKV:
+    def watched(ids: Sequence[int], vectors: torch.Tensor | None) -> PrefixState:
         computed.append(tuple(ids))
         return whole(ids, vectors)
 
@@ -208,7 +207,7 @@ def test_a_prefix_is_computed_once(llama: FrozenLM, monkeypatch: pytest.MonkeyPa
         tickets += engine.submit([job(request, [soft(6)], None)] * 2, inbox)
         inbox.until_done(5)
         assert computed == [(SOFT, 5)]
-        assert (engine.prefixes.queries, len(engine.prefixes)) == (7 * 4, 1)  # the scores shared one look
+        assert (engine.prefixes.queries, engine.prefixes.count) == (7 * 4, 1)  # the scores shared one look
         assert engine.prefixes.hits == 7 * 3
     assert [ticket.cached for ticket in tickets] == [0, 7, 7, 7, 7]
 
@@ -450,57 +449,6 @@ def test_in_bf16_an_answer_is_the_same_in_any_company() -> None:
         assert answers(engine, jobs) == alone
         for one, other in pairwise(range(75, len(jobs))):
             assert answers(engine, [jobs[one], jobs[other]]) == [alone[one], alone[other]]
-
-
-# --- the cache of prefixes ---------------------------------------------------------------------------------
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    asked=st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 6)), max_size=25),
-    capacity=st.sampled_from([0, 3000, 8000, 10**9]),
-)
-def test_the_cache_keeps_the_latest_that_fit(asked: list[tuple[str, int]], capacity: int) -> None:
-    """Against an ordered dictionary; a prefix's bytes are 2 tensors of 3 layers, 2 heads of 8, 4 bytes a number."""
-    lm = tiny("llama")
-    cache = PrefixCache(lm, capacity)
-    kept: OrderedDict[tuple[str, int], int] = OrderedDict()
-    queries = hits = 0
-    with torch.no_grad():
-        for content, length in asked:
-            vectors = soft(length, seed=ord(content))
-            ids = (SOFT, *range(3, 3 + length))
-            width, size = 2 * length, 2 * 3 * 2 * 8 * 4 * 2 * length
-            queries += width
-            hits += width if (content, length) in kept else 0
-            assert cache.holds(ids, content) == ((content, length) in kept)
-            found = cache.get(ids, vectors, content)
-            torch.testing.assert_close(found.keys[1], lm.prefix_kv(ids, vectors).keys[1], rtol=0, atol=0)
-            if size <= capacity:
-                kept[content, length] = size
-                kept.move_to_end((content, length))
-                while sum(kept.values()) > capacity:
-                    kept.popitem(last=False)
-            assert cache.nbytes == sum(kept.values()) <= max(capacity, 0)
-            assert len(cache) == len(kept)
-    assert (cache.queries, cache.hits) == (queries, hits)
-
-
-def test_what_holds_no_soft_prompt_is_shared_by_all_tasks() -> None:
-    cache = PrefixCache(tiny("llama"), 10**9)
-    with torch.no_grad():
-        cache.get((3, 4), None, "")
-        cache.get((3, 4), soft(2), "content")
-    assert (len(cache), cache.hits) == (1, 2)
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_kept_prefix_holds_no_more_memory_than_it_says(kind: str) -> None:
-    """GPT-2 cuts queries, keys and values out of one tensor; a view would keep all of it."""
-    cache = PrefixCache(tiny(kind), 10**9)
-    with torch.no_grad():
-        found = cache.get((3, 4, 5), None, "")
-    assert sum(t.untyped_storage().nbytes() for t in (*found.keys, *found.values)) == cache.nbytes == found.nbytes
 
 
 def test_a_seeded_job_draws_alike_in_any_company(llama: FrozenLM) -> None:

@@ -20,7 +20,6 @@ from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_play
 
 from softprompt.inspection.nearest import WAYWARD
 from softprompt.serving.jobs import Limits
-from softprompt.soft_prompts import artifact
 from softprompt.soft_prompts.store import Store
 from tests.servers import Running, fill, make_lm, serving, slowed, soft_prompt
 
@@ -331,7 +330,7 @@ def test_inside_a_soft_prompt_is_what_the_server_says(page: Page, server: Runnin
     tokens = lm.tokenizer(" great film", add_special_tokens=False).input_ids[:2]
     planted.vectors[:2] = 3 * lm.embedding[tokens].detach()
     path = server.catalog.store.home / "planted.bin"
-    artifact.save(planted, path)
+    planted.save(path)
     server.catalog.load("planted", path)
     try:
         visit(page, server, "sst2")

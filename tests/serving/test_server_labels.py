@@ -10,7 +10,6 @@ import pytest
 
 from softprompt.data.example import Example
 from softprompt.serving.jobs import Limits
-from softprompt.soft_prompts import artifact
 from softprompt.tasks.predict import Query, predict
 from softprompt.tasks.task import Task
 from tests.servers import Running, serving, soft_prompt
@@ -31,7 +30,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 def grades(server: Running) -> Iterator[None]:
     """Four labels, some of several tokens; other modules run these tests with servers of their own."""
     path = server.catalog.store.home.parent / "grades.safetensors"
-    artifact.save(soft_prompt(server.lm, "grades", "{soft_prompt}{input} {target}", GRADES, seed=8), path)
+    soft_prompt(server.lm, "grades", "{soft_prompt}{input} {target}", GRADES, seed=8).save(path)
     server.catalog.load("grades", path)
     yield
     server.catalog.unload("grades")

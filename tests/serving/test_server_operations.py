@@ -25,7 +25,7 @@ from softprompt.serving import server
 from softprompt.serving.catalog import Catalog
 from softprompt.serving.jobs import Limits
 from softprompt.serving.telemetry import JsonLines
-from softprompt.soft_prompts import artifact
+from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
 from softprompt.tasks.task import Task
 from tests.servers import Running, fill, make_lm, serving, slowed, soft_prompt
@@ -155,7 +155,7 @@ def answer_of(running: Running, name: str = "write") -> Any:
 
 
 def expected_of(running: Running, path: Path) -> str:
-    soft = artifact.load(path)
+    soft = SoftPrompt.load(path)
     task = Task.of(running.lm, soft)
     request = task.open_request(Example({"input": TEXT}, None), 1)
     return generate(running.lm, [request], [soft.vectors], Sampling(max_new_tokens=4))[0].text.removeprefix(" ")
@@ -165,7 +165,7 @@ def test_soft_prompts_are_loaded_unloaded_and_replaced(running: Running, tmp_pat
     store, lm = running.catalog.store, running.lm
     before = answer_of(running)
     other = tmp_path / "elsewhere.safetensors"
-    artifact.save(soft_prompt(lm, "any", "{soft_prompt}{input} {target}", seed=77), other)
+    soft_prompt(lm, "any", "{soft_prompt}{input} {target}", seed=77).save(other)
 
     card = running.post("/v1/load_soft_prompt", {"name": "second", "path": str(other)})
     assert card == running.http.get("/v1/models/second").json()
@@ -201,7 +201,7 @@ def test_what_cannot_be_loaded_is_said_in_one_sentence(running: Running, tmp_pat
     stranger = soft_prompt(
         running.lm, "foreign", "{soft_prompt}{input}{target}", base="other", base_fingerprint="f" * 64
     )
-    artifact.save(stranger, foreign)
+    stranger.save(foreign)
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"not at all")
     mine = running.lm.fingerprint[:12]
@@ -283,13 +283,13 @@ def test_watching_leaves_alone_what_was_loaded_from_elsewhere(
     other = tmp_path / "elsewhere.safetensors"
     with serving(store.home, watch=True, allow_loading=True) as running:
         lm, template = running.lm, "{soft_prompt}{input} {target}"
-        artifact.save(soft_prompt(lm, "write", template, seed=6), other)
+        soft_prompt(lm, "write", template, seed=6).save(other)
         card = running.post("/v1/load_soft_prompt", {"name": "write", "path": str(other), "load_inplace": True})
         store.save(soft_prompt(lm, "write", template, seed=7), overwrite=True)
         store.save(soft_prompt(lm, "sign", template, seed=8))  # loaded after it was looked at
         until(lambda: "sign" in [entry.name for entry in running.catalog.entries()])
         assert running.http.get("/v1/models/write").json() == card
-        artifact.save(soft_prompt(lm, "write", template, seed=9), other)
+        soft_prompt(lm, "write", template, seed=9).save(other)
         until(lambda: running.http.get("/v1/models/write").json() != card)
         assert answer_of(running)["choices"][0]["text"] == expected_of(running, other)
         running.post("/v1/unload_soft_prompt", {"name": "write"})

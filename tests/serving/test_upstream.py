@@ -34,7 +34,6 @@ from softprompt.serving import vllm
 from softprompt.serving.jobs import Closed, Limits, Piece, Scores
 from softprompt.serving.upstream import Upstreams
 from softprompt.serving.vllm import Unreachable, Vllm
-from softprompt.soft_prompts import artifact
 from softprompt.soft_prompts.store import Store
 from softprompt.tasks.task import Task
 from softprompt.text.tokens import SOFT
@@ -507,7 +506,7 @@ def test_a_prefix_that_does_not_fill_the_blocks_is_told_when_it_is_loaded(
         ("behind", "{input}{soft_prompt} {target}", 16),
     ):
         path = store.home.parent / f"{name}.safetensors"
-        artifact.save(soft_prompt(lm, name, template, length=length), path)
+        soft_prompt(lm, name, template, length=length).save(path)
         server.catalog.load(name, path)
         server.catalog.unload(name)
     rest = (33 + literal) % 16
@@ -525,7 +524,7 @@ def test_a_trained_kv_prefix_is_refused(server: Running) -> None:
     lm, path = make_lm(), server.catalog.store.home.parent / "kv.safetensors"
     made = soft_prompt(lm, "kv", "{soft_prompt}{input} {target}")
     vectors = 0.1 * torch.randn(4, *lm.kv_shape)
-    artifact.save(replace(made, vectors=vectors, parametrisation="prefix"), path)
+    replace(made, vectors=vectors, parametrisation="prefix").save(path)
     with pytest.raises(ConfigError) as caught:
         server.catalog.load("kv", path)
     assert str(caught.value) == (

@@ -22,8 +22,8 @@ from safetensors.torch import save as safetensors_bytes
 
 from softprompt.errors import ArtifactError, BaseModelError, SoftPromptError, StoreError
 from softprompt.files import atomic_writer
-from softprompt.soft_prompts.artifact import MAX_HEADER_BYTES, check_base, load, save
-from softprompt.soft_prompts.soft_prompt import SoftPrompt
+from softprompt.soft_prompts.artifact import MAX_HEADER_BYTES
+from softprompt.soft_prompts.soft_prompt import SoftPrompt, check_base, load, save
 
 SENTENCE_END = "restore it from a copy, or tune it again."
 

@@ -12,7 +12,8 @@ import torch
 
 from softprompt.errors import ConfigError
 from softprompt.model.frozen import FrozenLM
-from softprompt.soft_prompts.soft_prompt import SoftPrompt, library_versions
+from softprompt.soft_prompts.metadata import library_versions
+from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tuning.start import initial_vectors
 from tests.conftest import tiny
 

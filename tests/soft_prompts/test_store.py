@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from softprompt.errors import ArtifactError, SoftPromptError, StoreError
-from softprompt.soft_prompts.soft_prompt import Header, SoftPrompt
+from softprompt.soft_prompts.metadata import Header
+from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
 from tests.conftest import Run
 

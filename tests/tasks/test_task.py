@@ -19,7 +19,6 @@ from softprompt.data.example import Dataset, Example
 from softprompt.errors import BaseModelError, ConfigError, DataError, SoftPromptWarning, TemplateError
 from softprompt.evaluation.validation import validator
 from softprompt.model.frozen import FrozenLM
-from softprompt.soft_prompts import artifact
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.length import VIRTUAL_TOKENS
 from softprompt.tasks.predict import Query, predict
@@ -195,8 +194,8 @@ def test_a_soft_prompt_of_an_earlier_release_answers_as_it_did_with_a_note(llama
         template=TEMPLATE.text,
         verbalizer={"1": ("1",), "10": ("10",), "2": ("2",)},
     )
-    artifact.save(made, tmp_path / "old.safetensors")
-    read = artifact.load(tmp_path / "old.safetensors")
+    made.save(tmp_path / "old.safetensors")
+    read = SoftPrompt.load(tmp_path / "old.safetensors")
     with pytest.warns(SoftPromptWarning, match=r"'10'.*begins with '1'.*train it again"):
         task = Task.of(llama, read)
     assert task.words == tuple(ids_of(llama, f" {label}") for label in ("1", "10", "2"))

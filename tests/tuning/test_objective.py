@@ -11,7 +11,7 @@ import torch
 
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request
-from softprompt.model.state.kv import PrefixKV
+from softprompt.model.state.prefix import PrefixState
 from softprompt.text.tokens import SOFT
 from softprompt.tuning.objective import Objective
 from tests.conftest import tiny
@@ -26,14 +26,14 @@ def test_the_loss_over_words_by_hand() -> None:
 def test_the_loss_over_labels_by_hand() -> None:
     """Label 0 has words 0 and 2: P(0) = (0.1 + 0.3) / (0.1 + 0.2 + 0.3 + 0.1)."""
     scores = torch.tensor([[0.1, 0.2, 0.3, 0.1], [0.05, 0.05, 0.05, 0.15]]).log()
-    found = Objective(tiny("llama"), torch.tensor([0, 1, 0, 2])).loss(scores, [0, 2])
+    found = Objective(tiny("llama"), (0, 1, 0, 2)).loss(scores, [0, 2])
     assert float(found) == pytest.approx(-math.log(0.4 / 0.7) - math.log(0.15 / 0.3), rel=1e-6)
 
 
 def test_the_mean_is_over_target_tokens_or_over_examples() -> None:
     requests = [Request((3, 60), 1, ((70, 71, 72), (70,))), Request((3, 61), 1, ((70,),))]
     assert Objective(tiny("llama")).weight(requests) == 4
-    assert Objective(tiny("llama"), torch.tensor([0, 1])).weight(requests) == 2
+    assert Objective(tiny("llama"), (0, 1)).weight(requests) == 2
 
 
 @pytest.mark.parametrize("kind", ["vectors", "KV prefix"])
@@ -44,7 +44,7 @@ def test_text_before_the_soft_prompt_is_computed_in_the_first_step_only(
     shape = (5, llama.hidden_size) if kind == "vectors" else (5, *llama.kv_shape)
     run_prefix, ran = FrozenLM._run_prefix, []
 
-    def spied(lm: FrozenLM, ids: Sequence[int], *rest: Any) -> PrefixKV:
+    def spied(lm: FrozenLM, ids: Sequence[int], *rest: Any) -> PrefixState:
         ran.append(tuple(ids))
         return run_prefix(lm, ids, *rest)
 

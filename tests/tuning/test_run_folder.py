@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from softprompt.errors import StoreError
-from softprompt.soft_prompts import artifact
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
 from softprompt.tuning import checkpoint
@@ -240,10 +239,10 @@ def file_of(home: Path, place: tuple[str, str]) -> Path:
 @pytest.mark.parametrize("place", PLACES, ids=str)
 def test_a_run_replaces_what_it_stored_itself(place: tuple[str, str], train: Run, home: Path, interrupted: Run) -> None:
     interrupted("train.jsonl", *place)
-    assert artifact.load(file_of(home, place)).training["steps_done"] == 3
+    assert SoftPrompt.load(file_of(home, place)).training["steps_done"] == 3
     interrupted("train.jsonl", *place, "--resume")
     assert train("train.jsonl", *place, "--resume", "--json").json["steps"] == 8
-    assert artifact.load(file_of(home, place)).training["steps_done"] == 8
+    assert SoftPrompt.load(file_of(home, place)).training["steps_done"] == 8
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
@@ -271,7 +270,7 @@ def test_what_overwrite_gave_up_may_be_replaced_after_a_kill(
     assert train("train.jsonl", *place).code == 0
     killed(train, monkeypatch, "train.jsonl", *place, "--seed", "1", "--overwrite")
     assert train("train.jsonl", *place, "--seed", "1", "--resume").code == 0
-    assert artifact.load(file_of(home, place)).training["seed"] == 1
+    assert SoftPrompt.load(file_of(home, place)).training["seed"] == 1
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -301,7 +300,7 @@ def test_what_was_put_there_meanwhile_is_kept_and_the_advice_is_right(
     ran = train("train.jsonl", *place, "--seed", "1", "--resume")
     assert ran.code == 0
     assert "step" not in ran.err  # nothing was left to do but to write
-    assert artifact.load(path).training["seed"] == 1
+    assert SoftPrompt.load(path).training["seed"] == 1
 
 
 @pytest.mark.parametrize("name", [None, "a", "b", "c"])
@@ -339,4 +338,4 @@ def test_only_the_file_that_was_looked_at_is_replaced(
     changed = {file for file in after if before.get(file) != after[file] and file.endswith(".safetensors")}
     assert changed == {str(target)}
     assert not [file for file in before if file not in after]
-    assert artifact.load(target).base == "new"
+    assert SoftPrompt.load(target).base == "new"

@@ -27,7 +27,6 @@ from softprompt.inspection.start import starting_vectors
 from softprompt.inspection.tables import DRIFT, continuation_table, drift_table, matters_table, readings_table
 from softprompt.inspection.vocabulary import Vocabulary
 from softprompt.inspection.words import nats
-from softprompt.soft_prompts import artifact
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
 from softprompt.tasks.task import Task
@@ -190,7 +189,7 @@ def _of_one_base(store: Store) -> dict[str, SoftPrompt]:
         elif entry.header.parametrisation == "prefix":
             stderr.print(f"left out: {entry.name}, a trained KV prefix")
         else:
-            found[entry.name] = artifact.load(entry.path)
+            found[entry.name] = SoftPrompt.load(entry.path)
     if not found:
         raise ConfigError(f"There is no soft prompt in {store.home} to inspect; see `softprompt train --help`.")
     most = Counter(soft_prompt.base_fingerprint for soft_prompt in found.values()).most_common(1)[0][0]
@@ -253,7 +252,7 @@ def show_store(as_json: bool) -> None:
         if isinstance(entry.header, ArtifactError):
             stderr.print(f"warning: {entry.header}")
             continue
-        soft_prompt = artifact.load(entry.path)
+        soft_prompt = SoftPrompt.load(entry.path)
         lengths = soft_prompt.vectors.flatten(1).norm(dim=1)
         listed.append(
             {

@@ -118,8 +118,8 @@ class Place:
                     f"--overwrite to replace it."
                 )
             try:
-                self.run.allow(artifact.encode(soft_prompt))
-                artifact.save(soft_prompt, self.path)
+                self.run.allow(soft_prompt.encoded())
+                soft_prompt.save(self.path)
             except StoreError as error:
                 saved = f"{error}".rstrip(".")
                 raise StoreError(f"{saved}; the training is not lost: give the same command with --resume.") from error

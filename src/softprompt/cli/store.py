@@ -10,7 +10,7 @@ from typing import Any
 
 from softprompt.drawing.words import number, plain_metric, short_names, simple_table
 from softprompt.soft_prompts import artifact
-from softprompt.soft_prompts.soft_prompt import Header, Metadata
+from softprompt.soft_prompts.metadata import Header, Metadata
 from softprompt.soft_prompts.store import Store
 from softprompt.terminal.console import print_json, print_rows, stderr, stdout
 

@@ -34,7 +34,8 @@ from softprompt.methods.problem import Learned, Problem, affordable_rows
 from softprompt.methods.registry import METHODS, OURS
 from softprompt.model.frozen import FrozenLM
 from softprompt.soft_prompts import artifact
-from softprompt.soft_prompts.soft_prompt import SoftPrompt, library_versions
+from softprompt.soft_prompts.metadata import library_versions
+from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.predict import Prediction
 
 BESIDE_ACCURACY = ("macro_f1", "mcc")
@@ -201,10 +202,8 @@ class Comparison:
         answered = most_frequent_answer(plan.test, predictions)
         _write_json(self.folder / "predictions" / f"{key.file_name}.json", [_plain(one) for one in predictions])
         if learned.soft_prompt is not None:
-            artifact.save(
-                replace(learned.soft_prompt, name=key.file_name),
-                self.folder / "soft-prompts" / f"{key.file_name}{artifact.SUFFIX}",
-            )
+            named = replace(learned.soft_prompt, name=key.file_name)
+            named.save(self.folder / "soft-prompts" / f"{key.file_name}{artifact.SUFFIX}")
         if method.of_several_seeds:  # what its members took
             seconds += sum(cell["train_seconds"] for cell in self.cells if _is_member(cell, key))
         self._notice("measuring latency and forgetting")
@@ -267,7 +266,7 @@ class Comparison:
         for seed in range(self.plan.seeds):
             path = self._file("soft-prompts", Key(base, OURS, seed), artifact.SUFFIX)
             if path is not None:
-                yield artifact.load(path)
+                yield SoftPrompt.load(path)
 
     def _compare_with_ours(self) -> None:
         """Gives every cell its difference to the soft prompt of the same base and seed, or else of seed 0."""

@@ -81,10 +81,7 @@ def bake(lm: FrozenLM, soft_prompt: SoftPrompt, *, kv: bool = False) -> Baked:
             f"Keys and values are read for the architectures of the fast path only, and {lm.name} is none of them; "
             f"export embeddings."
         )
-    prefix = lm.prefix_kv((*before, SOFT), vectors)
-    layers = [torch.stack([keys[0], values[0]]) for keys, values in zip(prefix.keys, prefix.values, strict=True)]
-    numbers = torch.stack(layers).permute(3, 0, 1, 2, 4)  # [L, 2, H_kv, P', D] → [P', L, 2, H_kv, D]
-    return Baked(numbers.float().cpu().contiguous(), before, task)
+    return Baked(lm.prefix_numbers((*before, SOFT), vectors).cpu(), before, task)
 
 
 def _ids(lm: FrozenLM, ids: Tokens) -> torch.Tensor:

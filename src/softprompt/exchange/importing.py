@@ -16,7 +16,8 @@ from softprompt.exchange.peft_folder import PeftPrompt
 from softprompt.files import StrPath, local_path
 from softprompt.model.frozen import FrozenLM
 from softprompt.soft_prompts import artifact
-from softprompt.soft_prompts.soft_prompt import SoftPrompt, library_versions
+from softprompt.soft_prompts.metadata import library_versions
+from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.task import Task
 from softprompt.text.encoder import Encoder
 from softprompt.text.template import Template

@@ -11,24 +11,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from softprompt.errors import ConfigError
-from softprompt.generation.writer import Writer
+from softprompt.generation.writer import Writer, take
 from softprompt.model.batch import micro_batches
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.prefixes import PrefixOf
 from softprompt.model.request import Request, Sampling, prompt_of
-from softprompt.model.state.kv import PrefixKV
+from softprompt.model.state.prefix import PrefixState
 from softprompt.model.state.slots import RowKV, give_back_freed, rounded
 from softprompt.text.tokens import Tokens
-
-if TYPE_CHECKING:
-    from softprompt.model.frozen import FrozenLM
-    from softprompt.model.request import Sampling
 
 CHUNK = 512
 """The most tokens of one row's input in one pass: a long input neither holds up the other rows for long nor needs
@@ -68,13 +63,13 @@ class Continuation:
     Attributes:
         writer: what becomes of it.
         embedded: ``[T, H]``, the tokens that have not been run yet, at least one; without a prefix, the whole sequence.
-        prefix: keys and values of the tokens before; None for a model that runs whole sequences.
+        prefix: what the tokens before left behind; None for a model that runs whole sequences.
         token: the last token that was picked.
     """
 
     writer: Writer
     embedded: torch.Tensor
-    prefix: PrefixKV | None
+    prefix: PrefixState | None
     token: int = -1
 
 
@@ -187,15 +182,15 @@ class Decoder:
         if not rows:
             return []
         logits = self._lm.run_whole([row.embedded for row in rows], [1] * len(rows))
-        self._take(rows, [of_row[0] for of_row in logits])
+        self._take(rows, torch.cat(list(logits)))
         self._whole = [row for row in rows if not row.writer.done]
         for row in self._whole:
             row.embedded = torch.cat([row.embedded, self._lm.embed([row.token], None)])
         return rows
 
-    def _take(self, rows: Sequence[Continuation], logits: torch.Tensor | Sequence[torch.Tensor]) -> None:
-        for row, of_row in zip(rows, logits, strict=True):
-            row.token = row.writer.take(of_row)
+    def _take(self, rows: Sequence[Continuation], logits: torch.Tensor) -> None:
+        for row, token in zip(rows, take([row.writer for row in rows], logits), strict=True):
+            row.token = token
 
 
 def _remove(rows: list[Continuation], kv: RowKV, index: int) -> None:
@@ -234,8 +229,9 @@ def generate(
         One result a request, in order.
     """
     sampling = sampling or Sampling()
-    prefix_of = prefix_of or lm.kept_prefixes(None)
-    writers = [Writer(lm, sampling, sampling.seed + i) for i in range(len(requests))]
+    prefix_of = prefix_of or lm.kept_prefixes()
+    ends = lm.end_tokens
+    writers = [Writer(lm.tokenizer, ends, sampling, sampling.seed + i) for i in range(len(requests))]
     prompts = [prompt_of(request, soft_prompts) for request in requests]
     rooms = [
         len(request.ids) + (0 if vectors is None else len(vectors)) + sampling.max_new_tokens

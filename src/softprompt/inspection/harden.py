@@ -218,9 +218,8 @@ class _Search:
         if task.verbalizer is None:
             Objective(task.lm).backward([task.target_request(e) for e in examples], [0] * len(examples), embedded)
         else:
-            owners = torch.tensor(task.label_of_word, device=task.lm.device)
             gold = [task.labels.index(str(e.target)) for e in examples]
-            Objective(task.lm, owners).backward([task.label_request(e) for e in examples], gold, embedded)
+            Objective(task.lm, task.label_of_word).backward([task.label_request(e) for e in examples], gold, embedded)
         assert embedded.grad is not None
         return embedded.grad.float().cpu()
 

@@ -20,7 +20,7 @@ from softprompt.evaluation.validation import validator
 from softprompt.methods.problem import Learned, Problem
 from softprompt.model.batch import Row, collate
 from softprompt.model.frozen import FrozenLM
-from softprompt.model.state.kv import PrefixKV
+from softprompt.model.state.prefix import PrefixState
 from softprompt.tasks.predict import Prediction, Progress, Query, default_sampling, predict
 from softprompt.tuning.config import EPOCHS, TrainConfig
 from softprompt.tuning.keeping import Keeper
@@ -118,7 +118,7 @@ class Tuner:
         self._requests = [task.target_request(e) for e in examples]
         self._order = RowOrder([None if task.verbalizer is None else example.target for example in examples])
         self._validator = validator(task, held_out)
-        self._no_prefix: PrefixKV | None = None
+        self._no_prefix: PrefixState | None = None
         if lm.shares_prefix:
             with torch.no_grad():
                 self._no_prefix = lm.prefix_kv((), None)

@@ -14,7 +14,6 @@ import torch
 from softprompt.data.example import Example
 from softprompt.errors import ConfigError, TrainingError
 from softprompt.methods.problem import CHECKING, LEAST_CHECKS, PROBE, PROBE_ROWS, Learned, Problem
-from softprompt.soft_prompts import artifact
 from softprompt.tasks.predict import Prediction, Progress, Query, predict
 from softprompt.tasks.task import Task
 from softprompt.tuning.config import EVAL_EVERY, TrainConfig, most_steps
@@ -56,7 +55,7 @@ def soft_prompt(problem: Problem, parametrisation: str = "plain") -> Learned:
             [Query(task, example, found.vectors) for example in examples], progress=progress, prefix_of=kept
         ),
         trainable_parameters=found.training["trainable_parameters"],
-        bytes=len(artifact.encode(found)),
+        bytes=len(found.encoded()),
         chosen={"steps": found.training["steps_done"], "best_step": found.training["best_step"]},
         validation=found.metrics[0]["value"] if found.metrics else None,
         curve=tuple(curve),
@@ -163,7 +162,7 @@ def _of_several(problem: Problem, decide: Callable[[torch.Tensor], torch.Tensor]
     return Learned(
         answer=answer,
         trainable_parameters=sum(member.vectors.numel() for member in members),
-        bytes=sum(len(artifact.encode(member)) for member in members),
+        bytes=sum(len(member.encoded()) for member in members),
         chosen={"soft_prompts": len(members)},
     )
 

@@ -1,20 +1,89 @@
-"""What must be known of a transformers model's architecture: its parts, and whether a prefix can be computed once."""
+"""What must be known of a transformers model's architecture: a record for each family whose prefixes can be computed
+once, and what is read off any model."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from softprompt.errors import BaseModelError
+from softprompt.model.state.kv import PrefixKV
+from softprompt.model.state.prefix import PrefixState
 
-SHARED_PREFIX_MODELS = frozenset({"gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "opt", "qwen2", "qwen3"})
-"""Model types whose shared-prefix computation is tested against concatenation; others take the concatenation path."""
+Windows = Literal["none", "every layer", "by layer_types"]
+"""Which layers of a model see the last ``sliding_window`` tokens only."""
 
-NOT_OURS = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
-"""Settings of a configuration with which a model computes what the shared-prefix computation does not."""
+
+@dataclass(frozen=True)
+class Refusal:
+    """A setting with which a model runs whole sequences, since a prefix computed alone would not be the same.
+
+    Attributes:
+        setting: its name in the configuration.
+        values: the values that are meant; none: all but None, 0 and False.
+        why: what it changes, in plain words.
+    """
+
+    setting: str
+    values: tuple[str, ...]
+    why: str
+
+    def applies(self, config: Any) -> bool:
+        """Whether a model of this configuration has it."""
+        found = [getattr(config, self.setting, None)]
+        if self.setting == "rope_type":  # some models have one for each kind of layer
+            rotary = getattr(config, "rope_parameters", None) or {}
+            found = [kind.get("rope_type") for kind in (rotary, *rotary.values()) if isinstance(kind, dict)]
+        return any(value in self.values if self.values else bool(value) for value in found)
+
+
+REFUSED = (
+    Refusal("rope_type", ("dynamic", "longrope"), "the angles of the positions stretch with the length of what runs"),
+    Refusal("attn_logit_softcapping", (), "attention scores are capped"),
+    Refusal("final_logit_softcapping", (), "logits are capped"),
+    Refusal("use_bidirectional_attention", (), "tokens see those behind them"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Architectures alike, for which the shared-prefix computation is tested against concatenation.
+
+    Attributes:
+        name: what people call it.
+        model_types: what transformers calls it in a configuration.
+        layers: where its decoder layers are, from the model without its head.
+        state: what a prefix leaves behind.
+        enters: how a prefix enters, in plain words.
+        windows: which layers have a sliding window.
+        refused: with which settings a model of it runs whole sequences all the same.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    layers: str = "layers"
+    state: type[PrefixState] = PrefixKV
+    enters: str = "keys and values before those of the row, in every layer"
+    windows: Windows = "none"
+    refused: tuple[Refusal, ...] = REFUSED
+
+
+FAMILIES = (
+    Family(name="Llama", model_types=("llama",)),
+    Family(name="Mistral", model_types=("mistral",), windows="every layer"),
+    Family(name="Qwen 2 and 3", model_types=("qwen2", "qwen3"), windows="by layer_types"),
+    Family(name="Gemma 3", model_types=("gemma3_text",), windows="by layer_types"),
+    Family(name="GPT-2", model_types=("gpt2",), layers="h"),
+    Family(name="GPT-NeoX", model_types=("gpt_neox",)),
+    Family(name="OPT", model_types=("opt",), layers="decoder.layers"),
+)
+"""Every other causal language model runs whole sequences, the soft prompt before each (the concatenation path)."""
+
+SHARED_PREFIX_MODELS = tuple(sorted(kind for family in FAMILIES for kind in family.model_types))
 
 WINDOWS = (
     "max_position_embeddings",
@@ -38,14 +107,18 @@ LEAST_SIGHT = 1e-6
 """Share of the largest gradient that one in a later token must have to count: rounding is far below, sight above."""
 
 
-def shares_prefix(config: Any) -> bool:
-    """Whether the shared-prefix computation serves a model of this configuration."""
-    rotary = getattr(config, "rope_parameters", None) or {}
-    # These stretch the angles with the length of what runs, so a prefix would not be the same alone.
-    kinds = [rotary, *(kind for kind in rotary.values() if isinstance(kind, dict))]  # some differ from layer to layer
-    stretches = any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
-    differs = any(getattr(config, name, None) for name in NOT_OURS)
-    return config.model_type in SHARED_PREFIX_MODELS and not stretches and not differs
+def family_of(config: Any) -> Family | None:
+    """The family of a model of this configuration; None if it is of none."""
+    return next((family for family in FAMILIES if config.model_type in family.model_types), None)
+
+
+def why_whole_sequences(config: Any) -> str:
+    """Why a model of this configuration cannot share a prefix, in plain words; empty if it can."""
+    family = family_of(config)
+    if family is None:
+        return f"it is of type {config.model_type}, and a prefix can be shared by {', '.join(SHARED_PREFIX_MODELS)}"
+    found = [refusal for refusal in family.refused if refusal.applies(config)]
+    return "; ".join(f"with the setting {refusal.setting} of its configuration {refusal.why}" for refusal in found)
 
 
 def embedding_table(model: Any) -> torch.Tensor:
@@ -61,8 +134,12 @@ def embedding_table(model: Any) -> torch.Tensor:
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
-    """The stack of decoder layers: of the lists of modules that are inside no other, the first with as many as the
-    configuration says the language model has layers, or the longest."""
+    """The stack of decoder layers. In a model of no family: of the lists of modules that are inside no other, the first
+    with as many as the configuration says the language model has layers, or the longest."""
+    family = family_of(model.config)
+    if family is not None:
+        layers: nn.ModuleList = model.base_model.get_submodule(family.layers)
+        return layers
     config = model.config.get_text_config()
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():  # outer modules come first

@@ -18,10 +18,31 @@ from typing import Any
 import torch
 from torch import nn
 
+from softprompt.errors import BaseModelError
+from softprompt.model.architecture import Windows
+
 NAME = "softprompt"
+
+INSTALLED = "_softprompt_installed"
+"""The attribute of a transformers model whose layers have our hooks."""
 
 SLIDING = "sliding_attention"
 """Transformers' name of layers whose tokens see the last few tokens only."""
+
+WITHOUT_EFFECT = frozenset(
+    {
+        "cache_position",
+        "dropout",  # 0 outside training
+        "is_causal",  # the mask says it
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+"""What transformers hands to attention besides, and a mask and embedded positions have taken care of."""
 
 BLOCK = 512
 """Keys that PyTorch's attention on a CPU works on at once."""
@@ -45,11 +66,12 @@ class Masks:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, config: Any, dtype: torch.dtype) -> Masks:
-        """Those of a model of this configuration."""
-        kinds = set(getattr(config, "layer_types", None) or (SLIDING,))
+    def of(cls, config: Any, windows: Windows, dtype: torch.dtype) -> Masks:
+        """Those of a model of this configuration, whose family has such ``windows``. The configuration alone does not
+        tell: some hold settings of the model that they were made from, which transformers does not look at."""
+        kinds = {"none": (), "every layer": (SLIDING,), "by layer_types": getattr(config, "layer_types", ())}[windows]
         window = getattr(config, "sliding_window", None) if SLIDING in kinds else None
-        return cls(window, kinds == {SLIDING}, dtype)
+        return cls(window, set(kinds) == {SLIDING}, dtype)
 
     def __call__(self, sees: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor) -> Any:
         """
@@ -93,6 +115,24 @@ def attend(
     weights = torch.softmax(scores * scaling + mask, dim=-1)
     out = torch.matmul(weights.view(batch, kv_heads, -1, span), value)
     return out.view(batch, heads, tokens, width).transpose(1, 2)
+
+
+def attend_fast(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float, *, grouped: bool
+) -> torch.Tensor:
+    """What ``attend`` computes, by PyTorch's own kernel, which is the faster one without gradient.
+
+    Args:
+        query, key, value, mask, scaling: as for ``attend``.
+        grouped: hand over each key head once, for all of its query heads. On CUDA, a mask and grouped heads together
+            would take the slow path that writes all scores down, so there each query head gets a copy of its own.
+    """
+    if not grouped:
+        key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
+    out = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped
+    )
+    return out.transpose(1, 2)
 
 
 # The same for rows that share one prefix, or have none, the hot spot of training, as an operator of its own so that
@@ -238,7 +278,19 @@ def _attention(
     keep: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' attention call: with a floating-point mask ``[B, 1, T, P + S]`` it is ours, else ``sdpa``'s."""
+    """Transformers' attention call: with a floating-point mask ``[B, 1, T, P + S]`` it is ours, else ``sdpa``'s.
+
+    Raises:
+        BaseModelError: it is to do something else as well (sinks, capped scores, a bias, dropout), which would be left
+            out.
+    """
+    asked = [name for name, value in kwargs.items() if value is not None and name not in WITHOUT_EFFECT]
+    if asked or kwargs.get("dropout"):
+        raise BaseModelError(
+            f"the attention of the base model ({type(module).__name__}) is to be computed with "
+            f"{', '.join(asked or ['dropout'])}, which the shared prefix does not know; give another base model, or "
+            "the release of transformers that softprompt was tested with"
+        )
     if attention_mask is None or not attention_mask.is_floating_point():
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -262,10 +314,7 @@ def _attention(
         return attend(query, key, value, attention_mask, factor), None
     if query.shape[2] > 1 and prefix_layer is None and query.device.type == "cpu" and query.dtype != torch.float32:
         key, value, attention_mask = _in_whole_blocks(key, value, attention_mask)
-    out = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, scale=factor, enable_gqa=True
-    )
-    return out.transpose(1, 2), None
+    return attend_fast(query, key, value, attention_mask, factor, grouped=query.device.type != "cuda"), None
 
 
 def _in_whole_blocks(
@@ -281,14 +330,14 @@ def _in_whole_blocks(
 
 
 def _pick_layer(index: int) -> Any:
-    """A forward pre-hook that hands a layer its own part of ``prefix`` (``PrefixKV``) and its own list in ``keep``."""
+    """A forward pre-hook that hands a layer its own part of ``prefix`` (a state) and its own list in ``keep``."""
 
     def hook(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         prefix = kwargs.pop("prefix", None)
         if prefix is not None:
-            kwargs["prefix_layer"] = (prefix.keys[index], prefix.values[index])
+            kwargs["prefix_layer"] = prefix.layer(index)
         if kwargs.get("keep") is not None:
             kwargs["keep"] = kwargs["keep"][index]
         return args, kwargs
@@ -298,14 +347,15 @@ def _pick_layer(index: int) -> Any:
 
 def install(model: nn.Module, layers: nn.ModuleList) -> None:
     """Makes ``model`` (a transformers model with decoder ``layers``) accept ``prefix=`` and ``prefix_rows=`` in its
-    forward."""
+    forward. A second time it does nothing."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    if model.config._attn_implementation == NAME:  # type: ignore[union-attr]
-        return  # a model that was frozen before
     ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)  # type: ignore[operator]
+    if getattr(model, INSTALLED, False):
+        return
+    setattr(model, INSTALLED, True)
     for index, layer in enumerate(layers):
         layer.register_forward_pre_hook(_pick_layer(index), with_kwargs=True)

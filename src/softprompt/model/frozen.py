@@ -20,9 +20,10 @@ from softprompt.model.architecture import (
     SHARED_PREFIX_MODELS,
     decoder_layers,
     embedding_table,
+    family_of,
     matrix_ends,
     require_causal,
-    shares_prefix,
+    why_whole_sequences,
     window_of,
 )
 from softprompt.model.attention import Masks
@@ -31,9 +32,10 @@ from softprompt.model.fast.compiled import compiled_if_possible
 from softprompt.model.fingerprint import fingerprint_model, fingerprint_tokenizer, model_settings, weights_digest
 from softprompt.model.loading import load_base, pick_device, pick_dtype
 from softprompt.model.notes import heard
-from softprompt.model.prefixes import KeptPrefixes, PrefixOf
+from softprompt.model.prefixes import PrefixCache, PrefixOf
 from softprompt.model.request import Request, prompt_of
-from softprompt.model.state.kv import PrefixKV, in_a_row, stack_prefixes
+from softprompt.model.state.kv import PrefixKV
+from softprompt.model.state.prefix import PrefixState
 from softprompt.model.state.slots import RowKV
 from softprompt.text.tokens import SOFT, Tokens, frequent_tokens
 
@@ -63,6 +65,7 @@ class FrozenLM:
         embedding_rms: root mean square of the table's elements, the unit of learning rates and random initialisations.
         window: the most tokens in one sequence.
         shares_prefix: whether the shared-prefix computation serves this architecture.
+        why_whole_sequences: why not, in plain words; empty if it does.
         compiled: whether the decoder layers are compiled now.
     """
 
@@ -85,8 +88,10 @@ class FrozenLM:
         config = model.config
         self.window = window_of(config, tokenizer)
         require_causal(self.model, name, rms=self.embedding_rms)
-        self.shares_prefix = shares_prefix(config)
-        self._mask = Masks.of(config, self.dtype)
+        family = family_of(config)
+        self.why_whole_sequences = why_whole_sequences(config)
+        self.shares_prefix = not self.why_whole_sequences
+        self._mask = Masks.of(config, family.windows if family else "none", self.dtype)
         self._layers = decoder_layers(model)
         # In 16 bits, a CPU rounds the matrix product of one row otherwise than that row's among others: where a row
         # alone is computed twice, its text is the same in any company.
@@ -134,6 +139,13 @@ class FrozenLM:
         """``L``, the number of decoder layers."""
         return len(self._layers)
 
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """The end-of-sequence tokens, of the tokenizer and of what the model says about generation."""
+        said = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        ends = said if isinstance(said, list) else [said]
+        return frozenset(token for token in (*ends, self.tokenizer.eos_token_id) if token is not None)
+
     @cached_property
     def first_layer_gain(self) -> float:
         """How many times as large as what goes in, a frequent token's embedding, is what comes out of the first decoder
@@ -148,9 +160,7 @@ class FrozenLM:
     @cached_property
     def kv_shape(self) -> tuple[int, ...]:
         """``(L, 2, H_kv, D)``, the shape of a virtual token of a trained KV prefix; only with ``shares_prefix``."""
-        with torch.no_grad(), self.eager():
-            keys = self.prefix_kv((), None).keys
-        return len(keys), 2, keys[0].shape[1], keys[0].shape[3]
+        return tuple(self.prefix_numbers((), None).shape[1:])
 
     @cached_property
     def tokens_at_once(self) -> int:
@@ -189,7 +199,9 @@ class FrozenLM:
 
     # --- the shared-prefix path --------------------------------------------------------------------------------------
 
-    def prefix_kv(self, ids: Sequence[int], vectors: torch.Tensor | None, before: PrefixKV | None = None) -> PrefixKV:
+    def prefix_kv(
+        self, ids: Sequence[int], vectors: torch.Tensor | None, before: PrefixState | None = None
+    ) -> PrefixState:
         """Computes a shared prefix once; differentiable in ``vectors``.
 
         Args:
@@ -199,18 +211,34 @@ class FrozenLM:
             before: one prefix that is known already and that ``ids`` stand behind.
 
         Returns:
-            Keys and values ``[1, H_kv, len, D]`` of every layer, those of ``before`` first.
+            What all of them leave behind, ``before`` included.
         """
+        assert before is None or isinstance(before, PrefixKV)
         if vectors is None or vectors.dim() == 2 or SOFT not in ids:
             return self._run_prefix(ids, vectors, before)
         place = list(ids).index(SOFT)
-        layers = vectors.to(self.device, self.dtype).permute(1, 2, 3, 0, 4)  # [L, 2, H_kv, P, D]
-        trained = PrefixKV(tuple(layers[:, :1]), tuple(layers[:, 1:]), (len(vectors),))
+        known = PrefixKV.of_numbers(vectors.to(self.device, self.dtype))
         if place:
             before = self._run_prefix(ids[:place], None, before)
-        known = in_a_row(before, trained)
+        if before is not None:
+            known = before.join(known)
         behind = ids[place + 1 :]
         return self._run_prefix(behind, None, known) if behind else known
+
+    @torch.no_grad()
+    def prefix_numbers(self, ids: Sequence[int], vectors: torch.Tensor | None) -> torch.Tensor:
+        """A prefix as the numbers of a trained KV prefix.
+
+        Args:
+            ids, vectors: as for ``prefix_kv``; only with ``shares_prefix``.
+
+        Returns:
+            float32 ``[P, L, 2, H_kv, D]``, of all of its tokens, keys after any rotary embedding.
+        """
+        with self.eager():
+            prefix = self.prefix_kv(ids, vectors)
+        assert isinstance(prefix, PrefixKV)
+        return prefix.numbers().float().contiguous()
 
     def _run_prefix(self, ids: Sequence[int], vectors: torch.Tensor | None, before: PrefixKV | None = None) -> PrefixKV:
         """Keys and values of ``before``, and behind them of ``ids``, which see those."""
@@ -233,19 +261,18 @@ class FrozenLM:
             values=tuple(layer[0][1][:, :, :length] for layer in kept),
             lengths=(length,),
         )
-        return in_a_row(before, own)
+        return own if before is None else before.join(own)
 
-    def kept_prefixes(self, most: int | None) -> PrefixOf:
-        """``prefix_kv`` without gradient that keeps its last ``most`` results, or all."""
+    def kept_prefixes(self, most: int | None = None, *, capacity: int | None = None) -> PrefixCache:
+        """``prefix_kv`` without gradient that keeps its last results: ``most``, ``capacity`` bytes, or all."""
 
-        @torch.no_grad()
-        def compute(ids: Tokens, vectors: torch.Tensor | None) -> PrefixKV:
+        def compute(ids: Tokens, vectors: torch.Tensor | None) -> PrefixState:
             with self.eager():
                 return self.prefix_kv(ids, vectors)
 
-        return KeptPrefixes(compute, most)
+        return PrefixCache(compute, most=most, capacity=capacity)
 
-    def score_batch(self, batch: Batch, prefix: PrefixKV) -> torch.Tensor:
+    def score_batch(self, batch: Batch, prefix: PrefixState) -> torch.Tensor:
         """Log-probabilities of each row's words; differentiable in ``prefix``.
 
         Returns:
@@ -259,7 +286,7 @@ class FrozenLM:
         absent = torch.arange(batch.num_words, device=self.device) >= batch.word_counts[:, None]
         return scores.view(batch.size, batch.num_words).masked_fill(absent, -torch.inf)
 
-    def _hidden(self, batch: Batch, prefix: PrefixKV) -> torch.Tensor:
+    def _hidden(self, batch: Batch, prefix: PrefixState) -> torch.Tensor:
         """Hidden states ``[B, T, H]`` of the rows after the last layer's norm."""
         before = torch.arange(prefix.width, device=self.device).expand(len(batch.ids), -1)
         embedded = self.look_up(batch.ids)
@@ -374,7 +401,7 @@ class FrozenLM:
                 if vectors.dim() != 2:
                     raise ConfigError(
                         "A trained KV prefix must stand before all input, which may not be empty, in a base model with "
-                        f"a shared prefix ({', '.join(sorted(SHARED_PREFIX_MODELS))}); use a plain soft prompt."
+                        f"a shared prefix ({', '.join(SHARED_PREFIX_MODELS)}); use a plain soft prompt."
                     )
                 pieces.append(vectors.to(self.device, self.dtype))
             start = place + 1
@@ -398,7 +425,8 @@ class FrozenLM:
             soft_prompts: float ``[P_k, H]`` each, or trained KV prefixes ``[P_k, L, 2, H_kv, D]``; ``Request.prompt``
                 points into them.
             max_tokens: the most tokens, padding included, in one forward pass; by default twice ``tokens_at_once``.
-            prefix_of: where prefixes come from; by default each is computed once for each forward pass.
+            prefix_of: where prefixes come from; by default as many are kept as there are soft prompts, for as long as
+                this call lasts.
 
         Returns:
             float32 ``[N, W]`` on the CPU, natural logarithm, summed over a word's tokens; ``-inf`` beyond a request's
@@ -406,11 +434,12 @@ class FrozenLM:
         """
         width = max((len(request.words) for request in requests), default=0)
         scores = torch.full((len(requests), width), -torch.inf)
+        prefix_of = prefix_of or self.kept_prefixes(max(1, len(soft_prompts)))
         for group in self._groups(requests, max_tokens or 2 * self.tokens_at_once):
             members = [requests[i] for i in group]
             with self.eager():
                 if self.shares_prefix and members[0].shares_prefix:
-                    rows, prefix = self._rows(members, soft_prompts, prefix_of or self.prefix_kv)
+                    rows, prefix = self._rows(members, soft_prompts, prefix_of)
                     part = self.score_batch(collate(rows, prefix.lengths, self.device), prefix)
                 else:
                     part = self.score_concatenated(members, soft_prompts)
@@ -430,17 +459,17 @@ class FrozenLM:
 
     def _rows(
         self, requests: Sequence[Request], soft_prompts: Sequence[torch.Tensor], prefix_of: PrefixOf
-    ) -> tuple[list[Row], PrefixKV]:
+    ) -> tuple[list[Row], PrefixState]:
         """Rows and the prefixes they point at, each prefix computed once."""
         index: dict[tuple[Tokens, int | None], int] = {}
-        rows, prefixes = [], []
+        rows, prefixes = list[Row](), list[PrefixState]()
         for request in requests:
             key = (request.ids[: request.shared], request.prompt)
             if key not in index:
                 index[key] = len(index)
                 prefixes.append(prefix_of(key[0], prompt_of(request, soft_prompts)))
             rows.append(Row(request.ids[request.shared :], request.words, index[key]))
-        return rows, stack_prefixes(prefixes)
+        return rows, prefixes[0].stack(prefixes[1:])
 
     # --- compilation ------------------------------------------------------------------------------
 

@@ -19,7 +19,6 @@ from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Sampling
 from softprompt.serving.openai_api import ApiError, Message
 from softprompt.serving.served import USUAL_TOKENS, Entry, Model, Order, Wish
-from softprompt.soft_prompts import artifact
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
 from softprompt.tasks.task import Task
@@ -120,7 +119,7 @@ class Catalog:
             raise StoreError(
                 f"The name '{name}' is the base model's; rename the soft prompt's file, or load it under another name."
             )
-        soft_prompt = artifact.load(path)
+        soft_prompt = SoftPrompt.load(path)
         task = Task.of(self._lm, soft_prompt)
         if task.max_length > self._window:
             task = replace(task, max_length=self._window)

@@ -11,16 +11,14 @@ import logging
 import math
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
 from softprompt.generation.decoder import JOIN_TOKENS, Continuation, Decoder, continuation
-from softprompt.generation.writer import Writer
 from softprompt.model.frozen import FrozenLM
-from softprompt.model.state.kv import PrefixKV
+from softprompt.model.state.prefix import PrefixState
 from softprompt.serving.jobs import (
     CLOSED,
     Closed,
@@ -35,75 +33,11 @@ from softprompt.serving.jobs import (
     check_room,
     tickets_of,
     too_long,
+    writer_of,
 )
-from softprompt.text.tokens import SOFT, Tokens
+from softprompt.text.tokens import Tokens
 
 log = logging.getLogger("softprompt.engine")
-
-
-class PrefixCache:
-    """Prefixes by content: the least recently used go first when their bytes exceed a cap.
-
-    Attributes:
-        nbytes: bytes held.
-        queries: tokens of all prefixes that were asked for.
-        hits: tokens of those that were there.
-    """
-
-    def __init__(self, lm: FrozenLM, capacity: int) -> None:
-        self._lm = lm
-        self._capacity = capacity
-        self._held: OrderedDict[tuple[str, Tokens], PrefixKV] = OrderedDict()
-        self.nbytes = 0
-        self.queries = 0
-        self.hits = 0
-
-    def __len__(self) -> int:
-        return len(self._held)
-
-    def holds(self, ids: Tokens, content: str) -> bool:
-        """Whether a prefix is there."""
-        return self._key(ids, content) in self._held
-
-    def get(self, ids: Tokens, vectors: torch.Tensor | None, content: str) -> PrefixKV:
-        """The keys and values of ``ids``, computed if they are not there.
-
-        Args:
-            ids: token ids, ``SOFT`` where ``vectors`` stand.
-            vectors: the soft prompt, or None.
-            content: what tells ``vectors`` from all others.
-        """
-        key = self._key(ids, content)
-        found = self._held.get(key)
-        if found is not None:
-            self._held.move_to_end(key)
-            self.hits += found.width
-        else:
-            found = _apart(self._lm.prefix_kv(ids, vectors))
-            self._keep(key, found)
-        self.queries += found.width
-        return found
-
-    def _keep(self, key: tuple[str, Tokens], prefix: PrefixKV) -> None:
-        if prefix.nbytes > self._capacity:
-            return
-        self._held[key] = prefix
-        self.nbytes += prefix.nbytes
-        while self.nbytes > self._capacity:
-            _, oldest = self._held.popitem(last=False)
-            self.nbytes -= oldest.nbytes
-
-    def _key(self, ids: Tokens, content: str) -> tuple[str, Tokens]:
-        return (content if SOFT in ids else "", ids)
-
-
-def _apart(prefix: PrefixKV) -> PrefixKV:
-    """A copy that holds no more memory than its own numbers: some models hand out views of larger tensors."""
-    keys, values = (
-        tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors)
-        for tensors in (prefix.keys, prefix.values)
-    )
-    return PrefixKV(keys, values, prefix.lengths)
 
 
 class Engine:
@@ -118,7 +52,7 @@ class Engine:
     def __init__(self, lm: FrozenLM, limits: Limits | None = None) -> None:
         self.lm = lm
         self.limits = limits or Limits()
-        self.prefixes = PrefixCache(lm, self.limits.prefix_bytes)
+        self.prefixes = lm.kept_prefixes(capacity=self.limits.prefix_bytes)
         self._changed = threading.Condition()
         self._to_write = FairQueue()
         self._to_score = FairQueue()
@@ -248,8 +182,8 @@ class Engine:
         places = {content: place for place, content in enumerate(prompts)}
         contents = {id(vectors): content for content, vectors in prompts.items()}
 
-        def prefix_of(ids: Tokens, vectors: torch.Tensor | None) -> PrefixKV:
-            return self.prefixes.get(ids, vectors, contents.get(id(vectors), ""))
+        def prefix_of(ids: Tokens, vectors: torch.Tensor | None) -> PrefixState:
+            return self.prefixes(ids, vectors, contents.get(id(vectors), ""))
 
         requests = [replace(ticket.job.request, prompt=places.get(ticket.job.content)) for ticket in tickets]
         now = time.monotonic()
@@ -277,15 +211,14 @@ class Engine:
         for ticket in tickets:
             job = ticket.job
             ticket.started = time.monotonic()
-            assert job.sampling is not None
 
-            def prefix_of(ids: Tokens, vectors: torch.Tensor | None, ticket: Ticket = ticket) -> PrefixKV:
+            def prefix_of(ids: Tokens, vectors: torch.Tensor | None, ticket: Ticket = ticket) -> PrefixState:
                 hits = self.prefixes.hits
-                found = self.prefixes.get(ids, vectors, ticket.job.content)
+                found = self.prefixes(ids, vectors, ticket.job.content)
                 ticket.cached = self.prefixes.hits - hits
                 return found
 
-            writer = Writer(self.lm, job.sampling, job.sampling.seed, lead=job.lead, top_logprobs=job.top_logprobs)
+            writer = writer_of(self.lm, job)
             try:
                 row = continuation(self.lm, job.request, job.vectors, writer, prefix_of)
             except Exception as error:

@@ -17,7 +17,7 @@ from softprompt.model.frozen import FrozenLM
 from softprompt.serving.catalog import content_of
 from softprompt.serving.openai_api import ApiError
 from softprompt.serving.served import Entry
-from softprompt.soft_prompts import artifact
+from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.task import Task
 
 MOST = 64
@@ -62,7 +62,7 @@ class Inspector:
         return {"id": entry.name, "object": "soft_prompt.inspection", "content_hash": entry.content, **views}
 
     def _look(self, entry: Entry, path: Path) -> dict[str, Any]:
-        soft_prompt = artifact.load(path)
+        soft_prompt = SoftPrompt.load(path)
         if content_of(soft_prompt, entry.card["max_model_len"]) != entry.content:
             raise ApiError(409, f"The file of {entry.name!r} was changed since it was loaded; load it again.")
         key = entry.content + json.dumps(soft_prompt.training, sort_keys=True)  # by that record the start is made again

@@ -11,7 +11,8 @@ from typing import Protocol
 
 import torch
 
-from softprompt.generation.writer import TokenLogprob
+from softprompt.generation.writer import TokenLogprob, Writer
+from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request, Sampling
 from softprompt.serving.limits import Limits as Limits
 
@@ -171,6 +172,14 @@ def tickets_of(jobs: Sequence[Job], notify: Callable[[int, Event], None]) -> lis
         return lambda event: notify(index, event)
 
     return [Ticket(job, teller(index)) for index, job in enumerate(jobs)]
+
+
+def writer_of(lm: FrozenLM, job: Job) -> Writer:
+    """What writes the continuation of a job that is not to score words."""
+    assert job.sampling is not None
+    return Writer(
+        lm.tokenizer, lm.end_tokens, job.sampling, job.sampling.seed, lead=job.lead, top_logprobs=job.top_logprobs
+    )
 
 
 def check_room(waiting: int, more: int, limits: Limits) -> None:

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from softprompt.data.example import Example
 from softprompt.errors import ConfigError
-from softprompt.generation.writer import Writer
 from softprompt.model.batch import build_trie
 from softprompt.model.frozen import FrozenLM
 from softprompt.serving.jobs import (
@@ -39,6 +38,7 @@ from softprompt.serving.jobs import (
     check_room,
     tickets_of,
     too_long,
+    writer_of,
 )
 from softprompt.serving.vllm import Unreachable, UpstreamError, Vllm
 from softprompt.text.tokens import SOFT
@@ -301,7 +301,7 @@ class Upstreams:
     async def _write(self, ticket: Ticket, server: Vllm) -> Piece:
         job = ticket.job
         assert job.sampling is not None
-        writer = Writer(self._lm, job.sampling, job.sampling.seed, lead=job.lead, top_logprobs=job.top_logprobs)
+        writer = writer_of(self._lm, job)
         self.prefixes.queries += job.prompt_tokens
         answer = server.write(job.request.ids, job.vectors, job.sampling, sorted(writer.ends), job.top_logprobs)
         async with contextlib.aclosing(answer) as chunks:

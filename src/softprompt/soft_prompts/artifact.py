@@ -19,16 +19,19 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
 
-from softprompt.errors import ArtifactError, BaseModelError, StoreError
+from softprompt.errors import ArtifactError, StoreError
 from softprompt.files import StrPath, atomic_writer, local_path
-from softprompt.soft_prompts.soft_prompt import Header, SoftPrompt, size_names
+from softprompt.soft_prompts.metadata import Header, Metadata, size_names, sizes_of
+
+if TYPE_CHECKING:
+    import torch
 
 SCHEMA_VERSION = 2
 """Of soft prompts whose label words have an end, which earlier releases would leave out; all others have version 1."""
@@ -48,14 +51,18 @@ _MAPPINGS = ("training", "data", "versions")
 _SETTINGS = "base_settings"  # only where there are some: files of earlier releases have none
 
 
-def save(soft_prompt: SoftPrompt, path: StrPath) -> None:
-    """Writes ``soft_prompt`` to ``path``, in place of what was there, atomically; missing folders are made.
+def write(content: bytes, path: StrPath, name: str) -> None:
+    """Writes a file of :func:`encode` in place of what was there, atomically; missing folders are made.
+
+    Args:
+        content: the file.
+        path: where it goes.
+        name: of the soft prompt, for an error.
 
     Raises:
-        ArtifactError: the vectors are not finite float32 of their parametrisation's shape, or a field has no JSON form.
         StoreError: the folder cannot be written, or is full; a file that was there before is unchanged.
     """
-    content, path = encode(soft_prompt), local_path(path)
+    path = local_path(path)
     try:
         with atomic_writer(path) as file:
             file.write(content)
@@ -63,30 +70,26 @@ def save(soft_prompt: SoftPrompt, path: StrPath) -> None:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = f"free {len(content):,} bytes there" if full else "make the folder writable"
         raise StoreError(
-            f"The soft prompt '{soft_prompt.name}' cannot be written to {path}: {error.strerror or error}; "
+            f"The soft prompt '{name}' cannot be written to {path}: {error.strerror or error}; "
             f"{remedy}, or choose another folder."
         ) from error
 
 
-def load(path: StrPath) -> SoftPrompt:
-    """Reads what :func:`save` wrote; vectors float32 on the CPU.
-
-    Sequences inside ``training``, ``data`` and ``metrics`` come back as lists, as JSON has it.
+def read(path: StrPath) -> tuple[dict[str, Any], NDArray[np.float32]]:
+    """The fields of :class:`Metadata` in a file, and its numbers.
 
     Raises:
         ArtifactError: there is no such file, or it is truncated, corrupted, foreign or of a newer schema.
     """
-    import torch
-
     document, numbers = _read(local_path(path))
-    return SoftPrompt(vectors=torch.from_numpy(numbers), **_fields(document))
+    return _fields(document), numbers
 
 
 def read_header(path: StrPath) -> Header:
-    """All that the file says except its numbers, which are checked as :func:`load` does; needs no torch.
+    """All that the file says except its numbers, which are checked as :func:`read` does; needs no torch.
 
     Raises:
-        ArtifactError: as for :func:`load`.
+        ArtifactError: as for :func:`read`.
     """
     document, _ = _read(local_path(path))
     sizes = {name: document[name] for name in size_names(document["parametrisation"])}
@@ -133,58 +136,17 @@ def _read(path: Path) -> tuple[dict[str, Any], NDArray[np.float32]]:
     return document, numbers
 
 
-def check_base(
-    soft_prompt: SoftPrompt,
-    *,
-    base: str,
-    base_fingerprint: str,
-    tokenizer_fingerprint: str,
-    hidden_size: int,
-    base_settings: Mapping[str, Any],
-) -> None:
-    """Refuses every base model but the one that ``soft_prompt`` was tuned on; the same model under another id passes.
+def encode(soft_prompt: Metadata, vectors: torch.Tensor) -> bytes:
+    """The whole file.
 
     Args:
-        soft_prompt: what is to be used.
-        base: id of the loaded base model.
-        base_fingerprint: hex digest of its type and weights.
-        tokenizer_fingerprint: hex digest of its tokenizer.
-        hidden_size: its embedding width H, which a trained KV prefix does not show; its fingerprint does.
-        base_settings: the settings of its configuration. Those that only one of both has are not compared: a file of an
-            earlier release has none, and another release of transformers knows others.
+        soft_prompt: what is known of it.
+        vectors: the numbers.
 
     Raises:
-        BaseModelError: width, weights, tokenizer or a setting differ.
+        ArtifactError: the vectors are not finite float32 of their parametrisation's shape, or a field has no JSON form.
     """
-    width = soft_prompt.sizes.get("hidden_size", hidden_size)
-    if width != hidden_size:
-        tuned, loaded = f"width {width}", f"width {hidden_size}"
-    elif soft_prompt.base_fingerprint != base_fingerprint:
-        tuned, loaded = f"fingerprint {soft_prompt.base_fingerprint[:12]}", f"fingerprint {base_fingerprint[:12]}"
-    elif soft_prompt.tokenizer_fingerprint != tokenizer_fingerprint:
-        tuned = f"tokenizer {soft_prompt.tokenizer_fingerprint[:12]}"
-        loaded = f"tokenizer {tokenizer_fingerprint[:12]}"
-    elif differing := [
-        key for key, value in soft_prompt.base_settings.items() if base_settings.get(key, value) != value
-    ]:
-        key = differing[0]
-        tuned, loaded = f"{key} {soft_prompt.base_settings[key]!r}", f"{key} {base_settings[key]!r}"
-    else:
-        return
-    wanted = f"the '{base}' of that time" if soft_prompt.base == base else f"'{soft_prompt.base}'"
-    raise BaseModelError(
-        f"The soft prompt '{soft_prompt.name}' was tuned on the base model '{soft_prompt.base}' ({tuned}), "
-        f"but the one loaded is '{base}' ({loaded}); load {wanted}, or tune a new soft prompt on '{base}'."
-    )
-
-
-def encode(soft_prompt: SoftPrompt) -> bytes:
-    """The whole file, as :func:`save` writes it.
-
-    Raises:
-        ArtifactError: as for :func:`save`.
-    """
-    vectors = soft_prompt.vectors.detach().cpu().contiguous()
+    vectors = vectors.detach().cpu().contiguous()
     name = soft_prompt.name
     if soft_prompt.parametrisation == "prefix":
         sound, form = vectors.ndim == 5 and vectors.shape[2] == 2, "[P, L, 2, H_kv, D] with P, L, H_kv and D"
@@ -203,7 +165,7 @@ def encode(soft_prompt: SoftPrompt) -> bytes:
         )
     verbalizer = soft_prompt.verbalizer
     fields = {key: getattr(soft_prompt, key) for key in (*_TEXTS, *_MAPPINGS, "metrics")}
-    fields |= soft_prompt.sizes | {
+    fields |= sizes_of(soft_prompt.parametrisation, vectors.shape) | {
         "schema_version": SCHEMA_VERSION if soft_prompt.word_end else 1,
         "verbalizer": None if verbalizer is None else list(verbalizer.items()),
     }

@@ -3,54 +3,18 @@ use it."""
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from softprompt.drawing.words import amount, html_table, plain_metric
+from softprompt.errors import BaseModelError
+from softprompt.files import StrPath
+from softprompt.soft_prompts import artifact
+from softprompt.soft_prompts.metadata import Metadata, sizes_of
 
 if TYPE_CHECKING:
     import torch
-
-from softprompt.drawing.words import amount, html_table, plain_metric
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metadata:
-    """The metadata needed to use a soft prompt.
-
-    Attributes:
-        name: what the user calls it.
-        base: id of the base model it was tuned on (``smollm2-135m``, a hub id or a path).
-        base_fingerprint: hex digest of that model's type and weights (``FrozenLM.fingerprint``).
-        tokenizer_fingerprint: hex digest of its tokenizer (``FrozenLM.tokenizer_fingerprint``).
-        template: text of the ``Template`` it was tuned with.
-        verbalizer: label → words, or None for free-text targets.
-        word_end: whether it was tuned with an end behind each label's word, as labels need of which one begins with
-            another; False for free text and other labels, and in files of releases that had no ends.
-        parametrisation: what it was folded from; ``"plain"`` for free vectors, ``"prefix"`` for a trained KV prefix.
-        training: the training configuration and what came of it (steps, seconds, tokens), JSON values only.
-        data: fingerprints and row counts of the training and validation data, JSON values only.
-        metrics: one dict a metric: ``{"split", "metric", "value", "stderr", "n"}``.
-        versions: library → version at creation.
-        created: time of creation, ISO 8601 with zone.
-        base_settings: the settings of the base model's configuration that change what it computes, JSON values by name
-            (``FrozenLM.settings``); empty in files of earlier releases.
-    """
-
-    name: str
-    base: str
-    base_fingerprint: str
-    tokenizer_fingerprint: str
-    template: str
-    verbalizer: Mapping[str, tuple[str, ...]] | None = None
-    word_end: bool = False
-    parametrisation: str = "plain"
-    training: Mapping[str, Any] = field(default_factory=dict)
-    data: Mapping[str, Any] = field(default_factory=dict)
-    metrics: tuple[Mapping[str, Any], ...] = ()
-    versions: Mapping[str, str] = field(default_factory=dict)
-    created: str = ""
-    base_settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,36 +55,91 @@ class SoftPrompt(Metadata):
         ]
         return html_table(("soft prompt", ""), rows)
 
+    @classmethod
+    def load(cls, path: StrPath) -> SoftPrompt:
+        """Reads what :meth:`save` wrote; vectors float32 on the CPU.
+
+        Sequences inside ``training``, ``data`` and ``metrics`` come back as lists, as JSON has it. A stored soft prompt
+        is found by its name with ``Store().load(name)``.
+
+        Args:
+            path: the ``.safetensors`` file.
+
+        Raises:
+            ArtifactError: there is no such file, or it is truncated, corrupted, foreign or of a newer schema.
+        """
+        import torch
+
+        fields, numbers = artifact.read(path)
+        return cls(vectors=torch.from_numpy(numbers), **fields)
+
+    def save(self, path: StrPath) -> None:
+        """Writes it to ``path``, in place of what was there, atomically; missing folders are made.
+
+        Raises:
+            ArtifactError: the vectors are not finite float32 of their parametrisation's shape, or a field has no JSON
+                form.
+            StoreError: the folder cannot be written, or is full; a file that was there before is unchanged.
+        """
+        artifact.write(self.encoded(), path, self.name)
+
+    def encoded(self) -> bytes:
+        """The whole file, as :meth:`save` writes it.
+
+        Raises:
+            ArtifactError: as for :meth:`save`.
+        """
+        return artifact.encode(self, self.vectors)
+
     @property
     def sizes(self) -> dict[str, int]:
         """The sizes of ``vectors`` by name."""
-        shape = self.vectors.shape
-        return dict(zip(size_names(self.parametrisation), (*shape[:2], *shape[3:]), strict=True))
+        return sizes_of(self.parametrisation, self.vectors.shape)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Header(Metadata):
-    """What a soft prompt's file says, except its numbers.
+load, save = SoftPrompt.load, SoftPrompt.save
 
-    Attributes:
-        sizes: as :attr:`SoftPrompt.sizes`.
+
+def check_base(
+    soft_prompt: SoftPrompt,
+    *,
+    base: str,
+    base_fingerprint: str,
+    tokenizer_fingerprint: str,
+    hidden_size: int,
+    base_settings: Mapping[str, Any],
+) -> None:
+    """Refuses every base model but the one that ``soft_prompt`` was tuned on; the same model under another id passes.
+
+    Args:
+        soft_prompt: what is to be used.
+        base: id of the loaded base model.
+        base_fingerprint: hex digest of its type and weights.
+        tokenizer_fingerprint: hex digest of its tokenizer.
+        hidden_size: its embedding width H, which a trained KV prefix does not show; its fingerprint does.
+        base_settings: the settings of its configuration. Those that only one of both has are not compared: a file of an
+            earlier release has none, and another release of transformers knows others.
+
+    Raises:
+        BaseModelError: width, weights, tokenizer or a setting differ.
     """
-
-    sizes: Mapping[str, int]
-
-    @property
-    def num_virtual_tokens(self) -> int:
-        """``P``."""
-        return self.sizes["num_virtual_tokens"]
-
-
-def size_names(parametrisation: str) -> tuple[str, ...]:
-    """What the sizes of a soft prompt's numbers are called; the 2 for keys and values goes without a name."""
-    if parametrisation == "prefix":
-        return ("num_virtual_tokens", "num_layers", "num_kv_heads", "head_dim")
-    return ("num_virtual_tokens", "hidden_size")
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of what a training's numbers depend on."""
-    return {name: importlib.metadata.version(name) for name in ("softprompt", "torch", "transformers")}
+    width = soft_prompt.sizes.get("hidden_size", hidden_size)
+    if width != hidden_size:
+        tuned, loaded = f"width {width}", f"width {hidden_size}"
+    elif soft_prompt.base_fingerprint != base_fingerprint:
+        tuned, loaded = f"fingerprint {soft_prompt.base_fingerprint[:12]}", f"fingerprint {base_fingerprint[:12]}"
+    elif soft_prompt.tokenizer_fingerprint != tokenizer_fingerprint:
+        tuned = f"tokenizer {soft_prompt.tokenizer_fingerprint[:12]}"
+        loaded = f"tokenizer {tokenizer_fingerprint[:12]}"
+    elif differing := [
+        key for key, value in soft_prompt.base_settings.items() if base_settings.get(key, value) != value
+    ]:
+        key = differing[0]
+        tuned, loaded = f"{key} {soft_prompt.base_settings[key]!r}", f"{key} {base_settings[key]!r}"
+    else:
+        return
+    wanted = f"the '{base}' of that time" if soft_prompt.base == base else f"'{soft_prompt.base}'"
+    raise BaseModelError(
+        f"The soft prompt '{soft_prompt.name}' was tuned on the base model '{soft_prompt.base}' ({tuned}), "
+        f"but the one loaded is '{base}' ({loaded}); load {wanted}, or tune a new soft prompt on '{base}'."
+    )

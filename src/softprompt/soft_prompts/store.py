@@ -16,7 +16,8 @@ from filelock import FileLock
 from softprompt.errors import ArtifactError, StoreError
 from softprompt.files import StrPath, local_path
 from softprompt.soft_prompts import artifact
-from softprompt.soft_prompts.soft_prompt import Header, SoftPrompt
+from softprompt.soft_prompts.metadata import Header
+from softprompt.soft_prompts.soft_prompt import SoftPrompt
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 
@@ -96,7 +97,7 @@ class Store:
         with self.locked():
             if not overwrite:
                 self.require_free(soft_prompt.name)
-            artifact.save(soft_prompt, path)
+            soft_prompt.save(path)
         return path
 
     @contextmanager
@@ -143,7 +144,7 @@ class Store:
             StoreError: no soft prompt has that name.
             ArtifactError: as for :func:`softprompt.soft_prompts.artifact.load`.
         """
-        return artifact.load(self.find(name_or_path))
+        return SoftPrompt.load(self.find(name_or_path))
 
     def names(self) -> tuple[str, ...]:
         """All names, sorted.

@@ -12,8 +12,9 @@ from softprompt.data.example import Dataset, Example, check_targets, infer_label
 from softprompt.errors import ConfigError, DataError, SoftPromptWarning, TemplateError
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request
-from softprompt.soft_prompts.soft_prompt import SoftPrompt
+from softprompt.soft_prompts.soft_prompt import SoftPrompt, check_base
 from softprompt.tasks.length import default_num_virtual_tokens
+from softprompt.tasks.scores import label_scores
 from softprompt.text.encoder import Encoder
 from softprompt.text.template import Template
 from softprompt.text.tokens import Tokens, overlap
@@ -112,8 +113,6 @@ class Task:
         Raises:
             BaseModelError: it was tuned on another base model.
         """
-        from softprompt.soft_prompts.artifact import check_base
-
         check_base(
             soft_prompt,
             base=lm.name,
@@ -209,9 +208,7 @@ class Task:
         """
         if normalise:
             scores = scores / torch.tensor([len(word) for word in self.words], device=scores.device)
-        owners = torch.tensor(self.label_of_word, device=scores.device)
-        grouped = [scores[:, owners == label].logsumexp(dim=1) for label in range(len(self.labels))]
-        return torch.stack(grouped, dim=1).log_softmax(dim=1)
+        return label_scores(scores, self.label_of_word).log_softmax(dim=1)
 
 
 def _pairs(labels: Sequence[str], spellings: Sequence[Sequence[Tokens]]) -> str:

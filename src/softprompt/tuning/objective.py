@@ -12,7 +12,8 @@ from softprompt.model.batch import Row, collate, micro_batches
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.prefixes import PrefixOf
 from softprompt.model.request import Request
-from softprompt.model.state.kv import PrefixKV
+from softprompt.model.state.prefix import Detached
+from softprompt.tasks.scores import label_scores
 from softprompt.text.tokens import SOFT
 
 
@@ -27,7 +28,7 @@ class Objective:
     """
 
     lm: FrozenLM
-    labels: torch.Tensor | None = None
+    labels: Sequence[int] | None = None
     max_tokens: int | None = None
 
     def micro_batches(self, lengths: Sequence[int]) -> list[list[int]]:
@@ -47,10 +48,7 @@ class Objective:
             gold: ``B`` indices, of a word or, for the loss over labels, of a label.
         """
         if self.labels is not None:
-            scores = torch.stack(
-                [scores[:, self.labels == k].logsumexp(1) for k in range(int(self.labels.max()) + 1)], dim=1
-            )
-            scores = scores.log_softmax(dim=1)
+            scores = label_scores(scores, self.labels).log_softmax(dim=1)
         return -scores.gather(1, torch.tensor(gold, device=scores.device)[:, None]).sum()
 
     def weight(self, requests: Sequence[Request]) -> int:
@@ -77,30 +75,31 @@ class Objective:
         place = shared.index(SOFT)
         before = self._text_before(shared[:place], None) if place else None
         prefix = self.lm.prefix_kv(shared[place:], vectors, before)
-        graph = (*prefix.keys, *prefix.values)
-        leaves = [tensor.detach().float().requires_grad_() for tensor in graph]
+        detached = Detached(prefix)
         rows = [Row(r.ids[r.shared :], r.words) for r in requests]
-        total = 0.0
+        losses = []
         for group in self.micro_batches([row.length for row in rows]):
-            parts = [leaf.to(self.lm.dtype) for leaf in leaves]
-            half = len(parts) // 2
-            known = PrefixKV(tuple(parts[:half]), tuple(parts[half:]), prefix.lengths)
             batch = collate([rows[i] for i in group], prefix.lengths, self.lm.device)
-            loss = self.loss(self.lm.score_batch(batch, known), [gold[i] for i in group]) / weight
+            scores = self.lm.score_batch(batch, detached.leaves())
+            loss = self.loss(scores, [gold[i] for i in group]) / weight
             loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-        gradients = [leaf.grad.to(tensor.dtype) for leaf, tensor in zip(leaves, graph, strict=True)]  # type: ignore[union-attr]
-        torch.autograd.backward(graph, gradients)
-        return total, prefix.lengths[0] + sum(row.length for row in rows)
+            losses.append(loss.detach())
+        detached.backward()
+        return _sum(losses), prefix.lengths[0] + sum(row.length for row in rows)
 
     def _backward_concatenated(
         self, requests: Sequence[Request], gold: Sequence[int], vectors: torch.Tensor, weight: int
     ) -> tuple[float, int]:
-        total, width = 0.0, vectors.shape[0]
+        losses, width = [], vectors.shape[0]
         lengths = [sum(len(r.ids) - 1 + width + len(word) for word in r.words) for r in requests]
         for group in self.micro_batches(lengths):
             scores = self.lm.score_concatenated([requests[i] for i in group], [vectors])
             loss = self.loss(scores, [gold[i] for i in group]) / weight
             loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-        return total, sum(lengths)
+            losses.append(loss.detach())
+        return _sum(losses), sum(lengths)
+
+
+def _sum(losses: Sequence[torch.Tensor]) -> float:
+    """Read all at once: a GPU is waited for one time."""
+    return float(sum(torch.stack(list(losses)).tolist()))

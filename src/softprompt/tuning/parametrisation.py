@@ -15,7 +15,6 @@ import torch
 from torch.nn import functional
 
 from softprompt.errors import ConfigError
-from softprompt.model.architecture import SHARED_PREFIX_MODELS
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request
 from softprompt.text.template import Template
@@ -200,9 +199,8 @@ def require_shared_prefix(lm: FrozenLM, template: Template, requests: Sequence[R
     """
     if not lm.shares_prefix:
         raise ConfigError(
-            f"the parametrisation prefix needs a base model with a shared prefix "
-            f"({', '.join(sorted(SHARED_PREFIX_MODELS))}), but {lm.name} has none; "
-            "choose another base model or parametrisation"
+            f"the parametrisation prefix needs a base model that can share a prefix, but {lm.name} cannot: "
+            f"{lm.why_whole_sequences}; choose another base model or parametrisation"
         )
     if not all(request.shares_prefix for request in requests):
         raise ConfigError(
@@ -211,7 +209,6 @@ def require_shared_prefix(lm: FrozenLM, template: Template, requests: Sequence[R
         )
 
 
-@torch.no_grad()
 def kv_of(lm: FrozenLM, before: Sequence[int], vectors: torch.Tensor) -> torch.Tensor:
     """The keys and values that a soft prompt of vectors has in the base model.
 
@@ -223,6 +220,4 @@ def kv_of(lm: FrozenLM, before: Sequence[int], vectors: torch.Tensor) -> torch.T
     Returns:
         float32 ``[P, L, 2, H_kv, D]``, keys after any rotary embedding.
     """
-    prefix, start = lm.prefix_kv((*before, SOFT), vectors), len(before)
-    layers = [torch.cat([k, v])[:, :, start:] for k, v in zip(prefix.keys, prefix.values, strict=True)]
-    return torch.stack(layers).permute(3, 0, 1, 2, 4).float().contiguous()
+    return lm.prefix_numbers((*before, SOFT), vectors)[len(before) :]

@@ -18,7 +18,8 @@ from softprompt.files import StrPath
 from softprompt.model.batch import Row
 from softprompt.model.loading import DTYPES
 from softprompt.model.request import Request
-from softprompt.soft_prompts.soft_prompt import SoftPrompt, library_versions
+from softprompt.soft_prompts.metadata import library_versions
+from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.task import Task
 from softprompt.text.tokens import SOFT
 from softprompt.tuning import checkpoint, compilation
@@ -203,7 +204,7 @@ class Training:
                 raise ConfigError(
                     "The loss 'labels' needs class labels, but the targets are free text; give --labels or use lm."
                 )
-            self._objective = Objective(task.lm, torch.tensor(task.label_of_word, device=task.lm.device))
+            self._objective = Objective(task.lm, task.label_of_word)
             self._requests = [task.label_request(e) for e in examples]
             self._gold = [task.labels.index(str(e.target)) for e in examples]
         else:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class PrefixKV:
-    """Keys and values of ``K`` shared prefixes in every layer.
+    """Keys and values of ``K`` shared prefixes in every layer: what attention leaves behind (a ``PrefixState``).
 
     Attributes:
         keys: a tensor ``[K, H_kv, P, D]`` for each layer, in the model's dtype, after any rotary embedding; prefixes
@@ -26,6 +27,17 @@ class PrefixKV:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @classmethod
+    def of_numbers(cls, numbers: torch.Tensor) -> PrefixKV:
+        """One prefix, from ``[P, L, 2, H_kv, D]``; differentiable."""
+        layers = numbers.permute(1, 2, 3, 0, 4)  # [L, 2, H_kv, P, D]
+        return cls(tuple(layers[:, :1]), tuple(layers[:, 1:]), (len(numbers),))
+
+    def numbers(self) -> torch.Tensor:
+        """``[P, L, 2, H_kv, D]`` of one prefix; the reverse of ``of_numbers``."""
+        layers = [torch.cat(pair) for pair in zip(self.keys, self.values, strict=True)]
+        return torch.stack(layers).permute(3, 0, 1, 2, 4)
+
     @property
     def width(self) -> int:
         """Length in tokens of the longest prefix."""
@@ -34,33 +46,43 @@ class PrefixKV:
     @property
     def nbytes(self) -> int:
         """Bytes held by keys and values."""
-        return sum(t.nbytes for t in (*self.keys, *self.values))
+        return sum(t.nbytes for t in self.tensors)
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The keys of all layers, then the values."""
+        return (*self.keys, *self.values)
 
-def in_a_row(first: PrefixKV | None, second: PrefixKV) -> PrefixKV:
-    """One prefix from two, the second behind the first, if there is one."""
-    if first is None:
-        return second
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> PrefixKV:
+        """The same with other numbers, in the order and shapes of ``tensors``."""
+        layers = len(self.keys)
+        return replace(self, keys=tuple(tensors[:layers]), values=tuple(tensors[layers:]))
 
-    def join(one: tuple[torch.Tensor, ...], two: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.cat(pair, dim=2) for pair in zip(one, two, strict=True))
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one layer, ``[K, H_kv, P, D]`` each."""
+        return self.keys[index], self.values[index]
 
-    lengths = (first.width + second.width,)
-    return PrefixKV(join(first.keys, second.keys), join(first.values, second.values), lengths)
+    def select(self, prefixes: Sequence[int]) -> PrefixKV:
+        """Some of the prefixes, by index, in that order, as wide as the longest of them."""
+        lengths = tuple(self.lengths[i] for i in prefixes)
+        chosen, width = list(prefixes), max(lengths)
+        return replace(self.with_tensors([t[chosen, :, :width] for t in self.tensors]), lengths=lengths)
 
+    def join(self, behind: PrefixKV) -> PrefixKV:
+        """One prefix from two, ``behind`` after this one."""
+        assert len(self) == len(behind) == 1, "padding would lie between the two"
+        joined = [torch.cat(pair, dim=2) for pair in zip(self.tensors, behind.tensors, strict=True)]
+        return replace(self.with_tensors(joined), lengths=(self.width + behind.width,))
 
-def stack_prefixes(prefixes: list[PrefixKV]) -> PrefixKV:
-    """Stands prefixes of any lengths beside each other, padded on the right to the longest."""
-    if len(prefixes) == 1:
-        return prefixes[0]
-    width = max(p.width for p in prefixes)
+    def stack(self, others: Sequence[PrefixKV]) -> PrefixKV:
+        """Prefixes of any lengths beside each other, these ones first, padded on the right to the longest."""
+        if not others:
+            return self
+        states = (self, *others)
+        width = max(state.width for state in states)
 
-    def stack(parts: list[torch.Tensor]) -> torch.Tensor:
-        return torch.cat([nn.functional.pad(t, (0, 0, 0, width - t.shape[2])) for t in parts])
+        def beside(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+            return torch.cat([nn.functional.pad(t, (0, 0, 0, width - t.shape[2])) for t in parts])
 
-    layers = range(len(prefixes[0].keys))
-    return PrefixKV(
-        keys=tuple(stack([p.keys[i] for p in prefixes]) for i in layers),
-        values=tuple(stack([p.values[i] for p in prefixes]) for i in layers),
-        lengths=tuple(n for p in prefixes for n in p.lengths),
-    )
+        stacked = [beside(parts) for parts in zip(*(state.tensors for state in states), strict=True)]
+        return replace(self.with_tensors(stacked), lengths=tuple(n for state in states for n in state.lengths))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from softprompt.model.state.kv import PrefixKV
+from softprompt.model.state.prefix import PrefixState
 
 
 class RowKV:
@@ -29,13 +30,15 @@ class RowKV:
         self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []  # [R, H_kv, width, D] each
         self._places: Any = None  # index of the current pass's tokens in them
 
-    def add(self, starts: Sequence[PrefixKV], ahead: int) -> None:
-        """Rows that begin with the tokens of ``starts`` (one row each), behind those that are there.
+    def add(self, prefixes: Sequence[PrefixState], ahead: int) -> None:
+        """Rows that begin with the tokens of ``prefixes`` (one row each), behind those that are there.
 
         Args:
-            starts: copied.
+            prefixes: ``PrefixKV``; copied.
             ahead: tokens of each row in the next pass.
         """
+        starts = [prefix for prefix in prefixes if isinstance(prefix, PrefixKV)]
+        assert len(starts) == len(prefixes), "rows of another kind need slots of another kind"
         rows, longest = len(self.lengths) + len(starts), max(*self.lengths, *(start.width for start in starts), 0)
         if not self._layers:
             self._layers = [
