@@ -82,7 +82,7 @@ def small(lm: FrozenLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sp, "load_model", lambda base, **_: lm if base == "smollm2-135m" else pytest.fail(base))
     monkeypatch.setattr(sp, "train", shortly)
     news = [{"input": f"{('oil', 'the team')[i % 2]} {i}", "target": ("business", "sports")[i % 2]} for i in range(20)]
-    sp.save(shortly(lm, news, name="news"), "news.safetensors")
+    shortly(lm, news, name="news").save("news.safetensors")
 
 
 def test_there_are_pages_with_blocks() -> None:

@@ -17,6 +17,7 @@ import pytest
 import softprompt
 from docs.reference_pages import pages
 from softprompt.cli.arguments import spread
+from softprompt.model.architecture import FAMILIES
 from softprompt.tuning.config import TrainConfig
 from tests.test_sentences import GROUP, SOURCES, texts
 
@@ -131,6 +132,12 @@ def test_symptoms_are_sentences_of_the_code() -> None:
     ]
     assert missing == []
     assert len(symptoms) > 30
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/explain/shared_prefix.md"])
+def test_every_family_of_the_fast_path_is_named(page: str) -> None:
+    text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+    assert [family.name for family in FAMILIES if family.name not in text] == []
 
 
 # --- figures -------------------------------------------------------------------------------------
