@@ -40,8 +40,8 @@ wheel: .venv/dev.stamp
 # What benchmarks/gpu.sh takes along to a GPU machine without a network whose Python has torch, transformers, peft and
 # pytest. More with `make gpu-wheels GPU_MORE="transformers tokenizers"`, for another interpreter with GPU_PYTHON=3.11.
 GPU_PYTHON ?= 3.12
-GPU_WHEELS := annotated-doc annotated-types anyio fastapi httpcore2 httpx httpx2 idna jiter openai opentelemetry-api \
-	platformdirs prometheus-client pydantic pydantic-core sniffio starlette truststore typer typing-extensions typing-inspection uvicorn
+GPU_WHEELS := annotated-doc annotated-types anyio httpcore2 httpx httpx2 idna jiter openai opentelemetry-api \
+	platformdirs prometheus-client pydantic pydantic-core scipy sniffio starlette truststore typer typing-extensions typing-inspection uvicorn
 
 gpu-wheels: .venv/torch.stamp
 	rm -rf build/wheels

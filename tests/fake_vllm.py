@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 import uvicorn
-from fastapi import FastAPI, Request
+from starlette.applications import Starlette
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 
 from tests.conftest import make_model
 
@@ -198,9 +200,7 @@ def _error(status: int, message: str) -> Response:
     return JSONResponse({"error": {"message": message, "type": "Error", "code": status}}, status)
 
 
-def _app(fake: Fake) -> FastAPI:
-    app = FastAPI()
-
+def _app(fake: Fake) -> Starlette:
     def refused(request: Request) -> Response | None:
         if fake.key is not None and request.headers.get("authorization") != f"Bearer {fake.key}":
             return _error(401, "Unauthorized")
@@ -210,16 +210,19 @@ def _app(fake: Fake) -> FastAPI:
         cards = [{"id": "an-adapter", "parent": "base"}, {"id": "base", "parent": None, "max_model_len": fake.window}]
         return refused(request) or JSONResponse({"object": "list", "data": cards})
 
-    async def health() -> Response:
+    async def health(request: Request) -> Response:
         return Response(status_code=503 if fake.mode == "503" else 200)
 
     async def completions(request: Request) -> Response:
         return refused(request) or await fake.complete(await request.json())
 
-    app.add_api_route("/v1/models", models, response_model=None)
-    app.add_api_route("/health", health, response_model=None)
-    app.add_api_route("/v1/completions", completions, methods=["POST"], response_model=None)
-    return app
+    return Starlette(
+        routes=[
+            Route("/v1/models", models),
+            Route("/health", health),
+            Route("/v1/completions", completions, methods=["POST"]),
+        ]
+    )
 
 
 @contextmanager

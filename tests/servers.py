@@ -19,6 +19,7 @@ import torch
 import uvicorn
 from openai import OpenAI
 
+from softprompt.model.embedder import Embedder
 from softprompt.model.frozen import FrozenLM
 from softprompt.serving.catalog import Catalog
 from softprompt.serving.engine import Engine
@@ -168,9 +169,9 @@ def serving(
         fill(store, lm)
     engine: Engine | Upstreams
     if upstreams:
-        lm.keep_embedding_only()
-        engine = Upstreams(lm, upstreams, limits)
-        catalog = Catalog(lm, store, engine.window, check=partial(check_model, 16))
+        embedder = Embedder.of(lm, own_table=True)
+        engine = Upstreams(embedder, upstreams, limits)
+        catalog = Catalog(embedder, store, engine.window, check=partial(check_model, 16))
     else:
         engine = Engine(lm, limits)
         catalog = Catalog(lm, store, engine.limits.window(lm))

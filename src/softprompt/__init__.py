@@ -5,7 +5,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from softprompt.api import evaluate, load_model, predict, serve, train
+    from softprompt.api import evaluate, export, from_peft, load_model, predict, serve, train
     from softprompt.data.example import Dataset, Example
     from softprompt.data.reading import read_dataset
     from softprompt.errors import (
@@ -63,6 +63,8 @@ __all__ = [
     "chat_template",
     "default_template",
     "evaluate",
+    "export",
+    "from_peft",
     "load",
     "load_model",
     "predict",
@@ -74,7 +76,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "softprompt.api": ("evaluate", "load_model", "predict", "serve", "train"),
+    "softprompt.api": ("evaluate", "export", "from_peft", "load_model", "predict", "serve", "train"),
     "softprompt.data.example": ("Dataset", "Example"),
     "softprompt.data.reading": ("read_dataset",),
     "softprompt.errors": (

@@ -31,7 +31,7 @@ from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks import predict as answering
 from softprompt.tasks.length import default_num_virtual_tokens
 from softprompt.tasks.predict import Predictions, Progress, Query
-from softprompt.tasks.reading import Labels, read_task, references_column, taken_for
+from softprompt.tasks.reading import Labels, read_task, references_column, taken_for, verbalizer_of
 from softprompt.tasks.task import Task
 from softprompt.terminal.console import rows_bar, say_reading, stderr
 from softprompt.terminal.training import watch
@@ -40,6 +40,7 @@ from softprompt.tuning.config import TrainConfig
 from softprompt.tuning.training import Training
 
 if TYPE_CHECKING:
+    from softprompt.exchange.check import Checked
     from softprompt.serving.jobs import Limits
     from softprompt.serving.listening import RunningServer
 
@@ -383,6 +384,72 @@ def serve(
         stderr.print(f"listening on {running.url}; Ctrl-C ends it")
         running.wait()
     return running
+
+
+def export(
+    lm: FrozenLM, soft_prompt: SoftPrompt, folder: StrPath, to: str = "peft", *, check: bool = True
+) -> Checked | None:
+    """Writes a soft prompt in the form of another tool, exactly, with a README that says how to use it.
+
+    Args:
+        lm: its base model.
+        soft_prompt: what to export.
+        folder: new or empty.
+        to: ``peft``, ``prompt-tuning``, ``prefix-tuning``, ``cartridge``, ``npy`` or ``safetensors``.
+        check: compare a few texts with what the other library computes.
+
+    Returns:
+        What the check found; None without one, or where PEFT is not installed.
+
+    Raises:
+        ConfigError: an unknown format, or one in which this soft prompt has no exact form.
+        BaseModelError: the soft prompt is of another base model.
+        StoreError: the folder holds something, or cannot be written.
+    """
+    _require_model(lm)
+    from softprompt.exchange import exporting
+
+    return exporting.export(lm, soft_prompt, to, folder, checked=check)
+
+
+def from_peft(
+    lm: FrozenLM,
+    path: StrPath,
+    *,
+    name: str = "imported",
+    template: str = "{soft_prompt}{input}{target}",
+    labels: Labels | None = None,
+    task: int | None = None,
+    check: bool = True,
+) -> SoftPrompt:
+    """A soft prompt that PEFT trained, to be used as one of ours; an array in a ``.npy`` or ``.safetensors`` file, too.
+
+    Args:
+        lm: the base model that it was trained on.
+        path: the folder of prompt tuning, p-tuning, multitask prompt tuning, prefix tuning or a cartridge.
+        name: what to call it.
+        template: what stood around the text.
+        labels: its label set; None: free text.
+        task: which task of a multitask prompt, from 0.
+        check: compare a few texts with what PEFT computes, where it is installed.
+
+    Raises:
+        ArtifactError: the files hold no sound soft prompt, or none of this base model.
+        ConfigError: the base model has no place for keys and values, or the check found other answers.
+    """
+    _require_model(lm)
+    from softprompt.exchange import importing
+
+    verbalizer = None if labels in (None, "none") else verbalizer_of(labels)
+    found = importing.find(path, task)
+    soft_prompt, checked = importing.adopt(
+        lm, found, name=name, template=template, verbalizer=verbalizer, checked=check
+    )
+    if checked is not None and not checked.passed:
+        raise ConfigError(
+            f"Expected the answers of {checked.by}, found others: {checked}; check=False takes it as it is."
+        )
+    return soft_prompt
 
 
 def _require_model(lm: object) -> None:

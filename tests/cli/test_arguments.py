@@ -12,6 +12,8 @@ from typer.main import get_command
 
 from softprompt.cli.arguments import spread
 from softprompt.cli.main import command_line
+from softprompt.cli.options import seconds
+from softprompt.errors import ConfigError
 
 GROUP: Any = get_command(command_line())
 
@@ -61,6 +63,24 @@ def test_every_option_that_may_be_repeated_may_have_several_words() -> None:
     assert (list(found["prompts"]), list(found["upstream"])) == (["a", "b"], ["http://x", "http://y"])
 
 
+SEVERAL = [
+    (name, command, option.opts[0])
+    for name, command in GROUP.commands.items()
+    for option in command.params
+    if option.param_type_name == "option" and option.multiple
+]
+
+
+@pytest.mark.parametrize(("name", "command", "option"), SEVERAL, ids=lambda each: each if isinstance(each, str) else "")
+def test_each_of_them_takes_its_words_and_no_positional_argument(name: str, command: Any, option: str) -> None:
+    places = [param for param in command.params if param.param_type_name == "argument"]
+    positional = [f"place-{number}" for number in range(sum(abs(param.nargs) for param in places))]
+    several = [option, "a", option, "b"]
+    assert spread(GROUP, [name, *positional, option, "a", "b"]) == [name, *positional, *several]
+    ahead = [option, "a", "b", "--dtype", "fp32", *positional]
+    assert spread(GROUP, [name, *ahead]) == [name, *several, "--dtype", "fp32", *positional]
+
+
 def test_texts_behind_an_option_stay_texts() -> None:
     """Where a command takes any number of them and none stands elsewhere."""
     found = parsed("predict", "sst2", "--stop", ".", "a film", "a plot")
@@ -96,3 +116,17 @@ def test_several_values_after_an_option(first: str, values: list[str], flag: str
 )
 def test_the_rest_is_left_to_the_parser(words: list[str]) -> None:
     assert spread(GROUP, words) == words
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("90", 90), ("90s", 90), (" 1.5 m ", 90), ("10m", 600), ("2h", 7200), ("0.5h", 1800)]
+)
+def test_times(text: str, value: float) -> None:
+    assert seconds(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "m", "-3", "1d", "1m30s", "ten", "1e3"])
+def test_no_times(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        seconds(text)
+    assert str(caught.value) == f"Expected a time such as 90s, 10m or 1h for --budget, found {text!r}; write one."

@@ -80,6 +80,12 @@ def test_show_loads_no_torch(home: Path) -> None:
     assert "vectors" not in found
 
 
+def test_rm_loads_no_torch_where_no_training_left_anything(tmp_path: Path, home: Path) -> None:
+    (tmp_path / "sst2.safetensors").write_bytes((home / "sst2.safetensors").read_bytes())
+    assert loaded(tmp_path, "rm", "sst2") == ("removed sst2", "")
+    assert list(tmp_path.glob("*.safetensors")) == []
+
+
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ("list", "rm")])
 def test_help_loads_no_torch(home: Path, command: str) -> None:
     shown, libraries = loaded(home, command, "--help")

@@ -18,10 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score, matthews_corrcoef
 
-from softprompt.cli.options import seconds
 from softprompt.compare import measure, report
 from softprompt.compare.comparison import Comparison
-from softprompt.compare.measure import peak_memory, plain_perplexity
+from softprompt.compare.measure import plain_perplexity
 from softprompt.compare.plan import Key, Plan, cut
 from softprompt.data.example import Dataset, Example
 from softprompt.errors import BaseModelError, ConfigError, TrainingError
@@ -31,7 +30,7 @@ from softprompt.methods.problem import Learned, Problem
 from softprompt.methods.registry import METHODS
 from softprompt.model.frozen import FrozenLM
 from softprompt.tasks.predict import Prediction, Progress
-from tests.conftest import TOY_LABELS, TOY_TEMPLATE, make_model, make_tokenizer, plain_logprobs, tiny, toy
+from tests.conftest import TOY_LABELS, TOY_TEMPLATE, make_model, make_tokenizer, tiny, toy
 
 RAN: list[tuple[str, int]] = []
 
@@ -370,22 +369,6 @@ def test_short_answers_are_compared_by_the_words_they_share(tmp_path: Path, made
         comparison(tmp_path, methods=("zero-shot", "soft-prompt"), **options | {"train": long})
 
 
-# --- what a cell measures besides its score --------------------------------------------------------
-
-
-def test_perplexity_of_plain_text_against_transformers() -> None:
-    lm = tiny("llama")
-    tokens = lm.tokenizer(measure.plain_text(), add_special_tokens=False, verbose=False).input_ids
-    length, passages = 16, 3
-    gap = (len(tokens) - length) // passages
-    nll = []
-    for start in (0, gap, 2 * gap):
-        ids = tokens[start : start + length]
-        logprobs = plain_logprobs("llama", ids)
-        nll += [-float(logprobs[i, ids[i + 1]]) for i in range(length - 1)]
-    assert plain_perplexity(lm, passages, length) == pytest.approx(math.exp(np.mean(nll)), rel=1e-4)
-
-
 def test_forgetting_is_measured_on_the_changed_copy(tmp_path: Path, made_up: MadeUp) -> None:
     model = make_model("llama")
     with torch.no_grad():
@@ -398,34 +381,6 @@ def test_forgetting_is_measured_on_the_changed_copy(tmp_path: Path, made_up: Mad
     assert after > 1.1 * before
 
 
-def test_peak_memory_sees_what_was_held() -> None:
-    held = 256 << 20
-    with peak_memory(tiny("llama")) as peak:
-        filled = torch.ones(held // 4)
-        until = torch.ones(1)
-        for _ in range(20):  # some time passes
-            until = until + filled[:1_000_000].sum()
-        del filled
-    assert held * 0.75 < peak[0] < held * 2  # what others gave back meanwhile counts against it
-
-
-def test_peak_memory_sees_what_was_freed_before_and_is_used_again() -> None:
-    """The C library keeps freed memory that lies below some still in use."""
-
-    def many() -> list[torch.Tensor]:
-        return [torch.ones(1 << 16) for _ in range(1024)]  # 256 MB in pieces of 256 kB
-
-    torch.ones(1 << 20)  # freed, it makes the C library put tensors up to its size together
-    before = many()
-    above = torch.ones(1 << 16)
-    del before
-    with peak_memory(tiny("llama")) as peak:
-        again = many()
-        time.sleep(0.2)
-    assert peak[0] > 200 << 20
-    assert len(again) * above.numel() * 4 == 256 << 20
-
-
 @given(st.integers(1, 40), st.integers(0, 5))
 def test_a_cut_is_a_seeded_choice_in_order(rows: int, seed: int) -> None:
     data = toy(30, 3)
@@ -436,23 +391,6 @@ def test_a_cut_is_a_seeded_choice_in_order(rows: int, seed: int) -> None:
     assert some == cut(data, rows, seed)
     assert (some.fingerprint == data.fingerprint) == (rows >= 30)
     assert replace(some, examples=()) != replace(cut(data, rows, seed + 1), examples=()) or rows >= 30
-
-
-# --- the command line ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "value"), [("90", 90), ("90s", 90), (" 1.5 m ", 90), ("10m", 600), ("2h", 7200), ("0.5h", 1800)]
-)
-def test_times(text: str, value: float) -> None:
-    assert seconds(text) == value
-
-
-@pytest.mark.parametrize("text", ["", "m", "-3", "1d", "1m30s", "ten", "1e3"])
-def test_no_times(text: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        seconds(text)
-    assert str(caught.value) == f"Expected a time such as 90s, 10m or 1h for --budget, found {text!r}; write one."
 
 
 def test_instructions_may_be_added_after_methods_that_do_not_read_them(tmp_path: Path, made_up: MadeUp) -> None:
@@ -486,6 +424,7 @@ def test_every_cell_has_files_of_its_own() -> None:
 
 
 BASES = ("org1/tiny", "org2/tiny")
+
 SAID = {"org1/tiny": ["negative"], "org2/tiny": ["positive"]}
 
 

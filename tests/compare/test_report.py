@@ -1,311 +1,36 @@
-"""What the comparison's report says, against arithmetic done apart; made-up cells of the shape of ``results.json``."""
+"""What the comparison's report says: the table in the terminal, the verdict, the page."""
 
 from __future__ import annotations
 
-import io
 import math
-import random
 import re
 import sys
-from collections.abc import Sequence
 from html import unescape
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matplotlib.axes import Axes
-from matplotlib.container import ErrorbarContainer
-from matplotlib.figure import Figure
-from matplotlib.text import Annotation, Text
-from rich.console import Console
-from scipy import stats
-from sklearn.isotonic import IsotonicRegression
 
-from softprompt.compare import figures as plots
 from softprompt.compare import report, summary
-from softprompt.compare.summary import Row
-from softprompt.drawing import labels as labels_module
-from softprompt.drawing import style
 from softprompt.drawing.words import amount
 from softprompt.errors import ConfigError
-from softprompt.evaluation.metrics import accuracy, paired_bootstrap
 from softprompt.methods import registry
-
-METHODS: dict[str, tuple[float, int, int, float, float, float, float]] = {
-    # accuracy on sst2, trained parameters, bytes, seconds, peak memory, latency in ms, forgetting
-    "majority-class": (0.511, 0, 8, 0.0, 0.6e9, 0.0, 1.0),
-    "zero-shot": (0.802, 0, 0, 0.0, 0.6e9, 28.0, 1.0),
-    "zero-shot-calibrated": (0.821, 0, 16, 0.4, 0.6e9, 28.4, 1.0),
-    "instruction": (0.773, 0, 84, 21.0, 0.6e9, 33.0, 1.0),
-    "instruction-calibrated": (0.811, 0, 100, 22.0, 0.6e9, 33.5, 1.0),
-    "few-shot": (0.683, 0, 1200, 95.0, 0.9e9, 61.0, 1.0),
-    "few-shot-calibrated": (0.796, 0, 1216, 96.0, 0.9e9, 61.4, 1.0),
-    "few-shot-nearest": (0.846, 0, 480_000, 140.0, 1.1e9, 88.0, 1.0),
-    "few-shot-nearest-calibrated": (0.851, 0, 480_016, 141.0, 1.1e9, 88.2, 1.0),
-    "tf-idf": (0.812, 14_822, 402_000, 1.3, 0.2e9, 0.4, 1.0),
-    "peft-prompt-tuning": (0.712, 11_520, 46_600, 600.4, 4.1e9, 34.0, 1.0),
-    "soft-prompt": (0.907, 11_520, 47_952, 402.1, 1.2e9, 31.0, 1.0),
-    "soft-prompt-ensemble": (0.914, 34_560, 143_856, 1206.0, 1.2e9, 74.0, 1.0),
-    "prefix": (0.921, 230_400, 926_000, 455.0, 1.3e9, 30.0, 1.0),
-    "lora": (0.932, 921_600, 3_700_000, 590.0, 3.9e9, 29.0, 1.09),
-    "full-fine-tuning": (0.938, 134_515_008, 269_000_000, 597.0, 5.2e9, 28.0, 1.62),
-}
-FREE_TEXT = [method for method in METHODS if method not in ("majority-class", "tf-idf")]
-LEARNED = ("peft-prompt-tuning", "soft-prompt", "prefix", "lora", "full-fine-tuning")
-SIZES = {"smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384}
-
-
-def make_cells(
-    task: str = "sst2", base: str = "smollm2-135m", seeds: int = 1, shift: float = 0.0, gain: float = 0.0
-) -> list[dict[str, Any]]:
-    """A cell for every method: accuracies ``shift`` higher than on SST-2, and hard prompts ``gain`` more."""
-    return [
-        make_cell(method, task, base, seed, shift + (gain if numbers[1] == 0 else 0.0))
-        for method, numbers in METHODS.items()
-        for seed in range(seeds if method in LEARNED else 1)
-    ]
-
-
-def make_cell(method: str, task: str, base: str, seed: int, shift: float, bleu: bool = False) -> dict[str, Any]:
-    accuracy, parameters, kept, seconds, memory, latency, forgetting = METHODS[method]
-    n = 1821
-    value = round(min(accuracy + shift + 0.004 * (seed - 1) * (seed > 0), 0.99), 4)
-    ours = round(METHODS["soft-prompt"][0] + shift, 4)
-    stderr = (value * (1 - value) / n) ** 0.5
-    top = 40.0 if bleu else 1.0
-    difference = {"value": value - ours, "low": value - ours - 0.013, "high": value - ours + 0.012}
-    scaled = {key: top * number for key, number in difference.items()}
-    curve = [
-        {"seconds": seconds * i / 8, "step": 50 * i, "value": top * (value - 0.35 * 0.5**i), "loss": 2 * 0.7**i}
-        for i in range(1, 9)
-    ]
-    return {
-        "task": task,
-        "method": method,
-        "base": base,
-        "base_parameters": SIZES[base],
-        "seed": seed,
-        "status": "done",
-        "reason": None,
-        "metric": "bleu" if bleu else "accuracy",
-        "value": top * value,
-        "stderr": top * stderr,
-        "low": top * (value - 2 * stderr),
-        "high": top * (value + 1.9 * stderr),
-        "n": n,
-        "metrics": [] if bleu else [made_metric("macro_f1", value - 0.02), made_metric("mcc", 2 * value - 1)],
-        "most_frequent_answer": made_answer("positive", 1.0 if method == "majority-class" else 0.52, 0.511),
-        "trainable_parameters": parameters,
-        "bytes": kept,
-        "train_seconds": seconds,
-        "peak_memory_bytes": memory,
-        "latency_ms": latency,
-        "forgetting": {"before": 19.1, "after": 19.1 * forgetting, "ratio": forgetting},
-        "validation": top * value,
-        "chosen": {"lr": 3e-5} if method in LEARNED else {},
-        "curve": curve if method in LEARNED else [],
-        "difference": None if method == "soft-prompt" else scaled,
-        "budget_seconds": 600.0,
-        "versions": {"torch": "2.13.0", "softprompt": "0.1.0"},
-    }
-
-
-def made_metric(name: str, value: float) -> dict[str, Any]:
-    return {"metric": name, "value": value, "stderr": 0.01, "low": value - 0.02, "high": value + 0.02, "n": 1821}
-
-
-def made_answer(label: str, share: float, gold_share: float) -> dict[str, Any]:
-    telling = share >= 0.95 and gold_share < 0.9
-    return {"label": label, "share": share, "gold_share": gold_share, "one_answer": telling}
-
-
-def make_failed(method: str, seed: int = 0, task: str = "sst2") -> dict[str, Any]:
-    return {
-        "task": task,
-        "method": method,
-        "base": "smollm2-135m",
-        "seed": seed,
-        "status": "failed",
-        "reason": "The model's memory is <full>; use a smaller batch.",
-        "value": None,
-        "difference": None,
-        "budget_seconds": 600.0,
-        "versions": {"torch": "2.13.0", "softprompt": "0.1.0"},
-    }
-
-
-def several_tasks() -> list[dict[str, Any]]:
-    free_text = [make_cell(method, "e2e_nlg", "smollm2-135m", 0, -0.2, bleu=True) for method in FREE_TEXT]
-    return [
-        *make_cells("sst2", seeds=3),
-        *make_cells("trec6", shift=-0.02, gain=-0.3),
-        *make_cells("rte", shift=-0.3, gain=0.15),
-        *free_text,
-        make_failed("lora", seed=1, task="trec6"),
-    ]
-
-
-def several_bases(tasks: Sequence[str] = ("sst2",)) -> list[dict[str, Any]]:
-    bases = (("smollm2-1.7b", 0.05, 0.06), ("smollm2-135m", 0.0, 0.0), ("smollm2-360m", 0.02, 0.03))
-    return [
-        cell for base, shift, gain in bases for task in tasks for cell in make_cells(task, base, shift=shift, gain=gain)
-    ]
-
-
-def row_of(cells: Sequence[dict[str, Any]], method: str, task: str = "sst2") -> Row:
-    (row,) = (row for row in summary.summary(cells) if (row.method, row.task) == (method, task))
-    return row
-
-
-def printed(cells: Sequence[dict[str, Any]], width: int = 120) -> list[str]:
-    console = Console(file=io.StringIO(), width=width, soft_wrap=True, markup=False, highlight=False)
-    console.print(report.table(cells))
-    assert isinstance(console.file, io.StringIO)
-    return [line.rstrip() for line in console.file.getvalue().splitlines()]
-
-
-# --- summary --------------------------------------------------------------------------------------
-
-
-def test_one_seed_keeps_the_interval_of_its_rows() -> None:
-    cells = make_cells()
-    for cell in cells:
-        row = row_of(cells, cell["method"])
-        assert row.score is not None
-        assert (row.score.value, row.score.low, row.score.high) == pytest.approx(
-            (cell["value"], cell["low"], cell["high"])
-        )
-        assert row.stderr == pytest.approx(cell["stderr"])
-        if cell["difference"] is None:
-            assert row.difference is None
-        else:
-            assert row.difference is not None
-            assert vars(row.difference) == pytest.approx(cell["difference"])
-        assert (row.seeds, row.n, row.metric) == (1, 1821, "accuracy")
-        assert (row.trainable_parameters, row.bytes) == (cell["trainable_parameters"], cell["bytes"])
-        assert (row.train_seconds, row.latency_ms) == (cell["train_seconds"], cell["latency_ms"])
-        assert (row.peak_memory_bytes, row.forgetting) == (cell["peak_memory_bytes"], cell["forgetting"]["ratio"])
-
-
-def test_several_seeds_add_their_own_spread() -> None:
-    cells = make_cells(seeds=3)
-    mine = [cell for cell in cells if cell["method"] == "lora"]
-    ours = [cell for cell in cells if cell["method"] == "soft-prompt"]
-
-    def column(key: str, of: Sequence[dict[str, Any]] = mine) -> Any:
-        return np.array([cell[key] for cell in of])
-
-    value, seeds = column("value").mean(), column("value").std(ddof=1) ** 2 / 3
-    below, above = column("value") - column("low"), column("high") - column("value")
-    row = row_of(cells, "lora")
-    assert row.score is not None
-    assert row.score.value == pytest.approx(value)
-    assert row.stderr == pytest.approx(math.sqrt((column("stderr") ** 2).mean() + seeds))
-    assert row.score.low == pytest.approx(value - half_width((below**2).mean(), [seeds]), rel=1e-5)
-    assert row.score.high == pytest.approx(value + half_width((above**2).mean(), [seeds]), rel=1e-5)
-
-    both = [seeds, column("value", ours).std(ddof=1) ** 2 / 3]
-    value -= column("value", ours).mean()
-    assert row.difference is not None
-    assert vars(row.difference) == pytest.approx(
-        {"value": value, "low": value - half_width(0.013**2, both), "high": value + half_width(0.012**2, both)},
-        rel=1e-5,
-    )
-
-
-def half_width(of_rows: float, seeds: Sequence[float]) -> float:
-    """Welch and Satterthwaite's, from a squared half-width and variances of means over three seeds."""
-    variance = of_rows / stats.norm.ppf(0.975) ** 2 + sum(seeds)
-    return float(stats.t.ppf(0.975, variance**2 / sum(one**2 / 2 for one in seeds)) * math.sqrt(variance))
-
-
-def test_a_method_without_seeds_is_compared_with_the_mean_of_the_soft_prompts() -> None:
-    row = row_of(make_cells(seeds=3), "zero-shot")
-    ours = np.array([0.907, 0.907, 0.911])
-    assert row.difference is not None
-    assert row.difference.value == pytest.approx(0.802 - ours.mean())
-    width = half_width(0.012**2, [ours.std(ddof=1) ** 2 / 3])
-    assert row.difference.high == pytest.approx(row.difference.value + width, rel=1e-5)
-
-
-@pytest.mark.parametrize(("spread", "least"), [(0.1, 558), (0.4, 522)])
-def test_interval_holds_the_truth_over_seeds_and_rows(spread: float, least: int) -> None:
-    """Three seeds on 400 rows, whose scores differ by 1.4 or by 6 points.
-
-    At the stated coverage, at least 95 % and about 90 %, fewer hits of 600 have probability 1 % each (binomial).
-    """
-    rng = np.random.default_rng(0)
-    rows, seeds, trials, both, rows_only = 400, 3, 600, 0, 0
-    difficulty, chance = rng.normal(1.5, 1.0, 100_000), rng.normal(0.0, spread, 2_000)
-    truth = (1 / (1 + np.exp(-(difficulty[:2_000, None] + chance[None, :])))).mean()
-    for _ in range(trials):
-        drawn = rng.choice(difficulty, rows)
-        cells = []
-        for seed in range(seeds):
-            hits = rng.random(rows) < 1 / (1 + np.exp(-(drawn + rng.choice(chance))))
-            metric = accuracy(["a" if hit else "b" for hit in hits], ["a"] * rows)
-            cells.append({**make_failed("lora", seed), "status": "done", **metric.as_dict()})
-        score = row_of(cells, "lora").score
-        assert score is not None
-        assert score.low is not None
-        assert score.high is not None
-        both += score.low <= truth <= score.high
-        half = 1.96 * np.sqrt(np.mean([cell["stderr"] ** 2 for cell in cells]) / seeds)  # as if rows were drawn anew
-        rows_only += abs(score.value - truth) <= half
-    assert both >= least
-    assert rows_only < least
-
-
-@pytest.mark.parametrize("freedom", [1, 1.5, 2, 3.3, 9, 30, 9_999, 1e12])
-def test_quantile_of_student(freedom: float) -> None:
-    assert summary._t_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-5)
-
-
-def test_intervals_end_where_the_metric_does() -> None:
-    cells = [make_cell("soft-prompt", "sst2", "smollm2-135m", seed, 0.0) for seed in range(2)]
-    cells[0] |= {"value": 0.99, "low": 0.98, "high": 0.995}
-    cells[1] |= {"value": 0.5, "low": 0.4, "high": 0.6}
-    score = row_of(cells, "soft-prompt").score
-    assert score is not None
-    assert (score.low, score.high) == (0.0, 1.0)
-
-
-def test_rows_are_in_order_whatever_the_order_of_the_cells() -> None:
-    cells = [*several_bases(("sst2", "cr")), {**make_cell("lora", "cr", "smollm2-135m", 0, 0.0), "method": "another"}]
-    expected = [
-        (task, base, method)
-        for task in ("sst2", "cr")
-        for base in ("smollm2-135m", "smollm2-360m", "smollm2-1.7b")
-        for method in [*METHODS, *(["another"] if (task, base) == ("cr", "smollm2-135m") else [])]
-    ]
-    first, rest = cells[0], cells[1:]
-    random.Random(0).shuffle(rest)
-    assert [(row.task, row.base, row.method) for row in summary.summary([first, *rest])] == expected
-
-
-def test_failed_seeds_count_for_nothing_but_are_named() -> None:
-    good = make_cell("lora", "sst2", "smollm2-135m", 0, 0.0)
-    row = row_of([good, make_failed("lora", 1)], "lora")
-    assert row.score == row_of([good], "lora").score
-    assert row.failed == ("seed 1: The model's memory is <full>; use a smaller batch.",)
-    alone = row_of([make_failed("lora")], "lora")
-    assert (alone.score, alone.stderr, alone.seeds, alone.metric) == (None, None, 0, None)
-
-
-def test_null_means_unknown() -> None:
-    cell = make_cell("lora", "sst2", "smollm2-135m", 0, 0.0)
-    cell |= dict.fromkeys(("stderr", "low", "high", "latency_ms", "forgetting", "curve", "difference", "bytes"))
-    row = row_of([cell, make_cell("soft-prompt", "sst2", "smollm2-135m", 0, 0.0)], "lora")
-    assert row.score == summary.Estimate(cell["value"], None, None)
-    assert row.difference is not None
-    assert (row.difference.low, row.difference.high, row.difference.sign) == (None, None, 0)
-    assert (row.stderr, row.latency_ms, row.forgetting, row.curves, row.bytes) == (None, None, None, (), None)
-
+from tests.compare.cells import (
+    FREE_TEXT,
+    METHODS,
+    cells_of_answers,
+    made_answer,
+    make_cell,
+    make_cells,
+    make_failed,
+    printed,
+    row_of,
+    several_bases,
+    several_tasks,
+)
 
 # --- the terminal ---------------------------------------------------------------------------------
 
@@ -376,14 +101,6 @@ def test_cells_of_earlier_releases_have_no_further_metrics(tmp_path: Path) -> No
     report.write(cells, tmp_path)
 
 
-def test_further_metrics_are_means_over_seeds() -> None:
-    cells = make_cells(seeds=3)
-    found = [cell["metrics"] for cell in cells if cell["method"] == "lora"]
-    row = row_of(cells, "lora")
-    assert row.macro_f1 == pytest.approx(np.mean([of_seed[0]["value"] for of_seed in found]))
-    assert row.mcc == pytest.approx(np.mean([of_seed[1]["value"] for of_seed in found]))
-
-
 @pytest.mark.parametrize(
     ("ratio", "text"),
     [(1.0, "×1.00"), (16.027, "×16.03"), (99.994, "×99.99"), (99.996, "×100"), (3423.4, "×3,423"), (9e6, "×9,000,000")],
@@ -391,22 +108,6 @@ def test_further_metrics_are_means_over_seeds() -> None:
 def test_forgetting_in_words(ratio: float, text: str) -> None:
     cell = make_cell("lora", "sst2", "smollm2-135m", 0, 0.0) | {"forgetting": {"ratio": ratio}}
     assert any(line.endswith(f" {text}") for line in printed([cell]))
-
-
-# --- an interval that ends at 0 --------------------------------------------------------------------
-
-
-def cells_of_answers(seeds: int, ours: Sequence[bool], theirs: Sequence[bool]) -> list[dict[str, Any]]:
-    """LoRA and the soft prompt, the same answers for each seed: hits of the same rows."""
-    value, low, high = paired_bootstrap([float(hit) for hit in theirs], [float(hit) for hit in ours])
-    cells = []
-    for method, hits in (("soft-prompt", ours), ("lora", theirs)):
-        found = accuracy(["a" if hit else "b" for hit in hits], ["a"] * len(hits)).as_dict()
-        for seed in range(seeds):
-            cell = make_cell(method, "sst2", "smollm2-135m", seed, 0.0) | found
-            cell["difference"] = {"value": value, "low": low, "high": high} if method == "lora" else None
-            cells.append(cell)
-    return cells
 
 
 @pytest.mark.parametrize("seeds", [1, 3, 7])
@@ -434,34 +135,6 @@ def test_an_interval_that_ends_at_zero_is_no_verdict(side: int, seeds: int, tmp_
     page = report.write(two, tmp_path)[0].read_text("utf-8")
     (counts,) = re.findall(r"<tr><td>lora</td>((?:<td[^>]*>[^<]*</td>)+)</tr>", page.split("Over all tasks")[1])[:1]
     assert re.findall(r">([^<]*)</td>", counts)[:3] == ["0", "0", "2"]
-
-
-def test_rounding_is_no_sign() -> None:
-    """0.1 + 0.2 - 0.3 is 5.6e-17: means of token F1 over resamples come to that."""
-    rest = 0.1 + 0.2 - 0.3
-    assert rest != 0
-    assert summary.Estimate(0.1, rest, 0.2).sign == 0
-    assert summary.Estimate(-0.1, -0.2, -rest).sign == 0
-    assert summary.Estimate(0.1, 1e-6, 0.2).sign == 1  # less than a row of a million
-    assert summary.Estimate(-0.1, -0.2, -1e-6).sign == -1
-
-
-@pytest.mark.parametrize("seeds", [1, 3])
-def test_figures_end_their_bars_where_the_intervals_end(seeds: int) -> None:
-    """With no row right and all rows right, the bars begin at 0 and end at 100."""
-    cells = cells_of_answers(seeds, ours=[True] * 40, theirs=[False] * 40)
-    (panel,) = drawn(plots.score_against_time(panels_of(cells))).axes
-    bars = {
-        tuple(float(y) for y in segment[:, 1])
-        for container in panel.containers
-        if isinstance(container, ErrorbarContainer)
-        for line in container.lines[2]
-        for segment in line.get_segments()
-    }
-    (bottom, low), (high, top) = sorted(bars)
-    assert (bottom, top) == (0, 100)
-    assert low == pytest.approx(100 * accuracy(["b"] * 40, ["a"] * 40).high)
-    assert high == pytest.approx(100 * accuracy(["a"] * 40, ["a"] * 40).low)
 
 
 def test_an_end_near_zero_is_not_shown_as_zero() -> None:
@@ -732,83 +405,6 @@ def test_without_matplotlib_only_the_table_works(tmp_path: Path, monkeypatch: py
     )
     assert list(tmp_path.iterdir()) == []
     assert any(line.startswith("soft-prompt ◂") for line in printed(make_cells()))
-
-
-def panels_of(cells: Sequence[dict[str, Any]]) -> dict[str, list[Row]]:
-    return summary.grouped(summary.summary(cells))
-
-
-def texts_of(panel: Axes) -> list[Annotation]:
-    return [text for text in panel.texts if isinstance(text, Annotation)]
-
-
-def drawn(figure: Figure | None) -> Figure:
-    assert figure is not None
-    with style.style():
-        figure.draw_without_rendering()
-    return figure
-
-
-@pytest.mark.parametrize(
-    "cells", [make_cells(seeds=3), several_tasks(), several_bases()], ids=["one", "tasks", "bases"]
-)
-def test_labels_cover_neither_each_other_nor_marks(cells: list[dict[str, Any]]) -> None:
-    groups = panels_of(cells)
-    tasks = {"sst2": [row for row in summary.summary(cells) if row.task == "sst2"]}
-    for figure in (
-        plots.score_against_parameters(groups),
-        plots.score_against_time(groups),
-        plots.learning_curves(groups),
-        plots.score_against_size(tasks),
-    ):
-        if figure is None:
-            assert len({cell["base"] for cell in cells}) == 1
-            continue
-        for panel in drawn(figure).axes:
-            labels = texts_of(panel)
-            boxes = [Text.get_window_extent(label) for label in labels]  # without the line to the mark
-            assert len(labels) > 3
-            for (one, first), (other, second) in combinations(zip(labels, boxes, strict=True), 2):
-                assert not first.overlaps(second), (one.get_text(), other.get_text())
-            marks = panel.transData.transform([label.xy for label in labels])
-            assert not any(box.contains(*mark) for box in boxes for mark in marks)
-
-
-def test_what_trains_nothing_stands_left_of_the_logarithmic_axis() -> None:
-    figure = drawn(plots.score_against_parameters(panels_of(make_cells())))
-    (panel,) = figure.axes
-    x = {label.get_text(): label.xy[0] for label in texts_of(panel)}
-    assert x["lora"] == pytest.approx(math.log10(921_600))
-    free = [x[method] for method, numbers in METHODS.items() if numbers[1] == 0]
-    assert len(free) == len(set(free)) == 9
-    assert max(free) < math.log10(10_000) - 0.2
-    ticks = {text.get_text(): place for text, place in zip(panel.get_xticklabels(), panel.get_xticks(), strict=True)}
-    assert list(ticks) == ["0", "10 k", "100 k", "1 M", "10 M", "100 M"]
-    assert min(free) < ticks["0"] < max(free)
-    assert ticks["1 M"] == 6
-
-
-def test_names_in_a_small_panel_are_the_trained_methods_and_the_best_hard_prompt() -> None:
-    figure = drawn(plots.score_against_time(panels_of(several_tasks())))
-    trained = [method for method, numbers in METHODS.items() if numbers[1]]
-    for panel in figure.axes:
-        floor = [] if panel.get_title(loc="left") == "e2e_nlg" else ["majority-class"]
-        shown = [method for method in trained if method != "tf-idf" or floor]
-        assert {text.get_text() for text in texts_of(panel)} == {"few-shot-nearest-calibrated", *floor, *shown}
-
-
-def test_titles_are_no_mathematics_and_fit() -> None:
-    cells = [make_cell("soft-prompt", "$x^2$ " + "long " * 30, "smollm2-135m", 0, 0.0)]
-    (panel,) = drawn(plots.score_against_time(panels_of(cells))).axes
-    assert panel.get_title(loc="left").startswith("$x^2$ long long")
-    assert len(panel.get_title(loc="left")) == 48
-
-
-@given(st.lists(st.floats(-50, 150), min_size=1, max_size=12).map(sorted))
-def test_labels_in_a_column_move_as_little_as_possible(heights: list[float]) -> None:
-    steps = 10.0 * np.arange(len(heights))
-    fit = IsotonicRegression(y_min=0, y_max=120 - steps[-1]).fit_transform(steps, heights - steps)
-    assert labels_module.apart(heights, 10.0, 0.0, 120.0) == pytest.approx(fit + steps)
 
 
 nullable = {

@@ -42,8 +42,20 @@ def planted(vocabulary: Vocabulary, tokens: list[int], noise: float, seed: int =
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
-def test_adjusted_p_values_are_those_of_scipy(p: list[float]) -> None:
-    np.testing.assert_allclose(adjusted(p), stats.false_discovery_control(p), atol=1e-12)
+def test_adjusted_p_values_by_their_definition(p: list[float]) -> None:
+    """Of every p-value, the least ``p_(j) m / j`` among those from its own place on."""
+    ordered = sorted(p)
+    rates = [each * len(p) / place for place, each in enumerate(ordered, start=1)]
+    expected = [min(1.0, *rates[ordered.index(each) :]) for each in p]
+    np.testing.assert_allclose(adjusted(p), expected, atol=1e-12)
+
+
+def test_adjusted_p_values_of_the_paper() -> None:
+    """Benjamini and Hochberg (1995), section 3.2: of 15, the four smallest count at a rate of 5 %."""
+    p = [0.0001, 0.0004, 0.0019, 0.0095, 0.0201, 0.0278, 0.0298, 0.0344]
+    p += [0.0459, 0.3240, 0.4262, 0.5719, 0.6528, 0.7590, 1.0000]
+    assert [q <= 0.05 for q in adjusted(p)] == [True] * 4 + [False] * 11
+    assert adjusted([]) == []
 
 
 @given(st.floats(-30, 30))
@@ -285,7 +297,7 @@ def test_of_several_starts_it_is_the_one_that_went_on() -> None:
         task, made = a_soft_prompt(RECORD | {"starts": 2, "start": number})
         start, about = starting_vectors(task, made)
         assert start is not None
-        assert torch.equal(start, initial_vectors(task.lm, 3, init="vocab", seed=number))
+        assert torch.equal(start, initial_vectors(task.model, 3, init="vocab", seed=number))
         assert about == f"made again from the training record: init vocab, seed {number}"
         starts.append(start)
     assert not torch.equal(*starts)

@@ -447,7 +447,7 @@ def calibrated_by_hand(task: Task, example: Example, content_free: Sequence[str]
 
     def probabilities(example: Example) -> list[float]:
         request = task.label_request(example)
-        very_good, great, bad, no_ideas = map(math.exp, task.lm.score([request])[0].tolist())
+        very_good, great, bad, no_ideas = map(math.exp, task.model.score([request])[0].tolist())
         each = [very_good + great, bad, no_ideas]
         return [value / sum(each) for value in each]
 

@@ -15,6 +15,7 @@ import httpx
 import pytest
 import torch
 
+from softprompt.inspection.answers import document
 from softprompt.inspection.report import inspect_vectors
 from softprompt.inspection.vocabulary import Vocabulary
 from softprompt.serving import inspector
@@ -43,7 +44,7 @@ def test_it_is_what_inspect_says_without_a_model(server: Running) -> None:
     vocabulary = Vocabulary.of(server.lm)
     for name in ("sst2", "begun"):
         found, stored = look(server, name), store.load(name)
-        expected = inspect_vectors(stored, Task.of(server.lm, stored), vocabulary).as_dict()
+        expected = document(inspect_vectors(stored, Task.of(server.lm, stored), vocabulary))
         assert (found.pop("id"), found.pop("object")) == (name, "soft_prompt.inspection")
         assert found.pop("content_hash") == server.catalog.get(name).content
         assert found == json.loads(json.dumps({key: expected[key] for key in found}))

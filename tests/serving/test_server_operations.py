@@ -87,6 +87,9 @@ def test_without_the_key_only_health_and_metrics_answer(store: Store) -> None:
                 plain.close()
             assert stranger.get("/health").json() == {"status": "ok"}
             assert stranger.get("/metrics").status_code == 200
+            asked = stranger.head("/health")
+            assert (asked.status_code, asked.content) == (200, b"")
+            assert stranger.head("/v1/models").status_code == 401
         assert running.http.get("/v1/models").status_code == 200
         assert running.openai.models.list().data
         with pytest.raises(openai.AuthenticationError):

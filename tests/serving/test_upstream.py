@@ -4,7 +4,6 @@ here, and what becomes of a request when a server fails."""
 from __future__ import annotations
 
 import asyncio
-import copy
 import json
 import signal
 import subprocess
@@ -27,6 +26,7 @@ from softprompt.data.example import Example
 from softprompt.errors import ConfigError
 from softprompt.generation.decoder import generate
 from softprompt.model.batch import build_trie
+from softprompt.model.embedder import Embedder
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request, Sampling
 from softprompt.serving import upstream as upstream_module
@@ -91,7 +91,7 @@ def store(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def upstreams(lm: FrozenLM, urls: Sequence[str], **limits: Any) -> Iterator[Upstreams]:
+def upstreams(lm: Embedder, urls: Sequence[str], **limits: Any) -> Iterator[Upstreams]:
     engine = Upstreams(lm, urls, Limits(**limits))
     try:
         yield engine
@@ -122,9 +122,7 @@ def write(running: Running, **more: Any) -> httpx.Response:
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "phi"])
 def test_mixed_jobs_get_the_answers_of_one_at_a_time(kind: str) -> None:
     """Five soft prompts and the bare base model at two servers; greedy and seeded, streamed and whole, and scores."""
-    lm, own = tiny(kind), copy.copy(tiny(kind))
-    own.model, own.tokenizer = make_model(kind), copy.deepcopy(lm.tokenizer)
-    own.keep_embedding_only()
+    lm, own = tiny(kind), Embedder.of(tiny(kind), own_table=True)
     requests, prompts = mixed(lm)
     plans = [
         (Sampling(max_new_tokens=9), True),

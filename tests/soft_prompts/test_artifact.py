@@ -8,7 +8,6 @@ import hashlib
 import json
 import pickle
 import struct
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -20,31 +19,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as safetensors_bytes
 
-from softprompt.errors import ArtifactError, BaseModelError, SoftPromptError, StoreError
+from softprompt.errors import ArtifactError, StoreError
 from softprompt.files import atomic_writer
 from softprompt.soft_prompts.artifact import MAX_HEADER_BYTES
 from softprompt.soft_prompts.soft_prompt import SoftPrompt, check_base, load, save
+from tests.soft_prompts.made import BASE, make, make_prefix, sentence
 
 SENTENCE_END = "restore it from a copy, or tune it again."
-
-
-def make(vectors: torch.Tensor | None = None, **changes: Any) -> SoftPrompt:
-    if vectors is None:
-        vectors = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
-    fields: dict[str, Any] = {
-        "name": "sst2",
-        "base": "smollm2-135m",
-        "base_fingerprint": "ab" * 32,
-        "tokenizer_fingerprint": "cd" * 32,
-        "template": "{soft_prompt}{input}\nSentiment: {target}",
-        "verbalizer": {"positive": ("great", "good"), "negative": ("terrible",)},
-        "training": {"steps": 400, "learning_rate": 0.15, "loss": "labels", "betas": [0.9, 0.999], "note": None},
-        "data": {"train": {"rows": 6920, "sha256": "ef" * 32}},
-        "metrics": ({"split": "validation", "metric": "accuracy", "value": 0.905, "stderr": 0.01, "n": 872},),
-        "versions": {"torch": "2.13.0"},
-        "created": "2026-11-22T12:00:00+00:00",
-    }
-    return SoftPrompt(vectors=vectors, **(fields | changes))
 
 
 def fields_of(soft_prompt: SoftPrompt) -> dict[str, Any]:
@@ -58,12 +39,6 @@ def fields_of(soft_prompt: SoftPrompt) -> dict[str, Any]:
 
 def equal(a: SoftPrompt, b: SoftPrompt) -> bool:
     return a.vectors.equal(b.vectors) and fields_of(a) == fields_of(b)
-
-
-def sentence(path: Path) -> str:
-    with pytest.raises(ArtifactError) as caught:
-        load(path)
-    return str(caught.value)
 
 
 def document_of(path: Path) -> dict[str, Any]:
@@ -117,13 +92,6 @@ def test_the_file_is_what_the_docstring_says(path: Path) -> None:
     assert digest == hashlib.sha256(canonical + raw).hexdigest()
 
 
-def make_prefix(vectors: torch.Tensor | None = None, **changes: Any) -> SoftPrompt:
-    """A trained KV prefix ``[P, L, 2, H_kv, D]``."""
-    if vectors is None:
-        vectors = torch.randn(3, 4, 2, 1, 5, generator=torch.Generator().manual_seed(0))
-    return make(vectors, **({"parametrisation": "prefix"} | changes))
-
-
 def test_a_kv_prefix_round_trip(path: Path) -> None:
     original = make_prefix()
     save(original, path)
@@ -175,7 +143,9 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
+
 mappings = st.dictionaries(st.text(max_size=8), json_values, max_size=4)
+
 finite32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
@@ -602,70 +572,6 @@ def test_atomic_writer_keeps_the_old_content_when_the_block_fails(tmp_path: Path
     assert [(entry, entry.read_bytes()) for entry in tmp_path.iterdir()] == [(path, b"old")]
 
 
-# --- the base model ---------------------------------------------------------------------------------------------------
-
-BASE: Mapping[str, Any] = {
-    "base": "smollm2-135m",
-    "base_fingerprint": "ab" * 32,
-    "tokenizer_fingerprint": "cd" * 32,
-    "hidden_size": 8,
-    "base_settings": {"rms_norm_eps": 1e-05, "rope_parameters.rope_theta": 100_000.0, "sliding_window": None},
-}
-
-
-def test_the_same_base_under_any_id_is_accepted() -> None:
-    check_base(make(), **BASE)
-    check_base(make(), **{**BASE, "base": "/models/SmolLM2-135M"})
-
-
-def test_a_kv_prefix_goes_by_its_fingerprint() -> None:
-    check_base(make_prefix(), **{**BASE, "hidden_size": 16})
-    with pytest.raises(BaseModelError) as caught:
-        check_base(make_prefix(), **{**BASE, "base": "gpt2", "base_fingerprint": "0" * 64})
-    assert str(caught.value) == (
-        "The soft prompt 'sst2' was tuned on the base model 'smollm2-135m' (fingerprint abababababab), but the one "
-        "loaded is 'gpt2' (fingerprint 000000000000); load 'smollm2-135m', or tune a new soft prompt on 'gpt2'."
-    )
-
-
-@pytest.mark.parametrize(
-    ("changes", "tuned", "loaded", "remedy"),
-    [
-        (
-            {"base": "gpt2", "base_fingerprint": "0" * 64, "hidden_size": 16},
-            "'smollm2-135m' (width 8)",
-            "'gpt2' (width 16)",
-            "load 'smollm2-135m', or tune a new soft prompt on 'gpt2'",
-        ),
-        (
-            {"base": "gpt2", "base_fingerprint": "0" * 64},
-            "'smollm2-135m' (fingerprint abababababab)",
-            "'gpt2' (fingerprint 000000000000)",
-            "load 'smollm2-135m', or tune a new soft prompt on 'gpt2'",
-        ),
-        (
-            {"base_fingerprint": "0" * 64},
-            "'smollm2-135m' (fingerprint abababababab)",
-            "'smollm2-135m' (fingerprint 000000000000)",
-            "load the 'smollm2-135m' of that time, or tune a new soft prompt on 'smollm2-135m'",
-        ),
-        (
-            {"base": "copy", "tokenizer_fingerprint": "0" * 64},
-            "'smollm2-135m' (tokenizer cdcdcdcdcdcd)",
-            "'copy' (tokenizer 000000000000)",
-            "load 'smollm2-135m', or tune a new soft prompt on 'copy'",
-        ),
-    ],
-)
-def test_a_wrong_base_is_refused_by_name(changes: dict[str, Any], tuned: str, loaded: str, remedy: str) -> None:
-    with pytest.raises(BaseModelError) as caught:
-        check_base(make(), **{**BASE, **changes})
-    assert isinstance(caught.value, SoftPromptError)
-    assert str(caught.value) == (
-        f"The soft prompt 'sst2' was tuned on the base model {tuned}, but the one loaded is {loaded}; {remedy}."
-    )
-
-
 def test_settings_go_through_the_file_and_compare_equal(path: Path) -> None:
     settings = {"rms_norm_eps": 1e-05, "scale": 0.1 + 0.2, "layer_types": ["full", "sliding"], "sliding_window": None}
     save(make(base_settings=settings), path)
@@ -678,26 +584,6 @@ def test_a_file_without_settings_is_as_before_there_were_any(path: Path) -> None
     save(make(), path)
     assert "base_settings" not in document_of(path)
     check_base(load(path), **BASE)
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "loaded"),
-    [
-        ("rms_norm_eps", 1e-06, "1e-05"),
-        ("rope_parameters.rope_theta", 10_000.0, "100000.0"),
-        ("sliding_window", 4096, "None"),
-    ],
-)
-def test_a_base_of_other_settings_is_refused(key: str, value: object, loaded: str) -> None:
-    soft_prompt = make(base_settings={**BASE["base_settings"], key: value})
-    with pytest.raises(BaseModelError) as caught:
-        check_base(soft_prompt, **BASE)
-    assert f"'smollm2-135m' ({key} {value!r}), but" in str(caught.value)
-    assert f"'smollm2-135m' ({key} {loaded}); load" in str(caught.value)
-
-
-def test_a_setting_that_only_one_side_knows_is_not_compared() -> None:
-    check_base(make(base_settings={"unheard_of": 1, "rms_norm_eps": 1e-05}), **BASE)
 
 
 def test_settings_that_are_no_mapping(path: Path) -> None:

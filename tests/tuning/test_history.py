@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from softprompt.drawing import style
 from softprompt.errors import StoreError
 from softprompt.inspection import figures
+from softprompt.inspection.answers import answers, document
 from softprompt.inspection.drift import Way, drift, way_of
-from softprompt.inspection.report import answers, inspect_vectors
+from softprompt.inspection.report import inspect_vectors
 from softprompt.inspection.tables import drift_table
 from softprompt.inspection.vocabulary import Vocabulary
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
@@ -289,6 +290,6 @@ def test_a_training_is_told_from_its_start_to_what_was_kept(tmp_path: Path) -> N
     assert style.svg(figures.drift(report.drift)).startswith(b"<?xml")
 
     alone = inspect_vectors(made, training.task, vocabulary, None, "nobody has it")
-    assert (alone.start, alone.drift, alone.as_dict()["drift"]) == (None, None, None)
+    assert (alone.start, alone.drift, document(alone)["drift"]) == (None, None, None)
     assert dict(answers(alone))["How did it get there?"] == "Not known: nobody has it."
     assert "How did it get there?" not in dict(answers(inspect_vectors(made, training.task, vocabulary)))

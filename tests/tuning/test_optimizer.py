@@ -80,7 +80,7 @@ def test_a_first_step_by_hand_in_units_of_the_start(optimizer: str) -> None:
     data = toy(3, 0)
     training = Training(toy_task(tiny("llama"), data), data, data, config)
     (step,) = training
-    lm, bound = training.task.lm, training.task
+    lm, bound = training.task.model, training.task
     start = initial_vectors(lm, 6, init="labels", seed=4, label_words=bound.label_words)
     assert config.init_scale is not None
     start[1:] *= config.init_scale

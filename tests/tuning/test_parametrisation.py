@@ -188,12 +188,12 @@ def reference(
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of the first step by autograd over ``score(request, word, numbers)``, all in fp32."""
     task, config = training.task, training.config
-    start = initial_vectors(task.lm, 6, init="labels", seed=0, label_words=task.label_words)
+    start = initial_vectors(task.model, 6, init="labels", seed=0, label_words=task.label_words)
     before = task.label_request(toy(5, 0).examples[0]).ids
     if config.parametrisation != "prefix":
         start[1:] *= SCALE
     before = before[: before.index(SOFT)]
-    form = parametrise(task.lm, config.parametrisation, start, seed=0, scale=SCALE, before=before)
+    form = parametrise(task.model, config.parametrisation, start, seed=0, scale=SCALE, before=before)
     numbers = form.fold() * form.unit
     loss = torch.zeros(())
     for example in toy(5, 0).examples:

@@ -34,8 +34,10 @@ from softprompt.cli.options import (
     option,
 )
 from softprompt.data.packages import DEFAULT_BASE
+from softprompt.exchange.formats import FORMATS
 
 _STORED = completed((), stored=True)
+_CHECK = typer.Option("--check/--no-check", help="Compare a few texts with what the other library computes.")
 
 
 # --- train ----------------------------------------------------------------------------------------
@@ -313,6 +315,70 @@ def predict_command(
     )
 
 
+# --- other tools ----------------------------------------------------------------------------------
+
+
+@expanded
+def export_command(
+    name: Name,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that is new or empty.")],
+    to: Annotated[str, option(f"{', '.join(FORMATS)}.", "peft", choices=FORMATS)] = "peft",
+    check: Annotated[bool, _CHECK] = True,
+    *,
+    base: Base = None,
+    loading: Loading,
+    as_json: Json = False,
+) -> None:
+    """Write a soft prompt in the form of another tool, exactly, with a README that says how to use it.
+
+    What stands before the soft prompt in its template becomes virtual tokens of its own, since other tools put virtual
+    tokens first. The check asks a few texts of both.
+
+    \b
+    softprompt export sst2 ./sst2-peft
+    softprompt export sst2 ./sst2-kv --to cartridge
+    """
+    from softprompt.cli.exchange import write
+
+    write(name, folder, to, check, base, loading, as_json)
+
+
+@expanded
+def import_command(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A PEFT folder, or a .npy or .safetensors file.")],
+    name: Annotated[str, option("What to call the soft prompt.")],
+    overwrite: Annotated[bool, flag("--overwrite", "Replace an earlier one of that name.")] = False,
+    template: Annotated[
+        str,
+        option(
+            "What stood around the text, with {soft_prompt}, fields and {target}; \\n: line end.",
+            "{soft_prompt}{input}{target}",
+        ),
+    ] = "{soft_prompt}{input}{target}",
+    labels: Annotated[str | None, option("Its labels, a,b or a=word|word,b=word or a .json file.", "free text")] = None,
+    task: Annotated[int | None, option("Which task of a multitask prompt, from 0.", min=0)] = None,
+    check: Annotated[bool, _CHECK] = True,
+    base: Annotated[str | None, model_option("The base model it was trained on.", "as its files say")] = None,
+    *,
+    loading: Loading,
+    as_json: Json = False,
+) -> None:
+    """Store a soft prompt that another tool trained, to be evaluated, served, inspected and trained further.
+
+    PEFT's prompt tuning, p-tuning, multitask prompt tuning, prefix tuning and cartridges; plain arrays. The check asks
+    a few texts of both.
+
+    \b
+    softprompt import ./my-peft-adapter --name tweets --template "{soft_prompt}Tweet text: {input} Label:{target}"
+    softprompt import prompt.npy --name qa --base ./my-model
+    softprompt train more.jsonl --name tweets-2 --init tweets
+    """
+    from softprompt.cli.exchange import Wanted, read
+
+    wanted = Wanted(name, overwrite, template, labels, task, check)
+    read(path, wanted, base, loading, as_json)
+
+
 # --- the store, and the demo ----------------------------------------------------------------------
 
 
@@ -383,6 +449,8 @@ COMMANDS: dict[str, Any] = {
     "serve": serve_command,
     "evaluate": evaluate_command,
     "predict": predict_command,
+    "export": export_command,
+    "import": import_command,
     "list": list_command,
     "show": show_command,
     "rm": rm_command,

@@ -18,10 +18,11 @@ from softprompt.data.example import Dataset, check_targets
 from softprompt.drawing.words import number, share, short_names, shown
 from softprompt.errors import ArtifactError, ConfigError, DataError, StoreError
 from softprompt.inspection import page
+from softprompt.inspection.answers import answers, document
 from softprompt.inspection.drift import Way, way_of
 from softprompt.inspection.nearest import WAYWARD
 from softprompt.inspection.page import pairs_table
-from softprompt.inspection.report import Report, answers, inspect, require_vectors
+from softprompt.inspection.report import Report, inspect, require_vectors
 from softprompt.inspection.similarity import Similarity, similarity
 from softprompt.inspection.start import starting_vectors
 from softprompt.inspection.tables import DRIFT, continuation_table, drift_table, matters_table, readings_table
@@ -96,7 +97,7 @@ def inspect_stored(
         written = page.write(report, out)
         stderr.print(f"written: {', '.join(map(str, written[:2]))} and {len(written) - 2} more")
     if as_json:
-        print(json.dumps(report.as_dict(), allow_nan=False))
+        print(json.dumps(document(report), allow_nan=False))
     else:
         _show(report)
 

@@ -17,6 +17,7 @@ from softprompt.cli.groups import Door, Elsewhere
 from softprompt.cli.options import Loading
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.errors import ConfigError
+from softprompt.model.embedder import Embedder
 from softprompt.model.frozen import FrozenLM
 from softprompt.serving import listening
 from softprompt.serving.engine import Engine
@@ -99,9 +100,9 @@ def _backend(lm: FrozenLM, store: Store, limits: Limits, elsewhere: Elsewhere) -
         return Engine(lm, limits), Catalog(lm, store, limits.window(lm))
     from softprompt.serving.upstream import Upstreams, check_model
 
-    lm.keep_embedding_only()
-    upstreams = Upstreams(lm, elsewhere.upstream or (), limits, api_key=elsewhere.upstream_api_key)
-    return upstreams, Catalog(lm, store, upstreams.window, check=partial(check_model, elsewhere.block_size))
+    embedder = Embedder.of(lm, own_table=True)
+    upstreams = Upstreams(embedder, elsewhere.upstream or (), limits, api_key=elsewhere.upstream_api_key)
+    return upstreams, Catalog(embedder, store, upstreams.window, check=partial(check_model, elsewhere.block_size))
 
 
 def _listen(app: Any, listener: socket.socket, host: str, limits: Limits) -> None:

@@ -89,14 +89,14 @@ def _plain(value: object) -> str:
 
 def remove(names: Sequence[str]) -> None:
     """Deletes soft prompts, and what their trainings left behind."""
-    from softprompt.tuning.run_folder import RunFolder  # needs torch, which list and show do not
-
     store = Store()
     stored = set(store.names())
     with ExitStack() as held:
         runs = {}
         for name in dict.fromkeys(names):
             if store.run_folder(name).is_dir():  # a run that was stopped may have left no soft prompt
+                from softprompt.tuning.run_folder import RunFolder  # needs torch, which nothing else here does
+
                 runs[name] = held.enter_context(RunFolder(store.run_folder(name), name))
             else:
                 store.find(name)

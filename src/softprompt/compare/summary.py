@@ -252,7 +252,9 @@ def _half_width(of_rows: float, seeds: Sequence[tuple[float, int]]) -> float:
         return of_rows
     variance = (of_rows / _Z) ** 2 + sum(error**2 for error, _ in seeds)
     freedom = variance**2 / sum(error**4 / own for error, own in seeds)
-    return _t_quantile(freedom) * math.sqrt(variance)
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, freedom)) * math.sqrt(variance)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -262,18 +264,6 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def _rms(values: Sequence[float]) -> float:
     return math.sqrt(sum(value**2 for value in values) / len(values))
-
-
-def _t_quantile(freedom: float) -> float:
-    """The 97.5 % quantile of Student's distribution, to five digits, for 1 degree of freedom or more.
-
-    With ``t = √freedom · tan a`` its density becomes ``cos(a)^(freedom - 1)`` on (-π/2, π/2).
-    """
-    if freedom > 10_000:
-        return _Z
-    ends = np.linspace(0, np.pi / 2, 20_001)
-    mass = np.cumsum(np.cos((ends[:-1] + ends[1:]) / 2) ** (freedom - 1))
-    return float(np.sqrt(freedom) * np.tan(np.interp(0.95 * mass[-1], mass, ends[1:])))
 
 
 def times(ratio: float) -> str:

@@ -44,7 +44,7 @@ def _of_text(task: Task, examples: Sequence[Example]) -> Validator:
     per_row = len(tokens) / sum(tokens)
 
     def validate(vectors: torch.Tensor) -> dict[str, Any]:
-        nll = (-task.lm.score(requests, [vectors])[:, 0]).tolist()
+        nll = (-task.model.score(requests, [vectors])[:, 0]).tolist()
         loss = sum(nll) / sum(tokens)
         found = [metrics.perplexity(nll, tokens).as_dict()] if math.isfinite(loss) else []
         rows = {"loss": [round(per_row * one, DIGITS) for one in nll]}
@@ -60,7 +60,7 @@ def _of_labels(task: Task, examples: Sequence[Example]) -> Validator:
     index = torch.tensor([task.labels.index(target) for target in gold])
 
     def validate(vectors: torch.Tensor) -> dict[str, Any]:
-        logprobs = task.label_logprobs(task.lm.score(requests, [vectors])).cpu()
+        logprobs = task.label_logprobs(task.model.score(requests, [vectors])).cpu()
         predicted = [task.labels[i] for i in logprobs.argmax(dim=1).tolist()]
         losses = -logprobs.gather(1, index[:, None])[:, 0]
         found = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -55,6 +55,10 @@ class Checked:
     difference: float
     same_text: int
     passed: bool
+
+    def as_dict(self) -> dict[str, object]:
+        """JSON values by attribute."""
+        return asdict(self)
 
     def __str__(self) -> str:
         """``checked with PEFT on 3 texts: log-probabilities within 2.1e-06, 3 of 3 greedy texts equal``."""

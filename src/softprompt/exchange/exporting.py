@@ -8,16 +8,11 @@ from softprompt.errors import ConfigError, StoreError
 from softprompt.exchange import arrays, check, peft_folder
 from softprompt.exchange.baking import Baked, bake
 from softprompt.exchange.check import Checked
+from softprompt.exchange.formats import FORMATS, PEFT
 from softprompt.exchange.readme import readme
 from softprompt.files import StrPath, atomic_writer, local_path
 from softprompt.model.frozen import FrozenLM
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
-
-FORMATS = ("peft", "prompt-tuning", "prefix-tuning", "cartridge", "npy", "safetensors")
-"""What a soft prompt can be exported to; ``peft`` is the PEFT method of its kind: prompt tuning, or prefix tuning of a
-trained KV prefix."""
-
-_PEFT = {"prompt-tuning": "PROMPT_TUNING", "prefix-tuning": "PREFIX_TUNING", "cartridge": "CARTRIDGE"}
 
 
 def export(lm: FrozenLM, soft_prompt: SoftPrompt, to: str, folder: StrPath, *, checked: bool = True) -> Checked | None:
@@ -49,8 +44,8 @@ def export(lm: FrozenLM, soft_prompt: SoftPrompt, to: str, folder: StrPath, *, c
     path = _free(folder)
     baked = bake(lm, soft_prompt, kv=to in ("prefix-tuning", "cartridge"))
     try:
-        if to in _PEFT:
-            peft_folder.write(path, baked, lm, soft_prompt.base, _PEFT[to])
+        if to in PEFT:
+            peft_folder.write(path, baked, lm, soft_prompt.base, PEFT[to])
         elif to == "npy":
             arrays.write_npy(path / f"{soft_prompt.name}.npy", baked.numbers)
         else:
@@ -73,7 +68,7 @@ def _free(folder: StrPath) -> Path:
 
 
 def _check(lm: FrozenLM, soft_prompt: SoftPrompt, baked: Baked, to: str, path: Path) -> Checked | None:
-    if to not in _PEFT:
+    if to not in PEFT:
         written = arrays.read(next(path.glob("*.npy"), None) or next(path.glob("*.safetensors")))
         return check.against_embeddings(lm, baked.task, soft_prompt.vectors, written)
     try:

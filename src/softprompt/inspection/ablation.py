@@ -98,7 +98,7 @@ def _score_labels(variant: Variant, dataset: Dataset) -> Scored:
 
 def _score_text(variant: Variant, dataset: Dataset) -> Scored:
     requests = [variant.task.target_request(example) for example in dataset.examples]
-    scores = variant.task.lm.score(requests, [] if variant.vectors is None else [variant.vectors])
+    scores = variant.task.model.score(requests, [] if variant.vectors is None else [variant.vectors])
     return Scored(-scores[:, 0].double().numpy() / np.array([len(request.words[0]) for request in requests]), (), ())
 
 
@@ -271,10 +271,10 @@ def _top_shares(costs: Rows) -> Rows:
 
 
 def _rank_correlation(a: Rows, b: Rows) -> float:
-    """Spearman's, of numbers without ties."""
-    if len(a) < 2:
-        return math.nan
-    return float(np.corrcoef(np.argsort(np.argsort(a)), np.argsort(np.argsort(b)))[0, 1])
+    """Spearman's; NaN for a single number."""
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(a, b).statistic) if len(a) > 1 else math.nan
 
 
 # --- read as text --------------------------------------------------------------------------------
@@ -322,20 +322,24 @@ def as_text(
     """
     nearest = vocabulary.nearest(vectors, 1, ("cosine", "euclidean"))
     by_cosine, by_distance = (nearest[name][1][:, 0].tolist() for name in ("cosine", "euclidean"))
-    typed, stretched = task.lm.tokenizer.decode(by_cosine), vocabulary[by_cosine]
+    typed, stretched = task.model.tokenizer.decode(by_cosine), vocabulary[by_cosine]
     stretched = stretched * (vectors.norm(dim=1) / stretched.norm(dim=1).clamp_min(1e-12))[:, None]
     readings: list[tuple[str, str, Variant]] = [
         ("soft prompt", "", Variant(task, vectors)),
         ("nearest tokens by cosine", typed, Variant(task, vocabulary[by_cosine])),
         ("those, at the soft prompt's norms", typed, Variant(task, stretched)),
-        ("nearest tokens by distance", task.lm.tokenizer.decode(by_distance), Variant(task, vocabulary[by_distance])),
+        (
+            "nearest tokens by distance",
+            task.model.tokenizer.decode(by_distance),
+            Variant(task, vocabulary[by_distance]),
+        ),
         ("nearest by cosine, typed as text", typed, Variant(task.without_soft_prompt(typed), None)),
     ]
     if start is not None:
         readings.append(("start of the training", "", Variant(task, start)))
     readings.append(("no soft prompt", "", Variant(task.without_soft_prompt(), None)))
     for draw in range(RANDOM_TEXTS):
-        random = initial_vectors(task.lm, len(vectors), init="vocab", seed=seed + draw)
+        random = initial_vectors(task.model, len(vectors), init="vocab", seed=seed + draw)
         readings.append((f"random tokens, draw {draw + 1}", "", Variant(task, random)))
     full, *rest = score_variants([variant for _, _, variant in readings], dataset, progress=progress)
     changes = [change(scored, full) for scored in (full, *rest)]

@@ -143,7 +143,7 @@ def next_tokens(
 
 
 def _continuation(task: Task, vectors: torch.Tensor, example: Example, k: int) -> Continuation:
-    lm = task.lm
+    lm = task.model
     listed, logprobs, on_labels, labels = [], [], [], []
     for variant, soft in ((task, vectors), (task.without_soft_prompt(), None)):
         next_one = _forward(lm, variant.open_request(example, 1), soft)[0]
@@ -227,7 +227,7 @@ def attention(
     Returns:
         None if the model does not give its attention.
     """
-    lm = task.lm
+    lm = task.model
     requests = [task.open_request(example, 1) for example in examples]
 
     def paid(soft: torch.Tensor) -> torch.Tensor | None:

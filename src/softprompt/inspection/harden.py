@@ -15,7 +15,7 @@ from softprompt.errors import DataError
 from softprompt.inspection.ablation import AsText, Rows, Variant, change, score_variants
 from softprompt.inspection.statistics import SEED, plain
 from softprompt.inspection.vocabulary import Vocabulary
-from softprompt.model.frozen import tokens_of
+from softprompt.model.embedder import tokens_of
 from softprompt.tasks.task import Task
 from softprompt.tuning.objective import Objective
 
@@ -155,7 +155,7 @@ class _Search:
         self, task: Task, vectors: torch.Tensor, vocabulary: Vocabulary, rows: Dataset, draw: random.Random
     ) -> None:
         self.task, self.vocabulary, self.rows, self.draw = task, vocabulary, rows, draw
-        tokenizer = task.lm.tokenizer
+        tokenizer = task.model.tokenizer
         self._special = set(tokenizer.all_special_ids) | {
             token for token, added in tokenizer.added_tokens_decoder.items() if added.special
         }
@@ -165,7 +165,7 @@ class _Search:
         starts = [self._written([row[0] for row in rows_of if row]) for rows_of in readable.values()]
         found = self._losses(starts, rows)
         self.text, self.losses = min(zip(starts, found, strict=True), key=lambda pair: float(pair[1].mean()))
-        self.ids = tokens_of(self.task.lm, self.text)
+        self.ids = tokens_of(self.task.model, self.text)
 
     def step(self) -> bool:
         """Tries some changes of one token; returns whether one was made."""
@@ -183,7 +183,7 @@ class _Search:
         text, losses = min(zip(finalists, found, strict=True), key=lambda pair: float(pair[1].mean()))
         if float(losses.mean()) >= float(self.losses.mean()):
             return False
-        self.text, self.losses, self.ids = text, losses, tokens_of(self.task.lm, text)
+        self.text, self.losses, self.ids = text, losses, tokens_of(self.task.model, text)
         return True
 
     def _candidates(self, examples: Sequence[Example]) -> list[str]:
@@ -214,12 +214,14 @@ class _Search:
     def _gradient(self, examples: Sequence[Example]) -> torch.Tensor:
         """The loss's gradient in the current tokens' embeddings, float32 ``[len(ids), H]``."""
         task = replace(self.task, num_virtual_tokens=len(self.ids))
-        embedded = self.vocabulary[self.ids].to(task.lm.device).requires_grad_()
+        embedded = self.vocabulary[self.ids].to(task.model.device).requires_grad_()
         if task.verbalizer is None:
-            Objective(task.lm).backward([task.target_request(e) for e in examples], [0] * len(examples), embedded)
+            Objective(task.model).backward([task.target_request(e) for e in examples], [0] * len(examples), embedded)
         else:
             gold = [task.labels.index(str(e.target)) for e in examples]
-            Objective(task.lm, task.label_of_word).backward([task.label_request(e) for e in examples], gold, embedded)
+            Objective(task.model, task.label_of_word).backward(
+                [task.label_request(e) for e in examples], gold, embedded
+            )
         assert embedded.grad is not None
         return embedded.grad.float().cpu()
 
@@ -232,7 +234,7 @@ class _Search:
         """Those that can be typed."""
 
         def is_readable(token: int) -> bool:
-            text = str(self.task.lm.tokenizer.decode([token]))
+            text = str(self.task.model.tokenizer.decode([token]))
             return (
                 text != "" and "\ufffd" not in text and all(letter.isprintable() or letter in "\n\t" for letter in text)
             )
@@ -240,4 +242,4 @@ class _Search:
         return [token for token in tokens if token not in self._special and is_readable(token)]
 
     def _written(self, tokens: Sequence[int]) -> str:
-        return str(self.task.lm.tokenizer.decode(list(tokens)))
+        return str(self.task.model.tokenizer.decode(list(tokens)))

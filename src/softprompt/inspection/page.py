@@ -12,10 +12,11 @@ from softprompt.drawing.page import Page
 from softprompt.drawing.words import share, shown
 from softprompt.files import StrPath, atomic_writer, local_path
 from softprompt.inspection import figures
+from softprompt.inspection.answers import answers, document
 from softprompt.inspection.behaviour import Continuation
 from softprompt.inspection.drift import Drift
 from softprompt.inspection.nearest import WAYWARD
-from softprompt.inspection.report import Report, answers
+from softprompt.inspection.report import Report
 from softprompt.inspection.similarity import MEASURES, Similarity
 from softprompt.inspection.tables import (
     DRIFT,
@@ -56,7 +57,7 @@ def write(report: Report, folder: StrPath) -> list[Path]:
     """
     pictures: dict[str, Figure] = {}
     page = _page(report, pictures)
-    return _save(folder, page, pictures, {"card.md": card(report), "report.json": _json(report.as_dict())})
+    return _save(folder, page, pictures, {"card.md": card(report), "report.json": _json(document(report))})
 
 
 def _save(folder: StrPath, page: Page, pictures: Mapping[str, Figure], texts: Mapping[str, str]) -> list[Path]:
@@ -382,8 +383,8 @@ def write_similarity(found: Similarity, added: Similarity | None, folder: StrPat
         f"with its norm and profile ({found.draws} draws, seed {found.seed}). A star: above that at a false discovery "
         f"rate of {share(found.level)} over all pairs of the measure. {NULL}"
     )
-    document = {"similarity": found.as_dict(), "added": None if added is None else added.as_dict()}
-    return _save(folder, page, pictures, {"report.json": _json(document)})
+    similar = {"similarity": found.as_dict(), "added": None if added is None else added.as_dict()}
+    return _save(folder, page, pictures, {"report.json": _json(similar)})
 
 
 def pairs_table(found: Similarity) -> tuple[list[str], list[list[str]]]:

@@ -7,9 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 LEVEL = 0.05
 """False discovery rate of everything that is called significant."""
 
@@ -27,12 +24,9 @@ def adjusted(p: Sequence[float]) -> list[float]:
     Calling those at most ``q`` significant keeps the expected share of false ones among them at most ``q``; where
     nothing is true, the chance of any at all.
     """
-    values: NDArray[np.float64] = np.asarray(p, dtype=np.float64)
-    order = np.argsort(values)[::-1]
-    ranks = np.arange(len(values), 0, -1)
-    q = np.empty(len(values))
-    q[order] = np.minimum.accumulate(values[order] * len(values) / ranks)
-    return [float(value) for value in np.minimum(q, 1.0)]
+    from scipy.stats import false_discovery_control
+
+    return [float(q) for q in false_discovery_control(p)] if len(p) else []
 
 
 def plain(value: Any) -> Any:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from softprompt.model.frozen import FrozenLM
+    from softprompt.model.embedder import Embedder
 
 SINGLE_AXES = 128
 """The most axes whose energies the null keeps one by one: with more, what a vector owes to its token is profile."""
@@ -78,7 +78,7 @@ class Vocabulary:
         object.__setattr__(self, "groups", torch.cat([torch.arange(single), single + behind]))
 
     @classmethod
-    def of(cls, lm: FrozenLM) -> Vocabulary:
+    def of(cls, lm: Embedder) -> Vocabulary:
         """The tokens that a base model's tokenizer has; rows that only pad its table are left out."""
         tokenizer = lm.tokenizer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,11 +13,9 @@ import torch
 from torch import nn
 
 from softprompt.data.packages import DEFAULT_BASE
-from softprompt.errors import ConfigError, DataError
 from softprompt.files import StrPath, local_path
 from softprompt.model import attention
 from softprompt.model.architecture import (
-    SHARED_PREFIX_MODELS,
     decoder_layers,
     embedding_table,
     family_of,
@@ -28,6 +26,7 @@ from softprompt.model.architecture import (
 )
 from softprompt.model.attention import Masks
 from softprompt.model.batch import Batch, Row, collate, micro_batches
+from softprompt.model.embedder import Embedder
 from softprompt.model.fast.compiled import compiled_if_possible
 from softprompt.model.fingerprint import fingerprint_model, fingerprint_tokenizer, model_settings, weights_digest
 from softprompt.model.loading import load_base, pick_device, pick_dtype
@@ -53,40 +52,38 @@ GAIN_TOKENS = 100
 """Frequent tokens that ``FrozenLM.first_layer_gain`` is measured with."""
 
 
-class FrozenLM:
+class FrozenLM(Embedder):
     """A frozen causal language model with its tokenizer.
 
     Attributes:
-        name: the id it was loaded by.
-        model, tokenizer: transformers' own; in evaluation mode, no weight requires a gradient.
-        fingerprint, tokenizer_fingerprint: hex digests that a soft prompt remembers.
-        settings: the settings of its configuration that change what it computes (``model_settings``).
-        embedding: the vector that each token feeds into the model, ``[V, H]``.
+        model: transformers' own; in evaluation mode, no weight requires a gradient.
+        device: where it is.
         embedding_rms: root mean square of the table's elements, the unit of learning rates and random initialisations.
-        window: the most tokens in one sequence.
         shares_prefix: whether the shared-prefix computation serves this architecture.
         why_whole_sequences: why not, in plain words; empty if it does.
         compiled: whether the decoder layers are compiled now.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str, dtype: str = "auto", device: str = "auto") -> None:
-        self.name = name
-        self.fingerprint = fingerprint_model(model)
-        self.tokenizer_fingerprint = fingerprint_tokenizer(tokenizer)
-        self.settings = model_settings(model.config)
-        self.device = pick_device(device)
-        self.dtype = pick_dtype(dtype, self.device)
+        fingerprint = fingerprint_model(model)  # of the weights as they are stored
+        self.device, config = pick_device(device), model.config
+        found = pick_dtype(dtype, self.device)
         # Not ``model.to(dtype)``: it would round the rotary frequencies too, which in bf16 is a radian at 1000 tokens.
         for weight in model.parameters():
             if weight.is_floating_point():
-                weight.data = weight.data.to(self.dtype)
+                weight.data = weight.data.to(found)
         self.model = model.to(self.device).eval().requires_grad_(False)
-        self.tokenizer = tokenizer
-        self._look_up: Callable[[torch.Tensor], torch.Tensor] = model.get_input_embeddings()
-        self.embedding = embedding_table(model)
+        super().__init__(
+            name=name,
+            tokenizer=tokenizer,
+            embedding=embedding_table(model),
+            window=window_of(config, tokenizer),
+            fingerprint=fingerprint,
+            tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
+            settings=model_settings(config),
+            generation_config=getattr(model, "generation_config", None),
+        )
         self.embedding_rms = float(self.embedding.float().square().mean().sqrt())
-        config = model.config
-        self.window = window_of(config, tokenizer)
         require_causal(self.model, name, rms=self.embedding_rms)
         family = family_of(config)
         self.why_whole_sequences = why_whole_sequences(config)
@@ -130,21 +127,9 @@ class FrozenLM:
         return f"<FrozenLM {self.name}: {self.num_parameters:,} weights, {dtype}, {self.device}>"
 
     @property
-    def hidden_size(self) -> int:
-        """``H``, the width of a token embedding."""
-        return int(self.embedding.shape[1])
-
-    @property
     def num_layers(self) -> int:
         """``L``, the number of decoder layers."""
         return len(self._layers)
-
-    @property
-    def end_tokens(self) -> frozenset[int]:
-        """The end-of-sequence tokens, of the tokenizer and of what the model says about generation."""
-        said = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        ends = said if isinstance(said, list) else [said]
-        return frozenset(token for token in (*ends, self.tokenizer.eos_token_id) if token is not None)
 
     @cached_property
     def first_layer_gain(self) -> float:
@@ -181,12 +166,6 @@ class FrozenLM:
     def num_parameters(self) -> int:
         """How many weights the base model has, shared ones counted once."""
         return sum(p.numel() for p in self.model.parameters())
-
-    def keep_embedding_only(self) -> None:
-        """Frees every weight but the embedding table: what is left embeds sequences, and computes nothing."""
-        kept = self.embedding = self.embedding.clone()  # the weight itself may be a view into the model's whole file
-        self._look_up = lambda ids: nn.functional.embedding(ids, kept)
-        self.model.to("meta")
 
     def weights_digest(self) -> str:
         """Hex digest of every bit of every weight in memory; no training may change it."""
@@ -375,37 +354,9 @@ class FrozenLM:
         ends = [len(row) - left_out for row in rows]
         return [line[end - count : end] for line, end, count in zip(logits, ends, last, strict=True)]
 
-    def require_embeddings(self, ids: Sequence[int], where: str = "") -> None:
-        """Raises a ``DataError`` at a token that the tokenizer knows and the embedding table has no row for."""
-        rows, token = len(self.embedding), max(ids, default=0)
-        if token >= rows:
-            raise DataError(
-                f"{f'{where}: e' if where else 'E'}xpected tokens that the base model {self.name} knows, found "
-                f"{self.tokenizer.convert_ids_to_tokens(token)!r}, number {token} of its tokenizer, but its embedding "
-                f"table has {rows} rows; leave it out, or resize the table (model.resize_token_embeddings), save the "
-                "model and give that."
-            )
-
     def look_up(self, ids: torch.Tensor) -> torch.Tensor:
         """What tokens feed into the model: ``[…, H]`` of int64 ids ``[…]``, differentiable in the weights."""
-        return self._look_up(ids)
-
-    def embed(self, ids: Sequence[int], vectors: torch.Tensor | None) -> torch.Tensor:
-        """Embeddings ``[T, H]`` of ``ids`` in the model's dtype, with ``vectors`` in the place of ``SOFT``."""
-        pieces, start = [], 0
-        for place in [i for i, token in enumerate(ids) if token == SOFT] + [len(ids)]:
-            tokens = torch.tensor(ids[start:place], dtype=torch.long, device=self.device)
-            pieces.append(self.look_up(tokens))
-            if place < len(ids):
-                assert vectors is not None, "a request with a soft prompt's place names its soft prompt"
-                if vectors.dim() != 2:
-                    raise ConfigError(
-                        "A trained KV prefix must stand before all input, which may not be empty, in a base model with "
-                        f"a shared prefix ({', '.join(SHARED_PREFIX_MODELS)}); use a plain soft prompt."
-                    )
-                pieces.append(vectors.to(self.device, self.dtype))
-            start = place + 1
-        return torch.cat(pieces)
+        return self.model.get_input_embeddings()(ids)  # type: ignore[no-any-return]
 
     # --- whole jobs without gradient ---------------------------------------------------------------------------------
 
@@ -495,14 +446,3 @@ class FrozenLM:
     def eager(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, layers run as they are, compiled or not; all that is not training does."""
         return torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext()
-
-
-def tokens_of(lm: FrozenLM, text: str) -> list[int]:
-    """The text's token ids, without special tokens around them.
-
-    Raises:
-        DataError: the embedding table has no row for one.
-    """
-    ids: list[int] = lm.tokenizer(text, add_special_tokens=False).input_ids
-    lm.require_embeddings(ids)
-    return ids

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.errors import SoftPromptError, StoreError
-from softprompt.model.frozen import FrozenLM
+from softprompt.model.embedder import Embedder
 from softprompt.model.request import Sampling
 from softprompt.serving.openai_api import ApiError, Message
 from softprompt.serving.served import USUAL_TOKENS, Entry, Model, Order, Wish
@@ -45,12 +44,12 @@ class Catalog:
     """
 
     def __init__(
-        self, lm: FrozenLM, store: Store, window: int, *, check: Callable[[Model], None] | None = None
+        self, lm: Embedder, store: Store, window: int, *, check: Callable[[Model], None] | None = None
     ) -> None:
         """Serves the base model alone.
 
         Args:
-            lm: the base model.
+            lm: the base model, or what embeds for it; its tokenizer is copied.
             store: where soft prompts are found by name.
             window: the most tokens of one request.
             check: sees each soft prompt before it is served, and raises ``ConfigError`` where it cannot be.
@@ -58,8 +57,7 @@ class Catalog:
         self.store = store
         self._window = window
         self._check = check
-        self._lm = copy.copy(lm)
-        self._lm.tokenizer = copy.deepcopy(lm.tokenizer)
+        self._lm = Embedder.of(lm)
         self._listed: dict[str, Entry] = {}
         self._held: OrderedDict[str, Model] = OrderedDict()  # the one asked last is last
         self._seen: dict[tuple[str, Path], tuple[int, ...]] = {}  # what each file was like when it was last tried

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import json
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -11,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.errors import SoftPromptError
+from softprompt.inspection.answers import document
 from softprompt.inspection.report import inspect_vectors
 from softprompt.inspection.vocabulary import Vocabulary
-from softprompt.model.frozen import FrozenLM
+from softprompt.model.embedder import Embedder
 from softprompt.serving.catalog import content_of
 from softprompt.serving.openai_api import ApiError
 from softprompt.serving.served import Entry
@@ -29,14 +29,13 @@ _VIEWS = ("base", "num_virtual_tokens", "warning", "answers", "nearest", "added"
 class Inspector:
     """Looks at soft prompts in a thread of its own, one at a time, each content once."""
 
-    def __init__(self, lm: FrozenLM) -> None:
+    def __init__(self, lm: Embedder) -> None:
         """Prepares to look; the embedding table is first read when somebody asks.
 
         Args:
             lm: the base model; its tokenizer is copied, since one is not made for several threads.
         """
-        self._lm = copy.copy(lm)
-        self._lm.tokenizer = copy.deepcopy(lm.tokenizer)
+        self._lm = Embedder.of(lm)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="inspector")
         self._found: dict[str, dict[str, Any]] = {}
 
@@ -67,7 +66,7 @@ class Inspector:
             raise ApiError(409, f"The file of {entry.name!r} was changed since it was loaded; load it again.")
         key = entry.content + json.dumps(soft_prompt.training, sort_keys=True)  # by that record the start is made again
         if key not in self._found:
-            report = inspect_vectors(soft_prompt, Task.of(self._lm, soft_prompt), self._vocabulary).as_dict()
+            report = document(inspect_vectors(soft_prompt, Task.of(self._lm, soft_prompt), self._vocabulary))
             while len(self._found) >= MOST:
                 del self._found[next(iter(self._found))]
             self._found[key] = {name: report[name] for name in _VIEWS}

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from softprompt.generation.writer import TokenLogprob, Writer
-from softprompt.model.frozen import FrozenLM
+from softprompt.model.embedder import Embedder
 from softprompt.model.request import Request, Sampling
 from softprompt.serving.limits import Limits as Limits
 
@@ -174,7 +174,7 @@ def tickets_of(jobs: Sequence[Job], notify: Callable[[int, Event], None]) -> lis
     return [Ticket(job, teller(index)) for index, job in enumerate(jobs)]
 
 
-def writer_of(lm: FrozenLM, job: Job) -> Writer:
+def writer_of(lm: Embedder, job: Job) -> Writer:
     """What writes the continuation of a job that is not to score words."""
     assert job.sampling is not None
     return Writer(

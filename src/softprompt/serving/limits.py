@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from softprompt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from softprompt.model.frozen import FrozenLM
+    from softprompt.model.embedder import Embedder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,6 @@ class Limits:
         if self.prefix_bytes < 0:
             raise ConfigError(f"The server's limit on prefix_bytes must be 0 or more, not {self.prefix_bytes}.")
 
-    def window(self, lm: FrozenLM) -> int:
+    def window(self, lm: Embedder) -> int:
         """The most tokens of one request, input and output."""
         return min(lm.window, self.tokens)

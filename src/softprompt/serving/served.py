@@ -15,7 +15,7 @@ import torch
 from softprompt.data.example import Example
 from softprompt.errors import DataError, TemplateError
 from softprompt.generation.writer import TokenLogprob, draw
-from softprompt.model.frozen import FrozenLM
+from softprompt.model.embedder import Embedder
 from softprompt.model.request import Request, Sampling
 from softprompt.serving.jobs import Job, Piece, Scores
 from softprompt.serving.openai_api import ApiError
@@ -150,13 +150,13 @@ class Model(Entry):
     have begun go on with the old one.
 
     Attributes:
-        lm: the base model, with a tokenizer of the catalog's own.
+        lm: what embeds for the base model, with a tokenizer of the catalog's own.
         window: the most tokens of one request.
         task: its own template, labels and length; None for the base model.
         vectors: the soft prompt on the CPU in the base model's dtype; None for the base model.
     """
 
-    lm: FrozenLM
+    lm: Embedder
     window: int
     task: Task | None = None
     vectors: torch.Tensor | None = None
@@ -171,7 +171,13 @@ class Model(Entry):
         """The soft prompt, if any, and behind it the client's text as it is."""
         if self.task is None:
             return Task(self.lm, Template("{input}{target}"), None, 0, self.window)
-        return Task(self.lm, Template("{soft_prompt}{input}{target}"), None, self.task.num_virtual_tokens, self.window)
+        return Task(
+            self.lm,
+            Template("{soft_prompt}{input}{target}"),
+            None,
+            self.task.num_virtual_tokens,
+            self.window,
+        )
 
     @cached_property
     def bare(self) -> Task | None:

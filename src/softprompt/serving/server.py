@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.resources import files as resources
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from fastapi import FastAPI
 from pydantic_core import from_json
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from softprompt.errors import SoftPromptError
@@ -44,6 +45,8 @@ _PAGE_POLICY = (
 )
 _Result = TypeVar("_Result")
 
+Endpoint = Callable[[Request], Awaitable[Response]]
+
 
 def create_app(
     engine: Backend,
@@ -69,36 +72,38 @@ def create_app(
     server = Server(engine, catalog, allow_loading)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
         watching = asyncio.create_task(server.watch(files)) if watch else None
         yield
         if watching is not None:
             watching.cancel()
         await server.close()
 
-    app = FastAPI(title="softprompt", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    for path, endpoint in {
-        "/v1/completions": server.completions,
-        "/v1/chat/completions": server.chat,
-        "/v1/classify": server.classify,
-        "/v1/load_soft_prompt": server.load,
-        "/v1/unload_soft_prompt": server.unload,
-    }.items():
-        app.add_api_route(path, endpoint, methods=["POST"], response_model=None)
-    looks: dict[str, Callable[..., Any]] = {
-        "/": server.page,
-        "/health": server.health,
-        "/metrics": server.metrics_text,
-        "/v1/models": server.models,
-        "/v1/models/{name:path}": server.model,
-        "/v1/soft_prompts/{name:path}/inspection": server.inspection,
-    }
-    for path, look in looks.items():
-        app.add_api_route(path, look, methods=["GET"], response_model=None)
-    app.add_exception_handler(ApiError, _answer_error)
-    app.add_exception_handler(HTTPException, _answer_error)
-    app.add_exception_handler(Exception, _answer_error)
-    app.add_exception_handler(ClientGone, lambda request, error: Response(status_code=499))
+    def post(path: str, endpoint: Endpoint) -> Route:
+        return Route(path, endpoint, methods=["POST"])
+
+    app = Starlette(
+        routes=[
+            post("/v1/completions", server.completions),
+            post("/v1/chat/completions", server.chat),
+            post("/v1/classify", server.classify),
+            post("/v1/load_soft_prompt", server.load),
+            post("/v1/unload_soft_prompt", server.unload),
+            Route("/", server.page),
+            Route("/health", server.health),
+            Route("/metrics", server.metrics_text),
+            Route("/v1/models", server.models),
+            Route("/v1/models/{name:path}", server.model),
+            Route("/v1/soft_prompts/{name:path}/inspection", server.inspection),
+        ],
+        exception_handlers={
+            ApiError: _answer_error,
+            HTTPException: _answer_error,
+            Exception: _answer_error,
+            ClientGone: lambda request, error: Response(status_code=499),
+        },
+        lifespan=lifespan,
+    )
     return Gate(app, api_key, max_body_bytes)
 
 
@@ -133,7 +138,7 @@ class Server:
 
     # --- looking ----------------------------------------------------------------------------------
 
-    async def page(self) -> Response:
+    async def page(self, request: Request) -> Response:
         """The playground."""
         page = resources("softprompt.serving") / "playground.html"
         if not page.is_file():
@@ -143,7 +148,7 @@ class Server:
             headers={"Content-Security-Policy": _PAGE_POLICY, "X-Content-Type-Options": "nosniff"},
         )
 
-    async def health(self) -> Response:
+    async def health(self, request: Request) -> Response:
         """200 while requests are taken."""
         try:
             self._engine.check()
@@ -151,23 +156,25 @@ class Server:
             raise ApiError(503, str(error), code=error.code) from error
         return JSONResponse({"status": "ok"})
 
-    async def metrics_text(self) -> Response:
+    async def metrics_text(self, request: Request) -> Response:
         """For Prometheus."""
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
-    async def models(self) -> Response:
+    async def models(self, request: Request) -> Response:
         """The base model and every soft prompt, and whether clients may load more of them."""
         entries = await self._read(self._catalog.entries)
         listed = api.model_list([entry.card for entry in entries])
         return JSONResponse({**listed, "allow_loading": self._allow_loading})
 
-    async def model(self, name: str) -> Response:
+    async def model(self, request: Request) -> Response:
         """One of them."""
+        name = request.path_params["name"]
         entry = await self._read(lambda: self._catalog.entry(name))
         return JSONResponse(entry.card)
 
-    async def inspection(self, name: str) -> Response:
+    async def inspection(self, request: Request) -> Response:
         """What the vectors of a soft prompt show with the embedding table alone."""
+        name = request.path_params["name"]
         entry = await self._read(lambda: self._catalog.entry(name))
         return JSONResponse(await self._inspector.views(entry))
 
@@ -442,7 +449,7 @@ async def _document(request: Request) -> object:
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
-        there = [f"{'/'.join(route.methods)} {route.path}" for route in request.app.routes]
+        there = [f"{'/'.join(route.methods - {'HEAD'})} {route.path}" for route in request.app.routes]
         expected = ", ".join(there).replace("{name:path}", "NAME")
         found = f"{request.method} {request.url.path[:100]}"
         sentence = f"Expected one of {expected}, found {found} ({error.detail}); correct the address."

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from softprompt.data.example import Example
 from softprompt.errors import ConfigError
 from softprompt.model.batch import build_trie
-from softprompt.model.frozen import FrozenLM
+from softprompt.model.embedder import Embedder
 from softprompt.serving.jobs import (
     CLOSED,
     Closed,
@@ -79,12 +79,12 @@ class Upstreams:
     """
 
     def __init__(
-        self, lm: FrozenLM, urls: Sequence[str], limits: Limits | None = None, *, api_key: str | None = None
+        self, embedder: Embedder, urls: Sequence[str], limits: Limits | None = None, *, api_key: str | None = None
     ) -> None:
         """Looks at every server once; one that is not there is asked again every ``LOOK_SECONDS``.
 
         Args:
-            lm: the base model that they serve; only its tokenizer and embedding table are used.
+            embedder: of the base model that they serve.
             urls: where they are.
             limits: what it may use.
             api_key: what they want as Bearer token, if anything.
@@ -94,7 +94,7 @@ class Upstreams:
         """
         self.limits = limits or Limits()
         self.prefixes = Counts()
-        self._lm = lm
+        self._embedder = embedder
         self._lock = threading.Lock()  # of the line and of closing
         self._line = FairQueue()
         self._turns: dict[Ticket, asyncio.Future[None]] = {}
@@ -103,7 +103,7 @@ class Upstreams:
         self._closing = False
         self._watching: asyncio.Task[None] | None = None
         self._loop = asyncio.new_event_loop()
-        self._servers = [Vllm(url, lm, api_key) for url in dict.fromkeys(urls)]
+        self._servers = [Vllm(url, embedder, api_key) for url in dict.fromkeys(urls)]
         self._thread = threading.Thread(target=self._loop.run_forever, name="upstreams", daemon=True)
         self._thread.start()
         try:
@@ -115,7 +115,7 @@ class Upstreams:
             if not server.alive:
                 log.warning(f"the upstream {server.url} does not answer yet; it is asked every {LOOK_SECONDS:g} s")
         windows = [server.window for server in self._servers if server.window is not None]
-        self.window = min([self.limits.window(lm), *windows])
+        self.window = min([self.limits.window(embedder), *windows])
 
     @property
     def running(self) -> int:
@@ -301,7 +301,7 @@ class Upstreams:
     async def _write(self, ticket: Ticket, server: Vllm) -> Piece:
         job = ticket.job
         assert job.sampling is not None
-        writer = writer_of(self._lm, job)
+        writer = writer_of(self._embedder, job)
         self.prefixes.queries += job.prompt_tokens
         answer = server.write(job.request.ids, job.vectors, job.sampling, sorted(writer.ends), job.top_logprobs)
         async with contextlib.aclosing(answer) as chunks:

@@ -21,7 +21,7 @@ import httpx
 import torch
 
 from softprompt.errors import ConfigError
-from softprompt.model.frozen import FrozenLM
+from softprompt.model.embedder import Embedder
 from softprompt.model.request import Sampling
 from softprompt.text.tokens import SOFT
 
@@ -94,12 +94,12 @@ class Vllm:
         window: the most tokens of a sequence there; None before it has told.
     """
 
-    def __init__(self, url: str, lm: FrozenLM, api_key: str | None = None) -> None:
+    def __init__(self, url: str, embedder: Embedder, api_key: str | None = None) -> None:
         """A server that nothing is known of yet.
 
         Args:
             url: where it is, with or without ``/v1``.
-            lm: the base model that it is to serve; only its embedding table is used.
+            embedder: of the base model that it is to serve.
             api_key: what it wants as Bearer token, if anything.
         """
         self.url = url.rstrip("/").removesuffix("/v1")
@@ -107,7 +107,7 @@ class Vllm:
         self.load = 0
         self.model = ""
         self.window: int | None = None
-        self._lm = lm
+        self._embedder = embedder
         self._checked = ""
         # vLLM's first model runner (0.32 takes it where there is no Triton) loses the most probable tokens of a request
         # that shares a pass with one that asks for tokens by id: so the one kind is not sent while the other is there.
@@ -168,11 +168,11 @@ class Vllm:
 
     async def _check(self) -> None:
         """The same tokens as ids and as embeddings must get the same scores."""
-        step = len(self._lm.embedding) // PROBE_TOKENS
+        step = len(self._embedder.embedding) // PROBE_TOKENS
         ids = [step * number for number in range(PROBE_TOKENS)]
         try:
             by_ids, _ = await self.next_logprobs(ids, None, ids)
-            embedded, _ = await self.next_logprobs([SOFT], self._lm.embed(ids, None), ids)
+            embedded, _ = await self.next_logprobs([SOFT], self._embedder.embed(ids, None), ids)
         except UpstreamError as error:
             raise ConfigError(
                 f"Expected a vLLM server with --enable-prompt-embeds and this base model at {self.url}, found one that "
@@ -180,8 +180,8 @@ class Vllm:
             ) from error
         if max(abs(by_ids[token] - embedded[token]) for token in ids) > PROBE_TOLERANCE:
             raise ConfigError(
-                f"Expected the base model {self._lm.name} at {self.url}, found {self.model}, whose token embeddings "
-                f"are others; start vLLM with the same model, or give it as --base."
+                f"Expected the base model {self._embedder.name} at {self.url}, found {self.model}, whose token "
+                f"embeddings are others; start vLLM with the same model, or give it as --base."
             )
 
     async def write(
@@ -279,7 +279,7 @@ class Vllm:
 
     async def _body(self, ids: Sequence[int], vectors: torch.Tensor | None, wish: dict[str, Any]) -> bytes:
         if SOFT in ids:  # megabytes, which must not hold up the event loop
-            sequence = {"prompt_embeds": await asyncio.to_thread(lambda: _saved(self._lm.embed(ids, vectors)))}
+            sequence = {"prompt_embeds": await asyncio.to_thread(lambda: _saved(self._embedder.embed(ids, vectors)))}
         else:
             sequence = {"prompt": list(ids)}  # type: ignore[dict-item]
         return json.dumps({"model": self.model, **sequence, **NEUTRAL, **wish}).encode()

@@ -48,8 +48,8 @@ class Query:
     def __post_init__(self) -> None:
         task = self.task
         found = None if self.vectors is None else list(self.vectors.shape)
-        kv = found is not None and len(found) == 5 and task.lm.shares_prefix
-        a_token = task.lm.kv_shape if kv else (task.lm.hidden_size,)
+        kv = found is not None and len(found) == 5 and task.model.shares_prefix
+        a_token = task.model.kv_shape if kv else (task.lm.hidden_size,)
         wanted = [task.num_virtual_tokens, *a_token] if task.template.has_soft_prompt else None
         if found != wanted:
             raise ConfigError(
@@ -223,4 +223,4 @@ def _write(queries: Sequence[Query], sampling: Sampling, prefix_of: PrefixOf | N
 
 
 def lm_of(queries: Sequence[Query]) -> FrozenLM:
-    return queries[0].task.lm
+    return queries[0].task.model

@@ -47,7 +47,7 @@ def read_task(
         raise ConfigError(
             "--references-field is for free text, but --labels makes the targets labels; leave one of them out."
         )
-    verbalizer = None if labels in (None, "all", "none") else _verbalizer(labels)
+    verbalizer = None if labels in (None, "all", "none") else verbalizer_of(labels)
 
     def read(source: Source | Dataset) -> Dataset:
         if isinstance(source, Dataset):
@@ -99,7 +99,12 @@ def taken_for(
     )
 
 
-def _verbalizer(labels: Labels | None) -> Verbalizer:
+def verbalizer_of(labels: Labels | None) -> Verbalizer:
+    """The verbalizer of a label set that is said in one of the forms of ``Labels``; ``"all"`` and ``"none"`` are none.
+
+    Raises:
+        TemplateError: the labels make no verbalizer.
+    """
     if isinstance(labels, Verbalizer):
         return labels
     if isinstance(labels, str):

@@ -10,6 +10,7 @@ import torch
 
 from softprompt.data.example import Dataset, Example, check_targets, infer_labels
 from softprompt.errors import ConfigError, DataError, SoftPromptWarning, TemplateError
+from softprompt.model.embedder import Embedder
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request
 from softprompt.soft_prompts.soft_prompt import SoftPrompt, check_base
@@ -26,7 +27,8 @@ class Task:
     """What a soft prompt is tuned for and used with.
 
     Attributes:
-        lm: the frozen base model.
+        lm: the base model, or what stands before its layers: its tokenizer, table, names and window are all that is
+            asked of it here.
         template: where soft prompt, fields and target stand.
         verbalizer: label → words; None for free-text targets.
         num_virtual_tokens: P; 0 for a template without a soft prompt.
@@ -41,7 +43,7 @@ class Task:
         label_of_word: the label's index for each of ``words``.
     """
 
-    lm: FrozenLM
+    lm: Embedder
     template: Template
     verbalizer: Verbalizer | None
     num_virtual_tokens: int
@@ -81,7 +83,7 @@ class Task:
     @classmethod
     def for_data(
         cls,
-        lm: FrozenLM,
+        lm: Embedder,
         train: Dataset,
         template: Template,
         *,
@@ -107,7 +109,7 @@ class Task:
         return cls(lm, template, verbalizer, num_virtual_tokens, max_length or lm.window)
 
     @classmethod
-    def of(cls, lm: FrozenLM, soft_prompt: SoftPrompt) -> Task:
+    def of(cls, lm: Embedder, soft_prompt: SoftPrompt) -> Task:
         """The task that a soft prompt was tuned for.
 
         Raises:
@@ -138,6 +140,12 @@ class Task:
         """The same task with readable text, or nothing, in the soft prompt's place."""
         template = self.template.replace_soft_prompt(hard_text)
         return Task(self.lm, template, self.verbalizer, 0, self.max_length, self.word_end)
+
+    @property
+    def model(self) -> FrozenLM:
+        """The base model, where the task is bound to a whole one."""
+        assert isinstance(self.lm, FrozenLM), "this task is bound to an embedding table only"
+        return self.lm
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from softprompt.errors import ConfigError
-from softprompt.model.frozen import FrozenLM, tokens_of
+from softprompt.model.embedder import tokens_of
+from softprompt.model.frozen import FrozenLM
 from softprompt.tasks.length import label_list
 from softprompt.tasks.task import Task
 from softprompt.text.tokens import frequent_tokens
@@ -77,7 +78,7 @@ def first_vectors(task: Task, config: TrainConfig, number: int = 0) -> torch.Ten
     All but the first are ``config.init_scale`` times as long as embeddings; that one is left as it is, since a sequence
     begins with it and heads look at it that look at nothing else.
     """
-    lm, words, init, text = task.lm, task.label_words, config.init, config.init_text
+    lm, words, init, text = task.model, task.label_words, config.init, config.init_text
     length, draw = config.start(number)
     if init == "auto" and text is None and words and draw == 0:
         options = label_list(lm, task.labels)

@@ -135,7 +135,7 @@ class Training:
                 f"the task's template holds {found} virtual tokens, but {self.config.longest} are to be "
                 "learned; give Task and TrainConfig the same num_virtual_tokens, and the template a {soft_prompt}"
             )
-        self._base_digest = task.lm.digest_before
+        self._base_digest = task.model.digest_before
         self.base_unchanged: bool | None = None
         examples, held_out = split_rows(train, validation, self.config)
         self._data = describe_rows(train, validation, len(examples), len(held_out))
@@ -144,7 +144,7 @@ class Training:
         self._order = RowOrder([None if task.verbalizer is None else example.target for example in examples])
         self._prepare(examples)
         if self.config.parametrisation == "prefix":
-            require_shared_prefix(task.lm, task.template, self._requests)
+            require_shared_prefix(task.model, task.template, self._requests)
         self.truncated = sum(request.truncated for request in self._requests)
         self._validator = validator(task, held_out)
         checked = [task.label_request(e) if task.words else task.target_request(e) for e in held_out]
@@ -204,11 +204,11 @@ class Training:
                 raise ConfigError(
                     "The loss 'labels' needs class labels, but the targets are free text; give --labels or use lm."
                 )
-            self._objective = Objective(task.lm, task.label_of_word)
+            self._objective = Objective(task.model, task.label_of_word)
             self._requests = [task.label_request(e) for e in examples]
             self._gold = [task.labels.index(str(e.target)) for e in examples]
         else:
-            self._objective = Objective(task.lm)
+            self._objective = Objective(task.model)
             self._requests = [task.target_request(e) for e in examples]
             self._gold = [0] * len(examples)
 
@@ -219,7 +219,7 @@ class Training:
             StoreError: the folder cannot be written; or it was given back when an earlier iteration ended, and another
                 training has it now, or has had it since.
         """
-        lm, state = self.task.lm, self._state
+        lm, state = self.task.model, self._state
         self._hold.take()
         try:
             self._iterating = True
@@ -254,7 +254,7 @@ class Training:
         numbers = (folded.detach() * form.unit).requires_grad_()
         requests, gold = [self._requests[i] for i in chosen], [self._gold[i] for i in chosen]
         loss, tokens = self._objective.backward(requests, gold, numbers)
-        state.compiled = self.task.lm.compiled  # it may have turned out that they cannot be
+        state.compiled = self.task.model.compiled  # it may have turned out that they cannot be
         lr = learning_rate(self.config, place, self.schedule.planned)
         norm = state.learner.gradient(folded, numbers)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -302,11 +302,11 @@ class Training:
         """The start of that number, before its first step."""
         first = self._requests[0].ids
         form = parametrise(
-            self.task.lm,
+            self.task.model,
             self.config.parametrisation,
             self._initial(number),
             seed=self.config.seed + number,
-            scale=init_scale(self.task.lm, self.config),
+            scale=init_scale(self.task.model, self.config),
             before=first[: first.index(SOFT)],
         )
         learner = Learner(number, form, make_optimizer(self.config, *form.tensors.values()), None)
@@ -345,7 +345,7 @@ class Training:
             TrainingError: no step was done yet, the loss of the very first was not finite, or a weight of the base
                 model changed, which must never happen.
         """
-        lm, state = self.task.lm, self._state
+        lm, state = self.task.model, self._state
         best = state.keeper.best
         if not state.tokens:
             raise TrainingError(
@@ -392,7 +392,7 @@ class Training:
 
     def _schedule(self, checked: Sequence[Request]) -> Schedule:
         """When validations come, and what each of them computes; ``checked`` are the requests of its rows."""
-        config, lm = self.config, self.task.lm
+        config, lm = self.config, self.task.model
         if config.epochs is not None:
             planned = max(1, math.ceil(config.epochs * len(self._requests) / config.batch_size))
         else:
@@ -405,7 +405,7 @@ class Training:
         return Schedule(planned, config.eval_every or interval, len(checked), tokens, tries=config.tries)
 
     def _should_compile(self) -> bool:
-        lm = self.task.lm
+        lm = self.task.model
         if not lm.shares_prefix or self.config.compile == "off":
             return False
         tokens = _tokens(self._requests) / len(self._requests) * self.config.batch_size + self.config.longest
@@ -413,7 +413,7 @@ class Training:
 
     def _initial(self, number: int) -> torch.Tensor:
         """What the start of that number begins with: float32 ``[P, H]`` or ``[P, L, 2, H_kv, D]``."""
-        lm, config, start = self.task.lm, self.config, self._start
+        lm, config, start = self.task.model, self.config, self._start
         if start is not None:
             length, _ = config.start(number)
             expected: tuple[int, ...] = (length, lm.hidden_size)
@@ -452,9 +452,9 @@ class Training:
             "total": self.total,
             "template": task.template.text,
             "labels": [task.labels, task.words, task.label_of_word, task.ends],
-            "base model": task.lm.fingerprint,
-            "base settings": dict(task.lm.settings),
-            "dtype": next(name for name, dtype in DTYPES.items() if dtype == task.lm.dtype),
+            "base model": task.model.fingerprint,
+            "base settings": dict(task.model.settings),
+            "dtype": next(name for name, dtype in DTYPES.items() if dtype == task.model.dtype),
             "training data": [data["train"]["fingerprint"], data["train"]["rows"]],
             "validation data": [data["validation"]["fingerprint"], data["validation"]["rows"]],
         }

@@ -1,0 +1,8 @@
+"""The formats by name."""
+
+PEFT = {"prompt-tuning": "PROMPT_TUNING", "prefix-tuning": "PREFIX_TUNING", "cartridge": "CARTRIDGE"}
+"""What PEFT calls its methods."""
+
+FORMATS = ("peft", *PEFT, "npy", "safetensors")
+"""What a soft prompt can be exported to; ``peft`` is the PEFT method of its kind: prompt tuning, or prefix tuning of a
+trained KV prefix."""

@@ -1,0 +1,112 @@
+"""What turns token ids into what a base model reads: its tokenizer and embedding table, and all that tells it from
+others. It computes nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from softprompt.errors import ConfigError, DataError
+from softprompt.model.architecture import SHARED_PREFIX_MODELS
+from softprompt.text.tokens import SOFT
+
+
+@dataclass(eq=False, repr=False)
+class Embedder:
+    """The part of a base model before its layers.
+
+    Attributes:
+        name: the id it was loaded by.
+        tokenizer: transformers' own.
+        embedding: the vector that each token feeds into the model, ``[V, H]``.
+        window: the most tokens in one sequence.
+        fingerprint, tokenizer_fingerprint: hex digests that a soft prompt remembers.
+        settings: the settings of its configuration that change what it computes (``model_settings``).
+        generation_config: transformers' own; says which tokens end a text. None where the model has none.
+    """
+
+    name: str
+    tokenizer: Any
+    embedding: torch.Tensor
+    window: int
+    fingerprint: str
+    tokenizer_fingerprint: str
+    settings: Mapping[str, Any]
+    generation_config: Any
+
+    @classmethod
+    def of(cls, model: Embedder, *, own_table: bool = False) -> Embedder:
+        """That of a base model, with a tokenizer of its own, since one is not made for several threads.
+
+        Args:
+            model: a base model.
+            own_table: copy the embedding table, so that nothing of the model needs to stay: its table may be a view
+                into the whole file.
+        """
+        parts = {name: getattr(model, name) for name in cls.__dataclass_fields__}
+        found = cls(**parts | {"tokenizer": copy.deepcopy(model.tokenizer)})
+        return replace(found, embedding=found.embedding.detach().clone()) if own_table else found
+
+    @property
+    def hidden_size(self) -> int:
+        """``H``, the width of a token embedding."""
+        return int(self.embedding.shape[1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's."""
+        return self.embedding.dtype
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """The end-of-sequence tokens, of the tokenizer and of what the model says about generation."""
+        said = getattr(self.generation_config, "eos_token_id", None)
+        ends = said if isinstance(said, list) else [said]
+        return frozenset(token for token in (*ends, self.tokenizer.eos_token_id) if token is not None)
+
+    def require_embeddings(self, ids: Sequence[int], where: str = "") -> None:
+        """Raises a ``DataError`` at a token that the tokenizer knows and the embedding table has no row for."""
+        rows, token = len(self.embedding), max(ids, default=0)
+        if token >= rows:
+            raise DataError(
+                f"{f'{where}: e' if where else 'E'}xpected tokens that the base model {self.name} knows, found "
+                f"{self.tokenizer.convert_ids_to_tokens(token)!r}, number {token} of its tokenizer, but its embedding "
+                f"table has {rows} rows; leave it out, or resize the table (model.resize_token_embeddings), save the "
+                "model and give that."
+            )
+
+    def look_up(self, ids: torch.Tensor) -> torch.Tensor:
+        """What tokens feed into the model: ``[…, H]`` of int64 ids ``[…]``."""
+        return nn.functional.embedding(ids, self.embedding)
+
+    def embed(self, ids: Sequence[int], vectors: torch.Tensor | None) -> torch.Tensor:
+        """Embeddings ``[T, H]`` of ``ids`` in the model's dtype, with ``vectors`` in the place of ``SOFT``."""
+        device, pieces, start = self.embedding.device, [], 0
+        for place in [i for i, token in enumerate(ids) if token == SOFT] + [len(ids)]:
+            pieces.append(self.look_up(torch.tensor(ids[start:place], dtype=torch.long, device=device)))
+            if place < len(ids):
+                assert vectors is not None, "a request with a soft prompt's place names its soft prompt"
+                if vectors.dim() != 2:
+                    raise ConfigError(
+                        "A trained KV prefix must stand before all input, which may not be empty, in a base model with "
+                        f"a shared prefix ({', '.join(SHARED_PREFIX_MODELS)}); use a plain soft prompt."
+                    )
+                pieces.append(vectors.to(device, self.dtype))
+            start = place + 1
+        return torch.cat(pieces)
+
+
+def tokens_of(lm: Embedder, text: str) -> list[int]:
+    """The text's token ids, without special tokens around them.
+
+    Raises:
+        DataError: the embedding table has no row for one.
+    """
+    ids: list[int] = lm.tokenizer(text, add_special_tokens=False).input_ids
+    lm.require_embeddings(ids)
+    return ids
