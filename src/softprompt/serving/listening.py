@@ -116,7 +116,5 @@ class RunningServer:
     ) -> None:
         self.close()
 
-    def __str__(self) -> str:
-        return f"softprompt at {self.url}"
-
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return f"<RunningServer {self.url}>"

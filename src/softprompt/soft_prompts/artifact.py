@@ -102,7 +102,7 @@ def _read(path: Path) -> tuple[dict[str, Any], NDArray[np.float32]]:
         if path.is_dir():
             raise ArtifactError(
                 f"{path} is a folder, but a soft prompt is one {SUFFIX} file that softprompt saved; "
-                f"name that file (folders of other tools such as PEFT are not read yet)."
+                f"name that file, or take in a folder of PEFT with `softprompt import`."
             )
         if not path.is_file():
             raise ArtifactError(
@@ -213,8 +213,8 @@ def _read_document(path: Path, text: str | None) -> tuple[dict[str, Any], object
     """The header's document without its digest, of the right types; and the digest."""
     if text is None:
         raise ArtifactError(
-            f"{path} is a safetensors file, but its header has no entry '{_DOCUMENT}': softprompt reads the soft "
-            f"prompts that it saved itself, not yet those of other tools such as PEFT; tune one by `softprompt train`."
+            f"{path} is a safetensors file, but its header has no entry '{_DOCUMENT}', which softprompt writes; take in "
+            f"soft prompts of other tools with `softprompt import`."
         )
     try:
         document = json.loads(text)
