@@ -1,4 +1,4 @@
-# `softprompt serve` on the CPU; see docs/serving.md.
+# `softprompt serve` on the CPU; see docs/guides/serving.md.
 #   docker build --build-arg PIP_EXTRA_INDEX_URL=… -t softprompt .
 # The argument is PyTorch's index of CPU builds (see its install page): without it, torch brings gigabytes of CUDA.
 FROM python:3.12-slim

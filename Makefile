@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-vllm lint wheel gpu-wheels clean
+.PHONY: demo test test-slow test-vllm lint docs pictures wheel gpu-wheels clean
 
 demo: .venv/core.stamp
 	$(BIN)/softprompt demo
@@ -25,6 +25,14 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Three pages of the reference come from the code. A dead link or anchor fails the build.
+docs: .venv/docs.stamp
+	$(BIN)/python docs/reference_pages.py
+	$(BIN)/zensical build --clean --strict
+
+pictures: .venv/docs.stamp
+	$(BIN)/python docs/pictures.py
+
 wheel: .venv/dev.stamp
 	rm -rf build dist
 	$(BIN)/python -m build
@@ -42,7 +50,7 @@ gpu-wheels: .venv/torch.stamp
 		$(addprefix --platform manylinux,_2_28_x86_64 _2_17_x86_64 2014_x86_64) $(GPU_WHEELS) $(GPU_MORE)
 
 clean:
-	rm -rf .venv .venv-vllm build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm build dist site src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # torch comes first and pinned: a newer release, or the choice left to another package's wish, can pull in gigabytes of CUDA.
 .venv/torch.stamp: constraints.txt
@@ -56,6 +64,10 @@ clean:
 
 .venv/dev.stamp: .venv/core.stamp
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/docs.stamp: .venv/core.stamp
+	$(BIN)/python -m pip install -c constraints.txt -e '.[docs]'
 	touch $@
 
 # The three libraries that go again read images, sound and film, and the builds that fit fail to load beside a CPU torch.

@@ -170,7 +170,7 @@ def main() -> None:
     folder = Path(__file__).parent.parent / "docs" / "study"
     sets, unseen, others = read(folder), read(folder / "unseen"), read(folder / "bases")
     few = {f"{name}, 200 training rows": cells for name, cells in read(folder / "few").items()}
-    text = "# Every cell of the study\n\nMade by `benchmarks/study.py`; what it means is in ../quality.md.\n\n"
+    text = "# Every cell of the study\n\nMade by `benchmarks/study.py`. [quality.md](quality.md) explains it.\n\n"
     text += overview(sets) + "\n\nData sets that were not there while the defaults were chosen:\n\n"
     text += overview(unseen) + "\n\nFew rows to learn from, 100 for validation:\n\n" + overview(few) + "\n"
     for name, cells in (*sets.items(), *unseen.items(), *few.items()):

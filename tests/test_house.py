@@ -1,7 +1,7 @@
 """The order of the house: a room imports from rooms above it only, and no module waits for itself.
 
 Every import counts, also those inside functions and those for types alone. The order is that of the list of rooms in
-``docs/design.md``.
+``docs/explain/design.md``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def rooms(page: str) -> list[str]:
     return [name.removesuffix(".py") for name in re.findall(r"^\| `(\w+)(?:/|\.py)` \|", section, re.MULTILINE)]
 
 
-ROOMS = rooms((ROOT / "docs" / "design.md").read_text(encoding="utf-8"))
+ROOMS = rooms((ROOT / "docs" / "explain" / "design.md").read_text(encoding="utf-8"))
 
 
 def modules(package: Path) -> dict[str, Path]:

@@ -25,7 +25,7 @@ def peak_memory(lm: FrozenLM) -> Iterator[list[int]]:
     Of the process, looked at every 20 ms; on a CUDA device, of the device's own count.
     """
     gc.collect()
-    give_back_freed()  # what a C library keeps, the process seems to hold, and the next to use it to need none of
+    give_back_freed()  # malloc keeps freed memory; return it first, or this method seems to need none
     found = [0]
     if lm.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(lm.device)

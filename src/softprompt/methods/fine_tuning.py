@@ -146,7 +146,7 @@ class Tuner:
         better on the validation rows by more than one standard error of an accuracy there (free text: better at all).
 
         Short runs are within the noise of each other, and favour high rates, which lose in a whole run: see
-        ``docs/defaults.md``.
+        ``docs/study/defaults.md``.
         """
         middle, seconds = rates[len(rates) // 2], TRIALS * self._problem.seconds_left / len(rates)
         found = dict[float, Mapping[str, float]]()

@@ -20,50 +20,50 @@ class TrainConfig:
     """How a soft prompt is tuned. The defaults are meant to need no tuning.
 
     Attributes:
-        num_virtual_tokens: P, how many vectors are learned, in tokens; None: as many as the task has
-            (``prompt.default_num_virtual_tokens``).
-        init: ``random`` (normal, one RMS of the embedding table), ``vocab`` (embeddings of tokens drawn from the most
-            frequent part of the vocabulary), ``text`` (embeddings of ``init_text``), ``labels`` (embeddings of the
-            class labels, the rest as ``vocab``), a name in the store or a path of a soft prompt; ``auto``: ``text``
-            where there is an ``init_text``; where there are labels, the line that names them (``prompt.label_list``)
-            if it fits in P tokens, else ``labels``; ``vocab`` for free text.
-        init_text: text for ``init="text"``, cut to P tokens, or repeated to end with its end.
-        init_scale: what the initial vectors but the first are multiplied by, at least 1; None: by as much as the base
-            model's first decoder layer makes hidden states larger (``FrozenLM.first_layer_gain``), so that what is
-            learned reaches the deeper layers past that layer too. Steps grow with it. A KV prefix is always at 1.
-        parametrisation: what is learned (see ``parametrisation.py``): ``plain``, the vectors themselves;
-            ``residual``, ``superpos`` or ``mlp``, numbers that are folded into vectors after training; ``prefix``, keys
-            and values for every layer, a soft prompt of another kind with a larger file.
-        starts: how many runs, each with another initialisation and order of the data, do the first tenth of the steps;
-            the best on the validation rows goes on (successive halving of one round, Jamieson and Talwalkar 2016).
-            With init ``auto``, further starts take ``labels`` or ``vocab``, which are drawn.
-        lengths: other numbers of virtual tokens to try, as starts of their own beside those of ``num_virtual_tokens``:
-            prompt-length search. The best on the validation rows goes on, so P may come out as any of them.
-        loss: ``lm`` (cross-entropy of all target tokens over the whole vocabulary) or ``labels`` (cross-entropy over
-            the labels' scores).
+        num_virtual_tokens: P, how many vectors are learned. None: 64, or with many labels as many as spell them all out
+            (``tasks.length.default_num_virtual_tokens``).
+        init: the start. ``text``: embeddings of ``init_text``. ``labels``: embeddings of the labels, the rest as
+            ``vocab``. ``vocab``: embeddings of tokens drawn from the most frequent part of the vocabulary. ``random``:
+            normal, with the RMS of the embedding table. ``auto``: ``text`` if there is an ``init_text``; with labels,
+            the line that names them all if it fits into P tokens, else ``labels``; for free text ``vocab``. On the
+            command line also the name or path of a soft prompt.
+        init_text: the text for ``text``: cut to P tokens, or repeated so that it ends whole.
+        init_scale: factor on all initial vectors but the first, at least 1. None: the factor by which the base model's
+            first layer lengthens hidden states (``FrozenLM.first_layer_gain``), so that what is learned reaches the
+            deeper layers too. Steps grow with it. A KV prefix always has 1.
+        parametrisation: what is trained. ``plain``: the vectors. ``residual``, ``superpos``, ``mlp``: numbers that are
+            folded into vectors after training. ``prefix``: keys and values for every layer, a soft prompt of another
+            kind with a larger file.
+        starts: how many runs, with different starts and orders of the data, do the first tenth of the steps. The best
+            on the validation rows goes on (successive halving of one round, Jamieson and Talwalkar 2016). With
+            ``auto``, further starts take ``labels`` or ``vocab``, which are drawn.
+        lengths: other numbers of virtual tokens to try in the same way. The best on the validation rows goes on, so P
+            may come out as any of them.
+        loss: ``lm``: cross-entropy of all target tokens over the vocabulary. ``labels``: cross-entropy over the labels'
+            scores.
         optimizer: ``adamw`` or ``adafactor``.
-        lr: peak learning rate in units of the RMS of each virtual token's initial vector (between that of the embedding
-            table and ``init_scale`` times that): an Adam step moves an element by at most about ``lr`` RMS.
+        lr: peak learning rate, in RMS of each virtual token's initial vector: an Adam step moves an element by at most
+            about ``lr`` RMS.
         weight_decay: decoupled, a factor of the learning rate, per step.
         warmup: share of the steps over which the learning rate rises linearly from 0, in [0, 1).
         schedule: how it falls afterwards: ``linear`` or ``cosine`` to 0, or ``constant``.
-        clip: the most that the gradient's norm may be, in loss per RMS of the start; larger ones are scaled down; 0 for
-            no clipping.
-        average: decay of an exponential moving average of the soft prompt over the steps, in [0, 1), which is validated
-            and kept in place of the current one (Polyak and Juditsky 1992); 0 for none. It is
-            ``min(average, (1 + t) / (10 + t))`` at step ``t``, so that the start is soon forgotten.
+        clip: the largest norm of the gradient, in loss per RMS of the start. Larger gradients are scaled down. 0: no
+            clipping.
+        average: decay of an exponential moving average of the soft prompt over the steps, in [0, 1). The average is
+            validated and kept (Polyak and Juditsky 1992). At step ``t`` it is ``min(average, (1 + t) / (10 + t))``, so
+            that the start is soon forgotten. 0: no average.
         batch_size: examples a step.
-        steps: optimizer steps; None: see ``epochs``.
-        epochs: passes over the training data; None, with ``steps`` None too: as many steps as ``DEFAULT_STEPS``.
-        eval_every: steps between validations; None: ``EVAL_EVERY``, or where a validation is dear (many labels), as
-            many more as let it take about a quarter of the computation; but five validations a run at least.
-        patience: validations in a row that are worse than the best by more than chance, after which training stops
-            early (``keeping.py``); 0: never.
-        validation_rows: the most validation rows that are used (a seeded choice).
-        checkpoint_every: steps between checkpoints for resuming.
-        max_length: the most tokens in one sequence, soft prompt included; None: the model's window.
-        seed: seeds initialisation, data order and the validation split.
-        compile: compile the decoder layers: ``auto`` (if the run is long enough to gain by it), ``on`` or ``off``.
+        steps: optimizer steps. None: ``epochs``, or 1,600 if that is None too.
+        epochs: passes over the training data, instead of ``steps``.
+        eval_every: steps between validations. None: 100, or more if a validation is slow, as with many labels, so that
+            validations take about a quarter of the computation; but at least five validations a run.
+        patience: the run ends early after so many validations in a row that are worse than the best by more than
+            chance. 0: never.
+        validation_rows: the most validation rows that are used, a seeded choice.
+        checkpoint_every: steps between checkpoints.
+        max_length: the most tokens in one sequence, soft prompt included. None: the model's window.
+        seed: seeds the start, the order of the data and the rows held out for validation.
+        compile: compile the decoder layers: ``on``, ``off``, or ``auto``, if the run is long enough to gain by it.
     """
 
     num_virtual_tokens: int | None = None
@@ -171,9 +171,8 @@ DEFAULT_STEPS = 1600
 EVAL_EVERY = 100
 
 EPOCHS = 20
-"""The most passes over the rows where time is given instead of steps. For a model's own weights, a schedule that lasted
-for more would decay long after they have begun to overfit, and the best of them would be some from the middle of it, at
-a high rate."""
+"""The most passes over the rows where time is given instead of steps. Longer schedules would still be at a high
+learning rate when full fine-tuning starts to overfit, so the best checkpoint would come from mid-schedule."""
 
 
 def most_steps(rows: int, batch_size: int) -> int:

@@ -5,7 +5,7 @@ alone, and a maximum over them often picks an early one though the vectors still
 probability of the right label. All rows have a part in it, not only those near the line between two answers, so it
 moves less. Unlike the loss it is not ruled by a few rows with sure and wrong answers. The validation is kept that ends
 the three in a row with the highest mean. A run ends early once it has stayed below that by more than chance.
-``docs/defaults.md`` has the rules that were tried and ``benchmarks/replay.py`` replays them.
+``docs/study/defaults.md`` has the rules that were tried and ``benchmarks/replay.py`` replays them.
 """
 
 from __future__ import annotations
