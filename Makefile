@@ -10,8 +10,9 @@ demo: .venv/core.stamp
 	$(BIN)/softprompt demo
 
 # One thread: the models are tiny, and tests that run several processes would make their threads wait for each other.
+# Two processes instead, a file at a time each.
 test: .venv/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/dev.stamp
 	$(BIN)/python -m pytest -m slow

@@ -57,7 +57,7 @@ def faults(text: str) -> list[str]:
 
 
 def test_it_finds_what_does_not_exist() -> None:
-    assert faults("read with `softprompt import`; or --no-such-option") == ["--no-such-option", "softprompt import"]
+    assert faults("read with `softprompt swallow`; or --no-such-option") == ["--no-such-option", "softprompt swallow"]
     assert faults("`softprompt rm … --budget` and `softprompt train --help`") == ["--budget"]
     assert faults('pip install "softprompt[everything]"') == ["everything"]
     assert faults("softprompt tune train.jsonl\n") == ["softprompt tune"]
