@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from softprompt.data.checks import Reading
 from softprompt.data.example import Dataset, Example
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.data.reading import read_dataset
@@ -185,23 +186,7 @@ def train(
     task = Task(lm, form, verbalizer, config.longest, config.max_length or lm.window)
     vectors = None if start is None else start.vectors
     training = Training(task, rows, held_out, config, name=name, start=vectors, folder=folder, resume=resume)
-    reading = taken_for(rows, held_out, None, verbalizer, labels, references_field)
-    if progress:
-        say_reading(reading)
-        watch(training)
-    else:
-        for doubt in reading.doubts:
-            warnings.warn(doubt, SoftPromptWarning, stacklevel=2)
-        for _ in training:
-            pass
-    _warn_truncated(training.truncated, task.max_length)
-    if training.stopped == "not finite":
-        warnings.warn(
-            f"the loss is not finite any more after step {training.step:,} of {training.total:,}; the soft prompt is "
-            f"the last good one; train again with an lr below {training.config.lr}, or with dtype fp32",
-            SoftPromptWarning,
-            stacklevel=2,
-        )
+    _run(training, taken_for(rows, held_out, None, verbalizer, labels, references_field), progress)
     return training.result()
 
 
@@ -510,6 +495,26 @@ def _example(template: Template, given: Input, number: int) -> Example:
     if not any(texts[name].strip() for name in names):
         raise DataError(f"{where}: expected text for {{{'}, {'.join(names)}}}, found only blanks; write some.")
     return Example({name: texts[name] for name in names}, None, where=where)
+
+
+def _run(training: Training, reading: Reading, progress: bool) -> None:
+    """Trains to the end, and warns of what the user should know."""
+    if progress:
+        say_reading(reading)
+        watch(training)
+    else:
+        for doubt in reading.doubts:
+            warnings.warn(doubt, SoftPromptWarning, stacklevel=3)
+        for _ in training:
+            pass
+    _warn_truncated(training.truncated, training.task.max_length)
+    if training.stopped == "not finite":
+        warnings.warn(
+            f"the loss is not finite any more after step {training.step:,} of {training.total:,}; the soft prompt is "
+            f"the last good one; train again with an lr below {training.config.lr}, or with dtype fp32",
+            SoftPromptWarning,
+            stacklevel=3,
+        )
 
 
 def _bar(what: str, progress: bool) -> AbstractContextManager[Progress | None]:

@@ -92,16 +92,7 @@ def read_dataset(
     if references_field is None:
         references_field = _fitting_references(table, {*columns.values(), target_field})
 
-    examples: list[Example] = []
-    problems: list[str] = []
-    for number, row in table.rows:
-        where = f"{table.name}:{number}"
-        try:
-            examples.append(_example(row, where, columns, target_field, require_target, references_field))
-        except _BadRow as bad:
-            problems.append(f"{where}: {bad}")
-    if problems:
-        raise DataError(f"{problems[0]}; correct or remove this row{and_more(problems)}.")
+    examples = _examples(table, columns, target_field, require_target, references_field)
     used = {**columns, "target": target_field} if target_field in table.columns else dict(columns)
     if references_field:
         used["references"] = references_field
@@ -113,6 +104,22 @@ def read_dataset(
 
 
 # From a row to an example
+
+
+def _examples(
+    table: Table, columns: Mapping[str, str], target_field: str, require_target: bool, references_field: str | None
+) -> list[Example]:
+    examples: list[Example] = []
+    problems: list[str] = []
+    for number, row in table.rows:
+        where = f"{table.name}:{number}"
+        try:
+            examples.append(_example(row, where, columns, target_field, require_target, references_field))
+        except _BadRow as bad:
+            problems.append(f"{where}: {bad}")
+    if problems:
+        raise DataError(f"{problems[0]}; correct or remove this row{and_more(problems)}.")
+    return examples
 
 
 def _example(
