@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from softprompt.generation.decoder import generate
+from softprompt.model.fast.packed import PackedWeights
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request, Sampling
 from softprompt.text.tokens import SOFT
@@ -73,7 +74,7 @@ class Packing:
     def used(self) -> Iterator[None]:
         """Inside, layers compute with their copies."""
         for layer, (weight, turned) in zip(self._layers, self._weights, strict=True):
-            layer.forward = forward_of(layer, weight, turned)  # type: ignore[method-assign]
+            layer.forward = forward_of(layer, weight, turned)  # type: ignore[assignment,method-assign]
         try:
             yield
         finally:
@@ -161,6 +162,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     lm = FrozenLM.load(options.base, dtype=options.dtype, device="cpu")
+    lm.packed = PackedWeights(nn.Module())  # which packs nothing: continuing takes packed weights by itself
     packing = Packing(lm.model)
     found: dict[str, Any] = {"layers": of_layers(lm.model, options.rounds), "passes": {}}
     for name, job in jobs_of(lm).items():
