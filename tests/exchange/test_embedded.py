@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import torch
 import softprompt as sp
 from softprompt.errors import ConfigError, DataError
 from softprompt.model.request import Sampling
-from tests.conftest import make_model, tiny
+from tests.conftest import make_model, make_tokenizer, tiny
 from tests.exchange.test_peft_folder import FAMILIES, TEXTS, made
 
 
@@ -51,3 +54,43 @@ def test_what_has_no_embeddings_is_refused() -> None:
         sp.inputs_for(lm, plain, [])
     with pytest.raises(DataError, match="input 1"):
         sp.inputs_for(lm, plain, [" "])
+
+
+def test_a_request_to_vllm_holds_the_sequence_that_we_compute_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model("llama").save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    lm = sp.load_model(tmp_path / "base", dtype="fp32", device="cpu")
+    prompt = made(lm, 2, "Text: {soft_prompt}{input}\nLabel:{target}")
+    checked = sp.export(lm, prompt, tmp_path / "out", "vllm")
+    assert checked is not None
+    assert checked.passed
+    body = json.loads((tmp_path / "out" / "request.json").read_text())
+    assert (body["model"], body["temperature"]) == (lm.name, 0)
+    [ours] = sp.predict(lm, prompt, TEXT, sampling=Sampling(max_new_tokens=body["max_tokens"]))
+    model: Any = make_model("llama").eval()
+    sequence = tensor(body)[None]
+    written = model.generate(
+        inputs_embeds=sequence,
+        attention_mask=torch.ones(sequence.shape[:2]),
+        max_new_tokens=body["max_tokens"],
+        do_sample=False,
+    )
+    assert str(lm.tokenizer.decode(written[0], skip_special_tokens=True)).strip() == ours.text
+    monkeypatch.chdir(tmp_path / "out")
+    scope: dict[str, Any] = {"__name__": "ask"}
+    exec(Path("ask.py").read_text(), scope)
+    assert torch.equal(tensor(scope["request"](TEXT)), sequence[0])
+    assert scope["request"](TEXT).keys() == body.keys()
+    wanted = sp.inputs_for(lm, prompt, "a dull film")["inputs_embeds"][0]
+    assert torch.equal(tensor(scope["request"]("a dull film")), wanted)
+
+
+TEXT = "A fine film, and funny throughout."
+
+
+def tensor(body: dict[str, Any]) -> torch.Tensor:
+    """``[T, H]`` of a request, as a server reads it."""
+    found: torch.Tensor = torch.load(io.BytesIO(base64.b64decode(body["prompt_embeds"])), weights_only=True)
+    return found
