@@ -71,7 +71,7 @@ python ask.py http://localhost:8000 {example}
 curl http://localhost:8000/v1/completions -H 'Content-Type: application/json' -d @{request}
 ```
 
-`ask.py` embeds a text behind the soft prompt and sends the whole sequence. It needs torch, transformers and safetensors,
+`ask.py` embeds a text behind the soft prompt and sends the whole sequence. It needs torch, transformers, safetensors
 and the base model for its embedding table. `{request}` is the finished request for the text {text!r}.
 
 vLLM takes `prompt_embeds` in `/v1/completions`. Never mix token ids and embeddings in one request.
