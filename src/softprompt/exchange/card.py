@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from softprompt.drawing.words import markdown, markdown_table, number, shortened
 from softprompt.exchange.check import Checked
@@ -157,14 +157,14 @@ def _certainty(metric: Mapping[str, Any]) -> str:
 def _about_base(soft_prompt: SoftPrompt, base: str | None) -> list[str]:
     if base is None:
         return [
-            "The base model was a file or folder on the machine of its training. A copy of the same weights is needed; its",
-            f"fingerprint is `{soft_prompt.base_fingerprint}`.",
+            "The base model was a file or folder on the machine of its training. A copy of the same weights is needed:",
+            f"fingerprint `{soft_prompt.base_fingerprint}`.",
             "",
         ]
     if base != soft_prompt.base:
         return [
-            f"It was trained on what softprompt calls `{soft_prompt.base}`, a quantised copy of `{base}`; on the original",
-            "weights its answers may differ a little.",
+            f"It was trained on what softprompt calls `{soft_prompt.base}`, a quantised copy of `{base}`; on the",
+            "original weights its answers may differ a little.",
             "",
         ]
     return []
@@ -188,8 +188,8 @@ def _quality(soft_prompt: SoftPrompt) -> list[str]:
     lines = ["## Quality", "", *markdown_table(("metric", "rows", ">value", "certainty"), rows)]
     if any(row[1] == "validation" for row in rows):
         lines += [
-            "The best step was chosen by the validation rows, so what they show is a little better than what other rows "
-            "would show.",
+            "The best step was chosen by the validation rows, so what they show is a little better than what other "
+            "rows would show.",
             "",
         ]
     return lines
@@ -240,8 +240,8 @@ def _with_peft(
     lines = ["Tokenise the text so, piece by piece and without special tokens:", "", *_fenced(code.rstrip(), "python")]
     if task.encoder.before_soft_prompt:
         lines += [
-            f"The first {len(task.encoder.before_soft_prompt)} virtual tokens there are what stands before the soft prompt "
-            "in its template. Do not put them, or a beginning-of-sequence token, before the text again.",
+            f"The first {len(task.encoder.before_soft_prompt)} virtual tokens there are what stands before the soft "
+            "prompt in its template. Do not put them, or a beginning-of-sequence token, before the text again.",
             "",
         ]
     lines += [f"When it was pushed: {checked}." if checked else "It was not compared with PEFT when it was pushed.", ""]

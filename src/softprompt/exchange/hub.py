@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
 
 from softprompt.errors import ArtifactError, ConfigError, HubError, SoftPromptError, SoftPromptWarning
 from softprompt.exchange import exporting, importing, peft_folder
@@ -105,7 +105,7 @@ def push(
     files, peft, without_peft = _files(lm, soft_prompt, repo, revision, checked)
     found = _prepared(repo, private, revision)
     stale = [name for name in PEFT_FILES if name in found["files"] and name not in files]
-    operations = [
+    operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
         *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()),
         *(CommitOperationDelete(path_in_repo=name) for name in stale),
     ]
@@ -115,6 +115,8 @@ def push(
             repo, operations, commit_message=f"Upload the soft prompt {soft_prompt.name}", revision=revision
         )
     for one in said:
+        if not issubclass(one.category, UserWarning):  # the library's own, about its libraries
+            continue
         warnings.warn(f"the Hub says: {printable(one.message)}", SoftPromptWarning, stacklevel=2)
     sizes = {name: len(content) for name, content in files.items()}
     return Pushed(
@@ -135,8 +137,8 @@ def _files(
             without_peft = str(error)
         if peft is not None and not peft.passed:
             raise ConfigError(
-                f"Expected the answers of PEFT, found log-probabilities that differ by {peft.difference:.2g}; nothing was "
-                f"pushed; leave the check out to push it all the same."
+                f"Expected the answers of PEFT, found log-probabilities that differ by {peft.difference:.2g}; nothing "
+                f"was pushed; leave the check out to push it all the same."
             )
         if without_peft is None:
             files |= {name: (Path(folder) / name).read_bytes() for name in PEFT_FILES}
@@ -154,8 +156,8 @@ def _prepared(repo: str, private: bool, revision: str | None) -> dict[str, Any]:
     found = listing(repo)
     if private and not found["private"]:
         raise HubError(
-            f"Expected {repo} to be private, found that it exists and is public; nothing was pushed. Choose another name, "
-            f"or make it private at {page_of(repo)}/settings."
+            f"Expected {repo} to be private, found that it exists and is public; nothing was pushed. Choose another "
+            f"name, or make it private at {page_of(repo)}/settings."
         )
     if revision is not None and revision != "main":
         if not revision.startswith("refs/"):
@@ -281,8 +283,8 @@ def _is_plain(name: str) -> bool:
 def _nothing(repo: str, names: Sequence[str]) -> HubError:
     if pickled := [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"))]:
         return HubError(
-            f"Expected a soft prompt in {repo}, found {printable(pickled[0])}, a pickle, which could run code and is not "
-            f"read; ask for {FILE}, or for an adapter that PEFT saved as safetensors."
+            f"Expected a soft prompt in {repo}, found {printable(pickled[0])}, a pickle, which could run code and is "
+            f"not read; ask for {FILE}, or for an adapter that PEFT saved as safetensors."
         )
     shown = printable(", ".join(sorted(names)[:5])) or "no files"
     return HubError(f"Expected {FILE} or an adapter of PEFT in {repo}, found {shown}; check the name and the revision.")
@@ -340,7 +342,7 @@ def _download(
     if size is not None and size > most:
         raise HubError(f"Expected at most {most:,} bytes of {where}, found {size:,}; it is no soft prompt's.")
     start, is_known = bytearray(), path.suffix != artifact.SUFFIX
-    with closing(chunks(repo, place, most=most, size=size)) as body, path.open("wb") as file:
+    with closing(chunks(repo, place, where, most=most, size=size)) as body, path.open("wb") as file:
         for chunk in body:
             if not is_known:
                 start += chunk
@@ -363,8 +365,8 @@ def _header(length: bytes, start: bytearray, where: str) -> Mapping[str, Any] | 
     count = int.from_bytes(length, "little")
     if count > artifact.MAX_HEADER_BYTES:
         raise ArtifactError(
-            f"Expected a safetensors header of at most {artifact.MAX_HEADER_BYTES:,} bytes in {where}, found {count:,}; "
-            f"it is no soft prompt's."
+            f"Expected a safetensors header of at most {artifact.MAX_HEADER_BYTES:,} bytes in {where}, found "
+            f"{count:,}; it is no soft prompt's."
         )
     if len(start) < 8 + count:
         return None

@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
 from huggingface_hub import get_session, get_token
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
-from huggingface_hub.utils import build_hf_headers, validate_repo_id
+from huggingface_hub.utils import build_hf_headers, validate_repo_id  # type: ignore[attr-defined]
 
 from softprompt.errors import HubError, SoftPromptError
 
@@ -66,8 +66,8 @@ def require_repo(repo: str) -> None:
         sound = False
     if not sound:
         raise HubError(
-            f"Expected a repository of the Hub as USER/REPO, of letters, digits, '-', '_' and '.', found {repo[:100]!r}; "
-            f"correct it."
+            f"Expected a repository of the Hub as USER/REPO, of letters, digits, '-', '_' and '.', found "
+            f"{repo[:100]!r}; correct it."
         )
 
 
@@ -116,7 +116,7 @@ def listing(repo: str, revision: str | None = None) -> dict[str, Any]:
         HubError: there is no such repository or revision, or the answer is not what the Hub says.
     """
     place = f"/api/models/{repo}" + ("" if revision is None else f"/revision/{quote(revision, safe='')}")
-    with closing(chunks(repo, f"{place}?blobs=true", most=MAX_LISTING_BYTES)) as body:
+    with closing(chunks(repo, f"{place}?blobs=true", f"the list of files of {repo}", most=MAX_LISTING_BYTES)) as body:
         content = b"".join(body)
     try:
         document = json.loads(content)
@@ -136,7 +136,7 @@ def listing(repo: str, revision: str | None = None) -> dict[str, Any]:
     return {"commit": commit, "private": private, "files": files}
 
 
-def chunks(repo: str, path: str, *, most: int, size: int | None = None) -> Iterator[bytes]:
+def chunks(repo: str, path: str, what: str, *, most: int, size: int | None = None) -> Generator[bytes, None, None]:
     """The content at a path of the Hub, piece by piece; close the iterator to stop early.
 
     A login goes to the Hub's own host only, and redirects are followed here: the library's client would read what comes
@@ -145,6 +145,7 @@ def chunks(repo: str, path: str, *, most: int, size: int | None = None) -> Itera
     Args:
         repo: whose it is, for an error.
         path: behind the Hub's address.
+        what: it is, for an error.
         most: the most bytes that are taken.
         size: how many it must be, if that is known.
 
@@ -166,34 +167,31 @@ def chunks(repo: str, path: str, *, most: int, size: int | None = None) -> Itera
                     continue
                 if answer.status_code != 200:
                     raise _refusal(repo, answer.status_code, answer.headers.get("x-error-message"))
-                yield from _bounded(repo, path, answer, most, size)
+                yield from _bounded(what, answer, most, size)
                 return
         raise HubError(f"Expected an answer of the Hub for {repo}, found redirects without an end; try again later.")
 
 
-def _bounded(repo: str, path: str, answer: Any, most: int, size: int | None) -> Iterator[bytes]:
-    file = f"{repo}, {path.partition('?')[0].rpartition('/')[2]}"
+def _bounded(what: str, answer: Any, most: int, size: int | None) -> Iterator[bytes]:
     packed = answer.headers.get("content-encoding", "identity")
     if packed.lower() != "identity":
-        raise HubError(
-            f"Expected {file} as it is, found it packed as {printable(packed)[:20]!r}, which was not asked for."
-        )
+        raise HubError(f"Expected {what} as it is, found it packed as {printable(packed)[:20]!r}; check HF_ENDPOINT.")
     stated = answer.headers.get("content-length", "")
     expected = size if size is not None else int(stated) if stated.isascii() and stated.isdigit() else None
     if expected is not None and expected > most:
-        raise HubError(f"Expected at most {most:,} bytes of {file}, found {expected:,}; it is no soft prompt's.")
+        raise HubError(f"Expected at most {most:,} bytes of {what}, found {expected:,}; it is no soft prompt's.")
     if size is not None and stated and stated != str(size):
         raise HubError(
-            f"Expected {size:,} bytes of {file}, as its repository says, found {printable(stated)[:20]} announced."
+            f"Expected {size:,} bytes of {what}, as its repository says, found {printable(stated)[:20]} announced."
         )
     found = 0
     for chunk in answer.iter_raw():
         found += len(chunk)
         if found > (most if expected is None else expected):
-            raise HubError(f"Expected at most {most if expected is None else expected:,} bytes of {file}, found more.")
+            raise HubError(f"Expected at most {most if expected is None else expected:,} bytes of {what}, found more.")
         yield chunk
     if expected is not None and found < expected:
-        raise HubError(f"Expected {expected:,} bytes of {file}, found {found:,}; the transfer broke off, try again.")
+        raise HubError(f"Expected {expected:,} bytes of {what}, found {found:,}; the transfer broke off, try again.")
 
 
 def _redirected(repo: str, address: str, location: str, headers: Mapping[str, str]) -> tuple[str, dict[str, str]]:
