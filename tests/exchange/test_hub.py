@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, constants, hf_api
 from huggingface_hub.utils import logging as library_logging
 from peft import PeftModel, PromptTuningConfig, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import save
 
 import softprompt as sp
@@ -75,6 +76,13 @@ def made(lm: FrozenLM, **options: Any) -> SoftPrompt:
     return SoftPrompt(vectors=vectors, **fields | options)
 
 
+def for_peft(patch: pytest.MonkeyPatch, hub: FakeHub) -> None:
+    """PEFT asks the stand-in, too: the library reads its address from the environment when it is imported."""
+    patch.setattr(constants, "ENDPOINT", hub.url)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    patch.setattr(hf_api.api, "endpoint", hub.url)
+
+
 def card_of(hub: FakeHub, repo: str = REPO, branch: str = "main") -> str:
     return hub.repos[repo].branches[branch]["README.md"].decode()
 
@@ -97,7 +105,7 @@ def test_a_soft_prompt_comes_back_bit_for_bit(hub: FakeHub, lm: FrozenLM) -> Non
 
 
 def test_the_login_goes_to_the_hub_alone(hub: FakeHub, lm: FrozenLM) -> None:
-    sp.push(lm, made(lm), REPO)
+    sp.push(lm, made(lm), REPO, check=False)
     sp.pull(REPO)
     assert {one.host for one in hub.asked} == {"127.0.0.1", "localhost"}
     assert {one.authorization for one in hub.asked if one.host == "localhost"} == {None}
@@ -107,8 +115,7 @@ def test_the_login_goes_to_the_hub_alone(hub: FakeHub, lm: FrozenLM) -> None:
 def test_peft_loads_the_repository_by_its_name(hub: FakeHub, lm: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
     soft_prompt = made(lm)
     sp.push(lm, soft_prompt, REPO, check=False)
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    for_peft(monkeypatch, hub)
     model: Any = PeftModel.from_pretrained(make_model("llama"), REPO).eval()
     request = Task.of(lm, soft_prompt).open_request(Example({"input": "a dull film"}, None), 1)
     words = tuple((token,) for token in range(len(lm.embedding)))
@@ -123,11 +130,10 @@ def test_the_code_of_the_card_runs(
     hub: FakeHub, lm: FrozenLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     soft_prompt = made(lm, verbalizer=None)
-    sp.push(lm, soft_prompt, REPO)
+    sp.push(lm, soft_prompt, REPO, check=False)
     blocks = card_of(hub).split("```python\n")[1:]
     ours, peft = (block.split("\n```")[0] for block in blocks)
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    for_peft(monkeypatch, hub)
     monkeypatch.setattr(sp, "load_model", lambda base: lm if base == "someone/tiny" else pytest.fail(base))
     exec(ours, {})
     written = capsys.readouterr().out
@@ -144,9 +150,9 @@ def test_the_code_of_the_card_runs(
 
 
 def test_a_branch_is_made_and_read(hub: FakeHub, lm: FrozenLM) -> None:
-    sp.push(lm, made(lm), REPO)
+    sp.push(lm, made(lm), REPO, check=False)
     other = made(lm, template="{soft_prompt}{input} {target}")
-    sp.push(lm, other, REPO, revision="seed/2")
+    sp.push(lm, other, REPO, revision="seed/2", check=False)
     assert sp.pull(REPO, revision="seed/2").template == other.template
     assert sp.pull(REPO).template == TEMPLATE
     assert "revision='seed/2'" in card_of(hub, branch="seed/2")
@@ -155,9 +161,9 @@ def test_a_branch_is_made_and_read(hub: FakeHub, lm: FrozenLM) -> None:
 
 
 def test_pushed_again_the_new_one_is_there_without_files_of_the_old(hub: FakeHub, lm: FrozenLM) -> None:
-    sp.push(lm, made(lm), REPO)
+    sp.push(lm, made(lm), REPO, check=False)
     late = made(lm, template="{input} {soft_prompt}{target}")
-    done = sp.push(lm, late, REPO)
+    done = sp.push(lm, late, REPO, check=False)
     assert done.without_peft is not None
     assert hub.repos[REPO].branches["main"].keys() == {OWN, "README.md"}
     assert "no exact form" in card_of(hub)
@@ -178,7 +184,7 @@ def test_another_base_model_is_refused_where_one_is_given(hub: FakeHub, lm: Froz
     with pytest.raises(BaseModelError):
         sp.push(tiny("gpt2"), made(lm), REPO)
     assert hub.asked == []
-    sp.push(lm, made(lm), REPO)
+    sp.push(lm, made(lm), REPO, check=False)
     with pytest.raises(BaseModelError, match="someone/tiny"):
         sp.pull(REPO, lm=tiny("gpt2"))
 
@@ -187,7 +193,7 @@ def test_another_base_model_is_refused_where_one_is_given(hub: FakeHub, lm: Froz
 
 
 def test_the_metadata_are_those_of_the_hub(hub: FakeHub, lm: FrozenLM) -> None:
-    sp.push(lm, made(lm), REPO)
+    sp.push(lm, made(lm), REPO, check=False)
     data = ModelCard(card_of(hub)).data
     assert (data.library_name, data.pipeline_tag, data.base_model) == (
         "softprompt",
@@ -218,11 +224,11 @@ def test_the_embedded_base_model_has_its_name_on_the_hub(hub: FakeHub, lm: Froze
     assert "sp.load_model('smollm2-135m')" in card_of(hub)
 
 
-@pytest.mark.parametrize("base", ["/home/me/secret/model", "model.gguf", "C:\\models\\x", "here"])
+@pytest.mark.parametrize("base", ["/home/me/secret/model", "model.gguf", "C:\\models\\x", "a-folder-there"])
 def test_a_place_on_this_machine_is_no_base_model(
     hub: FakeHub, lm: FrozenLM, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "here").mkdir()
+    (tmp_path / "a-folder-there").mkdir()
     monkeypatch.chdir(tmp_path)
     done = sp.push(lm, made(lm, base=base), REPO, check=False)
     assert done.base_model is None
@@ -245,9 +251,9 @@ def test_marks_in_labels_and_template_stay_text(hub: FakeHub, lm: FrozenLM) -> N
 
 
 def test_a_private_repository_stays_private(hub: FakeHub, lm: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sp.push(lm, made(lm), REPO, private=True).private
+    assert sp.push(lm, made(lm), REPO, private=True, check=False).private
     assert hub.repos[REPO].private
-    assert sp.push(lm, made(lm), REPO).private
+    assert sp.push(lm, made(lm), REPO, check=False).private
     assert sp.pull(REPO).name == "films"
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(HubError, match="HF_TOKEN"):
@@ -257,18 +263,18 @@ def test_a_private_repository_stays_private(hub: FakeHub, lm: FrozenLM, monkeypa
 def test_nothing_goes_to_a_public_repository_where_a_private_one_is_asked_for(hub: FakeHub, lm: FrozenLM) -> None:
     hub.hold(REPO, {})
     with pytest.raises(HubError, match="exists and is public; nothing was pushed"):
-        sp.push(lm, made(lm), REPO, private=True)
+        sp.push(lm, made(lm), REPO, private=True, check=False)
     assert hub.repos[REPO].branches == {"main": {}}
 
 
 def test_what_somebody_else_keeps_is_not_overwritten(hub: FakeHub, lm: FrozenLM) -> None:
     held = {"README.md": b"mine", "adapter_config.json": b"{}", "adapter_model.safetensors": b"lora"}
     hub.hold(REPO, held)
-    with pytest.raises(HubError, match="found README.md, adapter_config.json|found adapter_config.json"):
-        sp.push(lm, made(lm), REPO)
+    with pytest.raises(HubError, match="found adapter_config"):
+        sp.push(lm, made(lm), REPO, check=False)
     assert hub.repos[REPO].branches["main"] == held
     hub.hold(REPO, {".gitattributes": b"", "README.md": b"---\n---\n"})
-    sp.push(lm, made(lm), REPO)
+    sp.push(lm, made(lm), REPO, check=False)
     assert OWN in hub.repos[REPO].branches["main"]
 
 
@@ -309,7 +315,7 @@ def test_nonsense_is_one_sentence(hub: FakeHub, lm: FrozenLM, path: str, content
 def test_a_login_is_needed_to_push(hub: FakeHub, lm: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(HubError, match="hf auth login"):
-        sp.push(lm, made(lm), REPO)
+        sp.push(lm, made(lm), REPO, check=False)
     assert hub.asked == []
 
 
@@ -324,7 +330,7 @@ def test_offline_nothing_is_asked(hub: FakeHub, lm: FrozenLM, monkeypatch: pytes
 def test_nobody_at_the_address(hub: FakeHub, lm: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://me:secret@127.0.0.1:9")
     for action in (lambda: sp.push(lm, made(lm), REPO, check=False), lambda: sp.pull(REPO)):
-        with pytest.raises(HubError, match=r"cannot be reached at 127\.0\.0\.1:9") as told:
+        with pytest.raises(HubError, match=r"Hub at 127\.0\.0\.1:9 cannot be reached") as told:
             action()
         assert "secret" not in "".join(traceback.format_exception(told.value))
     monkeypatch.setenv("HF_ENDPOINT", "file:///etc")
@@ -487,6 +493,12 @@ def test_a_list_of_files_that_is_none(hub: FakeHub, document: bytes) -> None:
     assert len(hub.asked) == 1
 
 
+def made_file(folder: Path, content: bytes) -> Path:
+    path = folder / "sound.safetensors"
+    path.write_bytes(content)
+    return path
+
+
 def header_only(count: int, header: bytes) -> bytes:
     return struct.pack("<Q", count) + header
 
@@ -507,12 +519,12 @@ def test_a_model_is_not_downloaded(hub: FakeHub) -> None:
     assert hub.sent < 64 << 20
 
 
-def test_files_that_are_not_sound(hub: FakeHub, lm: FrozenLM) -> None:
+def test_files_that_are_not_sound(hub: FakeHub, lm: FrozenLM, tmp_path: Path) -> None:
     content = own(lm)
     length = int.from_bytes(content[:8], "little")
     infinite = content[: 8 + length] + struct.pack("<f", float("nan")) + content[12 + length :]
-    half = content.replace(b'"dtype":"F32"', b'"dtype":"F16"')
-    assert half != content
+    with safe_open(made_file(tmp_path, content), "pt") as opened:
+        half = save({"soft_prompt": opened.get_tensor("soft_prompt").half()}, metadata=opened.metadata())
     for bad in (infinite, half, content[:-1], content[:50], b"", b"PK\x03\x04" + bytes(2000), header_only(3, b"[1]")):
         hub.hold(REPO, {OWN: bad})
         with pytest.raises(SoftPromptError) as told:
@@ -522,7 +534,7 @@ def test_files_that_are_not_sound(hub: FakeHub, lm: FrozenLM) -> None:
     hub.hold(REPO, {OWN: infinite})
     refused("finite numbers", ArtifactError)
     hub.hold(REPO, {OWN: half})
-    refused("F32", ArtifactError)
+    refused("found F16", ArtifactError)
 
 
 def test_sound_files_that_nothing_can_use(hub: FakeHub, lm: FrozenLM) -> None:
@@ -580,8 +592,9 @@ def test_an_adapter_of_peft_needs_its_base_model(hub: FakeHub, lm: FrozenLM, tmp
     hub.hold(REPO, {**files, "adapter_config.json": json.dumps(config).encode()})
     refused("'some/base'; give it with --base")
     assert not any(one.path.endswith("model.safetensors") for one in hub.asked)
-    found = sp.pull(REPO, lm=lm, template=TEMPLATE, labels=["negative", "positive"])
-    assert (found.name, found.template, found.num_virtual_tokens) == ("films", TEMPLATE, 3)
+    bare = "{soft_prompt}Text: {input}\nLabel: {target}"
+    found = sp.pull(REPO, lm=lm, template=bare, labels=["negative", "positive"])
+    assert (found.name, found.template, found.num_virtual_tokens) == ("films", bare, 3)
     assert list(found.verbalizer or ()) == ["negative", "positive"]
 
 

@@ -214,7 +214,7 @@ def _with_softprompt(
         "",
         f"lm = sp.load_model({(soft_prompt.base if base else _SOMEWHERE)!r})",
         f"prompt = sp.pull({repo!r}{at})",
-        f"print(sp.predict(lm, prompt, [{example!r}]))",
+        f"print(sp.predict(lm, prompt, [{example!r}])[0])",
     ]
     return [*_fenced("\n".join(shell), "sh"), *_fenced("\n".join(python), "python")]
 

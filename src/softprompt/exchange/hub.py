@@ -251,7 +251,7 @@ def pull(repo: str, *, name: str | None = None, revision: str | None = None, for
         try:
             if own is not None:
                 path = Path(folder) / FILE
-                _download(repo, f"/{at}/{own}", path, sizes[own], _require_ours)
+                _download(repo, f"/{at}/{own}", path, sizes[own], _require_ours, most=MAX_BYTES)
                 soft_prompt = replace(SoftPrompt.load(path), name=called)
                 _require_usable(soft_prompt, repo)
                 if foreign.load is not None:
@@ -310,7 +310,7 @@ def _pulled_from_peft(
             f"Expected the base model of the PEFT adapter in {repo}, which has no file of softprompt; {said}; give it "
             f"with --base, or in Python with lm=."
         )
-    _download(repo, f"/{at}/{weights}", folder / weights, sizes[weights], None)
+    _download(repo, f"/{at}/{weights}", folder / weights, sizes[weights], None, most=MAX_BYTES)
     found = importing.find(folder, foreign.task)
     soft_prompt, checked = importing.adopt(
         foreign.load(),
@@ -335,7 +335,7 @@ def _download(
     size: int | None,
     require: Callable[[Mapping[str, Any], str], None] | None,
     *,
-    most: int = MAX_BYTES,
+    most: int,
 ) -> None:
     """Writes a file of the Hub to ``path``; of safetensors, the header is looked at before the rest is read."""
     where = f"{repo}/{place.rpartition('/')[2]}"

@@ -213,8 +213,8 @@ def _sentence(repo: str, error: Exception) -> HubError:
         return _refusal(repo, answer.status_code, getattr(error, "server_message", None))
     if type(error).__module__.partition(".")[0] in ("httpx", "httpx2"):
         return HubError(
-            f"The Hub cannot be reached at {_host(endpoint())}: {printable(error) or type(error).__name__}; check the "
-            f"network, and HF_ENDPOINT if it is set."
+            f"The Hub at {_host(endpoint())} cannot be reached for {repo}, or broke off: "
+            f"{printable(error) or type(error).__name__}; check the network, and HF_ENDPOINT if it is set."
         )
     return HubError(
         f"Expected an answer of the Hub for {repo}, found one that cannot be used ({type(error).__name__}: "
