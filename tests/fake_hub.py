@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -197,9 +199,9 @@ class Handler(BaseHTTPRequestHandler):
                 for one in json.loads(body)["files"]
             ]
             return self.send(200, {"files": files})
-        files = branches[revision]
+        held = branches[revision]
         for line in body.splitlines():
-            self.apply(files, json.loads(line))
+            self.apply(held, json.loads(line))
         commit = self.hub.commit(repo, revision)
         return self.send(200, {"commitUrl": f"{self.hub.url}/{repo}/commit/{commit}", "commitOid": commit})
 
@@ -244,12 +246,14 @@ def running(patch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     patch.setenv("HF_TOKEN", TOKEN)
     patch.setattr(constants, "HF_HUB_OFFLINE", False)
     patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    patch.setattr(constants, "HF_TOKEN_PATH", "/nonexistent/token")
     close_session()
+    folder = TemporaryDirectory()
+    patch.setattr(constants, "HF_TOKEN_PATH", str(Path(folder.name) / "token"))
     try:
         yield hub
     finally:
         close_session()
+        folder.cleanup()
         server.shutdown()
         server.server_close()
         thread.join()

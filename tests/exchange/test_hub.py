@@ -194,7 +194,7 @@ def test_another_base_model_is_refused_where_one_is_given(hub: FakeHub, lm: Froz
 
 def test_the_metadata_are_those_of_the_hub(hub: FakeHub, lm: FrozenLM) -> None:
     sp.push(lm, made(lm), REPO, check=False)
-    data = ModelCard(card_of(hub)).data
+    data: Any = ModelCard(card_of(hub)).data
     assert (data.library_name, data.pipeline_tag, data.base_model) == (
         "softprompt",
         "text-classification",
@@ -214,13 +214,14 @@ def test_the_metadata_are_those_of_the_hub(hub: FakeHub, lm: FrozenLM) -> None:
 
 def test_free_text_is_text_generation(hub: FakeHub, lm: FrozenLM) -> None:
     sp.push(lm, made(lm, verbalizer=None, metrics=({**METRIC, "value": None},)), REPO, check=False)
-    data = ModelCard(card_of(hub)).data
+    data: Any = ModelCard(card_of(hub)).data
     assert (data.pipeline_tag, data.eval_results) == ("text-generation", None)
 
 
 def test_the_embedded_base_model_has_its_name_on_the_hub(hub: FakeHub, lm: FrozenLM) -> None:
     done = sp.push(lm, made(lm, base="smollm2-135m"), REPO, check=False)
-    assert done.base_model == ModelCard(card_of(hub)).data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    data: Any = ModelCard(card_of(hub)).data
+    assert done.base_model == data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert "sp.load_model('smollm2-135m')" in card_of(hub)
 
 
@@ -347,19 +348,38 @@ def test_only_user_and_repo_name_a_repository(hub: FakeHub, lm: FrozenLM, repo: 
 
 
 def test_no_log_holds_the_login(hub: FakeHub, lm: FrozenLM, caplog: pytest.LogCaptureFixture) -> None:
-    library_logging.set_verbosity_debug()
-    library_logging.enable_propagation()
+    library: Any = library_logging
+    library.set_verbosity_debug()
+    library.enable_propagation()
     try:
         with caplog.at_level(logging.DEBUG):
             sp.push(lm, made(lm), REPO, check=False)
             sp.pull(REPO)
     finally:
-        library_logging.disable_propagation()
-        library_logging.set_verbosity_warning()
+        library.disable_propagation()
+        library.set_verbosity_warning()
     assert caplog.text
     assert TOKEN not in caplog.text
     held = repr(hub.repos[REPO].branches)
     assert TOKEN not in held
+
+
+@pytest.mark.parametrize("token", ["hf_sécret", "hf_se\ncret", "hf_\x00secret"])
+def test_a_login_that_is_none_is_not_said(
+    hub: FakeHub, lm: FrozenLM, token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "\x00" in token:
+        path = Path(str(constants.HF_TOKEN_PATH))  # no variable of the environment can hold it
+        path.write_text(token)
+        monkeypatch.delenv("HF_TOKEN")
+    else:
+        monkeypatch.setenv("HF_TOKEN", token)
+    for action in (lambda: sp.push(lm, made(lm), REPO, check=False), lambda: sp.pull(REPO)):
+        with pytest.raises(HubError) as told:
+            action()
+        shown = "".join(traceback.format_exception(told.value))
+        assert token not in shown
+        assert "cret" not in str(told.value)
 
 
 def test_the_hub_warns_of_the_card(hub: FakeHub, lm: FrozenLM) -> None:

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi, constants
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 
 from softprompt.errors import ArtifactError, ConfigError, HubError, SoftPromptError, SoftPromptWarning
 from softprompt.exchange import exporting, importing, peft_folder
@@ -109,7 +114,7 @@ def push(
         *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()),
         *(CommitOperationDelete(path_in_repo=name) for name in stale),
     ]
-    with asking(repo), warnings.catch_warnings(record=True) as said:
+    with asking(repo), _without_bars(), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         commit = _api().create_commit(
             repo, operations, commit_message=f"Upload the soft prompt {soft_prompt.name}", revision=revision
@@ -171,6 +176,19 @@ def _prepared(repo: str, private: bool, revision: str | None) -> dict[str, Any]:
             f"{repo}; nothing was pushed. Choose another name."
         )
     return found
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without the library's progress bars, unless the environment says something about them."""
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def _api() -> HfApi:

@@ -81,8 +81,16 @@ def require_login() -> None:
 
     if constants.HF_HUB_OFFLINE:
         raise _offline()
-    if not get_token():
+    if not _token():
         raise HubError(f"Expected a login of the Hub that may write, found none; {_LOG_IN}.")
+
+
+def _token() -> str | None:
+    """The login, if there is one; what cannot be sent would be shown by the library that refuses to send it."""
+    token = get_token()
+    if token and not re.fullmatch(r"[!-~]+", token):
+        raise HubError(f"Expected a login of the Hub of letters, digits and '_', found another; {_LOG_IN}.")
+    return token
 
 
 @contextmanager
@@ -153,6 +161,7 @@ def chunks(repo: str, path: str, what: str, *, most: int, size: int | None = Non
         HubError: the Hub refuses, sends more than it may or other than it said, or packs it.
     """
     with asking(repo):
+        _token()
         address, headers = endpoint() + path, build_hf_headers(library_name="softprompt")
         for _ in range(_REDIRECTS):
             with get_session().stream(
@@ -256,4 +265,5 @@ def printable(text: object) -> str:
     token = get_token()
     if token:
         line = line.replace(token, "…")
+    line = re.sub(r"Bearer \S+", "Bearer …", line)
     return "".join(letter for letter in line if letter.isprintable())[:150].rstrip(".;, ")
