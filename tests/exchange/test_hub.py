@@ -6,8 +6,10 @@ import gzip
 import json
 import logging
 import struct
+import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import softprompt as sp
 from softprompt.data.example import Example
 from softprompt.errors import ArtifactError, BaseModelError, ConfigError, HubError, SoftPromptError, SoftPromptWarning
 from softprompt.exchange import hub as hub_module
+from softprompt.exchange import hub_http
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
@@ -273,7 +276,9 @@ def test_what_somebody_else_keeps_is_not_overwritten(hub: FakeHub, lm: FrozenLM)
     hub.hold(REPO, held)
     with pytest.raises(HubError, match="found adapter_config"):
         sp.push(lm, made(lm), REPO, check=False)
-    assert hub.repos[REPO].branches["main"] == held
+    with pytest.raises(HubError, match="found adapter_config"):
+        sp.push(lm, made(lm), REPO, revision="new", check=False)
+    assert hub.repos[REPO].branches == {"main": held}
     hub.hold(REPO, {".gitattributes": b"", "README.md": b"---\n---\n"})
     sp.push(lm, made(lm), REPO, check=False)
     assert OWN in hub.repos[REPO].branches["main"]
@@ -451,6 +456,21 @@ def test_an_endless_refusal_and_an_endless_redirect(hub: FakeHub) -> None:
     hub.answers[path] = lambda handler: handler.endless(LONG, status=302, Location=path)
     refused("redirects without an end")
     assert hub.sent < 256 << 20
+
+
+def test_a_file_that_drips(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def drip(handler: Handler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        handler.close_connection = True
+        with suppress(OSError):
+            for _ in range(200):
+                handler.wfile.write(b"x")
+                time.sleep(0.02)
+
+    monkeypatch.setattr(hub_http, "PATIENCE", 0.1)
+    hub.answers[f"/api/models/{REPO}"] = drip
+    refused("1,000 bytes of")
 
 
 def test_a_redirect_leads_to_the_web_alone(hub: FakeHub) -> None:

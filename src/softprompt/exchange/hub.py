@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -164,18 +164,24 @@ def _prepared(repo: str, private: bool, revision: str | None) -> dict[str, Any]:
             f"Expected {repo} to be private, found that it exists and is public; nothing was pushed. Choose another "
             f"name, or make it private at {page_of(repo)}/settings."
         )
+    _require_place(repo, found["files"])
     if revision is not None and revision != "main":
         if not revision.startswith("refs/"):
             with asking(repo):
                 _api().create_branch(repo, branch=revision, exist_ok=True)
         found = listing(repo, revision)
-    other = [name for name in found["files"] if name not in _HARMLESS]
+        _require_place(repo, found["files"])
+    return found
+
+
+def _require_place(repo: str, names: Collection[str]) -> None:
+    """Refuses to put a soft prompt beside something else, whose files of the same names would be lost."""
+    other = [name for name in names if name not in _HARMLESS]
     if other and FILE not in other:
         raise HubError(
             f"Expected a new repository, or one with a soft prompt, found {printable(', '.join(sorted(other)))} in "
             f"{repo}; nothing was pushed. Choose another name."
         )
-    return found
 
 
 @contextmanager
@@ -340,8 +346,8 @@ def _pulled_from_peft(
     )
     if checked is not None and not checked.passed:
         raise ConfigError(
-            f"Expected the answers of {checked.by}, found log-probabilities that differ by {checked.difference:.2g}; "
-            f"leave the check out to take it all the same."
+            f"Expected the answers of {checked.by}, found log-probabilities that differ by {checked.difference:.2g} "
+            f"from those of {repo}; give its template, or leave the check out to take it all the same."
         )
     return Pulled(soft_prompt, commit, found.peft.kind if found.peft else "", checked)
 

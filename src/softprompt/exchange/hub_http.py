@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from typing import Any
@@ -29,6 +30,12 @@ MAX_LISTING_BYTES = 4 << 20
 
 SECONDS = 30.0
 """How long the Hub may be silent."""
+
+PATIENCE = 60.0
+"""How many seconds more than at the slowest speed something may take."""
+
+SLOWEST = 1000
+"""The least bytes a second: a server that drips would never end."""
 
 _REDIRECTS = 5
 _COMMIT = re.compile(r"[0-9a-f]{7,64}")
@@ -193,9 +200,11 @@ def _bounded(what: str, answer: Any, most: int, size: int | None) -> Iterator[by
         raise HubError(
             f"Expected {size:,} bytes of {what}, as its repository says, found {printable(stated)[:20]} announced."
         )
-    found = 0
+    found, began = 0, time.monotonic()
     for chunk in answer.iter_raw():
         found += len(chunk)
+        if time.monotonic() - began > PATIENCE + found / SLOWEST:
+            raise HubError(f"Expected at least {SLOWEST:,} bytes of {what} a second, found {found:,} bytes; try again.")
         if found > (most if expected is None else expected):
             raise HubError(f"Expected at most {most if expected is None else expected:,} bytes of {what}, found more.")
         yield chunk
