@@ -455,17 +455,12 @@ def push(
     Args:
         lm: its base model.
         soft_prompt: what is pushed.
-        repo: ``USER/REPO``, which is made if there is none.
-        private: make the repository a private one.
+        repo: ``USER/REPO``, which is made if there is none; ``private``: as a private one.
         revision: a branch, which is made if there is none; None: the main one.
         check: compare a few texts with what PEFT computes from its files, where it is installed.
 
-    Returns:
-        What was pushed, and where it is.
-
     Raises:
-        HubError: no login or permission, the Hub cannot be reached, or the repository is public though a private one is
-            asked for, or holds something else.
+        HubError: the Hub refuses or cannot be reached, or the repository is public or holds something else.
         BaseModelError: the soft prompt is of another base model.
         ConfigError: PEFT computes other answers from its files.
     """
