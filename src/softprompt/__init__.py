@@ -5,7 +5,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from softprompt.api import evaluate, export, from_peft, inputs_for, load_model, predict, serve, train
+    from softprompt.api import evaluate, export, from_peft, inputs_for, load_model, predict, pull, push, serve, train
     from softprompt.data.example import Dataset, Example
     from softprompt.data.reading import read_dataset
     from softprompt.errors import (
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         BaseModelError,
         ConfigError,
         DataError,
+        HubError,
         SoftPromptError,
         StoreError,
         TemplateError,
@@ -42,6 +43,7 @@ __all__ = [
     "Evaluation",
     "Example",
     "FrozenLM",
+    "HubError",
     "Metric",
     "Prediction",
     "Predictions",
@@ -70,6 +72,8 @@ __all__ = [
     "load_model",
     "predict",
     "preset",
+    "pull",
+    "push",
     "read_dataset",
     "save",
     "serve",
@@ -77,7 +81,18 @@ __all__ = [
 ]
 
 _HOMES = {
-    "softprompt.api": ("evaluate", "export", "from_peft", "inputs_for", "load_model", "predict", "serve", "train"),
+    "softprompt.api": (
+        "evaluate",
+        "export",
+        "from_peft",
+        "inputs_for",
+        "load_model",
+        "predict",
+        "pull",
+        "push",
+        "serve",
+        "train",
+    ),
     "softprompt.data.example": ("Dataset", "Example"),
     "softprompt.data.reading": ("read_dataset",),
     "softprompt.errors": (
@@ -85,6 +100,7 @@ _HOMES = {
         "BaseModelError",
         "ConfigError",
         "DataError",
+        "HubError",
         "SoftPromptError",
         "StoreError",
         "TemplateError",

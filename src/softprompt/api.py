@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     import torch
 
     from softprompt.exchange.check import Checked
+    from softprompt.exchange.hub import Pushed
     from softprompt.serving.jobs import Limits
     from softprompt.serving.listening import RunningServer
 
@@ -479,6 +480,72 @@ def from_peft(
             f"Expected the answers of {checked.by}, found others: {checked}; check=False takes it as it is."
         )
     return soft_prompt
+
+
+def push(
+    lm: FrozenLM,
+    soft_prompt: SoftPrompt,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    check: bool = True,
+) -> Pushed:
+    """Puts a soft prompt into a repository of the Hugging Face Hub: its file, PEFT's files, and a model card.
+
+    The login is that of ``HF_TOKEN`` or ``hf auth login``.
+
+    Args:
+        lm: its base model.
+        soft_prompt: what is pushed.
+        repo: ``USER/REPO``, which is made if there is none; ``private``: as a private one.
+        revision: a branch, which is made if there is none; None: the main one.
+        check: compare a few texts with what PEFT computes from its files, where it is installed.
+
+    Raises:
+        HubError: the Hub refuses or cannot be reached, or the repository is public or holds something else.
+        BaseModelError: the soft prompt is of another base model.
+        ConfigError: PEFT computes other answers from its files.
+    """
+    _require_model(lm)
+    from softprompt.exchange import hub
+
+    return hub.push(lm, soft_prompt, repo, private=private, revision=revision, checked=check)
+
+
+def pull(
+    repo: str,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    lm: FrozenLM | None = None,
+    template: str | None = None,
+    labels: Labels | None = None,
+    task: int | None = None,
+    check: bool = True,
+) -> SoftPrompt:
+    """A soft prompt from a repository of the Hugging Face Hub, which is untrusted: nothing in it is executed.
+
+    Args:
+        repo: ``USER/REPO``.
+        name: what to call it; None: the last part of ``repo``.
+        revision: a branch, tag or commit; None: the main branch.
+        lm: its base model, which only a repository of PEFT alone needs; the soft prompt must be of it.
+        template, labels, task, check: as for :func:`from_peft`, of a repository of PEFT alone.
+
+    Raises:
+        HubError: there is no such repository, it holds no soft prompt, or it cannot be reached.
+        ArtifactError: a file of it is not sound.
+        BaseModelError: the soft prompt is of another base model than ``lm``.
+        ConfigError: PEFT computes other answers.
+    """
+    from softprompt.exchange import hub
+
+    if lm is not None:
+        _require_model(lm)
+    verbalizer = None if labels in (None, "none") else verbalizer_of(labels)
+    foreign = hub.Foreign(None if lm is None else lambda: lm, template, verbalizer, task, check)
+    return hub.pull(repo, name=name, revision=revision, foreign=foreign).soft_prompt
 
 
 def _require_model(lm: object) -> None:

@@ -7,6 +7,7 @@
     ├── BaseModelError       a base model that cannot be loaded, or is not the one a soft prompt was tuned on
     ├── ArtifactError        a soft prompt's file that is truncated, corrupted or foreign
     ├── StoreError           a name or folder of the store: unknown, taken, unwritable, full
+    ├── HubError             the Hugging Face Hub cannot be reached, refuses, or answers what cannot be used
     └── TrainingError        a training that cannot go on: a loss that is not finite
 
 The command line prints the sentence on stderr and exits with 2. Anything else that is raised is a defect of ours.
@@ -42,6 +43,10 @@ class ArtifactError(SoftPromptError):
 
 class StoreError(SoftPromptError):
     """A name is unknown or taken, or the store's folder cannot be written."""
+
+
+class HubError(SoftPromptError):
+    """The Hugging Face Hub cannot be reached, refuses, or answers what cannot be used."""
 
 
 class TrainingError(SoftPromptError):

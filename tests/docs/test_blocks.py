@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from softprompt.model.frozen import FrozenLM
 from softprompt.serving.listening import RunningServer
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from tests.conftest import tiny
+from tests.fake_hub import running
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "index.md", *sorted((ROOT / "docs").glob("[sg][tu]*/*.md"))]
@@ -67,6 +69,13 @@ def servers(lm: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Runn
 
 
 @pytest.fixture
+def hub(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A stand-in of the Hugging Face Hub for the page about it."""
+    with running(monkeypatch) if request.node.callspec.params["page"].name == "hub.md" else nullcontext():
+        yield
+
+
+@pytest.fixture
 def small(lm: FrozenLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small data files in the current folder, a tiny model, short trainings."""
     monkeypatch.chdir(tmp_path)
@@ -91,7 +100,7 @@ def test_there_are_pages_with_blocks() -> None:
 
 
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda page: page.relative_to(ROOT).as_posix())
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("small", "hub")
 @pytest.mark.filterwarnings("ignore::softprompt.errors.SoftPromptWarning")  # so short a training learns little
 def test_the_blocks_of_a_page_run(
     page: Path, lm: FrozenLM, servers: list[RunningServer], monkeypatch: pytest.MonkeyPatch

@@ -11,13 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from softprompt.drawing import style
-from softprompt.drawing.words import share, shown
+from softprompt.drawing.words import markdown, markdown_table, share, shown
 from softprompt.evaluation.metrics import Metric
 from softprompt.inspection import figures
 from softprompt.inspection.ablation import AsText, Change, Cut, Difference, Importance, WhatMatters
 from softprompt.inspection.behaviour import Attention, Labels
 from softprompt.inspection.nearest import Near, Neighbours, Reading
-from softprompt.inspection.page import _markdown, _markdown_table
 from softprompt.inspection.plane import Map
 from softprompt.inspection.start import Moved, Norms
 from softprompt.inspection.tables import readings_table
@@ -50,12 +49,12 @@ def test_tokens_are_shown_with_their_blanks() -> None:
 
 
 @given(st.text(alphabet=st.characters(min_codepoint=32, max_codepoint=126), max_size=30))
-def test_markdown_stays_text(text: str) -> None:
+def testmarkdown_stays_text(text: str) -> None:
     """What is escaped reads as it was, and no mark is left that could begin a tag, a link, emphasis or a cell."""
-    written = _markdown(text)
+    written = markdown(text)
     assert re.sub(r"\\([\\`*_{}\[\]<>#|~$&])", r"\1", written) == text
     assert not re.search(r"(?<!\\)(?:\\\\)*[`*_{}\[\]<>#|~$&]", written)
-    head, rule, row, end = _markdown_table(["", ">n"], [[text, "1"]])
+    head, rule, row, end = markdown_table(["", ">n"], [[text, "1"]])
     assert (head, rule, end) == ("|  | n |", "| --- | ---: |", "")
     assert len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) == 3
 

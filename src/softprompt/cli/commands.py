@@ -379,6 +379,63 @@ def import_command(
     read(path, wanted, base, loading, as_json)
 
 
+@expanded
+def push_command(
+    name: Name,
+    repo: Annotated[str, typer.Argument(metavar="USER/REPO", help="A repository of the Hub; it is made if it is new.")],
+    private: Annotated[bool, flag("--private", "Make the repository a private one.")] = False,
+    revision: Annotated[str | None, option("A branch, which is made if it is new.", "main")] = None,
+    check: Annotated[bool, _CHECK] = True,
+    *,
+    base: Base = None,
+    loading: Loading,
+    as_json: Json = False,
+) -> None:
+    """Share a soft prompt on the Hugging Face Hub, with a model card, and as an adapter of PEFT.
+
+    The login is that of HF_TOKEN or `hf auth login`.
+
+    \b
+    softprompt push sst2 me/sst2
+    softprompt push sst2 me/sst2 --private --revision seed-1
+    """
+    from softprompt.cli.hub import push
+
+    push(name, repo, private, revision, check, base, loading, as_json)
+
+
+@expanded
+def pull_command(
+    repo: Annotated[str, typer.Argument(metavar="USER/REPO", help="A repository of the Hub.")],
+    name: Annotated[str | None, option("What to call the soft prompt.", "REPO")] = None,
+    revision: Annotated[str | None, option("A branch, tag or commit.", "main")] = None,
+    overwrite: Annotated[bool, flag("--overwrite", "Replace an earlier one of that name.")] = False,
+    template: Annotated[
+        str | None, option("PEFT alone: what stood around the text, as for import.", "{soft_prompt}{input}{target}")
+    ] = None,
+    labels: Annotated[str | None, option("PEFT alone: its labels, as for import.", "free text")] = None,
+    task: Annotated[int | None, option("PEFT alone: which task of a multitask prompt, from 0.", min=0)] = None,
+    check: Annotated[bool, _CHECK] = True,
+    base: Annotated[
+        str | None, model_option("The base model, which a repository of PEFT alone needs.", "it is not loaded")
+    ] = None,
+    *,
+    loading: Loading,
+    as_json: Json = False,
+) -> None:
+    """Store a soft prompt from the Hugging Face Hub, or an adapter of PEFT that is a prompt.
+
+    What lies there is untrusted: nothing is executed, and sizes are bounded.
+
+    \b
+    softprompt pull someone/sst2
+    softprompt pull someone/peft-tweets --name tweets --base ./my-model --template "{soft_prompt}{input} Label:{target}"
+    """
+    from softprompt.cli.hub import Wanted, pull
+
+    pull(repo, Wanted(name, revision, overwrite, template, labels, task, check), base, loading, as_json)
+
+
 # --- the store, and the demo ----------------------------------------------------------------------
 
 
@@ -451,6 +508,8 @@ COMMANDS: dict[str, Any] = {
     "predict": predict_command,
     "export": export_command,
     "import": import_command,
+    "push": push_command,
+    "pull": pull_command,
     "list": list_command,
     "show": show_command,
     "rm": rm_command,

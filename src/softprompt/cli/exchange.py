@@ -37,7 +37,7 @@ def write(name: str, folder: Path, to: str, check: bool, base: str | None, loadi
         print_json({"name": soft_prompt.name, "to": to, "folder": str(path), "files": files, **_as_dict(found)})
         return
     sizes = [(file, f"{size:,} bytes") for file, size in files.items()]
-    print_rows([("folder", str(path)), *sizes, ("check", _said(found, check))])
+    print_rows([("folder", str(path)), *sizes, ("check", said(found, check))])
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def read(path: str, wanted: Wanted, base: str | None, loading: Loading, as_json:
             ("file", str(stored)),
             ("base model", lm.name),
             ("template", soft_prompt.template),
-            ("check", _said(checked, wanted.check)),
+            ("check", said(checked, wanted.check)),
         ]
     )
 
@@ -99,7 +99,8 @@ def _require_same(found: Checked | None, remedy: str) -> None:
         )
 
 
-def _said(found: Checked | None, asked: bool) -> str:
+def said(found: Checked | None, asked: bool) -> str:
+    """What a check found, or why there was none."""
     return str(found) if found else f"none, {NOT_INSTALLED}" if asked else "none, as asked"
 
 

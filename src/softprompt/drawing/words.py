@@ -81,6 +81,20 @@ def share(number: float) -> str:
     return f"{100 * number:.0f} %"
 
 
+def markdown(text: str) -> str:
+    """The text with every mark that Markdown or HTML would take for its own escaped."""
+    return "".join(f"\\{letter}" if letter in "\\`*_{}[]<>#|~$&" else letter for letter in text)
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, and a blank one; a column's name with ``>`` in front is aligned to the right."""
+    head = [column.removeprefix(">") for column in columns]
+    rule = ["---:" if column.startswith(">") else "---" for column in columns]
+    written = [[markdown(cell) for cell in row] for row in (head, *rows)]
+    lines = [f"| {' | '.join(cells)} |" for cells in (written[0], rule, *written[1:])]
+    return [*lines, ""]
+
+
 def html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table as a notebook shows it; all text is escaped."""
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)

@@ -122,16 +122,8 @@ def read(folder: StrPath, task: int | None = None) -> PeftPrompt:
         ArtifactError: a file is missing, too large or damaged, of another method, or holds other numbers than it says.
     """
     path = local_path(folder)
-    config = _config(path)
-    kind = str(config.get("peft_type"))
-    if kind not in (*EMBEDDINGS, *KEYS_AND_VALUES):
-        why = "changes weights of the base model" if kind in ("LORA", "ADALORA", "IA3") else "is none of these"
-        raise ArtifactError(
-            f"Expected an adapter of {', '.join((*EMBEDDINGS, *KEYS_AND_VALUES))} in {path}, found {kind[:40]!r}, "
-            f"which {why}; use it with PEFT."
-        )
-    if config.get("num_transformer_submodules", 1) not in (1, None):
-        raise ArtifactError(f"Expected a prompt for a decoder in {path}, found one for encoder and decoder.")
+    config = read_config(path)
+    kind = str(config["peft_type"])
     tensors = _tensors(path)
     numbers = tensors[PROMPT]
     if numbers.dim() != 2 or 0 in numbers.shape:
@@ -153,6 +145,26 @@ def read(folder: StrPath, task: int | None = None) -> PeftPrompt:
     kept = ("peft_type", "num_virtual_tokens", "prompt_tuning_init_text", "encoder_hidden_size", "num_frozen_tokens")
     settings = {key: config[key] for key in kept if isinstance(config.get(key), str | int)}
     return PeftPrompt(kind, numbers, base if isinstance(base, str) else "", settings, tasks)
+
+
+def read_config(folder: StrPath) -> Mapping[str, Any]:
+    """What the configuration of a PEFT folder says.
+
+    Raises:
+        ArtifactError: it is missing, too large or damaged, or of another method.
+    """
+    path = local_path(folder)
+    config = _config(path)
+    kind = str(config.get("peft_type"))
+    if kind not in (*EMBEDDINGS, *KEYS_AND_VALUES):
+        why = "changes weights of the base model" if kind in ("LORA", "ADALORA", "IA3") else "is none of these"
+        raise ArtifactError(
+            f"Expected an adapter of {', '.join((*EMBEDDINGS, *KEYS_AND_VALUES))} in {path}, found {kind[:40]!r}, "
+            f"which {why}; use it with PEFT."
+        )
+    if config.get("num_transformer_submodules", 1) not in (1, None):
+        raise ArtifactError(f"Expected a prompt for a decoder in {path}, found one for encoder and decoder.")
+    return config
 
 
 def _config(path: Path) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ from softprompt.exchange.check import Checked
 from softprompt.exchange.peft_folder import HUB_IDS
 from softprompt.model.frozen import FrozenLM
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
+from softprompt.tasks.task import Task
 from softprompt.text.encoder import recipe
 
 _LOAD = """import torch
@@ -18,7 +19,7 @@ tokenizer = AutoTokenizer.from_pretrained({base!r})
 
 _PEFT_ANSWER = """from peft import PeftModel
 
-model = PeftModel.from_pretrained(model, ".")  # this folder
+model = {load}
 ids = torch.tensor([tokens({example})])
 answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)
 print(tokenizer.decode(answer[0, ids.shape[1]:], skip_special_tokens=True))
@@ -35,6 +36,23 @@ _READ = {
     "npy": "import numpy\n\nnumbers = torch.from_numpy(numpy.load({file!r}))",
     "safetensors": "from safetensors.torch import load_file\n\nnumbers = load_file({file!r})['prompt_embeddings']",
 }
+
+
+def peft_code(base: str, task: Task, load: str) -> str:
+    """Python code that answers with PEFT: loads the base model and the adapter, tokenises and generates.
+
+    Args:
+        base: id or folder of the base model.
+        task: the soft prompt's task.
+        load: Python source that makes ``model`` with the adapter of ``model``.
+    """
+    answer = _PEFT_ANSWER.format(load=load, example=_example(task))
+    return "\n".join([_LOAD.format(base=base), recipe(task.encoder), answer])
+
+
+def _example(task: Task) -> str:
+    """Arguments of ``tokens`` in an example, one a field of the template."""
+    return ", ".join(repr("A text.") for _ in task.template.fields)
 
 
 def readme(lm: FrozenLM, soft_prompt: SoftPrompt, baked: Baked, to: str, checked: Checked | None) -> str:
@@ -62,15 +80,13 @@ def readme(lm: FrozenLM, soft_prompt: SoftPrompt, baked: Baked, to: str, checked
             "",
         ]
     lines += ["## Use", "", "Tokenise the text so, piece by piece and without special tokens:", "", "```python"]
-    example = ", ".join(repr("A text.") for _ in baked.task.template.fields)
-    answer = _PEFT_ANSWER if to not in _READ else _EMBEDDED_ANSWER
-    read = _READ.get(to, "").format(file=f"{soft_prompt.name}.{to}")
-    lines += [
-        _LOAD.format(base=base),
-        recipe(baked.task.encoder),
-        answer.format(example=example, read=read) + "```",
-        "",
-    ]
+    if to in _READ:
+        read = _READ[to].format(file=f"{soft_prompt.name}.{to}")
+        answer = _EMBEDDED_ANSWER.format(example=_example(baked.task), read=read)
+        lines += [_LOAD.format(base=base), recipe(baked.task.encoder), answer + "```", ""]
+    else:
+        load = 'PeftModel.from_pretrained(model, ".")  # this folder'
+        lines += [peft_code(base, baked.task, load) + "```", ""]
     if soft_prompt.verbalizer is not None:
         labels = ", ".join(f"`{label}`" for label in soft_prompt.verbalizer)
         lines += [f"It answers with one of these labels: {labels}.", ""]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.drawing import style
 from softprompt.drawing.page import Page
-from softprompt.drawing.words import share, shown
+from softprompt.drawing.words import markdown, markdown_table, share, shown
 from softprompt.files import StrPath, atomic_writer, local_path
 from softprompt.inspection import figures
 from softprompt.inspection.answers import answers, document
@@ -308,36 +308,23 @@ def card(report: Report) -> str:
     """A section for a model card, in Markdown."""
     soft_prompt = report.soft_prompt
     lines = [
-        f"## What is known of the soft prompt {_markdown(soft_prompt.name)}",
+        f"## What is known of the soft prompt {markdown(soft_prompt.name)}",
         "",
-        f"{report.num_virtual_tokens} virtual tokens for {_markdown(soft_prompt.base)}, counted from 0. "
+        f"{report.num_virtual_tokens} virtual tokens for {markdown(soft_prompt.base)}, counted from 0. "
         "Square brackets hold 95 % intervals.",
         "",
         f"> {WAYWARD}",
         "",
     ]
     for question, answer in answers(report):
-        lines += [f"**{question}** {_markdown(answer)}", ""]
+        lines += [f"**{question}** {markdown(answer)}", ""]
     if report.drift is not None:
-        lines += [f"{DRIFT}{_left_out(report.drift)}", "", *_markdown_table(*drift_table(report.drift))]
+        lines += [f"{DRIFT}{_left_out(report.drift)}", "", *markdown_table(*drift_table(report.drift))]
     if report.readings:
-        lines += _markdown_table(*readings_table(report.readings))
+        lines += markdown_table(*readings_table(report.readings))
     if report.matters is not None:
-        lines += _markdown_table(*matters_table(report, most=len(report.matters.top)))
+        lines += markdown_table(*matters_table(report, most=len(report.matters.top)))
     return "\n".join([*lines, f"{NULL} {report.near.draws:,} draws, seed {report.near.seed}.", ""])
-
-
-def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    head = [column.removeprefix(">") for column in columns]
-    rule = ["---:" if column.startswith(">") else "---" for column in columns]
-    written = [[_markdown(cell) for cell in row] for row in (head, *rows)]
-    lines = [f"| {' | '.join(cells)} |" for cells in (written[0], rule, *written[1:])]
-    return [*lines, ""]
-
-
-def _markdown(text: str) -> str:
-    """The text with every mark that Markdown or HTML would take for its own escaped."""
-    return "".join(f"\\{letter}" if letter in "\\`*_{}[]<>#|~$&" else letter for letter in text)
 
 
 # --- several soft prompts ------------------------------------------------------------------------

@@ -22,6 +22,11 @@ from softprompt.soft_prompts.soft_prompt import SoftPrompt
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 
 
+def is_name(text: str) -> bool:
+    """Whether a soft prompt may be called so in a store, see :meth:`Store.path`."""
+    return _NAME.fullmatch(text) is not None and not text.endswith(artifact.SUFFIX)
+
+
 @dataclass(frozen=True)
 class Entry:
     """One file of the store.
@@ -56,7 +61,7 @@ class Store:
             StoreError: ``name`` is not 1 to 100 letters, digits, ``-``, ``_`` and ``.``, begins with a dot, or ends in
                 ``.safetensors``.
         """
-        if not _NAME.fullmatch(name) or name.endswith(artifact.SUFFIX):
+        if not is_name(name):
             raise StoreError(
                 f"A soft prompt's name is 1 to 100 letters a-z, digits, '-', '_' and '.', without a dot in front or "
                 f"'{artifact.SUFFIX}' at the end, but {name!r} was given; choose another name."
