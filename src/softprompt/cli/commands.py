@@ -345,7 +345,7 @@ def judge_command(
 ) -> None:
     """Judge a base model by a task: its score as it is, and with a short soft prompt that is tuned for it.
 
-    Ten virtual tokens and 80 steps teach a base model what is asked, and hardly more. Nothing is stored.
+    Ten virtual tokens and 80 steps, to see through a task's form what the base model can do. Nothing is stored.
 
     \b
     softprompt judge train.jsonl test.jsonl

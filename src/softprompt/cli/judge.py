@@ -1,4 +1,7 @@
-"""``softprompt judge``: what a base model does on a task with a short soft prompt, and without one."""
+"""``softprompt judge``: what a base model does on a task with a short soft prompt, and without one.
+
+Ten virtual tokens and 80 steps by default, the protocol of arXiv 2606.12117.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,6 @@ from softprompt.drawing.words import number, simple_table
 from softprompt.evaluation.evaluate import Evaluation, headline_difference, headline_metric
 from softprompt.terminal.console import print_json, stdout
 from softprompt.tuning.config import TrainConfig
-
-TOKENS, STEPS = 10, 80
-"""Virtual tokens and optimizer steps of the protocol (arXiv 2606.12117)."""
 
 
 def judge(

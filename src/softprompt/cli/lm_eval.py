@@ -74,13 +74,13 @@ def run(name: str, asked: Asked, base: str | None, loading: Loading, as_json: bo
     with _quiet():
         from softprompt.evaluation.lm_eval import SoftPromptLM
 
-        tasks = _loaded(asked, soft_prompt)
+        manager, tasks = _loaded(asked, soft_prompt)
         lm = loading.load(base or soft_prompt.base)
         model = SoftPromptLM(
             lm, soft_prompt, use_template=asked.template or asked.data is not None, base_only=asked.base_only
         )
         began = time.perf_counter()
-        found = _run(model, tasks, asked)
+        found = _run(model, manager, tasks, asked)
     what = f"{lm.name} without a soft prompt" if asked.base_only else f"{soft_prompt.name} on {lm.name}"
     if as_json:
         from lm_eval import __version__ as version
@@ -115,20 +115,21 @@ def _quiet() -> Any:
         yield
 
 
-def _loaded(asked: Asked, soft_prompt: SoftPrompt) -> list[Any]:
-    """The harness's tasks, with their data.
+def _loaded(asked: Asked, soft_prompt: SoftPrompt) -> tuple[Any, list[Any]]:
+    """The harness's list of tasks, and those that were asked for, with their data.
 
     Raises:
         ConfigError: an unknown task, or one that cannot be loaded or is not for a language model alone.
     """
+    from lm_eval.tasks import TaskManager
+
     if asked.data is not None:
         from softprompt.evaluation.lm_eval import task_of_rows
 
         verbalizer = soft_prompt.verbalizer
         dataset = asked.columns.read(asked.data, Template(soft_prompt.template).fields, verbalizer)
-        return [task_of_rows(soft_prompt, dataset, Path(asked.data).stem)]
-    from lm_eval.tasks import TaskManager
-
+        name = Path(asked.data).stem or "rows"
+        return TaskManager(include_defaults=False), [task_of_rows(soft_prompt, dataset, name)]
     if asked.include_path is not None and not local_path(asked.include_path).is_dir():
         raise ConfigError(f"--include-path must be a folder with tasks, not {asked.include_path}.")
     manager = TaskManager(include_path=None if asked.include_path is None else str(local_path(asked.include_path)))
@@ -147,7 +148,7 @@ def _loaded(asked: Asked, soft_prompt: SoftPrompt) -> list[Any]:
         inner = {name for names in loaded["group_map"].values() for name in names}
         groups = [group for name, group in loaded["groups"].items() if name not in inner]
         found += groups or loaded["tasks"].values()
-    return found
+    return manager, found
 
 
 def _require_text(tasks: Mapping[str, Any]) -> None:
@@ -173,7 +174,7 @@ def _failing(what: str) -> Any:
         raise ConfigError(f"In lm-evaluation-harness, {what} ({reason.rstrip('.')}); see the task's README.") from error
 
 
-def _run(model: Any, tasks: list[Any], asked: Asked) -> Mapping[str, Any]:
+def _run(model: Any, manager: Any, tasks: list[Any], asked: Asked) -> Mapping[str, Any]:
     import lm_eval
 
     limit = asked.limit if asked.limit is None or asked.limit < 1 else int(asked.limit)
@@ -183,6 +184,7 @@ def _run(model: Any, tasks: list[Any], asked: Asked) -> Mapping[str, Any]:
             tasks=tasks,
             num_fewshot=asked.num_fewshot,
             limit=limit,
+            task_manager=manager,
             apply_chat_template=asked.chat_template,
             log_samples=False,
         )

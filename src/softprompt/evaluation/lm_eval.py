@@ -1,4 +1,4 @@
-"""A base model with a soft prompt, or none, as a model of lm-evaluation-harness (``pip install "softprompt[eval]"``)."""
+"""A base model with a soft prompt, or none, as a model of lm-evaluation-harness; needs ``softprompt[eval]``."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class SoftPromptLM(TemplateLM):  # type: ignore[misc]
             raise ConfigError("A chat template inside the soft prompt's template is not meant; leave one of them out.")
         if not self.tokenizer.chat_template:
             raise TemplateError(
-                f"Expected a base model with a chat template, found none in {self.lm.name}; leave the chat template out."
+                f"Expected a base model with a chat template, found none in {self.lm.name}; leave it out."
             )
         return str(
             self.tokenizer.apply_chat_template(
@@ -199,11 +199,15 @@ class SoftPromptLM(TemplateLM):  # type: ignore[misc]
         task = self._task
         pairs = [(str(context), str(continuation)) for context, continuation in (one.args for one in requests)]
         labels = {label: _words_of(task, label) for label in task.labels}
+        longest = max(map(len, task.words), default=0)  # all labels see the same context
         rows = []
         for context, continuation in pairs:
-            label = continuation.removeprefix(" ")
-            words = labels.get(label) or (self._target(continuation),)
-            rows.append((self._filled(context, max(map(len, words))), words))
+            words = labels.get(continuation.removeprefix(" "))
+            if words is None:
+                words = (self._target(continuation),)
+                rows.append((self._filled(context, len(words[0])), words))
+            else:
+                rows.append((self._filled(context, longest), words))
         return self._score(rows, pairs, disable_tqdm)
 
     def _loglikelihood_tokens(
