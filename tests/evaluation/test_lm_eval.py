@@ -22,8 +22,6 @@ from softprompt.evaluation.evaluate import evaluate
 from softprompt.model.frozen import FrozenLM
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.task import Task
-from softprompt.text.template import Template
-from softprompt.text.verbalizer import Verbalizer
 from tests.conftest import SENTENCES, make_model, make_tokenizer, plain, plain_logprobs, plain_score, tiny
 
 pytest.importorskip("lm_eval")
@@ -197,7 +195,7 @@ def test_every_window_of_a_long_text_has_the_soft_prompt() -> None:
     soft = made(lm, tokens=28)  # leaves windows of 100 tokens
     (found,) = SoftPromptLM(lm, soft).loglikelihood_rolling(asked("loglikelihood_rolling", (LONG,)), disable_tqdm=True)
     ids = tokenizer(LONG).input_ids
-    assert 100 < len(ids) <= 300
+    assert len(ids) > 300
     total = plain_score("llama", [SOFT, tokenizer.eos_token_id], ids[:100], soft.vectors)
     for start in range(100, len(ids), 100):
         end = min(start + 100, len(ids))
@@ -292,7 +290,7 @@ def test_the_harness_counts_the_same_answers_right(
     verbalizer: dict[str, tuple[str, ...]], template: str, fields: Sequence[str], base_only: bool
 ) -> None:
     lm = tiny("llama")
-    soft = made(lm, template=template, verbalizer=verbalizer)
+    soft = made(lm, template=template, verbalizer=verbalizer, word_end=True)
     data = rows(list(verbalizer), 40, fields)
     task = Task.of(lm, soft)
     ours = evaluate(
@@ -302,7 +300,9 @@ def test_the_harness_counts_the_same_answers_right(
         metrics=["accuracy"],
     ).headline
     found = lm_eval.simple_evaluate(
-        SoftPromptLM(lm, soft, use_template=True, base_only=base_only), tasks=[task_of_rows(soft, data, "mine")]
+        SoftPromptLM(lm, soft, use_template=True, base_only=base_only),
+        tasks=[task_of_rows(soft, data, "mine")],
+        task_manager=TaskManager(include_defaults=False),
     )
     measured = found["results"]["mine"]
     assert measured["acc,none"] == pytest.approx(ours.value, abs=1e-9)
@@ -414,7 +414,10 @@ def test_messages_are_written_by_the_chat_template() -> None:
     messages = [{"role": "user", "content": "hello"}]
     with pytest.raises(TemplateError, match="leave it out"):
         SoftPromptLM(lm).apply_chat_template(messages)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}bot:{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        + "{% if add_generation_prompt %}bot:{% endif %}"
+    )
     assert SoftPromptLM(lm).apply_chat_template(messages) == "user: hello\nbot:"
     assert SoftPromptLM(lm).chat_template(True) == tokenizer.chat_template
     assert SoftPromptLM(lm).tokenizer_name
@@ -427,7 +430,5 @@ def test_labels_and_their_words_are_the_verbalizers() -> None:
         asked("loglikelihood", ("a dull mess", "0"), ("a dull mess", " bad"), ("a dull mess", " awful")),
         disable_tqdm=True,
     )
-    assert Template(soft.template).fields == ("input",)
-    assert Verbalizer(dict(soft.verbalizer or {})).labels == ("0", "1")
     together = torch.logsumexp(torch.tensor([found[1][0], found[2][0]]), 0)
     assert found[0][0] == pytest.approx(float(together), rel=1e-5)
