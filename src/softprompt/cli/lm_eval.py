@@ -59,7 +59,7 @@ class Asked:
             )
         if self.template and self.chat_template:
             raise ConfigError("--template and --chat-template both say what stands around a context; leave one out.")
-        if self.limit is not None and not (0 < self.limit < 1 or self.limit == int(self.limit) >= 1):
+        if self.limit is not None and not (0 < self.limit < 1 or (self.limit >= 1 and self.limit.is_integer())):
             raise ConfigError(f"--limit must be a number of rows or a share below 1, not {self.limit:g}.")
 
 
