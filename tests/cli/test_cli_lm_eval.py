@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
 
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
-from tests.conftest import SENTENCES, Run
+from tests.conftest import SENTENCES, Run, make_model, make_tokenizer
 
 PLACE = ("--device", "cpu", "--dtype", "fp32")
 TASK = """\
@@ -95,6 +97,37 @@ def test_an_exported_folder_gives_the_harness_the_same_log_likelihoods(
     found, wanted = (model.loglikelihood(asked, disable_tqdm=True) for model in (ours, theirs))
     assert [one for one, _ in found] == pytest.approx([one for one, _ in wanted], rel=1e-5)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
+
+
+def test_an_exported_beginning_of_sequence_token_is_not_to_be_put_twice(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    import softprompt as sp
+    from softprompt.evaluation.lm_eval import SoftPromptLM
+
+    folder, tokenizer = tmp_path / "base", make_tokenizer()
+    tokenizer.bos_token = "<pad>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
+    make_model("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    lm = sp.load_model(folder, dtype="fp32", device="cpu")
+    assert lm.tokenizer("a").input_ids[0] == 0
+    prompt = SoftPrompt(
+        vectors=0.15 * torch.randn(4, 32, generator=torch.Generator().manual_seed(1)),
+        name="made",
+        base=lm.name,
+        base_fingerprint=lm.fingerprint,
+        tokenizer_fingerprint=lm.tokenizer_fingerprint,
+        template="{soft_prompt}{input} {target}",
+    )
+    sp.export(lm, prompt, tmp_path / "out")
+    asked = [Instance("loglikelihood", {}, (text, " good"), number) for number, text in enumerate(SENTENCES)]
+    options = {"device": "cpu", "dtype": "float32", "peft": str(tmp_path / "out"), "add_bos_token": False}
+    found = SoftPromptLM(lm, prompt).loglikelihood(asked, disable_tqdm=True)
+    wanted = HFLM(pretrained=str(folder), **options).loglikelihood(asked, disable_tqdm=True)
+    assert [one for one, _ in found] == pytest.approx([one for one, _ in wanted], rel=1e-5)
 
 
 @pytest.mark.usefixtures("few_tasks")

@@ -101,6 +101,7 @@ class SoftPromptLM(TemplateLM):  # type: ignore[misc]
         self._first = first if self._vectors else ()  # what stands before the soft prompt
         self._before = (*first, SOFT) if self._vectors else ()
         self.num_virtual_tokens = sum(map(len, self._vectors))
+        self._prefix_of = lm.kept_prefixes(1)
 
     # --- what the harness asks about the model ----------------------------------------------------
 
@@ -261,7 +262,8 @@ class SoftPromptLM(TemplateLM):  # type: ignore[misc]
                     part = places[start : start + AT_ONCE]
                     asked = [self._open(str(requests[place].args[0]), sampling.max_new_tokens) for place in part]
                     chunk = replace(sampling, seed=sampling.seed + start)  # as if the requests were not cut into chunks
-                    for place, answer in zip(part, generate(self.lm, asked, self._vectors, chunk), strict=True):
+                    answers = generate(self.lm, asked, self._vectors, chunk, prefix_of=self._prefix_of)
+                    for place, answer in zip(part, answers, strict=True):
                         texts[place] = answer.text
                         self.cache_hook.add_partial("generate_until", requests[place].args, answer.text)
                     bar.update(len(part))
@@ -366,7 +368,7 @@ class SoftPromptLM(TemplateLM):  # type: ignore[misc]
                     Request(one.ids, one.shared, tuple(word for _, word in owned), one.prompt)
                     for one, owned in words.items()
                 ]
-                scores, greedy = self.lm.score_and_compare(asked, self._vectors)
+                scores, greedy = self.lm.score_and_compare(asked, self._vectors, prefix_of=self._prefix_of)
                 answers: dict[int, tuple[float, bool]] = {}
                 for owned, values, same in zip(words.values(), scores, greedy, strict=True):
                     owners = list(dict.fromkeys(row for row, _ in owned))

@@ -400,9 +400,16 @@ class FrozenLM(Embedder):
 
     @torch.no_grad()
     def score_and_compare(
-        self, requests: Sequence[Request], soft_prompts: Sequence[torch.Tensor] = ()
+        self,
+        requests: Sequence[Request],
+        soft_prompts: Sequence[torch.Tensor] = (),
+        *,
+        prefix_of: PrefixOf | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``score``, and whether greedy decoding would write each word.
+
+        Args:
+            requests, soft_prompts, prefix_of: as for ``score``.
 
         Returns:
             float32 ``[N, W]`` as ``score`` gives them; bool ``[N, W]``, true where each of a word's tokens is the most
@@ -410,7 +417,7 @@ class FrozenLM(Embedder):
         """
         width = max((len(request.words) for request in requests), default=0)
         scores, greedy = torch.full((len(requests), width), -torch.inf), torch.zeros(len(requests), width).bool()
-        for places, part, same in self._scored(requests, soft_prompts, None, None, compare=True):
+        for places, part, same in self._scored(requests, soft_prompts, None, prefix_of, compare=True):
             assert same is not None
             scores[places, : part.shape[1]], greedy[places, : part.shape[1]] = part.cpu(), same.cpu()
         return scores, greedy
