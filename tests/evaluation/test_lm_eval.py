@@ -38,7 +38,9 @@ KINDS = ("llama", "gpt2", "phi")
 SOFT = -1
 
 
-def made(lm: FrozenLM, *, tokens: int = 5, template: str = "{soft_prompt}Text: {input}\nLabel: {target}", **more: Any):
+def made(
+    lm: FrozenLM, *, tokens: int = 5, template: str = "{soft_prompt}Text: {input}\nLabel: {target}", **more: Any
+) -> SoftPrompt:
     draw = torch.Generator().manual_seed(3)
     return SoftPrompt(
         vectors=0.15 * torch.randn(tokens, lm.hidden_size, generator=draw),
@@ -117,7 +119,7 @@ def test_what_greedy_decoding_writes_is_greedy_and_nothing_else_is(kind: str) ->
         ids = tokenizer(context).input_ids
         order = plain_logprobs(kind, [SOFT, *ids], soft.vectors)[-1].argsort(descending=True)[:20].tolist()
         for rank, token in enumerate(order):
-            text = tokenizer.decode([token])
+            text = str(tokenizer.decode([token]))
             if tokenizer(context + text).input_ids == [*ids, token]:  # not half a character
                 pairs.append((context, text))
                 wanted.append(rank == 0)

@@ -35,6 +35,7 @@ from softprompt.cli.options import (
 )
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.exchange.formats import FORMATS
+from softprompt.tuning.config import TrainConfig
 
 _STORED = completed((), stored=True)
 _CHECK = typer.Option("--check/--no-check", help="Compare a few texts with what the other library computes.")
@@ -354,8 +355,8 @@ def judge_command(
     from softprompt.cli.judge import judge
     from softprompt.cli.task import Sources
 
-    settings = {"num_virtual_tokens": num_virtual_tokens, "steps": steps, "seed": seed}
-    judge(Sources(train, validation, labels, columns), test, template, settings, base, loading, as_json)
+    config = TrainConfig(num_virtual_tokens=num_virtual_tokens, steps=steps, seed=seed)
+    judge(Sources(train, validation, labels, columns), test, template, config, base, loading, as_json)
 
 
 @expanded

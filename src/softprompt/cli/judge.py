@@ -6,7 +6,6 @@ Ten virtual tokens and 80 steps by default, the protocol of arXiv 2606.12117.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from softprompt import api
@@ -22,18 +21,17 @@ def judge(
     sources: Sources,
     test: str,
     template: str,
-    settings: Mapping[str, int],
+    config: TrainConfig,
     base: str,
     loading: Loading,
     as_json: bool,
 ) -> None:
-    """Tunes briefly, measures with and without, and prints both and their difference on the same rows.
+    """Tunes as ``config`` says, measures with and without, and prints both and their difference on the same rows.
 
     Raises:
         SoftPromptError: a mistake of the user's, see each step.
     """
     began = time.perf_counter()
-    config = TrainConfig(**settings)
     form = template if template in ("default", "chat") else template_from(template)
     names = ("input",) if isinstance(form, str) else form.fields
     train, held_out, verbalizer = sources.read(names)

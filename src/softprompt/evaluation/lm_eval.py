@@ -201,7 +201,7 @@ class SoftPromptLM(TemplateLM):  # type: ignore[misc]
         pairs = [(str(context), str(continuation)) for context, continuation in (one.args for one in requests)]
         labels = {label: _words_of(task, label) for label in task.labels}
         longest = max(map(len, task.words), default=0)  # all labels see the same context
-        rows = []
+        rows: list[tuple[Request, tuple[Tokens, ...]]] = []
         for context, continuation in pairs:
             words = labels.get(continuation.removeprefix(" "))
             if words is None:
