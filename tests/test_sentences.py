@@ -45,12 +45,12 @@ def texts(source: Path) -> Iterator[tuple[int, str]]:
 def faults(text: str) -> list[str]:
     """What a text names that does not exist."""
     found = [word for word in re.findall(r"(?<![\w(-])--[a-z][a-z-]+(?![\w-]|:)", text) if word not in ALL | OTHERS]
-    for command, rest in re.findall(r"`softprompt +([a-z]+)([^`\n]*)`", text):
+    for command, rest in re.findall(r"`softprompt +([a-z]+(?:-[a-z]+)*)([^`\n]*)`", text):
         if command not in GROUP.commands:
             found.append(f"softprompt {command}")
         else:
             found += [word for word in re.findall(r"--[a-z-]+", rest) if word not in options(command) | {"--help"}]
-    for command in re.findall(r"^softprompt +([a-z]+) ", text, re.MULTILINE):
+    for command in re.findall(r"^softprompt +([a-z]+(?:-[a-z]+)*) ", text, re.MULTILINE):
         found += [f"softprompt {command}"] * (command not in GROUP.commands)
     extras = metadata("softprompt").get_all("Provides-Extra") or []
     return found + [extra for extra in re.findall(r"softprompt\[(\w+)\]", text) if extra not in extras]
@@ -61,6 +61,7 @@ def test_it_finds_what_does_not_exist() -> None:
     assert faults("`softprompt rm … --budget` and `softprompt train --help`") == ["--budget"]
     assert faults('pip install "softprompt[everything]"') == ["everything"]
     assert faults("softprompt tune train.jsonl\n") == ["softprompt tune"]
+    assert faults("`softprompt lm-train` or `softprompt lm-eval --tasks a`") == ["softprompt lm-train"]
     assert sum(len(list(texts(source))) for source in SOURCES) > 3000
 
 

@@ -419,6 +419,30 @@ def own_generation(
 
 
 @pytest.mark.parametrize("kind", ALL)
+def test_words_that_greedy_decoding_writes_are_told_from_others(kind: str) -> None:
+    lm = tiny(kind)
+    requests, prompts = mixed(lm)
+    asked = []
+    for number, request in enumerate(requests):
+        written = own_generation(kind, request, prompts, 3) if request.prompt is not None else []
+        words = [tuple(written[:1]), tuple(written), (*written[:2], 70), (71, *written[1:]), (70,)]
+        chosen = tuple(word for word in words[: 5 - number % 2] if word) or ((70,),)
+        asked.append(replace(request, words=chosen))
+    scores, greedy = lm.score_and_compare(asked, prompts)
+    assert torch.equal(scores, lm.score(asked, prompts))
+    assert greedy.shape == scores.shape
+    hits = 0
+    for row, request in zip(greedy.tolist(), asked, strict=True):
+        vectors = None if request.prompt is None else prompts[request.prompt]
+        for said, word in zip(row, request.words, strict=False):
+            logprobs = plain_logprobs(kind, (*request.ids, *word[:-1]), vectors)[-len(word) :]
+            assert said == (logprobs.argmax(dim=-1).tolist() == list(word))
+            hits += said
+        assert not any(row[len(request.words) :])
+    assert hits > len(requests)
+
+
+@pytest.mark.parametrize("kind", ALL)
 @few
 @given(data=st.data())
 def test_a_mixed_batch_generates_what_transformers_generates_one_at_a_time(kind: str, data: st.DataObject) -> None:

@@ -35,6 +35,7 @@ from softprompt.cli.options import (
 )
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.exchange.formats import FORMATS
+from softprompt.tuning.config import TrainConfig
 
 _STORED = completed((), stored=True)
 _CHECK = typer.Option("--check/--no-check", help="Compare a few texts with what the other library computes.")
@@ -315,6 +316,81 @@ def predict_command(
     )
 
 
+# --- judging a base model, and the harness --------------------------------------------------------
+
+
+@expanded
+def judge_command(
+    train: Annotated[str, typer.Argument(metavar="TRAIN", help=SOURCE)],
+    test: Annotated[str, typer.Argument(metavar="TEST", help=SOURCE)],
+    validation: Annotated[str | None, data_option("Rows to choose the best step by.", "a tenth of TRAIN")] = None,
+    template: Annotated[
+        str,
+        data_option(
+            "default, chat, or text with {soft_prompt}, fields and {target}; \\n: line end.",
+            "default",
+            choices=("default", "chat"),
+        ),
+    ] = "default",
+    num_virtual_tokens: Annotated[int, option("How many vectors to learn.", 10)] = 10,
+    steps: Annotated[int, option("Optimizer steps.", 80)] = 80,
+    seed: Annotated[int, option("Seeds start, order and held-out rows.", 0, **SEED_RANGE)] = 0,
+    *,
+    labels: Labels = None,
+    columns: Columns,
+    base: Annotated[
+        str, model_option("The frozen model: alias, hub id, folder or .gguf file.", DEFAULT_BASE)
+    ] = DEFAULT_BASE,
+    loading: Loading,
+    as_json: Json = False,
+) -> None:
+    """Judge a base model by a task: its score as it is, and with a short soft prompt that is tuned for it.
+
+    Ten virtual tokens and 80 steps, to see through a task's form what the base model can do. Nothing is stored.
+
+    \b
+    softprompt judge train.jsonl test.jsonl
+    softprompt judge train.jsonl test.jsonl --base ./my-model --json
+    """
+    from softprompt.cli.judge import judge
+    from softprompt.cli.task import Sources
+
+    config = TrainConfig(num_virtual_tokens=num_virtual_tokens, steps=steps, seed=seed)
+    judge(Sources(train, validation, labels, columns), test, template, config, base, loading, as_json)
+
+
+@expanded
+def lm_eval_command(
+    name: Name,
+    tasks: Annotated[list[str] | None, option("Names of the harness's tasks, or YAML files.")] = None,
+    data: Annotated[str | None, data_option(f"Rows of the soft prompt's own task, instead: {SOURCE}")] = None,
+    num_fewshot: Annotated[int | None, option("Worked examples before each row.", "as the task says", min=0)] = None,
+    limit: Annotated[float | None, option("The first rows of each task, or below 1 a share of them.", "all")] = None,
+    base_only: Annotated[bool, flag("--base-only", "Leave the soft prompt out.")] = False,
+    template: Annotated[bool, flag("--template", "Wrap each context in the soft prompt's template.")] = False,
+    chat_template: Annotated[bool, flag("--chat-template", "Use the base model's chat template.")] = False,
+    include_path: Annotated[Path | None, option("A folder with more tasks.")] = None,
+    *,
+    columns: OneTargetColumns,
+    base: Base = None,
+    loading: Loading,
+    as_json: Json = False,
+) -> None:
+    """Run tasks of lm-evaluation-harness with a soft prompt, or with its base model alone.
+
+    The soft prompt stands before the prompts that the tasks build. Needs pip install "softprompt\\[eval]".
+
+    \b
+    softprompt lm-eval sst2 --tasks hellaswag arc_easy --limit 100
+    softprompt lm-eval sst2 --tasks hellaswag arc_easy --limit 100 --base-only
+    softprompt lm-eval sst2 --data test.jsonl
+    """
+    from softprompt.cli.lm_eval import Asked, run
+
+    asked = Asked(tasks or (), data, columns, include_path, num_fewshot, limit, base_only, template, chat_template)
+    run(name, asked, base, loading, as_json)
+
+
 # --- other tools ----------------------------------------------------------------------------------
 
 
@@ -506,6 +582,8 @@ COMMANDS: dict[str, Any] = {
     "serve": serve_command,
     "evaluate": evaluate_command,
     "predict": predict_command,
+    "judge": judge_command,
+    "lm-eval": lm_eval_command,
     "export": export_command,
     "import": import_command,
     "push": push_command,

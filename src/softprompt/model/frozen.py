@@ -259,12 +259,12 @@ class FrozenLM(Embedder):
             float32 ``[B, W]``, natural logarithm, summed over a word's tokens; ``-inf`` where a row has fewer than
             ``W`` words.
         """
+        return _summed(batch, self._read_logits(batch, prefix))
+
+    def _read_logits(self, batch: Batch, prefix: PrefixState) -> torch.Tensor:
+        """Logits float32 ``[M, V]`` at the places that the rows' words are read from."""
         hidden = self._hidden(batch, prefix)
-        logits = self._logits(hidden[batch.read_lines, batch.read_columns])
-        picked = logits.log_softmax(dim=-1)[batch.step_read, batch.step_token]
-        scores = torch.zeros(batch.size * batch.num_words, device=self.device).index_add(0, batch.step_slot, picked)
-        absent = torch.arange(batch.num_words, device=self.device) >= batch.word_counts[:, None]
-        return scores.view(batch.size, batch.num_words).masked_fill(absent, -torch.inf)
+        return self._logits(hidden[batch.read_lines, batch.read_columns])
 
     def _hidden(self, batch: Batch, prefix: PrefixState) -> torch.Tensor:
         """Hidden states ``[B, T, H]`` of the rows after the last layer's norm."""
@@ -327,6 +327,13 @@ class FrozenLM(Embedder):
         Returns:
             float32 ``[B, W]``.
         """
+        return self._concatenated(requests, soft_prompts, compare=False)[0]
+
+    def _concatenated(
+        self, requests: Sequence[Request], soft_prompts: Sequence[torch.Tensor], *, compare: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``score_concatenated``, and with ``compare`` bool ``[B, W]``: whether each token of a word is the most
+        probable one."""
         places = [(r, w, word) for r, request in enumerate(requests) for w, word in enumerate(request.words)]
         rows = [
             self.embed((*requests[r].ids, *word[:-1]), prompt_of(requests[r], soft_prompts)) for r, _, word in places
@@ -334,10 +341,14 @@ class FrozenLM(Embedder):
         logits = self.run_whole(rows, [len(word) for _, _, word in places])
         width = max(len(request.words) for request in requests)
         scores: list[list[torch.Tensor | float]] = [[-torch.inf] * width for _ in requests]
+        greedy = torch.zeros(len(requests), width, dtype=torch.bool, device=self.device) if compare else None
         for (r, w, word), part in zip(places, logits, strict=True):
-            read = torch.tensor(word, device=self.device)[:, None]
-            scores[r][w] = part.log_softmax(dim=-1).gather(1, read).sum()
-        return torch.stack([torch.stack([torch.as_tensor(s, device=self.device) for s in row]) for row in scores])
+            read = torch.tensor(word, device=self.device)
+            scores[r][w] = part.log_softmax(dim=-1).gather(1, read[:, None]).sum()
+            if greedy is not None:
+                greedy[r, w] = (part.argmax(dim=-1) == read).all()
+        summed = torch.stack([torch.stack([torch.as_tensor(s, device=self.device) for s in row]) for row in scores])
+        return summed, greedy
 
     def run_whole(self, rows: Sequence[torch.Tensor], last: Sequence[int]) -> Sequence[torch.Tensor]:
         """Logits float32 ``[last, V]`` at so many last places of each embedded sequence ``[T, H]``, by the model's own
@@ -386,17 +397,60 @@ class FrozenLM(Embedder):
         """
         width = max((len(request.words) for request in requests), default=0)
         scores = torch.full((len(requests), width), -torch.inf)
+        for places, part, _ in self._scored(requests, soft_prompts, max_tokens, prefix_of, compare=False):
+            scores[places, : part.shape[1]] = part.cpu()
+        return scores
+
+    @torch.no_grad()
+    def score_and_compare(
+        self,
+        requests: Sequence[Request],
+        soft_prompts: Sequence[torch.Tensor] = (),
+        *,
+        prefix_of: PrefixOf | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``score``, and whether greedy decoding would write each word.
+
+        Args:
+            requests, soft_prompts, prefix_of: as for ``score``.
+
+        Returns:
+            float32 ``[N, W]`` as ``score`` gives them; bool ``[N, W]``, true where each of a word's tokens is the most
+            probable one after those before it, false beyond a request's own words. Both on the CPU.
+        """
+        width = max((len(request.words) for request in requests), default=0)
+        scores, greedy = torch.full((len(requests), width), -torch.inf), torch.zeros(len(requests), width).bool()
+        for places, part, same in self._scored(requests, soft_prompts, None, prefix_of, compare=True):
+            assert same is not None
+            scores[places, : part.shape[1]], greedy[places, : part.shape[1]] = part.cpu(), same.cpu()
+        return scores, greedy
+
+    def _scored(
+        self,
+        requests: Sequence[Request],
+        soft_prompts: Sequence[torch.Tensor],
+        max_tokens: int | None,
+        prefix_of: PrefixOf | None,
+        *,
+        compare: bool,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        """The places of the requests of each batch, their words' scores, and with ``compare`` whether greedy decoding
+        would write them."""
         prefix_of = prefix_of or self.kept_prefixes(max(1, len(soft_prompts)))
         for group in self._groups(requests, max_tokens or 2 * self.tokens_at_once):
             members = [requests[i] for i in group]
             with self.eager():
                 if self.shares_prefix and members[0].shares_prefix:
                     rows, prefix = self._rows(members, soft_prompts, prefix_of)
-                    part = self.score_batch(collate(rows, prefix.lengths, self.device), prefix)
+                    batch = collate(rows, prefix.lengths, self.device)
+                    if compare:
+                        logits = self._read_logits(batch, prefix)
+                        part, same = _summed(batch, logits), _greedy(batch, logits)
+                    else:
+                        part, same = self.score_batch(batch, prefix), None
                 else:
-                    part = self.score_concatenated(members, soft_prompts)
-            scores[torch.tensor(group), : part.shape[1]] = part.cpu()
-        return scores
+                    part, same = self._concatenated(members, soft_prompts, compare=compare)
+            yield torch.tensor(group), part, same
 
     def _groups(self, requests: Sequence[Request], max_tokens: int) -> Iterator[list[int]]:
         """Batches of requests that one path serves, of similar length."""
@@ -447,3 +501,21 @@ class FrozenLM(Embedder):
     def eager(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, layers run as they are, compiled or not; all that is not training does."""
         return torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext()
+
+
+def _summed(batch: Batch, logits: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities float32 ``[B, W]`` of each row's words from logits ``[M, V]`` where they are read."""
+    picked = logits.log_softmax(dim=-1)[batch.step_read, batch.step_token]
+    scores = torch.zeros(batch.size * batch.num_words, device=logits.device).index_add(0, batch.step_slot, picked)
+    return scores.view(batch.size, batch.num_words).masked_fill(_absent(batch), -torch.inf)
+
+
+def _greedy(batch: Batch, logits: torch.Tensor) -> torch.Tensor:
+    """Whether each token of a word is the most probable one, bool ``[B, W]``, from the same logits."""
+    others = (logits.argmax(dim=-1)[batch.step_read] != batch.step_token).float()
+    count = torch.zeros(batch.size * batch.num_words, device=logits.device).index_add(0, batch.step_slot, others)
+    return (count.view(batch.size, batch.num_words) == 0) & ~_absent(batch)
+
+
+def _absent(batch: Batch) -> torch.Tensor:
+    return torch.arange(batch.num_words, device=batch.ids.device) >= batch.word_counts[:, None]
