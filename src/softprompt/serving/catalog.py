@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from softprompt.errors import SoftPromptError, StoreError
+from softprompt.errors import SoftPromptError, StoreError, TemplateError
 from softprompt.model.embedder import Embedder
 from softprompt.model.request import Sampling
 from softprompt.serving.openai_api import ApiError, Message
@@ -21,7 +21,7 @@ from softprompt.serving.served import USUAL_TOKENS, Entry, Model, Order, Wish
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
 from softprompt.tasks.task import Task
-from softprompt.text.template import Template
+from softprompt.text.chat import conversation_template
 
 HELD_BYTES = 32 << 20
 """How much of the soft prompts is held in memory, those asked last; the others are read from their files when they are
@@ -229,10 +229,11 @@ class Catalog:
         """
         roles = tuple("system" if message.role == "developer" else message.role for message in messages)
         task = self._conversation(roles)
-        fields = {f"message {number}": message.text for number, message in enumerate(messages)}
+        fields = {f"message {number}": message.text for number, message in enumerate(messages, start=1)}
         return self.base.continuing(task, fields, wish, Sampling(max_new_tokens=USUAL_TOKENS))
 
     def _conversation_of(self, roles: tuple[str, ...]) -> Task:
+        messages = [{"role": role, "content": f"{{message {number}}}"} for number, role in enumerate(roles, start=1)]
         tokenizer = self._lm.tokenizer
         if not tokenizer.chat_template:
             raise ApiError(
@@ -240,30 +241,11 @@ class Catalog:
                 f"The base model {self.base.name!r} has no chat template; use /v1/completions or a soft prompt.",
                 param="model",
             )
-        places = [f"{{message {number}}}" for number in range(len(roles))]
-        messages = [{"role": role, "content": place} for role, place in zip(roles, places, strict=True)]
         try:
-            rest = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except Exception as error:  # Jinja code of the model: whatever it raises
-            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise ApiError(
-                400, f"The base model's chat template does not take these messages: {reason}.", param="messages"
-            ) from error
-        text = ""
-        for place in places:
-            before, found, rest = rest.partition(place)
-            if not found:
-                raise ApiError(
-                    400,
-                    "The base model's chat template does not repeat every message; use /v1/completions.",
-                    param="messages",
-                )
-            text += _escaped(before) + place
-        return Task(self._lm, Template(f"{text}{_escaped(rest)}{{target}}"), None, 0, self._window)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("{", "{{").replace("}", "}}")
+            template = conversation_template(tokenizer, messages)
+        except TemplateError as error:
+            raise ApiError(400, str(error), param="messages") from error
+        return Task(self._lm, template, None, 0, self._window)
 
 
 def _bytes_of(model: Model) -> int:
