@@ -84,7 +84,7 @@ def _example(messages: Sequence[dict[str, Any]], turn: int, tools: Any, where: s
     conversation = Conversation(
         origin=where,
         before=_json({"messages": placed, "tools": tools}),
-        answer=answer and _json({**answer, "content": "{answer}" if answer["content"] else ""}),
+        answer=None if answer is None else _json({**answer, "content": "{answer}" if answer["content"] else ""}),
     )
     return Example(
         fields, None if answer is None else answer["content"], (), f"{where}, message {turn + 1}", conversation

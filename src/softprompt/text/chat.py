@@ -172,7 +172,7 @@ def with_answers(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Datase
         turns[key] = turn
         text = example.target
         if text is not None and (turn.before or not turn.has_text):
-            ids = turn.target_ids(text, turn.behind[-1:])
+            ids = list(turn.target_ids(text, turn.behind[-1:]))
             text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
         examples.append(replace(example, target=text))
     if problems:

@@ -82,8 +82,8 @@ class Verbalizer:
         pairs: list[tuple[str, tuple[str, ...]]] = []
         for item in text.removeprefix("\ufeff").split(","):
             label, equals, words = item.partition("=")
-            names = words.split("|") if equals else [label]
-            pairs.append((label.strip(), tuple(name.strip() for name in names)))
+            several = words.split("|") if equals else [label]
+            pairs.append((label.strip(), tuple(word.strip() for word in several)))
         return cls(_distinct(pairs))
 
     def token_ids(self, encoder: Encoder) -> tuple[tuple[tuple[int, ...], ...], ...]:
