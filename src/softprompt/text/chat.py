@@ -84,6 +84,7 @@ class Turn:
         before, behind: the literal text that the chat template writes before the answer's text, as it does for calls of
             tools, and behind it, up to the end of the turn, as token ids.
         has_text: whether the answer has a text between the two.
+        calls_tools: whether it calls tools.
     """
 
     encoder: Encoder
@@ -91,6 +92,7 @@ class Turn:
     behind: tuple[int, ...] = ()
     has_text: bool = True
     lead: str = ""
+    calls_tools: bool = False
 
     def target_ids(self, text: str, ends: Collection[int]) -> tuple[int, ...]:
         """The answer's tokens, to the end of the turn; behind it, where that is none of ``ends``, the
@@ -140,9 +142,9 @@ def turn_of(tokenizer: PreTrainedTokenizerBase, before: str, answer: str | None,
     first, has_text, rest = whole[len(start) :].partition(_ANSWER)
     if not has_text:
         behind = _to_special(tokenizer, encoder.literal_ids(first), last=True)
-        return Turn(encoder, behind=behind, has_text=False)
+        return Turn(encoder, behind=behind, has_text=False, calls_tools=True)
     behind = _to_special(tokenizer, encoder.literal_ids(rest), last=True)
-    return Turn(encoder, encoder.literal_ids(first), behind)
+    return Turn(encoder, encoder.literal_ids(first), behind, calls_tools=True)
 
 
 def with_answers(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -171,7 +173,7 @@ def with_answers(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Datase
             continue
         turns[key] = turn
         text = example.target
-        if text is not None and (turn.before or not turn.has_text):
+        if text is not None and turn.calls_tools:
             ids = list(turn.target_ids(text, turn.behind[-1:]))
             text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
         examples.append(replace(example, target=text))
