@@ -18,7 +18,7 @@ from softprompt.tasks.predict import Query, predict
 from softprompt.tasks.task import Task
 from softprompt.text.tokens import SOFT
 from tests.conftest import plain_logprobs
-from tests.servers import Running, serving
+from tests.servers import Running, serving, soft_prompt
 
 TEXT = "a stirring , funny film"
 

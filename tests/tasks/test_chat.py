@@ -37,7 +37,7 @@ TALK = [
     {"role": "assistant", "content": "thin"},
 ]
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
-CALLS = [
+CALLS: list[dict[str, Any]] = [
     {"role": "user", "content": "a film ?"},
     {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add"}}]},
     {"role": "tool", "content": "3"},
