@@ -16,10 +16,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from softprompt.data.checks import Reading
+from softprompt.data.checks import Reading, as_format
 from softprompt.data.example import Dataset, Example
 from softprompt.data.packages import DEFAULT_BASE
-from softprompt.data.reading import read_dataset
 from softprompt.data.sources import Source
 from softprompt.errors import ConfigError, DataError, SoftPromptWarning
 from softprompt.evaluation import evaluate as evaluation
@@ -32,11 +31,12 @@ from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks import predict as answering
 from softprompt.tasks.length import default_num_virtual_tokens
 from softprompt.tasks.predict import Predictions, Progress, Query
-from softprompt.tasks.reading import Labels, read_task, references_column, taken_for, verbalizer_of
+from softprompt.tasks.reading import Labels, form_of, read_for, read_task, require_no_chat, taken_for, verbalizer_of
 from softprompt.tasks.task import Task
 from softprompt.terminal.console import rows_bar, say_reading, stderr
 from softprompt.terminal.training import watch
-from softprompt.text.template import Template, chat_template, default_template
+from softprompt.text.chat import with_answers
+from softprompt.text.template import Template, chat_template
 from softprompt.tuning.config import TrainConfig
 from softprompt.tuning.tracking import Track, tracking
 from softprompt.tuning.training import Training
@@ -127,6 +127,7 @@ def train(
     target_field: str = "target",
     references_field: str | None = None,
     encoding: str | None = None,
+    format: str | None = None,
     start: SoftPrompt | None = None,
     config: TrainConfig | None = None,
     folder: StrPath | None = None,
@@ -151,6 +152,9 @@ def train(
         target_field: the column of the targets.
         references_field: the column of further accepted answers to free text.
         encoding: of files of text; UTF-8 if None.
+        format: what the columns are: ``"none"`` (a column for each field, and the targets), ``"completion"``,
+            ``"alpaca"``, ``"sharegpt"`` or ``"messages"``; None: told from them, where those of ``"none"`` are not
+            there and neither columns nor a template are named.
         start: a soft prompt of the same base model to start from.
         config: settings; None: the defaults.
         folder: where checkpoints, log and history are kept; None keeps none.
@@ -172,23 +176,28 @@ def train(
     """
     config = _settings(config, settings, start)
     form = _template(lm, template)
-    names = ("input",) if form is None else form.fields
+    own = form is not None and template != "chat"
     rows, held_out, verbalizer = read_task(
         data,
         validation,
         labels,
-        names,
+        None if form is None else form.fields,
         input_field=input_field,
         target_field=target_field,
         references_field=references_field,
         encoding=encoding,
+        format="none" if own and format is None else format,
     )
+    if own:
+        require_no_chat(rows, "A template of your own")
+    rows, held_out = with_answers(rows, lm.tokenizer), held_out and with_answers(held_out, lm.tokenizer)
     if start is not None:
         Task.of(lm, start)  # refuses vectors of another base model: they mean nothing here
     if config.num_virtual_tokens is None:
         length = default_num_virtual_tokens(lm, () if verbalizer is None else verbalizer.labels)
         config = replace(config, num_virtual_tokens=length)
-    form = form or default_template(verbalizer is not None)
+    if form is None or rows.is_chat:
+        form = form_of(rows, lm.tokenizer, verbalizer is not None)
     task = Task(lm, form, verbalizer, config.longest, config.max_length or lm.window)
     vectors = None if start is None else start.vectors
     training = Training(task, rows, held_out, config, name=name, start=vectors, folder=folder, resume=resume)
@@ -209,6 +218,7 @@ def evaluate(
     target_field: str = "target",
     references_field: str | None = None,
     encoding: str | None = None,
+    format: str | None = None,
     sampling: Sampling | None = None,
     normalise: bool = False,
     progress: bool = True,
@@ -222,7 +232,7 @@ def evaluate(
         base_only: leave the soft prompt out and keep its template: what the base model does alone.
         metrics: names, the first is the headline; of labels ``accuracy``, ``macro_f1``, ``mcc``, ``log_loss``, of free
             text ``bleu``, ``rouge_l``, ``exact_match``, ``token_f1``, ``perplexity``; None: all of them.
-        input_field, target_field, references_field, encoding: as for :func:`train`.
+        input_field, target_field, references_field, encoding, format: as for :func:`train`.
         sampling: how free text is generated; None: greedily.
         normalise: divide the log-probability of a label's word by its number of tokens.
         progress: show a progress bar on stderr.
@@ -239,15 +249,18 @@ def evaluate(
     task = Task.of(lm, soft_prompt)
     rows = data
     if not isinstance(rows, Dataset):
-        rows = read_dataset(
+        rows = read_for(
+            soft_prompt,
             rows,
-            fields=task.template.fields,
             input_field=input_field,
             target_field=target_field,
-            references_field=references_column(references_field),
+            references_field=references_field,
             encoding=encoding,
-            labels=task.labels,
+            format=format,
         )
+        if progress and rows.recognised:
+            stderr.print(f"{rows.source}: {as_format(rows.format, rows.recognised)}")
+    rows = with_answers(rows, lm.tokenizer)
     vectors = None if base_only else soft_prompt.vectors
     task = task.without_soft_prompt() if base_only else task
     with _bar("evaluating", progress) as report:
@@ -585,8 +598,7 @@ def _template(lm: FrozenLM, template: str | Template) -> Template | None:
 
 def _inputs(soft_prompt: SoftPrompt, inputs: Input | Iterable[Input] | Path) -> Iterable[Input | Example]:
     if isinstance(inputs, os.PathLike):
-        form = Template(soft_prompt.template)
-        return read_dataset(inputs, fields=form.fields, require_target=False, references_field="").examples
+        return read_for(soft_prompt, inputs, require_target=False, references_field="none").examples
     if isinstance(inputs, str) and inputs.lower().endswith(FILES) and local_path(inputs).is_file():
         raise DataError(f"Expected input text, found the name of a file, {inputs}; write Path({inputs!r}) to read it.")
     return [inputs] if isinstance(inputs, str | Mapping) else inputs

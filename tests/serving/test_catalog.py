@@ -236,7 +236,7 @@ def test_a_token_that_the_base_model_does_not_know_is_the_clients_mistake(store:
     asked: list[Callable[[], object]] = [
         lambda: found.get("sst2").label({"input": "much worse"}, truncate=True),
         lambda: found.base.write_raw("much worse", Wish()),
-        lambda: found.converse([Message(role="user", content="much worse")], Wish()),
+        lambda: found.converse(found.base, [Message(role="user", content="much worse")], Wish()),
     ]
     for ask in asked:
         with pytest.raises(ApiError) as error:

@@ -18,7 +18,7 @@ from softprompt.tasks.predict import Query, predict
 from softprompt.tasks.task import Task
 from softprompt.text.tokens import SOFT
 from tests.conftest import plain_logprobs
-from tests.servers import Running, serving
+from tests.servers import Running, serving, soft_prompt
 
 TEXT = "a stirring , funny film"
 
@@ -232,6 +232,38 @@ def test_chat_with_the_base_model_uses_its_own_chat_template(server: Running) ->
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == len(ids)
     assert answer.system_fingerprint is None
+
+
+def test_a_soft_prompt_of_conversations_continues_them_whole(server: Running) -> None:
+    template = "{soft_prompt}user:\n{input}</s>assistant:\n{target}"
+    talk = soft_prompt(server.lm, "talk", template, length=4, seed=5, data={"train": {"chat": True}})
+    server.catalog.load("talk", server.catalog.store.save(talk))
+    messages: Any = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "is it good ?"},
+        {"role": "assistant", "content": "very good"},
+        {"role": "user", "content": "the plot is thin"},
+    ]
+    try:
+        rendered = server.lm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tuple(server.lm.tokenizer(str(rendered), add_special_tokens=False).input_ids)
+        sampling = Sampling(max_new_tokens=6)
+        for base_only in (False, True):
+            answer = server.post(
+                "/v1/chat/completions",
+                {"model": "talk", "messages": messages, "max_tokens": 6, "base_only": base_only, "stop": []},
+            )
+            request = Request(ids, 0) if base_only else Request((SOFT, *ids), 1, (), 0)
+            (wanted,) = generate(server.lm, [request], [] if base_only else [talk.vectors], sampling)
+            assert answer["choices"][0]["message"]["content"] == wanted.text
+            assert answer["usage"]["prompt_tokens"] == len(ids) + (0 if base_only else 4)
+            assert answer.get("ignored_messages", 0) == 0
+        one = server.post("/v1/chat/completions", {"model": "talk", "messages": messages[1:2], "max_tokens": 6})
+        assert one["usage"]["prompt_tokens"] == 4 + len(
+            server.lm.tokenizer("user:\nis it good ?</s>assistant:\n", add_special_tokens=False).input_ids
+        )
+    finally:
+        server.catalog.unload("talk")
 
 
 def test_a_message_cannot_end_its_turn(server: Running) -> None:

@@ -130,7 +130,8 @@ CHAT: Mistakes = [
     ({"tools": [{"type": "function"}]}, *unsupported("tools")),
     (
         {"model": "tiny", "messages": [USER, {"role": "system", "content": "x"}, USER]},
-        "The base model's chat template does not take these messages: the system speaks first.",
+        "Expected messages that the base model's chat template takes, found some that it does not take "
+        "(the system speaks first); change their roles or order, or leave them out.",
         "messages",
         None,
     ),

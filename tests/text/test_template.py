@@ -583,7 +583,7 @@ def test_what_is_no_verbalizer_is_refused(text: str, sentence: str) -> None:
     ("content", "found"),
     [
         (b"{", "an error (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)); correct it."),
-        (b'["a", "b"]', 'no object; write one such as {"good": ["great"], "bad": "awful"}.'),
+        (b'"a, b"', 'no object; write one such as {"good": ["great"], "bad": "awful"}.'),
         (b'{"a": "x", "b": 1}', "something else for 'b'; give a string or a list of strings."),
         (b'{"a": "x", "b": ["y", null]}', "something else for 'b'; give a string or a list of strings."),
         (None, "No such file or directory; check the path."),

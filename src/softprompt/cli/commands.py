@@ -18,6 +18,7 @@ from softprompt.cli.options import (
     Device,
     Dtype,
     Encoding,
+    Format,
     InputField,
     Json,
     Labels,
@@ -289,6 +290,7 @@ def predict_command(
     generated: TextOptions,
     input_field: InputField = None,
     encoding: Encoding = None,
+    format: Format = None,
     base: Base = None,
     loading: Loading,
     as_json: Json = False,
@@ -306,7 +308,7 @@ def predict_command(
 
     answer(
         name,
-        Inputs(text or [], file, input_field, encoding),
+        Inputs(text or [], file, input_field, encoding, format),
         base_only=base_only,
         normalise=normalise_length,
         sampling=generated.given(),

@@ -26,7 +26,9 @@ from softprompt.errors import DataError
 from softprompt.files import local_path, strict_json
 from softprompt.methods.registry import METHODS
 from softprompt.model.frozen import FrozenLM
+from softprompt.tasks.reading import require_no_chat
 from softprompt.terminal.console import Clock, notices, say_reading, stderr, stdout
+from softprompt.text.template import ALPACA_TEMPLATE, Template
 from softprompt.tuning.run_folder import RunFolder
 
 
@@ -66,10 +68,12 @@ def _planned(
 ) -> tuple[Plan, Reading]:
     """The plan, and what the data were taken for; no model is loaded."""
     form = None if template == "default" else template_from(template)
-    fields = ("input",) if form is None else form.fields
-    rows, held_out, verbalizer = sources.read(fields)
+    rows, held_out, verbalizer = sources.read(*((None, None) if form is None else (form.fields, "none")))
+    require_no_chat(rows, "compare")
+    if form is None and set(rows.examples[0].fields) != {"input"}:
+        form = Template(ALPACA_TEMPLATE)
     assert held_out is not None  # it was asked for
-    tested = sources.columns.read(test, fields, None if verbalizer is None else verbalizer.labels)
+    tested = sources.read_test(test, rows, verbalizer)
     texts = () if comparing.instructions is None else read_instructions(comparing.instructions)
     plan = Plan(
         task=comparing.task or _task_name(sources.train),

@@ -16,7 +16,7 @@ from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
 from softprompt.tasks.predict import default_sampling
 from softprompt.terminal.console import metrics_table, print_json, rows_bar, stderr, stdout, warn_truncated
-from softprompt.text.template import Template
+from softprompt.text.chat import with_answers
 
 
 def measure(
@@ -41,6 +41,7 @@ def measure(
     choose_metrics(metrics, labels=soft_prompt.verbalizer is not None)
     dataset = _read(soft_prompt, test, columns)
     lm = loading.load(base or soft_prompt.base)
+    dataset = with_answers(dataset, lm.tokenizer)
     task, vectors = asked(lm, soft_prompt, base_only)
     settings = replace(default_sampling(task), **sampling)
     began = time.perf_counter()
@@ -80,4 +81,4 @@ def _read(soft_prompt: SoftPrompt, test: str, columns: Columns) -> Dataset:
             f"--references-field is for free text, but the soft prompt {soft_prompt.name!r} answers with labels; "
             f"leave it out."
         )
-    return columns.read(test, Template(soft_prompt.template).fields, soft_prompt.verbalizer)
+    return columns.read(test, soft_prompt)

@@ -12,9 +12,9 @@ from softprompt.inspection.report import require_vectors
 from softprompt.inspection.tables import readings_table
 from softprompt.inspection.vocabulary import Vocabulary
 from softprompt.soft_prompts.store import Store
+from softprompt.tasks.reading import require_no_chat
 from softprompt.tasks.task import Task
 from softprompt.terminal.console import rows_bar, stdout
-from softprompt.text.template import Template
 
 
 def search(
@@ -35,7 +35,8 @@ def search(
     limit = seconds(budget)
     soft_prompt = Store().load(name)
     require_vectors(soft_prompt)
-    dataset = columns.read(validation, Template(soft_prompt.template).fields, soft_prompt.verbalizer)
+    dataset = columns.read(validation, soft_prompt)
+    require_no_chat(dataset, "harden")
     lm = loading.load(base or soft_prompt.base)
     task = Task.of(lm, soft_prompt)
     with rows_bar("searching") as progress:

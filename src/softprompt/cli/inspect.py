@@ -30,9 +30,9 @@ from softprompt.inspection.vocabulary import Vocabulary
 from softprompt.inspection.words import nats
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
+from softprompt.tasks.reading import require_no_chat
 from softprompt.tasks.task import Task
 from softprompt.terminal.console import rows_bar, stderr, stdout
-from softprompt.text.template import Template
 from softprompt.tuning.history import FILE as HISTORY
 
 MOST_LINES = 100
@@ -120,7 +120,8 @@ def _way(store: Store, name: str, soft_prompt: SoftPrompt, run: Path | None) -> 
 
 def _read(soft_prompt: SoftPrompt, source: str, question: Question) -> Dataset:
     """Rows of the soft prompt's task, a seeded choice of at most ``question.rows``."""
-    dataset = question.columns.read(source, Template(soft_prompt.template).fields, soft_prompt.verbalizer)
+    dataset = question.columns.read(source, soft_prompt)
+    require_no_chat(dataset, "inspect --data")
     if len(dataset.examples) < 2:
         raise DataError(f"Expected at least 2 rows to score with in {source}, found 1; give more.")
     return cut(dataset, question.rows)

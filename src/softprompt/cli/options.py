@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import partial
 from inspect import Parameter, Signature, signature
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from softprompt.data.formats import FORMATS
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.errors import ConfigError, StoreError
 from softprompt.files import local_path
@@ -19,6 +20,7 @@ from softprompt.terminal.console import stderr
 if TYPE_CHECKING:
     from softprompt.data.example import Dataset
     from softprompt.model.frozen import FrozenLM
+    from softprompt.soft_prompts.soft_prompt import SoftPrompt
 
 SEED_RANGE: dict[str, Any] = {"min": 0, "max": 2**32 - 1, "metavar": "<int>"}
 """What torch takes for sure, whatever is added to it."""
@@ -167,7 +169,9 @@ SOURCE = "JSONL, JSON, CSV, TSV, Parquet or hf:DATASET."
 Labels = Annotated[
     str | None,
     data_option(
-        "a,b or a=word|word,b=word or a .json file; all: each target is one; none: free text.", "as TRAIN looks"
+        "a,b or a=word|word,b=word or a .json file, or names of numbers in .json or .txt; all: each target is one; "
+        "none: free text.",
+        "as TRAIN looks",
     ),
 ]
 InputField = Annotated[str | None, data_option("The column that feeds {input}.", "input")]
@@ -177,6 +181,14 @@ ReferencesField = Annotated[
     data_option("The column of further accepted texts, as lists; none: no such.", "references, if it holds such lists"),
 ]
 Encoding = Annotated[str | None, data_option("The encoding of files of text, such as cp1252.", "utf-8")]
+Format = Annotated[
+    str | None,
+    data_option(
+        f"{', '.join(FORMATS[1:])}, or none: columns as named above.",
+        "as the columns look, where they are not input and target",
+        choices=FORMATS,
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -187,30 +199,36 @@ class Columns:
     target_field: TargetField = "target"
     references_field: ReferencesField = None
     encoding: Encoding = None
+    format: Format = None
 
     @property
     def names_references(self) -> bool:
         """Whether a column of references was named, which makes the targets free text."""
         return self.references_field not in (None, "none")
 
-    def read(self, source: str, names: Sequence[str], labels: Collection[str] | None = None) -> Dataset:
-        """The rows of a file or data set, for a template with the fields ``names`` and targets of ``labels``, if any.
+    def read(self, source: str, soft_prompt: SoftPrompt, *, require_target: bool = True) -> Dataset:
+        """The rows of a file or data set for a soft prompt; a format that was told from the columns is said on stderr.
 
         Raises:
-            ConfigError: an unknown encoding.
+            ConfigError: an unknown encoding or format.
             DataError: they cannot be read.
         """
-        from softprompt.data.reading import read_dataset
+        from softprompt.data.checks import as_format
+        from softprompt.tasks.reading import read_for
 
-        return read_dataset(
+        rows = read_for(
+            soft_prompt,
             source,
-            fields=names,
             input_field=self.input_field,
             target_field=self.target_field,
-            references_field="" if self.references_field == "none" else self.references_field,
+            require_target=require_target,
+            references_field=self.references_field,
             encoding=self.encoding,
-            labels=labels,
+            format=self.format,
         )
+        if rows.recognised:
+            stderr.print(f"{rows.source}: {as_format(rows.format, rows.recognised)}")
+        return rows
 
 
 @dataclass(frozen=True)
@@ -220,10 +238,11 @@ class OneTargetColumns:
     input_field: InputField = None
     target_field: TargetField = "target"
     encoding: Encoding = None
+    format: Format = None
 
-    def read(self, source: str, names: Sequence[str], labels: Collection[str] | None = None) -> Dataset:
+    def read(self, source: str, soft_prompt: SoftPrompt) -> Dataset:
         """As :meth:`Columns.read`."""
-        return Columns(self.input_field, self.target_field, None, self.encoding).read(source, names, labels)
+        return Columns(self.input_field, self.target_field, None, self.encoding, self.format).read(source, soft_prompt)
 
 
 # --- generated text -------------------------------------------------------------------------------

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from softprompt.cli.options import Loading
+from softprompt.cli.options import Columns, Loading
 from softprompt.data.encoding import text_of
 from softprompt.data.example import Example
-from softprompt.data.reading import read_dataset
 from softprompt.drawing.words import shortened
 from softprompt.errors import ConfigError, DataError
 from softprompt.model.frozen import FrozenLM
@@ -34,12 +33,14 @@ class Inputs:
         file: a file or data set of rows in their place.
         input_field: its column that feeds ``{input}``.
         encoding: of the file or of standard input.
+        format: of the file's rows.
     """
 
     texts: Sequence[str]
     file: str | None
     input_field: str | None
     encoding: str | None
+    format: str | None
 
 
 def answer(
@@ -59,7 +60,7 @@ def answer(
         SoftPromptError: a mistake of the user's, see each step.
     """
     soft_prompt = Store().load(name)
-    examples = _examples(Template(soft_prompt.template).fields, inputs)
+    examples = _examples(soft_prompt, inputs)
     lm = loading.load(base or soft_prompt.base)
     task, vectors = asked(lm, soft_prompt, base_only)
     with rows_bar("predicting") as progress:
@@ -107,20 +108,15 @@ def _answer(prediction: Prediction) -> str:
     return "  ".join(f"{label} {probability:.3f}" for label, probability in ranked[:3])
 
 
-def _examples(names: Sequence[str], inputs: Inputs) -> tuple[Example, ...]:
-    """The inputs to answer, for a template with the fields ``names``."""
+def _examples(soft_prompt: SoftPrompt, inputs: Inputs) -> tuple[Example, ...]:
+    """The inputs to answer."""
+    names = Template(soft_prompt.template).fields
     texts, file = inputs.texts, inputs.file
     if (file is None) == (not texts):
         raise ConfigError("Either texts or --file are needed to predict, not both; give TEXT, - for stdin, or --file.")
     if file is not None:
-        return read_dataset(
-            file,
-            fields=names,
-            input_field=inputs.input_field,
-            require_target=False,
-            references_field="",
-            encoding=inputs.encoding,
-        ).examples
+        columns = Columns(inputs.input_field, "target", "none", inputs.encoding, inputs.format)
+        return columns.read(file, soft_prompt, require_target=False).examples
     if list(texts) != ["-"]:
         return tuple(_example(text, f"text {i}", names) for i, text in enumerate(texts, start=1))
     text = text_of(sys.stdin.buffer.read(), "stdin", inputs.encoding).replace("\r\n", "\n").replace("\r", "\n")

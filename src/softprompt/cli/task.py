@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from softprompt.cli.options import Columns, with_line_ends
 from softprompt.data.checks import Reading
 from softprompt.data.example import Dataset
+from softprompt.data.reading import read_dataset
 from softprompt.errors import TemplateError
-from softprompt.tasks.reading import read_task, taken_for
+from softprompt.tasks.reading import numbers_of, read_task, references_column, taken_for
 from softprompt.text.template import Template
 from softprompt.text.verbalizer import Verbalizer
 
@@ -45,8 +46,11 @@ class Sources:
     labels: str | None
     columns: Columns
 
-    def read(self, names: Sequence[str]) -> tuple[Dataset, Dataset | None, Verbalizer | None]:
-        """Reads them for a template with the fields ``names``.
+    def read(
+        self, names: Sequence[str] | None, format: str | None = None
+    ) -> tuple[Dataset, Dataset | None, Verbalizer | None]:
+        """Reads them for a template with the fields ``names``, or None for those of their format: ``format``, if the
+        options say none.
 
         Without ``--labels``, targets that look like labels are; a column of references that was named makes them free
         text.
@@ -65,6 +69,26 @@ class Sources:
             target_field=columns.target_field,
             references_field=columns.references_field,
             encoding=columns.encoding,
+            format=columns.format or format,
+        )
+
+    def read_test(self, test: str, train: Dataset, verbalizer: Verbalizer | None) -> Dataset:
+        """Rows of the task that ``train`` holds.
+
+        Raises:
+            DataError: they cannot be read.
+        """
+        columns = self.columns
+        return read_dataset(
+            test,
+            fields=tuple(train.examples[0].fields),
+            input_field=columns.input_field,
+            target_field=columns.target_field,
+            references_field=references_column(columns.references_field),
+            encoding=columns.encoding,
+            labels=None if verbalizer is None else verbalizer.labels,
+            label_names=numbers_of(self.labels),
+            format=columns.format or train.format,
         )
 
     def taken_for(

@@ -19,10 +19,12 @@ from softprompt.files import strict_json
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
 from softprompt.tasks.length import default_num_virtual_tokens
+from softprompt.tasks.reading import form_of, require_no_chat
 from softprompt.tasks.task import Task
 from softprompt.terminal.console import print_rows, say_reading, stderr, warn_truncated
 from softprompt.terminal.training import watch
-from softprompt.text.template import chat_template, default_template
+from softprompt.text.chat import with_answers
+from softprompt.text.template import chat_template
 from softprompt.tuning import checkpoint
 from softprompt.tuning.config import INITS, TrainConfig
 from softprompt.tuning.config import preset as published
@@ -43,12 +45,19 @@ def tune(
     place = Place.of(output.name, output.out, overwrite=output.overwrite, resume=output.resume)
     config, start = _configuration(learning, place.store)
     form = None if template in ("default", "chat") else template_from(template)
-    rows, held_out, verbalizer = sources.read(("input",) if form is None else form.fields)
+    if form is not None:  # who writes a template names the columns
+        rows, held_out, verbalizer = sources.read(form.fields, "none")
+        require_no_chat(rows, "A template of your own")
+    else:
+        rows, held_out, verbalizer = sources.read(("input",) if template == "chat" else None)
     with place.claimed():
         lm = loading.load(base)
         if start is not None:
             Task.of(lm, start)  # refuses vectors of another base model: they mean nothing here
-        form = form or (chat_template(lm.tokenizer) if template == "chat" else default_template(verbalizer is not None))
+        rows, held_out = with_answers(rows, lm.tokenizer), held_out and with_answers(held_out, lm.tokenizer)
+        if form is None and template == "chat" and not rows.is_chat:
+            form = chat_template(lm.tokenizer)
+        form = form or form_of(rows, lm.tokenizer, verbalizer is not None)
         if config.num_virtual_tokens is None:
             length = default_num_virtual_tokens(lm, () if verbalizer is None else verbalizer.labels)
             config = replace(config, num_virtual_tokens=length)

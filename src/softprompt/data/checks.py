@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from softprompt.data.example import MOST_LABELS, MOST_WORDS, Dataset, Example, difference, folded
@@ -26,7 +26,11 @@ class Reading:
         distinct: how many targets differ.
         columns: field, ``target`` or ``references`` → the column it was read from.
         blank: field → rows in which it is blank, without those that never are.
-        chosen: whether labels or free text were asked for, rather than told from the targets.
+        chosen: whether labels or free text were asked for, or there is no choice, rather than told from the targets.
+        format: what the columns were taken for, one of ``softprompt.data.formats.FORMATS``.
+        recognised: whether that was told from the columns.
+        conversations: how many conversations the rows are answers of; 0 if they are not.
+        label_names: number of a label in the data → its name.
         doubts: what is probably a mistake, as sentences without a full stop.
     """
 
@@ -38,25 +42,38 @@ class Reading:
     blank: Mapping[str, int]
     chosen: bool
     doubts: tuple[str, ...]
+    format: str = "none"
+    recognised: bool = False
+    conversations: int = 0
+    label_names: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """One line, such as ``data: 2,488 rows, 2 labels (negative 901, positive 1,587), input from "input", …``."""
         rows = counted(self.rows, "row")
+        if self.conversations:
+            rows = f"{counted(self.rows, 'answer')} of {counted(self.conversations, 'conversation')}"
         if self.validation_rows:
             rows += f" and {self.validation_rows:,} for validation"
-        parts = [rows, self._targets()]
-        for field, column in self.columns.items():
-            if field == "references":
+        parts = [rows, *([as_format(self.format, self.recognised)] if self.format != "none" else []), self._targets()]
+        if self.label_names:
+            parts.append(f"names in the place of numbers ({self._names()})")
+        for name, column in self.columns.items():
+            if name == "references":
                 parts.append(f"answers compared with the lists in {quoted(column)}")
             else:
-                blank = f" (blank in {counted(self.blank[field], 'row')})" if field in self.blank else ""
-                parts.append(f"{field} from {quoted(column)}{blank}")
+                blank = f" (blank in {counted(self.blank[name], 'row')})" if name in self.blank else ""
+                parts.append(f"{name} from {quoted(column)}{blank}")
         line = f"data: {', '.join(parts)}"
         if self.chosen:
             return line
         if self.labels is not None:
             return f"{line}; if the targets are free text, add --labels none"
         return f"{line}; if the targets are labels, add --labels all, or --labels a,b,… with their names"
+
+    def _names(self) -> str:
+        """The numbers of labels with their names, of many the first."""
+        names = [f"{number} is {_shown(name)}" for number, name in self.label_names.items()]
+        return ", ".join(names if len(names) <= SHOWN else [*names[:3], "…", names[-1]])
 
     def _targets(self) -> str:
         if self.labels is None:
@@ -80,6 +97,9 @@ class Reading:
             "labels": None if self.labels is None else dict(self.labels),
             "distinct_targets": self.distinct,
             "columns": dict(self.columns),
+            "format": self.format,
+            **({"conversations": self.conversations} if self.conversations else {}),
+            **({"label_names": dict(self.label_names)} if self.label_names else {}),
             "doubts": list(self.doubts),
         }
 
@@ -108,9 +128,18 @@ def reading(
         distinct=len(count),
         columns=train.columns,
         blank=blank,
-        chosen=chosen,
-        doubts=tuple(doubts(train, validation, test, labels=labels, chosen=chosen)),
+        chosen=chosen or train.is_chat,
+        doubts=tuple(doubts(train, validation, test, labels=labels, chosen=chosen or train.is_chat)),
+        format=train.format,
+        recognised=train.recognised,
+        conversations=len({example.conversation.origin for example in train.examples if example.conversation}),
+        label_names=train.label_names,
     )
+
+
+def as_format(format: str, recognised: bool) -> str:
+    """That data are taken for a format, and if nobody asked for it, how to have them read otherwise."""
+    return f"taken for the format {format} (if they are not, add --format none)" if recognised else f"format {format}"
 
 
 def require_label_set(train: Dataset, labels: Sequence[str] | None) -> None:

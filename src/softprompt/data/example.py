@@ -16,6 +16,22 @@ MOST_LABELS, MOST_WORDS = 200, 8
 
 
 @dataclass(frozen=True)
+class Conversation:
+    """What stands before one answer of a conversation, and the answer, for a base model's chat template.
+
+    Attributes:
+        origin: the place of the row with the whole conversation, the same for all of its answers.
+        before: JSON of the messages and of the tools: ``{"messages": [{"role": "user", "content": "{message 1}"}],
+            "tools": null}``. The texts of the messages are the example's fields, each named in its place.
+        answer: JSON of the answer's message, whose text is named ``{answer}``; None where it is still to come.
+    """
+
+    origin: str
+    before: str
+    answer: str | None
+
+
+@dataclass(frozen=True)
 class Example:
     """One row of a task.
 
@@ -25,12 +41,14 @@ class Example:
         references: further accepted targets, may be empty.
         where: the row's place, for messages: ``train.jsonl:17`` with the line on which the row starts, as an editor
             counts (a header counts, too), ``test.parquet:17`` or ``hf:imdb:train:17`` with the row counted from 1.
+        conversation: of an answer in a conversation, what stands around the fields; None: the task's template does.
     """
 
     fields: Mapping[str, str]
     target: str | None
     references: tuple[str, ...] = ()
     where: str = ""
+    conversation: Conversation | None = None
 
 
 @dataclass(frozen=True)
@@ -43,12 +61,23 @@ class Dataset:
         columns: field, ``target`` or ``references`` → the column it was read from; without those that there are not.
         fingerprint: SHA-256 hex digest of every example's fields, target and references in order. It does not depend
             on the file's name, format or unused columns.
+        format: what the columns were taken for, one of ``softprompt.data.formats.FORMATS``.
+        recognised: whether that was told from the columns, rather than asked for.
+        label_names: number of a label → its name, where the targets' numbers were replaced by names.
     """
 
     examples: tuple[Example, ...]
     source: str
     fingerprint: str
     columns: Mapping[str, str] = field(default_factory=dict)
+    format: str = "none"
+    recognised: bool = False
+    label_names: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the examples are answers in conversations."""
+        return any(example.conversation is not None for example in self.examples)
 
 
 def check_targets(dataset: Dataset, labels: Sequence[str]) -> None:

@@ -13,9 +13,12 @@ import math
 import os
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from softprompt.data.conversations import BadRow, conversation_examples
 from softprompt.data.example import Dataset, Example, check_targets
+from softprompt.data.formats import Layout, layout_of
 from softprompt.data.sources import Source, Table, read_table
 from softprompt.data.wording import and_more, kind, listed, quoted
 from softprompt.errors import ConfigError, DataError, SoftPromptWarning
@@ -24,20 +27,18 @@ REFERENCES = "references"
 """The column of further accepted answers that is used without being asked for, if it holds lists of strings."""
 
 
-class _BadRow(Exception):
-    """What is wrong with one row, as "expected ..., found ..."."""
-
-
 def read_dataset(
     source: Source,
     *,
-    fields: Sequence[str],
+    fields: Sequence[str] | None,
     input_field: str | None = None,
     target_field: str = "target",
     require_target: bool = True,
     references_field: str | None = None,
     encoding: str | None = None,
     labels: Collection[str] | None = None,
+    label_names: Mapping[str, str] | None = None,
+    format: str | None = "none",
 ) -> Dataset:
     """Reads and checks every row of a source.
 
@@ -58,7 +59,7 @@ def read_dataset(
             The split is ``train`` if not given, and may be cut and joined: ``train[:50%]+test``. No code of a data set
             is ever run.
             Or rows in memory: a list of dicts, a pandas, polars or Arrow table, a ``datasets.Dataset``.
-        fields: names of the template's fields, each the name of a column.
+        fields: names of the template's fields, each the name of a column; None: those of the format, ``input`` of none.
         input_field: the column that feeds the field ``input``, where it has another name.
         target_field: the column of the targets.
         require_target: if False, the target's column or cell may be missing; the target is None then.
@@ -68,54 +69,76 @@ def read_dataset(
         labels: what every target must be one of; None or none: anything.
         encoding: of a file of text, a name that Python's codecs know; UTF-8 if None. A byte order mark, also of UTF-16
             and UTF-32, counts for more.
+        label_names: number of a label, as text → its name, which takes the place of a target that is such a number.
+        format: one of ``softprompt.data.formats.FORMATS``; None: told from the columns (``layout_of``). Of a
+            conversation, each answer is an example; without ``require_target``, the last answer or the one to come is.
 
     Raises:
-        ConfigError: ``input_field`` without a field ``input``, no such encoding, or a library for this source is not
-            installed.
+        ConfigError: ``input_field`` without a field ``input``, no such encoding or format, or a library for this source
+            is not installed.
         DataError: the source cannot be read, has no rows, lacks a column, or has a row that is malformed, has an
             empty cell or a target that is none of the labels; the sentence names the first bad row and how many more
             there are.
     """
-    if input_field is not None and "input" not in fields:
+    if input_field is not None and fields is not None and "input" not in fields:
         raise ConfigError(
             f"An input field can be chosen only for a template with {{input}}, but this template's fields are "
             f"{listed(fields)}; rename the column or the template's field."
         )
-    columns = {field: input_field if field == "input" and input_field else field for field in fields}
     table = read_table(source, encoding)
+    layout = layout_of(table, fields, input_field, target_field, require_target=require_target, format=format)
     for wanted, option in (
-        *((column, "--input-field") for column in columns.values()),
-        *([(target_field, "--target-field")] if require_target else []),
+        *((column, "--input-field") for column in layout.columns.values() if column not in layout.optional),
+        *([(layout.target, "--target-field")] if require_target and not layout.chat else []),
         *([(references_field, "--references-field")] if references_field else []),
     ):
         _check_column(table, wanted, option)
-    if references_field is None:
-        references_field = _fitting_references(table, {*columns.values(), target_field})
+    if references_field is None and not layout.chat:
+        references_field = _fitting_references(table, {*layout.columns.values(), layout.target})
 
-    examples = _examples(table, columns, target_field, require_target, references_field)
-    used = {**columns, "target": target_field} if target_field in table.columns else dict(columns)
+    examples = _examples(table, layout, require_target, references_field)
+    named = {} if label_names is None else _used_names(examples, labels or (), label_names)
+    if named:
+        examples = [replace(e, target=named.get(str(e.target), e.target)) for e in examples]
+    used = {"conversations": layout.chat[-1]} if layout.chat else dict(layout.columns)
+    if layout.target in table.columns and not layout.chat:
+        used["target"] = layout.target
     if references_field:
         used["references"] = references_field
     name = os.fspath(source) if isinstance(source, str | os.PathLike) else f"{table.name} in memory"
-    dataset = Dataset(tuple(examples), name, _fingerprint(examples), used)
+    fingerprint = _fingerprint(examples)
+    dataset = Dataset(
+        tuple(examples), name, fingerprint, used, layout.format, layout.recognised, (label_names or {}) if named else {}
+    )
     if labels:
         check_targets(dataset, tuple(labels))
     return dataset
 
 
+def _used_names(examples: Iterable[Example], labels: Collection[str], label_names: Mapping[str, str]) -> dict[str, str]:
+    """Target → name, of the targets that are numbers of labels and no labels themselves; pandas writes 1.0 for the 1
+    of a column with empty cells."""
+    targets = {example.target for example in examples if example.target is not None} - set(labels)
+    found = {target: label_names.get(target.removesuffix(".0")) for target in sorted(targets)}
+    return {target: name for target, name in found.items() if name is not None}
+
+
 # From a row to an example
 
 
-def _examples(
-    table: Table, columns: Mapping[str, str], target_field: str, require_target: bool, references_field: str | None
-) -> list[Example]:
+def _examples(table: Table, layout: Layout, require_target: bool, references_field: str | None) -> list[Example]:
     examples: list[Example] = []
     problems: list[str] = []
     for number, row in table.rows:
         where = f"{table.name}:{number}"
         try:
-            examples.append(_example(row, where, columns, target_field, require_target, references_field))
-        except _BadRow as bad:
+            if isinstance(row, str):
+                raise BadRow(row)
+            if layout.chat:
+                examples += conversation_examples(row, where, layout.chat, require_target)
+            else:
+                examples.append(_example(row, where, layout, require_target, references_field))
+        except BadRow as bad:
             problems.append(f"{where}: {bad}")
     if problems:
         raise DataError(f"{problems[0]}; correct or remove this row{and_more(problems)}.")
@@ -123,18 +146,18 @@ def _examples(
 
 
 def _example(
-    row: Mapping[str, Any] | str,
-    where: str,
-    columns: Mapping[str, str],
-    target_field: str,
-    require_target: bool,
-    references_field: str | None,
+    row: Mapping[str, Any], where: str, layout: Layout, require_target: bool, references_field: str | None
 ) -> Example:
-    if isinstance(row, str):
-        raise _BadRow(row)
+    columns, target_field = layout.columns, layout.target
+    row = {**dict.fromkeys(layout.optional, ""), **row}
     blank = [field for field, column in columns.items() if _is_blank(row.get(column, ...))]
     some = len(blank) < len(columns)  # an instruction may go without further input
     fields = {field: "" if some and field in blank else _text(row, column) for field, column in columns.items()}
+    if isinstance(row.get(target_field), list | tuple):
+        raise BadRow(
+            f"expected one target in the column {quoted(target_field)}, found a list of "
+            f"{len(row[target_field])} (write a row for each of them, or join them to one text)"
+        )
     target = None if not require_target and _is_missing(row.get(target_field)) else _text(row, target_field)
     references = _references(row.get(references_field), references_field) if references_field else ()
     return Example(fields, target, references, where)
@@ -153,7 +176,7 @@ def _is_missing(cell: Any) -> bool:
 
 def _text(row: Mapping[str, Any], column: str) -> str:
     if column not in row:
-        raise _BadRow(f"expected the column {quoted(column)}, found {listed(tuple(row))}")
+        raise BadRow(f"expected the column {quoted(column)}, found {listed(tuple(row))}")
     cell = row[column]
     if isinstance(cell, bool | int | float) and not _is_missing(cell):
         cell = json.dumps(cell)
@@ -162,7 +185,7 @@ def _text(row: Mapping[str, Any], column: str) -> str:
     elif isinstance(cell, datetime.date | datetime.time):
         cell = cell.isoformat()
     if not isinstance(cell, str) or _is_missing(cell):
-        raise _BadRow(f"expected text in the column {quoted(column)}, found {kind(cell)}")
+        raise BadRow(f"expected text in the column {quoted(column)}, found {kind(cell)}")
     return _encodable(cell, column)
 
 
@@ -171,7 +194,7 @@ def _encodable(text: str, column: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise _BadRow(f"expected text in the column {quoted(column)}, found half of a surrogate pair") from None
+        raise BadRow(f"expected text in the column {quoted(column)}, found half of a surrogate pair") from None
     return text
 
 
@@ -182,19 +205,21 @@ def _references(cell: Any, column: str) -> tuple[str, ...]:
         try:
             cell = json.loads(cell)
         except ValueError:
-            raise _BadRow(f"expected a JSON list of strings in the column {quoted(column)}, found text") from None
+            raise BadRow(f"expected a JSON list of strings in the column {quoted(column)}, found text") from None
     if not isinstance(cell, list):
-        raise _BadRow(f"expected a list of strings in the column {quoted(column)}, found {kind(cell)}")
+        raise BadRow(f"expected a list of strings in the column {quoted(column)}, found {kind(cell)}")
     for item in cell:
         if not isinstance(item, str):
-            raise _BadRow(f"expected a list of strings in the column {quoted(column)}, found {kind(item)} in it")
+            raise BadRow(f"expected a list of strings in the column {quoted(column)}, found {kind(item)} in it")
     return tuple(_encodable(item, column) for item in cell)
 
 
 def _fingerprint(examples: Iterable[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
-        content = [sorted(example.fields.items()), example.target, example.references]
+        content: list[Any] = [sorted(example.fields.items()), example.target, example.references]
+        if example.conversation is not None:
+            content += [example.conversation.before, example.conversation.answer]
         digest.update(json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
     return digest.hexdigest()
 
@@ -220,7 +245,7 @@ def _fitting_references(table: Table, used: set[str]) -> str | None:
     for number, row in table.rows:
         try:
             fitting += not isinstance(row, str) and _references(row.get(REFERENCES), REFERENCES) != ()
-        except _BadRow:
+        except BadRow:
             bad.append(number)
     if fitting and bad:
         warnings.warn(

@@ -19,6 +19,9 @@ from softprompt.files import StrPath, local_path
 
 COMPRESSED = (".gz", ".bz2", ".xz")
 
+SAVED_SPLITS, SAVED_ROWS = "dataset_dict.json", "state.json"
+"""The file that ``save_to_disk`` of datasets writes beside several splits, and beside one."""
+
 Source: TypeAlias = StrPath | Sequence[Mapping[str, Any]] | Any
 """Where rows come from: a path, ``hf:DATASET[/CONFIG][:SPLIT]``, a list of dicts, or a table of pandas, ``datasets``,
 polars or Arrow, whose types are not named here, since none of these libraries must be installed."""
@@ -50,7 +53,15 @@ def read_table(source: Source, encoding: str | None = None) -> Table:
     if not isinstance(source, str | os.PathLike):
         return _read_memory(source)
     name = os.fspath(source)
-    return _read_hub(name) if name.startswith("hf:") else _read_file(local_path(name), encoding)
+    if name.startswith("hf:"):
+        return _read_hub(name)
+    return _read_hub(f"hf:{name}") if _is_saved(name) else _read_file(local_path(name), encoding)
+
+
+def _is_saved(name: str) -> bool:
+    """Whether a path, with a split behind it or none, is that of a folder that ``save_to_disk`` wrote."""
+    paths = [local_path(name), *([local_path(name.partition(":")[0])] if ":" in name else [])]
+    return any((path / file).is_file() for path in paths for file in (SAVED_SPLITS, SAVED_ROWS))
 
 
 # Files
@@ -244,9 +255,9 @@ def _loaded(datasets: Any, name: str, split: str | None) -> tuple[Any, str]:
     """A ``datasets.Dataset`` and the split it is; of ``a/b``, ``a/b`` is tried as a data set before ``b`` as a
     configuration of ``a``."""
     folder = Path(name)
-    if (folder / "dataset_dict.json").is_file():  # written by save_to_disk, which load_dataset does not take
+    if (folder / SAVED_SPLITS).is_file():  # written by save_to_disk, which load_dataset does not take
         return _cut(datasets, dict(datasets.load_from_disk(name)), split or "train")
-    if (folder / "state.json").is_file():
+    if (folder / SAVED_ROWS).is_file():
         rows = datasets.load_from_disk(name)
         own = str(rows.split or "train")
         if split is None or split == own:

@@ -13,15 +13,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from softprompt.errors import SoftPromptError, StoreError
+from softprompt.errors import SoftPromptError, StoreError, TemplateError
 from softprompt.model.embedder import Embedder
 from softprompt.model.request import Sampling
 from softprompt.serving.openai_api import ApiError, Message
 from softprompt.serving.served import USUAL_TOKENS, Entry, Model, Order, Wish
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
+from softprompt.tasks.predict import default_sampling
 from softprompt.tasks.task import Task
-from softprompt.text.template import Template
+from softprompt.text.chat import SOFT_PROMPT, conversation_template
 
 HELD_BYTES = 32 << 20
 """How much of the soft prompts is held in memory, those asked last; the others are read from their files when they are
@@ -63,7 +64,7 @@ class Catalog:
         self._seen: dict[tuple[str, Path], tuple[int, ...]] = {}  # what each file was like when it was last tried
         name = Path(lm.name).name if Path(lm.name).is_absolute() else lm.name
         card = {**_card(name, int(time.time()), name, window), "chat_template": bool(lm.tokenizer.chat_template)}
-        self.base = Model(name=name, card=card, lm=self._lm, window=window)
+        self.base = Model(name=name, card=card, lm=self._lm, window=window, chats=True)
         self._conversation = lru_cache(maxsize=64)(self._conversation_of)
 
     def entries(self) -> list[Entry]:
@@ -144,6 +145,7 @@ class Catalog:
             window=self._window,
             task=task,
             vectors=vectors,
+            chats=soft_prompt.is_chat,
         )
         known = self._listed.get(name)
         if self._check is not None and (known is None or known.content != content):
@@ -219,8 +221,8 @@ class Catalog:
         """What each soft prompt that is served was read from."""
         return {name: entry.path for name, entry in self._listed.items() if entry.path is not None}
 
-    def converse(self, messages: Sequence[Message], wish: Wish) -> Order:
-        """Continues a conversation with the base model, by its own chat template.
+    def converse(self, model: Model, messages: Sequence[Message], wish: Wish, *, base_only: bool = False) -> Order:
+        """Continues a conversation by the base model's own chat template, behind a soft prompt if the model is one.
 
         Special tokens that a message spells are plain text.
 
@@ -228,11 +230,15 @@ class Catalog:
             ApiError: 400, there is no chat template, it does not take these messages, or they do not fit.
         """
         roles = tuple("system" if message.role == "developer" else message.role for message in messages)
-        task = self._conversation(roles)
-        fields = {f"message {number}": message.text for number, message in enumerate(messages)}
-        return self.base.continuing(task, fields, wish, Sampling(max_new_tokens=USUAL_TOKENS))
+        own = model.bare if base_only else model.task
+        length, window = (0, self._window) if own is None else (own.num_virtual_tokens, own.max_length)
+        task = self._conversation(roles, length, window)
+        fields = {f"message {number}": message.text for number, message in enumerate(messages, start=1)}
+        usual = Sampling(max_new_tokens=USUAL_TOKENS) if own is None else default_sampling(own)
+        return model.continuing(task, fields, wish, usual)
 
-    def _conversation_of(self, roles: tuple[str, ...]) -> Task:
+    def _conversation_of(self, roles: tuple[str, ...], num_virtual_tokens: int, window: int) -> Task:
+        messages = [{"role": role, "content": f"{{message {number}}}"} for number, role in enumerate(roles, start=1)]
         tokenizer = self._lm.tokenizer
         if not tokenizer.chat_template:
             raise ApiError(
@@ -240,30 +246,11 @@ class Catalog:
                 f"The base model {self.base.name!r} has no chat template; use /v1/completions or a soft prompt.",
                 param="model",
             )
-        places = [f"{{message {number}}}" for number in range(len(roles))]
-        messages = [{"role": role, "content": place} for role, place in zip(roles, places, strict=True)]
         try:
-            rest = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except Exception as error:  # Jinja code of the model: whatever it raises
-            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise ApiError(
-                400, f"The base model's chat template does not take these messages: {reason}.", param="messages"
-            ) from error
-        text = ""
-        for place in places:
-            before, found, rest = rest.partition(place)
-            if not found:
-                raise ApiError(
-                    400,
-                    "The base model's chat template does not repeat every message; use /v1/completions.",
-                    param="messages",
-                )
-            text += _escaped(before) + place
-        return Task(self._lm, Template(f"{text}{_escaped(rest)}{{target}}"), None, 0, self._window)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("{", "{{").replace("}", "}}")
+            template = conversation_template(tokenizer, messages, opening=SOFT_PROMPT if num_virtual_tokens else "")
+        except TemplateError as error:
+            raise ApiError(400, str(error), param="messages") from error
+        return Task(self._lm, template, None, num_virtual_tokens, window)
 
 
 def _bytes_of(model: Model) -> int:

@@ -154,12 +154,14 @@ class Model(Entry):
         window: the most tokens of one request.
         task: its own template, labels and length; None for the base model.
         vectors: the soft prompt on the CPU in the base model's dtype; None for the base model.
+        chats: whether it continues whole conversations: the base model, or a soft prompt that was tuned on such.
     """
 
     lm: Embedder
     window: int
     task: Task | None = None
     vectors: torch.Tensor | None = None
+    chats: bool = False
 
     @property
     def entry(self) -> Entry:

@@ -201,7 +201,7 @@ class Server:
         top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         wish = _wish(body, body.max_completion_tokens or body.max_tokens, top_logprobs)
         order = await self._read(lambda: self._chat_order(model, body, wish))
-        ignored = 0 if model.task is None else len(body.messages) - 1
+        ignored = 0 if model.task is None or _converses(model, body) else len(body.messages) - 1
         return await self._write(request, body, wish, model, [order], api.CHAT, ignored_messages=ignored)
 
     async def _write(
@@ -243,7 +243,9 @@ class Server:
     def _chat_order(self, model: Model, body: api.ChatRequest, wish: Wish) -> Order:
         if model.task is None:
             _refuse_own(body, model)
-            return self._catalog.converse(body.messages, wish)
+            return self._catalog.converse(model, body.messages, wish)
+        if _converses(model, body):
+            return self._catalog.converse(model, body.messages, wish, base_only=body.base_only)
         text = None if body.fields is not None else body.messages[-1].text
         return model.write(model.fields_of(text, body.fields, param="messages"), wish, base_only=body.base_only)
 
@@ -399,6 +401,11 @@ def _some(prompts: Sequence[_Result]) -> Sequence[_Result]:
     if not prompts:
         raise ApiError(400, "Expected at least one prompt, found an empty list; give one.", param="prompt")
     return prompts
+
+
+def _converses(model: Model, body: api.ChatRequest) -> bool:
+    """Whether a soft prompt continues the whole conversation, and not its last message in its own template."""
+    return model.task is not None and model.chats and body.fields is None and len(body.messages) > 1
 
 
 def _refuse_own(body: api.CompletionRequest | api.ChatRequest, model: Model) -> None:

@@ -34,6 +34,12 @@ class SoftPrompt(Metadata):
         """``P``."""
         return int(self.vectors.shape[0])
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether it was tuned on conversations, each by the base model's own chat template, and stands before them."""
+        train = self.data.get("train", {})
+        return isinstance(train, Mapping) and bool(train.get("chat"))
+
     def __repr__(self) -> str:
         """``<SoftPrompt sst2: 64 virtual tokens on smollm2-135m, validation accuracy 0.9072 ± 0.0068 (n = 872)>``."""
         kind = "layers' keys and values of " if self.parametrisation == "prefix" else ""

@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from softprompt.data.checks import Reading, reading, require_label_set
 from softprompt.data.example import Dataset, check_targets, infer_labels
+from softprompt.data.formats import ALPACA
 from softprompt.data.reading import read_dataset
 from softprompt.data.sources import Source
-from softprompt.errors import ConfigError
-from softprompt.text.verbalizer import Verbalizer
+from softprompt.data.wording import listed
+from softprompt.errors import ConfigError, DataError
+from softprompt.soft_prompts.soft_prompt import SoftPrompt
+from softprompt.text.chat import user_template
+from softprompt.text.template import ALPACA_TEMPLATE, Template, default_template
+from softprompt.text.verbalizer import Verbalizer, label_names
 
-Labels = str | Iterable[str] | Mapping[str, str | Sequence[str]] | Verbalizer
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Labels = str | Iterable[str] | Mapping[str, str | Sequence[str]] | Mapping[int, str] | Verbalizer
 """What says which labels there are: ``"all"`` (each target is one), ``"none"`` (free text), the label set as text
-(``Verbalizer.parse``) or as a list, label → its word or words, or a verbalizer."""
+(``Verbalizer.parse``) or as a list, label → its word or words, number of a label in the data → its name, or a
+verbalizer."""
 
 
 def read_task(
     train: Source | Dataset,
     validation: Source | Dataset | None,
     labels: Labels | None,
-    names: Sequence[str],
+    names: Sequence[str] | None,
     *,
     input_field: str | None = None,
     target_field: str = "target",
     references_field: str | None = None,
     encoding: str | None = None,
+    format: str | None = "none",
 ) -> tuple[Dataset, Dataset | None, Verbalizer | None]:
     """Training and validation rows, and the labels; None for free text.
 
@@ -34,8 +45,9 @@ def read_task(
             used as they are.
         labels: see ``Labels``; None: targets that look like labels are (``infer_labels``), unless a column of
             references is named.
-        names: the template's fields.
-        input_field, target_field, encoding: as for ``read_dataset``.
+        names: the template's fields; None: those of the format.
+        input_field, target_field, encoding, format: as for ``read_dataset``; without a format, the validation rows are
+            read as those of training.
         references_field: the column of further accepted answers to free text; ``"none"``: no column.
 
     Raises:
@@ -48,8 +60,9 @@ def read_task(
             "--references-field is for free text, but --labels makes the targets labels; leave one of them out."
         )
     verbalizer = None if labels in (None, "all", "none") else verbalizer_of(labels)
+    numbers = numbers_of(labels)
 
-    def read(source: Source | Dataset) -> Dataset:
+    def read(source: Source | Dataset, names: Sequence[str] | None, format: str | None) -> Dataset:
         if isinstance(source, Dataset):
             if verbalizer is not None:
                 check_targets(source, verbalizer.labels)
@@ -62,10 +75,21 @@ def read_task(
             references_field=references_column(references_field),
             encoding=encoding,
             labels=None if verbalizer is None else verbalizer.labels,
+            label_names=numbers,
+            format=format,
         )
 
-    rows = read(train)
-    held_out = None if validation is None else read(validation)
+    rows = read(train, names, format)
+    fields = names if names is not None or rows.is_chat else tuple(rows.examples[0].fields)
+    held_out = None if validation is None else read(validation, fields, format)
+    if rows.is_chat:
+        _require_chat(rows, held_out, labels, named)
+        return rows, held_out, None
+    if held_out is not None and held_out.is_chat:
+        raise DataError(
+            f"Expected the format of {rows.source} in {held_out.source}, found conversations; give validation rows of "
+            f"the same format, or none."
+        )
     if verbalizer is None and labels == "all":
         examples = (*rows.examples, *(held_out.examples if held_out else ()))
         verbalizer = Verbalizer.from_labels(sorted({str(example.target) for example in examples}))
@@ -76,6 +100,97 @@ def read_task(
         if verbalizer is not None and held_out is not None:
             check_targets(held_out, verbalizer.labels)
     return rows, held_out, verbalizer
+
+
+def _require_chat(rows: Dataset, held_out: Dataset | None, labels: Labels | None, references: bool) -> None:
+    if labels not in (None, "none") or references:
+        option = "--references-field" if references else "--labels"
+        raise ConfigError(f"{rows.source} holds conversations, whose answers are free text; leave {option} out.")
+    if held_out is not None and not held_out.is_chat:
+        raise DataError(
+            f"Expected conversations in {held_out.source}, as in {rows.source}, found rows without; give validation "
+            f"rows of the same format, or none."
+        )
+
+
+def read_for(
+    soft_prompt: SoftPrompt,
+    source: Source,
+    *,
+    input_field: str | None = None,
+    target_field: str = "target",
+    require_target: bool = True,
+    references_field: str | None = None,
+    encoding: str | None = None,
+    format: str | None = None,
+) -> Dataset:
+    """Rows for a soft prompt that is there already: those of its template's fields and of its labels, or conversations
+    if it was tuned on such.
+
+    Args:
+        soft_prompt: what shall answer them.
+        source: the rows.
+        input_field, target_field, require_target, encoding, format: as for ``read_dataset``.
+        references_field: the column of further accepted answers to free text; ``"none"``: no column.
+
+    Raises:
+        ConfigError: as for ``read_dataset``.
+        DataError: as for ``read_dataset``; or conversations for a soft prompt that was tuned on other rows.
+    """
+    labels = tuple(soft_prompt.verbalizer or ()) if require_target else None
+    fields = Template(soft_prompt.template).fields
+    rows = read_dataset(
+        source,
+        fields=fields,
+        input_field=input_field,
+        target_field=target_field,
+        require_target=require_target,
+        references_field=references_column(references_field),
+        encoding=encoding,
+        labels=labels,
+        label_names=soft_prompt.data.get("label_names"),
+        format=format,
+    )
+    if rows.is_chat and not soft_prompt.is_chat:
+        raise DataError(
+            f"Expected rows with {listed(fields)}, on such the soft prompt {soft_prompt.name!r} was tuned, found "
+            f"conversations in {rows.source}; give such rows, or train one on conversations."
+        )
+    return rows
+
+
+def require_no_chat(rows: Dataset, what: str) -> None:
+    """Refuses conversations where there must be one template for all rows.
+
+    Raises:
+        DataError: they are.
+    """
+    if rows.is_chat:
+        raise DataError(
+            f"{what} needs rows with one input and one target each, found conversations in {rows.source}; write them "
+            f"as such rows."
+        )
+
+
+def form_of(rows: Dataset, tokenizer: PreTrainedTokenizerBase, labelled: bool) -> Template:
+    """The template of rows where the user writes none.
+
+    Raises:
+        TemplateError: they are conversations, and the tokenizer has no chat template for them.
+    """
+    if rows.is_chat:
+        return user_template(tokenizer)
+    names = set(rows.examples[0].fields)
+    return Template(ALPACA_TEMPLATE) if names == set(ALPACA) else default_template(labelled)
+
+
+def numbers_of(labels: Labels | None) -> dict[str, str]:
+    """Number of a label in the data, as text → its name, where ``labels`` says such; else empty.
+
+    Raises:
+        TemplateError: a file of names cannot be read.
+    """
+    return label_names(labels) if isinstance(labels, str | Mapping) and labels not in ("all", "none") else {}
 
 
 def references_column(name: str | None) -> str | None:
@@ -112,7 +227,9 @@ def verbalizer_of(labels: Labels | None) -> Verbalizer:
     if isinstance(labels, str):
         return Verbalizer.parse(labels)
     if isinstance(labels, Mapping):
+        if names := label_names(labels):
+            return Verbalizer.from_labels(names.values())
         return Verbalizer(
-            {label: (words,) if isinstance(words, str) else tuple(words) for label, words in labels.items()}
+            {str(label): (words,) if isinstance(words, str) else tuple(words) for label, words in labels.items()}
         )
     return Verbalizer.from_labels(labels or ())

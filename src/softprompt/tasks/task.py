@@ -16,10 +16,14 @@ from softprompt.model.request import Request
 from softprompt.soft_prompts.soft_prompt import SoftPrompt, check_base
 from softprompt.tasks.length import default_num_virtual_tokens
 from softprompt.tasks.scores import label_scores
+from softprompt.text.chat import Turn, turn_of
 from softprompt.text.encoder import Encoder
-from softprompt.text.template import Template
-from softprompt.text.tokens import Tokens, overlap
+from softprompt.text.template import Template, escaped
+from softprompt.text.tokens import SOFT, Tokens, overlap
 from softprompt.text.verbalizer import Verbalizer
+
+MOST_TURNS = 256
+"""How many forms of conversations are kept, each with its encoder."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Task:
         max_length: the most tokens in a sequence, soft prompt and target included.
         word_end: whether words have an end where one is the start of another. Soft prompts of earlier releases were
             tuned without.
+        hard_text: what stands at the start of conversations, where the template has no soft prompt.
         spellings: per label, its words' token ids without an end.
         ends: where one label's tokens are the start of another's ("1", "10"), what may stand behind a word, as token
             ids (``Encoder.ends``); else nothing.
@@ -49,11 +54,13 @@ class Task:
     num_virtual_tokens: int
     max_length: int
     word_end: bool = True
+    hard_text: str = ""
     encoder: Encoder = field(init=False, repr=False)
     words: tuple[Tokens, ...] = field(init=False, repr=False)
     label_of_word: tuple[int, ...] = field(init=False, repr=False)
     spellings: tuple[tuple[Tokens, ...], ...] = field(init=False, repr=False)
     ends: tuple[Tokens, ...] = field(init=False, repr=False)
+    _turns: dict[tuple[str, str | None], Turn] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.max_length > self.lm.window:
@@ -139,7 +146,7 @@ class Task:
     def without_soft_prompt(self, hard_text: str = "") -> Task:
         """The same task with readable text, or nothing, in the soft prompt's place."""
         template = self.template.replace_soft_prompt(hard_text)
-        return Task(self.lm, template, self.verbalizer, 0, self.max_length, self.word_end)
+        return Task(self.lm, template, self.verbalizer, 0, self.max_length, self.word_end, hard_text)
 
     @property
     def model(self) -> FrozenLM:
@@ -174,6 +181,9 @@ class Task:
         text with an end token."""
         if example.target is None:
             raise DataError(f"{example.where}: expected a target, found none; add one.")
+        if example.conversation is not None:
+            answer = self._turn(example).target_ids(example.target, self.lm.end_tokens)
+            return self._request(example, answer, 0, prompt, None)
         if self.verbalizer is None:
             return self._request(example, example.target, 0, prompt, None)
         word = self.spellings[self.labels.index(example.target)][0]
@@ -186,9 +196,15 @@ class Task:
         return self._request(example, None, max_new_tokens, prompt, ())
 
     def _request(
-        self, example: Example, target: str | None, reserve: int, prompt: int | None, words: tuple[Tokens, ...] | None
+        self,
+        example: Example,
+        target: str | Tokens | None,
+        reserve: int,
+        prompt: int | None,
+        words: tuple[Tokens, ...] | None,
     ) -> Request:
-        encoded = self.encoder.encode(
+        encoder = self.encoder if example.conversation is None else self._turn(example).encoder
+        encoded = encoder.encode(
             example,
             num_virtual_tokens=self.num_virtual_tokens,
             max_length=self.max_length,
@@ -199,7 +215,26 @@ class Task:
         self.lm.require_embeddings((*encoded.ids, *encoded.target_ids), example.where)
         chosen = (encoded.target_ids,) if words is None else words
         place = prompt if self.template.has_soft_prompt else None
-        return Request(encoded.ids, encoded.shared, chosen, place, encoded.truncated)
+        shared = encoded.shared
+        if example.conversation is not None:  # what follows differs from one conversation to the next
+            shared = encoded.ids.index(SOFT) + 1 if self.template.has_soft_prompt else 0
+        return Request(encoded.ids, shared, chosen, place, encoded.truncated)
+
+    def _turn(self, example: Example) -> Turn:
+        """What stands around the fields of an answer in a conversation."""
+        assert example.conversation is not None
+        given = example.conversation
+        found = self._turns.get((given.before, given.answer))
+        if found is None:
+            opening = "{soft_prompt}" if self.template.has_soft_prompt else escaped(self.hard_text)
+            try:
+                found = turn_of(self.lm.tokenizer, given.before, given.answer, opening)
+            except TemplateError as error:
+                raise DataError(f"{example.where}: {str(error)[:1].lower()}{str(error)[1:]}") from error
+            if len(self._turns) >= MOST_TURNS:
+                self._turns.clear()
+            self._turns[given.before, given.answer] = found
+        return found
 
     # --- scores → labels --------------------------------------------------------------------------
 

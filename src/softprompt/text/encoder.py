@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from softprompt.data.example import Example
 from softprompt.errors import TemplateError
 from softprompt.text.template import Part, Template
-from softprompt.text.tokens import SOFT, TokenSequence, overlap
+from softprompt.text.tokens import SOFT, Tokens, TokenSequence, overlap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,7 +76,7 @@ class Encoder:
         *,
         num_virtual_tokens: int,
         max_length: int,
-        target: str | None,
+        target: str | Tokens | None,
         append_eos: bool,
         reserve: int = 0,
     ) -> TokenSequence:
@@ -89,15 +89,15 @@ class Encoder:
             example: its fields are used; its own target is not.
             num_virtual_tokens: ``P``; counted only if the template has a soft prompt.
             max_length: tokens that the whole sequence may have, soft prompt and target included.
-            target: the text to place as target, or None for a sequence that ends before it.
-            append_eos: whether the end-of-sequence token follows the target.
+            target: the text to place as target, its tokens, or None for a sequence that ends before it.
+            append_eos: whether the end-of-sequence token follows a target that is a text.
             reserve: tokens to keep free for the target if its own are fewer, for example for generation.
 
         Raises:
             TemplateError: the example lacks a field, the template and the target leave no room for one token of each
                 field, or ``append_eos`` is asked of a tokenizer without an end-of-sequence token.
         """
-        target_ids = () if target is None else self.target_ids(target, append_eos=append_eos)
+        target_ids = self.target_ids(target, append_eos=append_eos) if isinstance(target, str) else target or ()
         pieces = [self._field(place, example) if place.part.kind == "field" else place.ids for place in self._places]
         is_field = [place.part.kind == "field" for place in self._places]
         lengths = [len(piece) for piece, of_field in zip(pieces, is_field, strict=True) if of_field]
@@ -145,6 +145,10 @@ class Encoder:
                 )
             ids.append(eos)
         return tuple(ids)
+
+    def literal_ids(self, text: str) -> tuple[int, ...]:
+        """The tokens of literal text that follows something, its special tokens recognised."""
+        return tuple(self._piece(text, literal=True, starts=False))
 
     @cached_property
     def ends(self) -> tuple[tuple[int, ...], ...]:

@@ -103,6 +103,10 @@ def default_template(labelled: bool) -> Template:
     return Template(DEFAULT_TEMPLATE if labelled else "{soft_prompt}Input: {input}\nOutput: {target}")
 
 
+ALPACA_TEMPLATE = "{soft_prompt}Instruction: {instruction}\n{input}\nOutput: {target}"
+"""For Alpaca's rows; the input, which may be blank, has no name in it, so that none stands there alone."""
+
+
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> Template:
     """A chat model's own template for one message of the user: ``{soft_prompt}{input}``, then the answer's start.
 
@@ -131,7 +135,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> Template:
             f"Expected a chat template that repeats the message once, found one that does so {len(rest)} times; "
             f"write a template instead."
         )
-    return Template(f"{_escaped(before)}{place}{_escaped(rest[0])}{{target}}")
+    return Template(f"{escaped(before)}{place}{escaped(rest[0])}{{target}}")
 
 
 def _parse(text: str) -> tuple[Part, ...]:
@@ -175,12 +179,13 @@ def _parse(text: str) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """Literal text as it is written in a template."""
     return text.replace("{", "{{").replace("}", "}}")
 
 
 def _written(part: Part) -> str:
     """The part as it is written in a template."""
-    return {"text": _escaped(part.value), "soft": "{soft_prompt}", "field": f"{{{part.value}}}", "target": "{target}"}[
+    return {"text": escaped(part.value), "soft": "{soft_prompt}", "field": f"{{{part.value}}}", "target": "{target}"}[
         part.kind
     ]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from softprompt.data.encoding import decode
 from softprompt.errors import TemplateError
@@ -63,22 +65,25 @@ class Verbalizer:
 
     @classmethod
     def parse(cls, text_or_path: StrPath) -> Verbalizer:
-        """Reads ``positive,negative``, ``good=positive|great,bad=negative|awful``, or a file ``labels.json``.
+        """Reads ``positive,negative``, ``good=positive|great,bad=negative|awful``, or a file of labels.
 
-        The file holds an object that maps each label to its word or a list of its words; use it for labels with a
-        comma, ``=`` or ``|``. Blanks around labels and words are dropped in the text, and kept in the file.
+        A file ``labels.json`` holds an object that maps each label to its word or a list of its words; use it for
+        labels with a comma, ``=`` or ``|``. Or it holds names of numbered labels (``label_names``), as a file
+        ``labels.txt`` does. Blanks around labels and words are dropped in the text, and kept in ``labels.json``.
 
         Raises:
             TemplateError: the file cannot be read or has another content, or the labels do not make a verbalizer.
         """
         text = os.fspath(text_or_path)
+        if names := label_names(text):
+            return cls(_distinct((name, (name,)) for name in names.values()))
         if text.lower().endswith(".json"):
-            return cls(_distinct(_read_words(local_path(text))))
+            return cls(_distinct(_words(*_read_json(local_path(text)))))
         pairs: list[tuple[str, tuple[str, ...]]] = []
         for item in text.removeprefix("\ufeff").split(","):
             label, equals, words = item.partition("=")
-            names = words.split("|") if equals else [label]
-            pairs.append((label.strip(), tuple(name.strip() for name in names)))
+            several = words.split("|") if equals else [label]
+            pairs.append((label.strip(), tuple(word.strip() for word in several)))
         return cls(_distinct(pairs))
 
     def token_ids(self, encoder: Encoder) -> tuple[tuple[tuple[int, ...], ...], ...]:
@@ -115,15 +120,73 @@ def _distinct(pairs: Iterable[tuple[str, tuple[str, ...]]]) -> dict[str, tuple[s
     return words
 
 
-def _read_words(path: Path) -> list[tuple[str, tuple[str, ...]]]:
+def label_names(source: StrPath | Mapping[Any, Any]) -> dict[str, str]:
+    """Number of a label, as text → its name, where a file or a mapping says such; else empty.
+
+    A file ``.txt`` holds a name a line and ``.json`` a list of names, numbered from 0; or ``.json`` holds an object,
+    number → name or name → number, as ``config.json`` of a classifier does.
+
+    Raises:
+        TemplateError: the file cannot be read, or gives a number twice.
+    """
+    if isinstance(source, Mapping):
+        return _numbered(list(source.items()))
+    text = os.fspath(source)
+    path = local_path(text)
+    if text.lower().endswith(".txt"):
+        try:
+            lines = [line.strip() for line in decode(path.read_bytes()).split("\n")]
+        except OSError as error:
+            raise TemplateError(
+                f"Expected names of labels in {path}, found: {error.strerror or error}; check the path."
+            ) from error
+        except ValueError as error:
+            raise TemplateError(f"Expected names of labels in {path}, found an error ({error}); correct it.") from error
+        while lines and not lines[-1]:
+            lines.pop()
+        return {str(number): name for number, name in enumerate(lines)}
+    if not text.lower().endswith(".json"):
+        return {}
+    _, value = _read_json(path)
+    if isinstance(value, list):
+        if not all(isinstance(name, str) for name in value):
+            raise TemplateError(
+                f"Expected a list of names of labels in {path}, found something else in it; correct it."
+            )
+        return {str(number): name for number, name in enumerate(value)}
+    return _numbered(value) if isinstance(value, tuple) else {}
+
+
+def _numbered(pairs: Sequence[tuple[Any, Any]]) -> dict[str, str]:
+    """Number → name of pairs that are such, one way or the other; else empty."""
+    if not pairs:
+        return {}
+    if all(isinstance(name, str) and type(number) is int for name, number in pairs):
+        pairs = [(number, name) for name, number in pairs]
+    numbers = all(re.fullmatch(r"\d+", str(number)) for number, _ in pairs)
+    if not numbers or any(not isinstance(name, str) or re.fullmatch(r"[\d.]*", name.strip()) for _, name in pairs):
+        return {}
+    names: dict[str, str] = {}
+    for number, name in pairs:
+        if str(number) in names:
+            raise TemplateError(f"Expected each number of a label once, found {number} twice; correct it.")
+        names[str(number)] = name
+    return names
+
+
+def _read_json(path: Path) -> tuple[Path, Any]:
+    """The path and what the file holds, an object as a tuple of pairs, so that a label given twice is seen."""
     expected = f"Expected a JSON object of labels and their words in {path}"
     try:
-        # pairs instead of a dict, so that a label given twice is seen
-        pairs = json.loads(decode(path.read_bytes()), object_pairs_hook=tuple)
+        return path, json.loads(decode(path.read_bytes()), object_pairs_hook=tuple)
     except OSError as error:
         raise TemplateError(f"{expected}, found: {error.strerror or error}; check the path.") from error
     except (ValueError, RecursionError) as error:  # malformed JSON, or not UTF-8
         raise TemplateError(f"{expected}, found an error ({error}); correct it.") from error
+
+
+def _words(path: Path, pairs: Any) -> list[tuple[str, tuple[str, ...]]]:
+    expected = f"Expected a JSON object of labels and their words in {path}"
     if not isinstance(pairs, tuple):
         raise TemplateError(f'{expected}, found no object; write one such as {{"good": ["great"], "bad": "awful"}}.')
     words: list[tuple[str, tuple[str, ...]]] = []

@@ -64,7 +64,8 @@ class RowOrder:
 def split_rows(
     train: Dataset, validation: Dataset | None, config: TrainConfig
 ) -> tuple[Sequence[Example], Sequence[Example]]:
-    """Training and validation examples; without validation data, a seeded tenth of the training data is held back."""
+    """Training and validation examples; without validation data, a seeded tenth of the training data is held back, and
+    all answers of a conversation together."""
     generator = torch.Generator().manual_seed(config.seed)
     pool = train.examples if validation is None else validation.examples
     order = torch.randperm(len(pool), generator=generator).tolist()
@@ -75,14 +76,39 @@ def split_rows(
             f"{train.source} has {len(pool)} row, but training needs at least 2 when no validation data is given; "
             "add rows or give --validation"
         )
-    held = set(order[: min(config.validation_rows, max(1, len(pool) // 10))])
+    held = set(_held(pool, order, min(config.validation_rows, max(1, len(pool) // 10))))
+    if len(held) == len(pool):
+        raise DataError(
+            f"{train.source} has one conversation, but training needs at least 2 when no validation data is given; "
+            "add some or give --validation"
+        )
     return [e for i, e in enumerate(pool) if i not in held], [pool[i] for i in sorted(held)]
+
+
+def _held(pool: Sequence[Example], order: Sequence[int], number: int) -> list[int]:
+    """The first ``number`` rows of an order; of conversations, all answers of the first, until they are so many."""
+    of_conversation: dict[str, list[int]] = {}
+    for index in order:
+        conversation = pool[index].conversation
+        of_conversation.setdefault(str(index) if conversation is None else conversation.origin, []).append(index)
+    held: list[int] = []
+    for several in of_conversation.values():
+        if len(held) >= number:
+            break
+        held += several
+    return held
 
 
 def describe_rows(train: Dataset, validation: Dataset | None, rows: int, held_out: int) -> dict[str, Any]:
     """What a soft prompt remembers of its data: where they came from, what they were, how many were used."""
     return {
-        "train": {"source": train.source, "fingerprint": train.fingerprint, "rows": rows},
+        "train": {
+            "source": train.source,
+            "fingerprint": train.fingerprint,
+            "rows": rows,
+            **({"chat": True} if train.is_chat else {}),
+        },
+        **({"label_names": dict(train.label_names)} if train.label_names else {}),
         "validation": {
             "source": f"held out of {train.source}" if validation is None else validation.source,
             "fingerprint": (validation or train).fingerprint,
