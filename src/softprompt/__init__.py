@@ -5,7 +5,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from softprompt.api import evaluate, export, from_peft, inputs_for, load_model, predict, pull, push, serve, train
+    from softprompt.api import evaluate, load_model, predict, serve, train
     from softprompt.data.example import Dataset, Example
     from softprompt.data.reading import read_dataset
     from softprompt.errors import (
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from softprompt.evaluation.metrics import Metric
     from softprompt.model.frozen import FrozenLM
     from softprompt.model.request import Sampling
+    from softprompt.sharing import export, from_peft, inputs_for, pull, push
     from softprompt.soft_prompts.soft_prompt import SoftPrompt, load, save
     from softprompt.soft_prompts.store import Store
     from softprompt.tasks.predict import Prediction, Predictions, Query
@@ -81,18 +82,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "softprompt.api": (
-        "evaluate",
-        "export",
-        "from_peft",
-        "inputs_for",
-        "load_model",
-        "predict",
-        "pull",
-        "push",
-        "serve",
-        "train",
-    ),
+    "softprompt.api": ("evaluate", "load_model", "predict", "serve", "train"),
+    "softprompt.sharing": ("export", "from_peft", "inputs_for", "pull", "push"),
     "softprompt.data.example": ("Dataset", "Example"),
     "softprompt.data.reading": ("read_dataset",),
     "softprompt.errors": (

@@ -13,6 +13,7 @@ from softprompt.cli.options import Loading
 from softprompt.cli.task import Sources, template_from
 from softprompt.drawing.words import number, simple_table
 from softprompt.evaluation.evaluate import Evaluation, headline_difference, headline_metric
+from softprompt.tasks.reading import require_no_chat
 from softprompt.terminal.console import print_json, stdout
 from softprompt.tuning.config import TrainConfig
 
@@ -33,10 +34,10 @@ def judge(
     """
     began = time.perf_counter()
     form = template if template in ("default", "chat") else template_from(template)
-    names = ("input",) if isinstance(form, str) else form.fields
-    train, held_out, verbalizer = sources.read(names)
+    train, held_out, verbalizer = sources.read(*((None, None) if isinstance(form, str) else (form.fields, "none")))
+    require_no_chat(train, "judge")
     labels = () if verbalizer is None else verbalizer.labels
-    rows = sources.columns.read(test, names, labels or None)
+    rows = sources.read_test(test, train, verbalizer)
     metric = headline_metric(train, labels)
     lm = loading.load(base)
     soft_prompt = api.train(

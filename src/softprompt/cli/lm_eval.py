@@ -18,8 +18,8 @@ from softprompt.files import local_path
 from softprompt.model.notes import heard
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
+from softprompt.tasks.reading import require_no_chat
 from softprompt.terminal.console import print_json, stderr, stdout
-from softprompt.text.template import Template
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ def _loaded(asked: Asked, soft_prompt: SoftPrompt) -> tuple[Any, list[Any]]:
     if asked.data is not None:
         from softprompt.evaluation.lm_eval import task_of_rows
 
-        verbalizer = soft_prompt.verbalizer
-        dataset = asked.columns.read(asked.data, Template(soft_prompt.template).fields, verbalizer)
+        dataset = asked.columns.read(asked.data, soft_prompt)
+        require_no_chat(dataset, "lm-eval --data")
         name = Path(asked.data).stem or "rows"
         return TaskManager(include_defaults=False), [task_of_rows(soft_prompt, dataset, name)]
     if asked.include_path is not None and not local_path(asked.include_path).is_dir():
