@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -234,10 +235,11 @@ def test_chat_with_the_base_model_uses_its_own_chat_template(server: Running) ->
     assert answer.system_fingerprint is None
 
 
-def test_a_soft_prompt_of_conversations_continues_them_whole(server: Running) -> None:
+def test_a_soft_prompt_of_conversations_continues_them_whole(server: Running, tmp_path: Path) -> None:
     template = "{soft_prompt}user:\n{input}</s>assistant:\n{target}"
     talk = soft_prompt(server.lm, "talk", template, length=4, seed=5, data={"train": {"chat": True}})
-    server.catalog.load("talk", server.catalog.store.save(talk))
+    talk.save(tmp_path / "talk.safetensors")
+    server.catalog.load("talk", tmp_path / "talk.safetensors")
     messages: Any = [
         {"role": "system", "content": "Be short."},
         {"role": "user", "content": "is it good ?"},

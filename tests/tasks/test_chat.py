@@ -12,6 +12,7 @@ from softprompt.data.example import Dataset
 from softprompt.data.reading import read_dataset
 from softprompt.errors import ConfigError, DataError, SoftPromptError, TemplateError
 from softprompt.model.frozen import FrozenLM
+from softprompt.tasks.reading import read_task
 from softprompt.tasks.task import Task
 from softprompt.text.chat import user_template, with_answers
 from softprompt.text.tokens import SOFT
@@ -231,3 +232,18 @@ def test_what_does_not_go_with_conversations_is_refused(chatty: FrozenLM, option
         sp.train(chatty, rows, steps=1, progress=False, **options)
     assert isinstance(error.value, SoftPromptError)
     assert words.lower() in str(error.value).lower()
+
+
+def test_validation_rows_are_read_as_those_of_training() -> None:
+    rows = [{"prompt": f"film {n}", "completion": f"good {n}"} for n in range(4)]
+    own = [{"input": f"film {n}", "target": f"good {n}"} for n in range(4)]
+    train, held, _ = read_task(rows, rows[:1], None, None, format=None)
+    assert held is not None
+    assert (train.format, held.format, held.examples) == ("completion", "completion", train.examples[:1])
+    with pytest.raises(DataError, match="prompt"):
+        read_task(own, rows, None, None, format=None)
+    talk = [{"messages": TALK}]
+    turns = [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]
+    _, other, _ = read_task(talk, turns, None, None, format=None)
+    assert other is not None
+    assert other.examples[0].target == "b"

@@ -46,8 +46,8 @@ def read_task(
         labels: see ``Labels``; None: targets that look like labels are (``infer_labels``), unless a column of
             references is named.
         names: the template's fields; None: those of the format.
-        input_field, target_field, encoding, format: as for ``read_dataset``; without a format, the validation rows are
-            read as those of training.
+        input_field, target_field, encoding, format: as for ``read_dataset``; validation rows are read in the
+            format that those of training have, conversations in any.
         references_field: the column of further accepted answers to free text; ``"none"``: no column.
 
     Raises:
@@ -81,7 +81,7 @@ def read_task(
 
     rows = read(train, names, format)
     fields = names if names is not None or rows.is_chat else tuple(rows.examples[0].fields)
-    held_out = None if validation is None else read(validation, fields, format)
+    held_out = None if validation is None else read(validation, fields, format if rows.is_chat else rows.format)
     if rows.is_chat:
         _require_chat(rows, held_out, labels, named)
         return rows, held_out, None
