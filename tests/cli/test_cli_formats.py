@@ -20,7 +20,6 @@ def numbered(path: Path) -> None:
     [
         ("names.txt", "negative\npositive\n"),
         ("names.json", '["negative", "positive"]'),
-        ("names.json", '{"0": "negative", "1": "positive"}'),
         ("names.json", '{"negative": 0, "positive": 1}'),
     ],
 )
@@ -41,13 +40,21 @@ def test_numbered_labels_go_by_their_names(train: Run, run: Run, home: Path, nam
     assert list(answered) == ["negative", "positive"]
 
 
+def test_a_word_for_a_number_leaves_the_number_the_label(train: Run, home: Path) -> None:
+    numbered(Path("rows.csv"))
+    Path("labels.json").write_text('{"0": "negative", "1": "positive"}')
+    done = train("rows.csv", "--name", "films", "--labels", "labels.json", "--json")
+    assert done.json["data"]["labels"] == {"0": 12, "1": 12}
+    assert SoftPrompt.load(home / "films.safetensors").verbalizer == {"0": ("negative",), "1": ("positive",)}
+
+
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
         ("names.txt", "negative\npositive\n", '"2"'),
         ("names.json", '["negative", 3]', "names"),
-        ("names.json", '{"0": "negative", "0": "positive"}', "0 twice"),
+        ("names.json", '{"negative": 0, "positive": 0}', "0 twice"),
         ("missing.txt", None, "missing.txt"),
     ],
 )

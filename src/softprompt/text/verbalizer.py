@@ -123,8 +123,9 @@ def _distinct(pairs: Iterable[tuple[str, tuple[str, ...]]]) -> dict[str, tuple[s
 def label_names(source: StrPath | Mapping[Any, Any]) -> dict[str, str]:
     """Number of a label, as text → its name, where a file or a mapping says such; else empty.
 
-    A file ``.txt`` holds a name a line and ``.json`` a list of names, numbered from 0; or ``.json`` holds an object,
-    number → name or name → number, as ``config.json`` of a classifier does.
+    A file ``.txt`` holds a name a line and ``.json`` a list of names, numbered from 0, or an object, name → number, as
+    ``label2id`` of a classifier. A mapping has the numbers as integers, on either side. An object ``{"0": "negative"}``
+    is none of these: it gives the label 0 the word "negative".
 
     Raises:
         TemplateError: the file cannot be read, or gives a number twice.
@@ -163,7 +164,7 @@ def _numbered(pairs: Sequence[tuple[Any, Any]]) -> dict[str, str]:
         return {}
     if all(isinstance(name, str) and type(number) is int for name, number in pairs):
         pairs = [(number, name) for name, number in pairs]
-    numbers = all(re.fullmatch(r"\d+", str(number)) for number, _ in pairs)
+    numbers = all(type(number) is int and number >= 0 for number, _ in pairs)
     if not numbers or any(not isinstance(name, str) or re.fullmatch(r"[\d.]*", name.strip()) for _, name in pairs):
         return {}
     names: dict[str, str] = {}
