@@ -5,7 +5,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from softprompt.api import evaluate, export, from_peft, load_model, predict, serve, train
+    from softprompt.api import evaluate, export, from_peft, inputs_for, load_model, predict, serve, train
     from softprompt.data.example import Dataset, Example
     from softprompt.data.reading import read_dataset
     from softprompt.errors import (
@@ -65,6 +65,7 @@ __all__ = [
     "evaluate",
     "export",
     "from_peft",
+    "inputs_for",
     "load",
     "load_model",
     "predict",
@@ -76,7 +77,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "softprompt.api": ("evaluate", "export", "from_peft", "load_model", "predict", "serve", "train"),
+    "softprompt.api": ("evaluate", "export", "from_peft", "inputs_for", "load_model", "predict", "serve", "train"),
     "softprompt.data.example": ("Dataset", "Example"),
     "softprompt.data.reading": ("read_dataset",),
     "softprompt.errors": (

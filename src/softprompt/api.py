@@ -38,9 +38,12 @@ from softprompt.terminal.console import rows_bar, say_reading, stderr
 from softprompt.terminal.training import watch
 from softprompt.text.template import Template, chat_template, default_template
 from softprompt.tuning.config import TrainConfig
+from softprompt.tuning.tracking import Track, tracking
 from softprompt.tuning.training import Training
 
 if TYPE_CHECKING:
+    import torch
+
     from softprompt.exchange.check import Checked
     from softprompt.serving.jobs import Limits
     from softprompt.serving.listening import RunningServer
@@ -127,6 +130,7 @@ def train(
     config: TrainConfig | None = None,
     folder: StrPath | None = None,
     resume: bool = False,
+    track: str | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> SoftPrompt:
@@ -150,6 +154,7 @@ def train(
         config: settings; None: the defaults.
         folder: where checkpoints, log and history are kept; None keeps none.
         resume: go on from the checkpoint in ``folder``, if there is one.
+        track: hand each step to ``tensorboard`` (event files in ``folder``, or in ``runs``), ``wandb`` or ``mlflow``.
         progress: show on stderr what the data were taken for, the plan, and a progress bar, in a notebook too.
         settings: fields of :class:`TrainConfig` by name, which count for more than ``config``: ``steps=600``.
 
@@ -186,7 +191,9 @@ def train(
     task = Task(lm, form, verbalizer, config.longest, config.max_length or lm.window)
     vectors = None if start is None else start.vectors
     training = Training(task, rows, held_out, config, name=name, start=vectors, folder=folder, resume=resume)
-    _run(training, taken_for(rows, held_out, None, verbalizer, labels, references_field), progress)
+    reading = taken_for(rows, held_out, None, verbalizer, labels, references_field)
+    with tracking(track, training, Path(folder or "runs") / "tensorboard") as report:
+        _run(training, reading, report, progress)
     return training.result()
 
 
@@ -372,6 +379,42 @@ def serve(
     return running
 
 
+def inputs_for(
+    lm: FrozenLM,
+    soft_prompt: SoftPrompt,
+    inputs: Input | Iterable[Input] | Path,
+    *,
+    max_new_tokens: int | None = None,
+) -> dict[str, torch.Tensor]:
+    """What transformers' own ``generate`` takes: ``lm.model.generate(**inputs_for(lm, soft_prompt, texts))``.
+
+    Greedily, it writes what :func:`predict` writes, before the text is cut at stop strings.
+
+    Args:
+        lm: the base model; any copy of its weights in transformers takes the result, too.
+        soft_prompt: of embeddings, not a KV prefix.
+        inputs: as for :func:`predict`.
+        max_new_tokens: tokens that are kept free behind each text; None: as many as :func:`predict` writes.
+
+    Returns:
+        ``inputs_embeds`` ``[B, T, H]``, padded on the left, and ``attention_mask`` ``[B, T]``.
+
+    Raises:
+        BaseModelError: the soft prompt is of another base model.
+        ConfigError: a KV prefix, or no input.
+        DataError: as for :func:`predict`.
+    """
+    _require_model(lm)
+    from softprompt.exchange.embedded import embedded
+
+    form = Template(soft_prompt.template)
+    examples = [
+        given if isinstance(given, Example) else _example(form, given, number)
+        for number, given in enumerate(_inputs(soft_prompt, inputs), start=1)
+    ]
+    return embedded(lm, soft_prompt, examples, max_new_tokens)
+
+
 def export(
     lm: FrozenLM, soft_prompt: SoftPrompt, folder: StrPath, to: str = "peft", *, check: bool = True
 ) -> Checked | None:
@@ -497,16 +540,16 @@ def _example(template: Template, given: Input, number: int) -> Example:
     return Example({name: texts[name] for name in names}, None, where=where)
 
 
-def _run(training: Training, reading: Reading, progress: bool) -> None:
+def _run(training: Training, reading: Reading, track: Track, progress: bool) -> None:
     """Trains to the end, and warns of what the user should know."""
     if progress:
         say_reading(reading)
-        watch(training)
+        watch(training, track=track)
     else:
         for doubt in reading.doubts:
             warnings.warn(doubt, SoftPromptWarning, stacklevel=3)
-        for _ in training:
-            pass
+        for step in training:
+            track(step)
     _warn_truncated(training.truncated, training.task.max_length)
     if training.stopped == "not finite":
         warnings.warn(

@@ -188,8 +188,10 @@ def test_mistakes() -> None:
         "labels with --labels."
     )
     nice = dataset(*PAIRS, ("a", "b", "nice"))
-    assert sentence(DataError, problem(nice, data)) == foreign
-    assert sentence(DataError, problem(data, nice)) == foreign
+    for train, validation in ((nice, data), (data, nice)):
+        with pytest.raises(DataError) as error:
+            problem(train, validation)
+        assert str(error.value) == foreign
 
 
 @pytest.mark.parametrize("module", ["sklearn.feature_extraction.text", "sklearn.linear_model"])

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -442,6 +443,16 @@ def test_nearest_shots_never_cost_the_input_a_token(monkeypatch: pytest.MonkeyPa
 WORDS = Verbalizer({"good": ("very good", "great"), "bad": ("bad",), "so so": ("no ideas",)})
 
 
+def in_words(data: Dataset) -> Dataset:
+    """The same rows with labels of ``WORDS``."""
+    named = {"positive": "good", "negative": "bad"}
+    return replace(data, examples=tuple(replace(one, target=named[str(one.target)]) for one in data.examples))
+
+
+def worded() -> Problem:
+    return problem(verbalizer=WORDS, train=in_words(toy(12, 1)), validation=in_words(toy(9, 2)))
+
+
 def calibrated_by_hand(task: Task, example: Example, content_free: Sequence[str]) -> dict[str, float]:
     """From ``FrozenLM.score``'s numbers: p / mean of the content-free p, normalised."""
 
@@ -500,7 +511,7 @@ def test_calibration_by_hand(method: Callable[..., Learned], monkeypatch: pytest
 
 def test_an_empty_input_that_leaves_no_token_is_left_out() -> None:
     """The toy template starts with its field, and the tokenizer has no BOS: there would be nothing to go on from."""
-    given = problem(verbalizer=WORDS)
+    given = worded()
     example = TEST.examples[0]
     (found,) = zero_shot(given, calibrate=True).answer([example], None)
     assert found.probabilities == pytest.approx(calibrated_by_hand(given.task(), example, ["N/A", "[MASK]"]), rel=1e-4)
@@ -565,7 +576,7 @@ def test_nearest_shots_need_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_methods_by_name() -> None:
-    given = problem(verbalizer=WORDS)
+    given = worded()
     answers = [METHODS[name].run(given).answer(TEST.examples, None) for name in ("zero-shot", "zero-shot-calibrated")]
     assert same(answers[0], zero_shot(given).answer(TEST.examples, None))
     assert same(answers[1], zero_shot(given, calibrate=True).answer(TEST.examples, None))

@@ -18,6 +18,7 @@ from softprompt.tuning.config import (
     PARAMETRISATIONS,
     PRESETS,
     SCHEDULES,
+    TRACKERS,
     TrainConfig,
 )
 
@@ -39,6 +40,7 @@ class Output:
     out: Annotated[Path | None, _run("Write to this .safetensors file instead of the store.")] = None
     resume: Annotated[bool, flag("--resume", "Go on with a run that was stopped.", panel="The run")] = False
     overwrite: Annotated[bool, flag("--overwrite", "Replace an earlier one of that name.", panel="The run")] = False
+    track: Annotated[str | None, _run(f"Hand each step to a tracker: {', '.join(TRACKERS)}.", choices=TRACKERS)] = None
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from softprompt.text.template import chat_template, default_template
 from softprompt.tuning import checkpoint
 from softprompt.tuning.config import INITS, TrainConfig
 from softprompt.tuning.config import preset as published
+from softprompt.tuning.tracking import Track, tracking
 from softprompt.tuning.training import Training
 
 
@@ -60,7 +61,8 @@ def tune(
         taken = sources.taken_for(rows, held_out, None, verbalizer)
         say_reading(taken)
         warn_truncated(training.truncated, task.max_length)
-        _train_and_store(training, place, taken, began, as_json)
+        with tracking(output.track, training, place.run.path / "tensorboard") as track:
+            _train_and_store(training, place, taken, began, track, as_json)
 
 
 def _configuration(learning: Learning, store: Store) -> tuple[TrainConfig, SoftPrompt | None]:
@@ -98,10 +100,12 @@ def _lengths(text: str) -> tuple[int, ...]:
         ) from error
 
 
-def _train_and_store(training: Training, place: Place, taken: Reading, began: float, as_json: bool) -> None:
+def _train_and_store(
+    training: Training, place: Place, taken: Reading, began: float, track: Track, as_json: bool
+) -> None:
     interrupted = False
     try:
-        watch(training)
+        watch(training, track=track)
     except KeyboardInterrupt:
         interrupted = True
     if training.step == 0 and interrupted:

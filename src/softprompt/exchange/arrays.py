@@ -70,7 +70,10 @@ def read(source: StrPath) -> torch.Tensor:
 
 
 def _npy(path: Path) -> torch.Tensor:
-    array = np.load(path, allow_pickle=False, mmap_mode="r", max_header_size=MAX_HEADER_BYTES)
+    try:
+        array = np.load(path, allow_pickle=False, mmap_mode="r", max_header_size=MAX_HEADER_BYTES)
+    except Exception as error:  # of numpy's reader alone, which parses the header as Python: SyntaxError, TokenError, …
+        raise ValueError(str(error) or type(error).__name__) from error
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
         raise ValueError(f"an array of {getattr(array, 'dtype', type(array).__name__)}, not of floating-point numbers")
     return torch.from_numpy(np.array(array, dtype=np.float32, order="C"))

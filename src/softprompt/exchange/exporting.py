@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from softprompt.errors import ConfigError, StoreError
-from softprompt.exchange import arrays, check, peft_folder
+from softprompt.exchange import arrays, check, peft_folder, vllm_request
 from softprompt.exchange.baking import Baked, bake
 from softprompt.exchange.check import Checked
 from softprompt.exchange.formats import FORMATS, PEFT
@@ -48,11 +48,14 @@ def export(lm: FrozenLM, soft_prompt: SoftPrompt, to: str, folder: StrPath, *, c
             peft_folder.write(path, baked, lm, soft_prompt.base, PEFT[to])
         elif to == "npy":
             arrays.write_npy(path / f"{soft_prompt.name}.npy", baked.numbers)
-        else:
+        else:  # of vLLM, too
             arrays.write_safetensors(path / f"{soft_prompt.name}.safetensors", baked.numbers)
         found = _check(lm, soft_prompt, baked, to, path) if checked else None
-        with atomic_writer(path / "README.md") as file:
-            file.write(readme(lm, soft_prompt, baked, to, found).encode())
+        if to == "vllm":
+            vllm_request.write(path, lm, soft_prompt, baked, f"{soft_prompt.name}.safetensors")
+        else:
+            with atomic_writer(path / "README.md") as file:
+                file.write(readme(lm, soft_prompt, baked, to, found).encode())
     except OSError as error:
         raise StoreError(f"The folder {path} cannot be written: {error.strerror or error}; choose another.") from error
     return found

@@ -3,6 +3,6 @@
 PEFT = {"prompt-tuning": "PROMPT_TUNING", "prefix-tuning": "PREFIX_TUNING", "cartridge": "CARTRIDGE"}
 """What PEFT calls its methods."""
 
-FORMATS = ("peft", *PEFT, "npy", "safetensors")
+FORMATS = ("peft", *PEFT, "npy", "safetensors", "vllm")
 """What a soft prompt can be exported to; ``peft`` is the PEFT method of its kind: prompt tuning, or prefix tuning of a
-trained KV prefix."""
+trained KV prefix. ``vllm`` is a finished request and code that makes others."""

@@ -240,7 +240,7 @@ def generate(
     waiting = sorted(range(len(requests)), key=rooms.__getitem__)
     running: list[int] = []
     decoder = Decoder(lm)
-    with lm.eager():
+    with lm.eager(), lm.packed.used():
         while waiting or len(decoder):
             running = [i for i in running if not writers[i].done]
             longest = max((rooms[i] for i in (*running, *waiting[-1:])), default=1)

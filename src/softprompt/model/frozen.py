@@ -28,6 +28,7 @@ from softprompt.model.attention import Masks
 from softprompt.model.batch import Batch, Row, collate, micro_batches
 from softprompt.model.embedder import Embedder
 from softprompt.model.fast.compiled import compiled_if_possible
+from softprompt.model.fast.packed import PackedWeights
 from softprompt.model.fingerprint import fingerprint_model, fingerprint_tokenizer, model_settings, weights_digest
 from softprompt.model.loading import load_base, pick_device, pick_dtype
 from softprompt.model.notes import heard
@@ -61,6 +62,7 @@ class FrozenLM(Embedder):
         shares_prefix: whether the shared-prefix computation serves this architecture.
         why_whole_sequences: why not, in plain words; empty if it does.
         compiled: whether the decoder layers are compiled now.
+        packed: its weights as a CPU's products of few rows want them; for continuing, token by token.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str, dtype: str = "auto", device: str = "auto") -> None:
@@ -92,6 +94,7 @@ class FrozenLM(Embedder):
         # alone is computed twice, its text is the same in any company.
         self._avoids_one_row = self.device.type == "cpu" and self.dtype != torch.float32
         self.compiled = False
+        self.packed = PackedWeights(self.model)
         if self.shares_prefix:
             attention.install(model, self._layers)
 

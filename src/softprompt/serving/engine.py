@@ -114,7 +114,7 @@ class Engine:
     # --- the thread --------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), self.lm.packed.used():
             while self._has_work():
                 with self._changed:
                     self._sweep()

@@ -15,13 +15,14 @@ from softprompt.data.wording import counted
 from softprompt.drawing.words import number, plain_metric, roughly, short
 from softprompt.evaluation.evaluate import OneAnswer
 from softprompt.terminal.console import Clock, Minute, can_redraw, progress_bar, stderr
+from softprompt.tuning.tracking import Track
 from softprompt.tuning.training import Step, Training
 from softprompt.tuning.training_time import TrainingTime
 
 
-def watch(training: Training, clock: Clock = time.monotonic) -> None:
+def watch(training: Training, clock: Clock = time.monotonic, *, track: Track = lambda step: None) -> None:
     """Trains to the end. Says what is planned and, after some steps, how long that takes. Then there is a progress bar,
-    or a line a minute where stderr is no terminal. A line for each validation stays.
+    or a line a minute where stderr is no terminal. A line for each validation stays. ``track`` gets each step.
 
     Raises:
         KeyboardInterrupt: the user pressed Ctrl-C; ``training.result()`` is the best so far.
@@ -36,6 +37,7 @@ def watch(training: Training, clock: Clock = time.monotonic) -> None:
         minute, doubt = Minute(clock), _OneAnswer()
         last = began = clock()
         for count, step in enumerate(training, start=1):
+            track(step)
             now = clock()
             if count > 1:  # the first may compile
                 expected.saw_step(step.seconds, step.tokens)

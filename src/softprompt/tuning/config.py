@@ -12,6 +12,7 @@ INITS = ("auto", "random", "vocab", "text", "labels")
 LOSSES = ("lm", "labels")
 OPTIMIZERS = ("adamw", "adafactor")
 SCHEDULES = ("linear", "cosine", "constant")
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 PARAMETRISATIONS = ("plain", "residual", "superpos", "mlp", "prefix")
 
 

@@ -1,0 +1,79 @@
+"""Frozen weights packed once for a CPU's bf16 products of few rows, which would otherwise lay them out each time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+
+MOST_BYTES = 1 << 30
+"""Bytes of all copies: they lie beside the plain weights, which training, digests and the embedding table need."""
+
+
+SAMPLE = 1024
+"""Numbers of a weight by which a change of it is noticed."""
+
+
+class PackedWeights:
+    """Copies of the weights of a model's linear layers in oneDNN's own layout, made when they are first used.
+
+    ``benchmarks/packed.py`` measures what they gain. They give the bits of the plain product.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        layers = [module for module in model.modules() if type(module) is nn.Linear]
+        fitting = sum(layer.weight.nbytes for layer in layers) <= MOST_BYTES
+        self._layers = layers if fitting and can_pack(model) else []
+        self._copies: dict[nn.Linear, tuple[torch.Tensor, torch.Tensor]] = {}  # some numbers of it, and the copy
+        self._users = 0
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Inside, passes without gradient compute with the copies, where the model can be packed. It may be entered
+        again. A weight that is not what it was (merged with an adapter, say) is packed anew the next time."""
+        self._users += 1
+        if self._users == 1:
+            for layer in self._layers:
+                if "forward" not in vars(layer) and not layer.weight.requires_grad:
+                    layer.forward = partial(_forward, self._copy(layer), layer)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if not self._users:
+                for layer in self._layers:
+                    if isinstance(vars(layer).get("forward"), partial):
+                        del layer.forward
+
+    def _copy(self, layer: nn.Linear) -> torch.Tensor:
+        weight = layer.weight.detach()
+        some = weight.flatten()[:: max(1, weight.numel() // SAMPLE)]
+        found = self._copies.get(layer)
+        if found is None or not torch.equal(found[0], some):
+            copy = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+            found = self._copies[layer] = some.clone(), copy
+        return found[1]
+
+
+def can_pack(model: nn.Module) -> bool:
+    """Whether it is a bf16 model on a CPU whose library computes in bf16."""
+    weights = [module.weight for module in model.modules() if type(module) is nn.Linear]
+    ours = bool(weights) and all(w.device.type == "cpu" and w.dtype == torch.bfloat16 for w in weights)
+    return ours and computes_bf16()
+
+
+def computes_bf16() -> bool:
+    """Whether this processor's library does."""
+    return bool(torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _forward(copy: torch.Tensor, layer: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor
+    if torch.is_grad_enabled():
+        found = nn.functional.linear(inputs, layer.weight, layer.bias)
+    else:
+        found = torch.ops.mkldnn._linear_pointwise(inputs, copy, layer.bias, "none", [], "")
+    return found
