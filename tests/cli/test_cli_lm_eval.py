@@ -132,9 +132,13 @@ def test_an_exported_beginning_of_sequence_token_is_not_to_be_put_twice(tmp_path
 
 @pytest.mark.usefixtures("few_tasks")
 @pytest.mark.parametrize("more", [(), ("--base-only",)])
-def test_rows_of_ones_own_give_the_accuracy_of_evaluate(run: Run, train: Run, more: tuple[str, ...]) -> None:
+def test_rows_of_ones_own_give_the_accuracy_of_evaluate(
+    run: Run, train: Run, caplog: pytest.LogCaptureFixture, more: tuple[str, ...]
+) -> None:
     train("train.jsonl", "--name", "films")
-    found = run("lm-eval", "films", "--data", "test.jsonl", "--json", *more, *PLACE).json["results"]["test"]
+    ran = run("lm-eval", "films", "--data", "test.jsonl", "--json", *more, *PLACE)
+    assert [record for record in caplog.records if "--metadata" in record.message] == []  # is for authors of tasks
+    found = ran.json["results"]["test"]
     wanted = run("evaluate", "films", "test.jsonl", "--json", *more, *PLACE).json
     assert found["acc,none"] == pytest.approx(wanted["value"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -176,7 +177,12 @@ def _failing(what: str) -> Any:
 
 def _run(model: Any, manager: Any, tasks: list[Any], asked: Asked) -> Mapping[str, Any]:
     import lm_eval
+    import lm_eval.evaluator
 
+    # It notes the state of the current folder's repository, and where there is none git says so on the terminal.
+    lm_eval.evaluator.get_git_commit_hash = lambda: None
+    if asked.data is not None:
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its advice is for authors of tasks, and this one is ours
     limit = asked.limit if asked.limit is None or asked.limit < 1 else int(asked.limit)
     with _failing("the tasks could not be run"):
         found: Mapping[str, Any] = lm_eval.simple_evaluate(
