@@ -37,11 +37,14 @@ from softprompt.terminal.console import rows_bar, say_reading, stderr
 from softprompt.terminal.training import watch
 from softprompt.text.chat import with_answers
 from softprompt.text.template import Template, chat_template
+from softprompt.text.verbalizer import Verbalizer
 from softprompt.tuning.config import TrainConfig
 from softprompt.tuning.tracking import Track, tracking
 from softprompt.tuning.training import Training
 
 if TYPE_CHECKING:
+    import torch
+
     from softprompt.serving.jobs import Limits
     from softprompt.serving.listening import RunningServer
 
@@ -144,10 +147,8 @@ def train(
             and ``{target}``.
         labels: the label set as text or a list, or label → its word or words; ``"all"``: each target is a label;
             ``"none"``: free text; None: as the targets look.
-        input_field: the column that feeds ``{input}``, where it has another name.
-        target_field: the column of the targets.
-        references_field: the column of further accepted answers to free text.
-        encoding: of files of text; UTF-8 if None.
+        input_field, target_field, references_field, encoding: columns that have other names than ``input`` and ``target``; the
+            last holds further accepted answers to free text. ``encoding`` is that of files of text.
         format: what the columns are: ``"none"`` (a column for each field, and the targets), ``"completion"``,
             ``"alpaca"``, ``"sharegpt"`` or ``"messages"``; None: told from them, where those of ``"none"`` are not
             there and neither columns nor a template are named.
@@ -163,16 +164,12 @@ def train(
         The best soft prompt by validation. Where the loss stopped being finite, the last good one, with a warning.
 
     Raises:
-        DataError: data that cannot be read or meant.
-        TemplateError: template and base model do not fit.
-        ConfigError: settings that contradict each other, or an unknown one.
-        BaseModelError: ``start`` is of another base model.
-        StoreError: ``folder`` cannot be written, or is held by another training.
-        TrainingError: nothing was learned.
+        DataError, TemplateError: data or a template that cannot be meant, or do not fit the base model.
+        ConfigError, BaseModelError: settings that contradict each other; ``start`` is of another base model.
+        StoreError, TrainingError: ``folder`` cannot be written or is held by another training; nothing was learned.
     """
     config = _settings(config, settings, start)
-    form = _template(lm, template)
-    own = form is not None and template != "chat"
+    form, own = _template(lm, template), not isinstance(template, str) or template not in ("default", "chat")
     rows, held_out, verbalizer = read_task(
         data,
         validation,
@@ -187,16 +184,12 @@ def train(
     if own:
         require_no_chat(rows, "A template of your own")
     rows, held_out = with_answers(rows, lm.tokenizer), held_out and with_answers(held_out, lm.tokenizer)
-    if start is not None:
-        Task.of(lm, start)  # refuses vectors of another base model: they mean nothing here
-    if config.num_virtual_tokens is None:
-        length = default_num_virtual_tokens(lm, () if verbalizer is None else verbalizer.labels)
-        config = replace(config, num_virtual_tokens=length)
     if form is None or rows.is_chat:
         form = form_of(rows, lm.tokenizer, verbalizer is not None)
+    config = _with_length(lm, config, verbalizer)
     task = Task(lm, form, verbalizer, config.longest, config.max_length or lm.window)
-    vectors = None if start is None else start.vectors
-    training = Training(task, rows, held_out, config, name=name, start=vectors, folder=folder, resume=resume)
+    first = _vectors_of(lm, start)
+    training = Training(task, rows, held_out, config, name=name, start=first, folder=folder, resume=resume)
     reading = taken_for(rows, held_out, None, verbalizer, labels, references_field)
     with tracking(track, training, Path(folder or "runs") / "tensorboard") as report:
         _run(training, reading, report, progress)
@@ -416,6 +409,22 @@ def _settings(config: TrainConfig | None, settings: Mapping[str, Any], start: So
     if start is not None and config.num_virtual_tokens is None:
         config = replace(config, num_virtual_tokens=start.num_virtual_tokens)
     return config
+
+
+def _vectors_of(lm: FrozenLM, start: SoftPrompt | None) -> torch.Tensor | None:
+    """The numbers to start from; those of another base model mean nothing here, and are refused."""
+    if start is None:
+        return None
+    Task.of(lm, start)
+    return start.vectors
+
+
+def _with_length(lm: FrozenLM, config: TrainConfig, verbalizer: Verbalizer | None) -> TrainConfig:
+    """The settings with a number of virtual tokens."""
+    if config.num_virtual_tokens is not None:
+        return config
+    length = default_num_virtual_tokens(lm, () if verbalizer is None else verbalizer.labels)
+    return replace(config, num_virtual_tokens=length)
 
 
 def _template(lm: FrozenLM, template: str | Template) -> Template | None:

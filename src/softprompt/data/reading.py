@@ -97,30 +97,36 @@ def read_dataset(
         references_field = _fitting_references(table, {*layout.columns.values(), layout.target})
 
     examples = _examples(table, layout, require_target, references_field)
-    named = {} if label_names is None else _used_names(examples, labels or (), label_names)
-    if named:
-        examples = [replace(e, target=named.get(str(e.target), e.target)) for e in examples]
-    used = {"conversations": layout.chat[-1]} if layout.chat else dict(layout.columns)
-    if layout.target in table.columns and not layout.chat:
-        used["target"] = layout.target
-    if references_field:
-        used["references"] = references_field
+    examples, named = _with_names(examples, labels or (), label_names or {})
+    used = _used_columns(table, layout, references_field)
     name = os.fspath(source) if isinstance(source, str | os.PathLike) else f"{table.name} in memory"
     fingerprint = _fingerprint(examples)
-    dataset = Dataset(
-        tuple(examples), name, fingerprint, used, layout.format, layout.recognised, (label_names or {}) if named else {}
-    )
+    dataset = Dataset(tuple(examples), name, fingerprint, used, layout.format, layout.recognised, named)
     if labels:
         check_targets(dataset, tuple(labels))
     return dataset
 
 
-def _used_names(examples: Iterable[Example], labels: Collection[str], label_names: Mapping[str, str]) -> dict[str, str]:
-    """Target → name, of the targets that are numbers of labels and no labels themselves; pandas writes 1.0 for the 1
-    of a column with empty cells."""
+def _used_columns(table: Table, layout: Layout, references_field: str | None) -> dict[str, str]:
+    """Field, ``target`` or ``references`` → its column."""
+    used = {"conversations": layout.chat[-1]} if layout.chat else dict(layout.columns)
+    if layout.target in table.columns and not layout.chat:
+        used["target"] = layout.target
+    if references_field:
+        used["references"] = references_field
+    return used
+
+
+def _with_names(
+    examples: list[Example], labels: Collection[str], names: Mapping[str, str]
+) -> tuple[list[Example], Mapping[str, str]]:
+    """The examples with names for the targets that are numbers of labels and no labels themselves, and the names if any
+    is used; pandas writes 1.0 for the 1 of a column with empty cells."""
     targets = {example.target for example in examples if example.target is not None} - set(labels)
-    found = {target: label_names.get(target.removesuffix(".0")) for target in sorted(targets)}
-    return {target: name for target, name in found.items() if name is not None}
+    found = {target: names[number] for target in targets if (number := target.removesuffix(".0")) in names}
+    if not found:
+        return examples, {}
+    return [replace(one, target=found.get(str(one.target), one.target)) for one in examples], names
 
 
 # From a row to an example
