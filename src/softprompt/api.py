@@ -147,8 +147,8 @@ def train(
             and ``{target}``.
         labels: the label set as text or a list, or label → its word or words; ``"all"``: each target is a label;
             ``"none"``: free text; None: as the targets look.
-        input_field, target_field, references_field, encoding: columns that have other names than ``input`` and ``target``; the
-            last holds further accepted answers to free text. ``encoding`` is that of files of text.
+        input_field, target_field, references_field, encoding: columns of other names than ``input`` and ``target``, and
+            one of further accepted answers to free text; the encoding of files of text, UTF-8 if None.
         format: what the columns are: ``"none"`` (a column for each field, and the targets), ``"completion"``,
             ``"alpaca"``, ``"sharegpt"`` or ``"messages"``; None: told from them, where those of ``"none"`` are not
             there and neither columns nor a template are named.
