@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import softprompt
-from softprompt.cli.options import lasting
 from softprompt.compare import report
 from softprompt.compare.comparison import Comparison
 from softprompt.compare.plan import Plan
 from softprompt.files import cache_folder, local_path, strict_json
 from softprompt.inspection.drift import way_of
+from softprompt.model.loading import lasting
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
 from softprompt.text.verbalizer import Verbalizer

@@ -6,7 +6,6 @@ Each function is a short way through the rooms below; whoever wants to see each 
 
 from __future__ import annotations
 
-import copy as copying
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +24,7 @@ from softprompt.evaluation import evaluate as evaluation
 from softprompt.evaluation.evaluate import Evaluation
 from softprompt.files import StrPath, local_path
 from softprompt.model.frozen import FrozenLM
-from softprompt.model.loading import DTYPES
+from softprompt.model.loading import lasting
 from softprompt.model.request import Sampling
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks import predict as answering
@@ -88,30 +87,16 @@ def load_model(
     if isinstance(base, str | os.PathLike):
         if tokenizer is not None or copy:
             raise ConfigError("tokenizer and copy are for a model that is loaded already; leave them out, or give one.")
-        lm = FrozenLM.load(_lasting(base), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        lm = FrozenLM.load(lasting(base), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         lm.name = name or lm.name
         return lm
-    if not hasattr(base, "get_input_embeddings") or tokenizer is None:
+    if tokenizer is None or not hasattr(base, "get_input_embeddings"):
         found = f"a {type(base).__name__}" + " without a tokenizer" * (tokenizer is None)
         raise ConfigError(
             f"Expected a model's id, folder or .gguf file, or a loaded transformers model and its tokenizer, "
             f"found {found}; write load_model(model, tokenizer)."
         )
-    if hasattr(base, "peft_config"):
-        raise ConfigError(
-            "Expected a base model without adapters, found one of PEFT; merge it with merge_and_unload(), or take its "
-            "base with unload()."
-        )
-    model = copying.deepcopy(base) if copy else base
-    weight = model.get_input_embeddings().weight
-    own = next((known for known, torch_dtype in DTYPES.items() if torch_dtype == weight.dtype), "auto")
-    return FrozenLM(
-        model,
-        tokenizer,
-        name=name or _lasting(model.config._name_or_path or type(model).__name__),
-        dtype=own if dtype == "auto" else dtype,
-        device=str(weight.device) if device == "auto" else device,
-    )
+    return FrozenLM.wrap(base, tokenizer, name=name, copy=copy, dtype=dtype, device=device)
 
 
 def train(
@@ -390,13 +375,6 @@ def require_model(lm: object) -> None:
             f"Expected a base model first, as load_model gives it, found a {type(lm).__name__}; functions that take "
             f"queries and tasks are in softprompt.tasks.predict and softprompt.evaluation.evaluate."
         )
-
-
-def _lasting(base: StrPath) -> str:
-    """A base model's id; a path on this machine by its full name, so that it is found again from another folder."""
-    path = local_path(base)
-    text = os.fspath(base)
-    return str(path.resolve()) if text != DEFAULT_BASE and path.exists() else text
 
 
 def _settings(config: TrainConfig | None, settings: Mapping[str, Any], start: SoftPrompt | None) -> TrainConfig:

@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from softprompt.data.formats import FORMATS
-from softprompt.data.packages import DEFAULT_BASE
 from softprompt.errors import ConfigError, StoreError
-from softprompt.files import local_path
 from softprompt.terminal.console import stderr
 
 if TYPE_CHECKING:
@@ -150,16 +148,11 @@ class Loading:
     def load_quietly(self, base: str) -> FrozenLM:
         """As :meth:`load`, without a word."""
         from softprompt.model.frozen import FrozenLM
+        from softprompt.model.loading import lasting
 
         return FrozenLM.load(
             lasting(base), dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code
         )
-
-
-def lasting(base: str) -> str:
-    """The base model's id, a path on this machine by its full name, so that it is found again from another folder."""
-    path = local_path(base)
-    return str(path.resolve()) if base != DEFAULT_BASE and path.exists() else base
 
 
 # --- data -----------------------------------------------------------------------------------------

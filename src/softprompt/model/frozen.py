@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy as copying
 import inspect
 import os
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from softprompt.data.packages import DEFAULT_BASE
+from softprompt.errors import ConfigError
 from softprompt.files import StrPath, local_path
 from softprompt.model import attention
 from softprompt.model.architecture import (
@@ -30,7 +32,7 @@ from softprompt.model.embedder import Embedder
 from softprompt.model.fast.compiled import compiled_if_possible
 from softprompt.model.fast.packed import PackedWeights
 from softprompt.model.fingerprint import fingerprint_model, fingerprint_tokenizer, model_settings, weights_digest
-from softprompt.model.loading import load_base, pick_device, pick_dtype
+from softprompt.model.loading import DTYPES, lasting, load_base, pick_device, pick_dtype
 from softprompt.model.notes import heard
 from softprompt.model.prefixes import PrefixCache, PrefixOf
 from softprompt.model.request import Request, prompt_of
@@ -122,6 +124,49 @@ class FrozenLM(Embedder):
         with heard():
             model, tokenizer = load_base(base, trust_remote_code=trust_remote_code)
             return cls(model, tokenizer, name=base, dtype=dtype, device=device)
+
+    @classmethod
+    def wrap(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        *,
+        name: str | None = None,
+        copy: bool = False,
+        dtype: str = "auto",
+        device: str = "auto",
+    ) -> FrozenLM:
+        """Freezes a causal language model of transformers that is loaded already.
+
+        It is frozen in place: it is set to evaluation mode, none of its weights requires a gradient any more, and its
+        attention is computed by softprompt, with the same results. Its weights are not changed otherwise.
+
+        Args:
+            model: the model, without adapters.
+            tokenizer: its tokenizer.
+            name: what soft prompts remember as their base model; by default where it was loaded from.
+            copy: freeze a copy, which takes its memory a second time, and leave the model as it is.
+            dtype, device: as for :meth:`load`; ``auto``: the model's own.
+
+        Raises:
+            ConfigError: the model has adapters of PEFT; or an unknown dtype or device.
+            BaseModelError: it is no causal language model.
+        """
+        if hasattr(model, "peft_config"):
+            raise ConfigError(
+                "Expected a base model without adapters, found one of PEFT; merge it with merge_and_unload(), or take "
+                "its base with unload()."
+            )
+        model = copying.deepcopy(model) if copy else model
+        weight = model.get_input_embeddings().weight
+        own = next((known for known, torch_dtype in DTYPES.items() if torch_dtype == weight.dtype), "auto")
+        return cls(
+            model,
+            tokenizer,
+            name=name or lasting(model.config._name_or_path or type(model).__name__),
+            dtype=own if dtype == "auto" else dtype,
+            device=str(weight.device) if device == "auto" else device,
+        )
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

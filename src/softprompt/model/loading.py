@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from softprompt.data.packages import DEFAULT_BASE, SMOLLM2_GGUF
 from softprompt.errors import BaseModelError, ConfigError
-from softprompt.files import cache_folder
+from softprompt.files import StrPath, cache_folder, local_path
 from softprompt.model.files import ADAPTER, adapter_alone, adapts, locate
 from softprompt.model.notes import heard, say
 
@@ -33,6 +33,12 @@ NO_ADAPTER = {"subfolder": "no adapter"}
 """Where PEFT is installed, transformers would apply an adapter that lies in the model's own folder."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def lasting(base: StrPath) -> str:
+    """A base model's id; a path on this machine by its full name, so that it is found again from another folder."""
+    path, text = local_path(base), os.fspath(base)
+    return str(path.resolve()) if text != DEFAULT_BASE and path.exists() else text
 
 
 def pick_device(name: str = "auto") -> torch.device:
