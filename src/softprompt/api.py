@@ -32,7 +32,7 @@ from softprompt.tasks.length import default_num_virtual_tokens
 from softprompt.tasks.predict import Predictions, Progress, Query
 from softprompt.tasks.reading import Labels, form_of, read_for, read_task, require_no_chat, taken_for
 from softprompt.tasks.task import Task
-from softprompt.terminal.console import rows_bar, say_reading, stderr
+from softprompt.terminal.console import rows_bar, say_reading, stderr, were_cut
 from softprompt.terminal.training import watch
 from softprompt.text.chat import with_answers
 from softprompt.text.template import Template, chat_template
@@ -469,10 +469,4 @@ def _bar(what: str, progress: bool) -> AbstractContextManager[Progress | None]:
 
 def _warn_truncated(truncated: int, max_length: int) -> None:
     if truncated:
-        inputs = "input did" if truncated == 1 else "inputs did"
-        warnings.warn(
-            f"{truncated:,} {inputs} not fit into {max_length:,} tokens, template and target included; the end of the "
-            f"input was cut",
-            SoftPromptWarning,
-            stacklevel=3,
-        )
+        warnings.warn(were_cut(truncated, max_length), SoftPromptWarning, stacklevel=3)

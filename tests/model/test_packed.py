@@ -65,6 +65,18 @@ def test_a_weight_that_has_changed_is_packed_anew() -> None:
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_one_number_that_has_changed_is_noticed() -> None:
+    model, inputs = layer_of(576, 192, False), torch.ones(2, 576).bfloat16()
+    weights = PackedWeights(model)
+    for place in range(3):  # of the 110,592 numbers, one that lies between those that are compared
+        with weights.used():
+            model(inputs)
+        model[0].weight[place, 1 + place] += 64
+        with weights.used():
+            torch.testing.assert_close(model(inputs), nn.functional.linear(inputs, model[0].weight))
+
+
 def test_a_weight_that_is_trained_or_too_large_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = layer_of(32, 8, False)
     monkeypatch.setattr(packed, "MOST_BYTES", 32 * 8 * 2 - 1)

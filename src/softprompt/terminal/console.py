@@ -103,11 +103,16 @@ def say_reading(reading: Reading) -> None:
 def warn_truncated(truncated: int, max_length: int) -> None:
     """Says on stderr how many inputs were cut, if any."""
     if truncated:
-        inputs = "input did" if truncated == 1 else "inputs did"
-        stderr.print(
-            f"warning: {truncated:,} {inputs} not fit into {max_length:,} tokens, template and target included; "
-            f"the end of the input was cut"
-        )
+        stderr.print(f"warning: {were_cut(truncated, max_length)}")
+
+
+def were_cut(truncated: int, max_length: int) -> str:
+    """How many inputs were cut, at least one, as a sentence without a full stop."""
+    inputs = "input did" if truncated == 1 else "inputs did"
+    return (
+        f"{truncated:,} {inputs} not fit into {max_length:,} tokens, template and target included; the end of the "
+        f"input was cut"
+    )
 
 
 def metrics_table(metrics: Iterable[Mapping[str, Any]]) -> Table:

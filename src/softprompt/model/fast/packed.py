@@ -14,7 +14,7 @@ MOST_BYTES = 1 << 30
 
 
 SAMPLE = 1024
-"""Numbers of a weight by which a change of it is noticed."""
+"""Numbers of a weight by which a change of it is noticed that torch does not count, one made through ``.data``."""
 
 
 class PackedWeights:
@@ -27,7 +27,8 @@ class PackedWeights:
         layers = [module for module in model.modules() if type(module) is nn.Linear]
         fitting = sum(layer.weight.nbytes for layer in layers) <= MOST_BYTES
         self._layers = layers if fitting and can_pack(model) else []
-        self._copies: dict[nn.Linear, tuple[torch.Tensor, torch.Tensor]] = {}  # some numbers of it, and the copy
+        self._copies: dict[nn.Linear, tuple[tuple[int, int], torch.Tensor, torch.Tensor]] = {}
+        """Of each layer: where its weight is and how often torch saw it change, some of its numbers, and the copy."""
         self._users = 0
 
     @contextmanager
@@ -50,12 +51,13 @@ class PackedWeights:
 
     def _copy(self, layer: nn.Linear) -> torch.Tensor:
         weight = layer.weight.detach()
+        state = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
         some = weight.flatten()[:: max(1, weight.numel() // SAMPLE)]
         found = self._copies.get(layer)
-        if found is None or not torch.equal(found[0], some):
+        if found is None or found[0] != state or not torch.equal(found[1], some):
             copy = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
-            found = self._copies[layer] = some.clone(), copy
-        return found[1]
+            found = self._copies[layer] = state, some.clone(), copy
+        return found[2]
 
 
 def can_pack(model: nn.Module) -> bool:
