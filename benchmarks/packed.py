@@ -28,6 +28,7 @@ from softprompt.model.fast.packed import PackedWeights
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request, Sampling
 from softprompt.text.tokens import SOFT
+from softprompt.tuning.gradients import Gradients
 from softprompt.tuning.objective import Objective
 
 ROWS = (1, 16, 128, 832)
@@ -142,8 +143,8 @@ def jobs_of(lm: FrozenLM) -> dict[str, Callable[[], Any]]:
     def step(length: int) -> Callable[[], Any]:
         leaf = vectors[length].clone().requires_grad_()
         requests = [Request((SOFT, *text(20 + 2 * row)), 1, (text(2),), 0) for row in range(16)]
-        objective = Objective(lm)
-        return lambda: objective.backward(requests, [0] * 16, leaf)
+        gradients = Gradients(lm)
+        return lambda: gradients.backward(Objective(), requests, [0] * 16, leaf)
 
     return {
         "prefix of 64": prefix,

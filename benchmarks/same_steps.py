@@ -37,6 +37,7 @@ from softprompt.tasks.task import Task
 from softprompt.text.template import default_template
 from softprompt.text.verbalizer import Verbalizer
 from softprompt.tuning.config import TrainConfig
+from softprompt.tuning.gradients import Gradients
 from softprompt.tuning.objective import Objective
 from softprompt.tuning.optimizer import learning_rate
 from softprompt.tuning.rows import RowOrder
@@ -60,14 +61,14 @@ def by_our_engine(problem: Problem, steps: int, length: int, text: str | None) -
     vectors = model.prompt_encoder["default"].embedding.weight.detach().float().clone().requires_grad_()
     del model
     config = TrainConfig(lr=PEFT_LR, warmup=0.0, schedule="linear", seed=problem.seed)
-    order, objective = RowOrder([None] * len(requests)), Objective(lm)
+    order, gradients = RowOrder([None] * len(requests)), Gradients(lm)
     optimizer = torch.optim.AdamW([vectors], lr=PEFT_LR)
     lm.compile_layers()
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = learning_rate(config, step, steps)
         optimizer.zero_grad()
         batch = [requests[i] for i in order.batch(config.seed, step, config.batch_size)]
-        objective.backward(batch, [0] * len(batch), vectors)
+        gradients.backward(Objective(), batch, [0] * len(batch), vectors)
         optimizer.step()
     lm.uncompile_layers()
     return task, vectors.detach()

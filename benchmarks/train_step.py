@@ -46,6 +46,7 @@ from softprompt.model.loading import load_base as load_model
 from softprompt.model.request import Request
 from softprompt.text.template import DEFAULT_TEMPLATE, Template
 from softprompt.text.tokens import SOFT
+from softprompt.tuning.gradients import Gradients
 from softprompt.tuning.objective import Objective
 from softprompt.tuning.start import initial_vectors
 
@@ -120,13 +121,13 @@ def our_step(lm: FrozenLM, options: argparse.Namespace) -> Step:
     """A step by the objective that training uses."""
     vectors = start(lm, options).to(lm.device).requires_grad_()
     optimizer = torch.optim.AdamW([vectors], lr=1e-6)
-    objective = Objective(lm, max_tokens=options.max_tokens)
+    gradients = Gradients(lm, max_tokens=options.max_tokens)
     if options.compile == "on":
         lm.compile_layers()
 
     def step(batch: list[Request]) -> tuple[float, torch.Tensor]:
         optimizer.zero_grad()
-        loss, _ = objective.backward(batch, [0] * len(batch), vectors)
+        loss, _ = gradients.backward(Objective(), batch, [0] * len(batch), vectors)
         assert vectors.grad is not None
         gradient = vectors.grad.clone()
         optimizer.step()

@@ -22,7 +22,7 @@ from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.predict import Query
 from softprompt.tasks.predict import predict as answer_queries
 from softprompt.tasks.task import Task
-from softprompt.tuning.objective import Objective
+from softprompt.tuning.gradients import Gradients
 from tests.conftest import make_model, make_tokenizer, tiny
 
 UNTYPED: Any = sp
@@ -224,13 +224,13 @@ def test_doubts_about_data_are_warnings_without_progress(lm: FrozenLM) -> None:
 
 
 def test_a_loss_that_is_not_finite_is_told(lm: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    backward, times = Objective.backward, iter(range(100))
+    add, times = Gradients.add, iter(range(100))
 
-    def poisoned(objective: Objective, *arguments: Any) -> tuple[float, int]:
-        loss, tokens = backward(objective, *arguments)
-        return (math.nan if next(times) == 3 else loss), tokens
+    def poisoned(*given: Any) -> torch.Tensor:
+        losses = add(*given)
+        return losses * math.nan if next(times) == 3 else losses
 
-    monkeypatch.setattr(Objective, "backward", poisoned)
+    monkeypatch.setattr(Gradients, "add", poisoned)
     with pytest.warns(SoftPromptWarning, match="not finite") as told:
         found = sp.train(lm, rows(40), **SETTINGS)
     assert "lr below" in str(told[0].message)

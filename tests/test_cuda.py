@@ -23,6 +23,7 @@ from softprompt.text.tokens import SOFT
 from softprompt.text.verbalizer import Verbalizer
 from softprompt.tuning.compilation import PAYS_FROM_STEPS, can_compile
 from softprompt.tuning.config import PARAMETRISATIONS, TrainConfig
+from softprompt.tuning.gradients import Gradients
 from softprompt.tuning.objective import Objective
 from softprompt.tuning.training import Training
 from tests.conftest import (
@@ -97,7 +98,7 @@ def test_loss_and_gradient(kind: str, loss: str) -> None:
         rows = [task.label_request(e) if loss == "labels" else task.target_request(e) for e in data.examples]
         gold = [task.labels.index(str(e.target)) if loss == "labels" else 0 for e in data.examples]
         vectors = PROMPTS[0].to(lm.device, copy=True).requires_grad_()
-        value, _ = Objective(lm, labels, max_tokens=40).backward(rows, gold, vectors)
+        value, _ = Gradients(lm, max_tokens=40).backward(Objective(labels), rows, gold, vectors)
         assert vectors.grad is not None
         found.append((value, vectors.grad.cpu()))
     (ours, gradient), (theirs, expected) = found
@@ -162,7 +163,7 @@ def test_a_compiled_step_has_the_gradient_of_an_eager_one() -> None:
         if compile_first:
             lm.compile_layers()
         vectors = PROMPTS[0].to(DEVICE, copy=True).requires_grad_()
-        Objective(lm).backward(requests, [0, 0, 0], vectors)
+        Gradients(lm).backward(Objective(), requests, [0, 0, 0], vectors)
         assert vectors.grad is not None
         found.append(vectors.grad)
     assert lm.compiled
@@ -187,7 +188,7 @@ def test_a_micro_batch_takes_about_its_share_of_the_memory() -> None:
     vectors = torch.zeros(20, 576, device=DEVICE, requires_grad=True)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    Objective(lm).backward([row] * (lm.tokens_at_once // 200), [0] * (lm.tokens_at_once // 200), vectors)
+    Gradients(lm).backward(Objective(), [row] * (lm.tokens_at_once // 200), [0] * (lm.tokens_at_once // 200), vectors)
     share = GPU_SHARE * torch.cuda.get_device_properties(DEVICE).total_memory
     assert 0.5 * share < torch.cuda.max_memory_allocated() - before < 1.5 * share
 

@@ -17,6 +17,7 @@ from softprompt.tasks.task import Task
 from softprompt.text.template import DEFAULT_TEMPLATE, Template
 from softprompt.text.tokens import SOFT
 from softprompt.text.verbalizer import Verbalizer
+from softprompt.tuning.gradients import Gradients
 from softprompt.tuning.objective import Objective
 from softprompt.tuning.start import initial_vectors
 
@@ -104,7 +105,7 @@ def test_the_shared_prefix_gradient_is_the_gradient_of_whole_sequences(loss: str
     # fp64: 3e-6 for whole sequences by transformers and for 1,024 tokens, 5e-5 for 16.
     for max_tokens, rounding in ((16, 2e-4), (1024, 2e-5)):
         leaf = vectors.clone().requires_grad_()
-        found, _ = Objective(lm, labels, max_tokens).backward(requests, gold, leaf)
+        found, _ = Gradients(lm, max_tokens=max_tokens).backward(Objective(labels), requests, gold, leaf)
         assert leaf.grad is not None
         assert found == pytest.approx(float(total.detach()) / count, rel=1e-5)
         assert float((leaf.grad - expected).norm() / expected.norm()) < rounding

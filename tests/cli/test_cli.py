@@ -22,7 +22,7 @@ from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.text.template import default_template
 from softprompt.tuning import checkpoint
 from softprompt.tuning.config import TrainConfig
-from softprompt.tuning.objective import Objective
+from softprompt.tuning.gradients import Gradients
 from softprompt.tuning.training import Training
 from tests.conftest import Ran, Run, is_refused, write_labels, write_texts
 
@@ -409,14 +409,14 @@ def test_ctrl_c_keeps_the_best_so_far_and_can_be_resumed(
 
 
 def test_ctrl_c_is_heard_where_its_exception_is_lost(train: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backward = Objective.backward
+    add = Gradients.add
 
     def deaf(*arguments: Any) -> Any:
         with suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-        return backward(*arguments)
+        return add(*arguments)
 
-    monkeypatch.setattr(Objective, "backward", deaf)
+    monkeypatch.setattr(Gradients, "add", deaf)
     ran = train("train.jsonl", "--name", "films")
     assert ran.code == 130
     assert "interrupted after step 1 of 8; the best so far is stored" in ran.err
@@ -444,17 +444,17 @@ def test_ctrl_c_elsewhere(run: Run, stored: SoftPrompt, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("at", [0, 5])
 def test_a_loss_that_is_not_finite(at: int, run: Run, train: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from softprompt.tuning.objective import Objective
+    from softprompt.tuning.gradients import Gradients
 
-    real = Objective.backward
+    real = Gradients.add
     calls: list[int] = []
 
-    def backward(self: Objective, *args: Any) -> tuple[float, int]:
-        loss, tokens = real(self, *args)
+    def add(*args: Any) -> torch.Tensor:
+        losses = real(*args)
         calls.append(1)
-        return (float("nan") if len(calls) > at else loss), tokens
+        return losses * float("nan") if len(calls) > at else losses
 
-    monkeypatch.setattr(Objective, "backward", backward)
+    monkeypatch.setattr(Gradients, "add", add)
     ran = train("train.jsonl", "--name", "films", "--json")
     assert ran.code == 2
     if at == 0:

@@ -21,7 +21,6 @@ from softprompt.methods.fine_tuning import NOTHING, Tuner
 from softprompt.methods.registry import METHODS
 from softprompt.model.frozen import FrozenLM
 from softprompt.tuning.config import TrainConfig
-from softprompt.tuning.objective import Objective
 from tests.conftest import make_tokenizer, scripted, tiny, toy
 from tests.methods.trained import (
     PATHS,
@@ -48,13 +47,11 @@ def target_loss(model: Any, task: Any, rows: Dataset) -> Any:
 
 @pytest.mark.parametrize("targets", ["labels", "texts"])
 @pytest.mark.parametrize("kind", PATHS)
-def test_the_gradient_of_every_weight_is_transformers_own(
-    kind: str, targets: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fine_tuning, "Objective", lambda lm: Objective(lm, max_tokens=40))
+def test_the_gradient_of_every_weight_is_transformers_own(kind: str, targets: str) -> None:
     rows = toy(5, 1) if targets == "labels" else texts(5)
     ours = problem(kind, train=rows, validation=rows, verbalizer=WORDS if targets == "labels" else None)
     lm = ours.fresh()
+    lm.tokens_at_once = 40
     found = tuner(ours, lm).backward(range(5))
     oracle = plain_copy(kind)
     expected = target_loss(oracle, ours.task(), rows)
@@ -142,10 +139,11 @@ def test_small_steps_are_not_lost_in_bf16(clock: Clock) -> None:
         assert torch.equal(weight, master.bfloat16())
 
 
-def test_gradients_of_micro_batches_add_up_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_micro_batches_add_up_in_fp32() -> None:
     ours = problem(dtype="bf16", train=toy(4, 1))
-    monkeypatch.setattr(fine_tuning, "Objective", lambda lm: Objective(lm, max_tokens=1))
-    trained = tuner(ours)
+    lm = ours.fresh()
+    lm.tokens_at_once = 1
+    trained = tuner(ours, lm)
     sums = [torch.zeros_like(master) for master in trained.masters]
     targets = [len(ours.task().target_request(example).words[0]) for example in ours.train.examples]
     for row in range(4):

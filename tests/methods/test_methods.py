@@ -27,7 +27,7 @@ from softprompt.tasks.length import VIRTUAL_TOKENS
 from softprompt.tasks.predict import Query, predict
 from softprompt.tasks.task import Task
 from softprompt.tuning.config import DEFAULT_STEPS, TrainConfig
-from softprompt.tuning.objective import Objective
+from softprompt.tuning.gradients import Gradients
 from softprompt.tuning.training import Step, Training
 from tests.conftest import TOY_LABELS, TOY_TEMPLATE, tiny, toy
 
@@ -85,13 +85,13 @@ def test_a_loss_that_is_not_finite_from_the_first_step_on_is_said(
     steps_timed: int, llama: FrozenLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While steps are timed, and in the run after it."""
-    backward, calls = Objective.backward, itertools.count()
+    add, calls = Gradients.add, itertools.count()
 
-    def poisoned(objective: Objective, *rest: Any) -> tuple[float, int]:
-        loss, tokens = backward(objective, *rest)
-        return loss if next(calls) < steps_timed else math.nan, tokens
+    def poisoned(*given: Any) -> torch.Tensor:
+        losses = add(*given)
+        return losses if next(calls) < steps_timed else losses * math.nan
 
-    monkeypatch.setattr(Objective, "backward", poisoned)
+    monkeypatch.setattr(Gradients, "add", poisoned)
     with pytest.raises(TrainingError, match=r"not finite at the very first steps, so nothing was learned"):
         prompt_tuning.soft_prompt(problem(llama))
 
@@ -100,15 +100,15 @@ def test_a_loss_that_is_not_finite_from_the_first_step_on_is_said(
 def test_the_end_moves_when_steps_take_another_time_than_those_that_were_timed(
     llama: FrozenLM, monkeypatch: pytest.MonkeyPatch, later: float
 ) -> None:
-    clock, steps, backward = [0.0], [0], Objective.backward
+    clock, steps, add = [0.0], [0], Gradients.add
 
-    def slow(self: Objective, *given: Any) -> Any:
+    def slow(*given: Any) -> Any:
         steps[0] += 1
         clock[0] += 1.0 if steps[0] <= problems.PROBE + 10 else later
-        return backward(self, *given)
+        return add(*given)
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(Objective, "backward", slow)
+    monkeypatch.setattr(Gradients, "add", slow)
     monkeypatch.setattr("softprompt.methods.problem.TrainConfig", partial(TrainConfig, patience=0))
     monkeypatch.setattr("softprompt.methods.prompt_tuning.TrainConfig", partial(TrainConfig, patience=0))
     learned = prompt_tuning.soft_prompt(problem(llama, budget=60.0, began=0.0))

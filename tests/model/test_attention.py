@@ -52,7 +52,7 @@ def test_attention_over_a_shared_prefix_and_its_gradient_are_pytorchs(kv_heads: 
     keys = torch.cat([prefix_key.expand(3, -1, -1, -1), key], dim=2)
     values = torch.cat([prefix_value.expand(3, -1, -1, -1), value], dim=2)
     expected = functional.scaled_dot_product_attention(query, keys, values, mask == 0, scale=0.3, enable_gqa=True)
-    found, _ = attend_shared(*tensors, mask, 0.3)
+    found, _ = attend_shared(*tensors, None, mask, 0.3, True)
     torch.testing.assert_close(found, expected.transpose(1, 2))
     weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for ours, theirs in zip(
@@ -63,9 +63,37 @@ def test_attention_over_a_shared_prefix_and_its_gradient_are_pytorchs(kv_heads: 
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_rows_of_several_prefixes_attend_to_their_own(kv_heads: int) -> None:
+    """Rows 0 and 2 have prefix 1, row 1 has prefix 0, of which the mask hides the last two tokens, as if it were
+    shorter."""
+    (query, key, value, *_), mask = shared_inputs(kv_heads, 7)
+    generator = torch.Generator().manual_seed(2)
+    prefix_key, prefix_value = (
+        torch.randn(2, kv_heads, 7, 8, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2)
+    )
+    tensors, rows = (query, key, value, prefix_key, prefix_value), torch.tensor([1, 0, 1])
+    mask = mask.clone()
+    mask[1, :, :, 5:7] = torch.finfo(mask.dtype).min
+    keys, values = (torch.cat([t[rows], own], dim=2) for t, own in ((prefix_key, key), (prefix_value, value)))
+    expected = functional.scaled_dot_product_attention(query, keys, values, mask == 0, scale=0.3, enable_gqa=True)
+    found, _ = attend_shared(*tensors, rows, mask, 0.3, False)
+    torch.testing.assert_close(found, expected.transpose(1, 2))
+    weight = torch.randn(found.shape, generator=generator, dtype=torch.float64)
+    for ours, theirs in zip(
+        torch.autograd.grad((found * weight).sum(), tensors),
+        torch.autograd.grad((expected.transpose(1, 2) * weight).sum(), tensors),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)  # a prefix's rows are added up in fp32
+
+
 def test_the_operator_keeps_the_rules_of_pytorchs_compiler() -> None:
     tensors, mask = shared_inputs(2, 7, torch.float32)
-    torch.library.opcheck(attend_shared, (*tensors, mask, 0.3))
+    torch.library.opcheck(attend_shared, (*tensors, None, mask, 0.3, True))
+    prefixes = tuple(tensor.detach().repeat(2, 1, 1, 1).requires_grad_() for tensor in tensors[3:])
+    rows = torch.tensor([1, 0, 1])
+    torch.library.opcheck(attend_shared, (*tensors[:3], *prefixes, rows, mask, 0.3, False))
 
 
 @pytest.mark.parametrize("kind", SHARED)

@@ -24,6 +24,7 @@ from softprompt.tasks.task import Task
 from softprompt.text.template import Template
 from softprompt.text.tokens import SOFT, frequent_tokens
 from softprompt.text.verbalizer import Verbalizer
+from softprompt.tuning.gradients import Gradients, Layout
 from softprompt.tuning.objective import Objective
 from softprompt.tuning.start import initial_vectors
 from tests.conftest import ALL, SHARED, make_model, make_tokenizer, plain, plain_logprobs, plain_score, tiny
@@ -165,9 +166,9 @@ def test_every_path_gives_the_gradient_of_one_example_at_a_time(
         owners = bound.label_of_word
     expected, gradient = reference_gradient(kind, requests, gold, vectors, owners)
 
-    def check(max_tokens: int) -> None:
+    def check(max_tokens: int, layout: Layout | None = None) -> None:
         leaf = vectors.clone().requires_grad_()
-        found, _ = Objective(lm, owners, max_tokens).backward(requests, gold, leaf)
+        found, _ = Gradients(lm, layout=layout, max_tokens=max_tokens).backward(Objective(owners), requests, gold, leaf)
         assert found == pytest.approx(expected, rel=1e-5)
         assert leaf.grad is not None
         assert relative(leaf.grad, gradient) < 1e-5
@@ -175,6 +176,9 @@ def test_every_path_gives_the_gradient_of_one_example_at_a_time(
     assert lm.shares_prefix == (kind in SHARED)
     for max_tokens in (1, 40, 4096):  # every row alone, some together, all together
         check(max_tokens)
+    if all(request.shares_prefix for request in requests) and lm.shares_prefix:
+        check(4096, "two stages")
+        check(4096, "stream")
     monkeypatch.setattr(lm, "shares_prefix", False)
     for max_tokens in (1, 4096):
         check(max_tokens)
@@ -221,7 +225,7 @@ def test_peft_gives_the_same_loss_and_gradient() -> None:
     theirs.backward()
 
     leaf = vectors.clone().requires_grad_()
-    ours, _ = Objective(lm).backward(requests, [0, 0, 0], leaf)
+    ours, _ = Gradients(lm).backward(Objective(), requests, [0, 0, 0], leaf)
     assert leaf.grad is not None
     assert ours == pytest.approx(float(theirs.detach()), rel=1e-5)
     assert relative(leaf.grad, weight.grad) < 1e-5
@@ -229,7 +233,7 @@ def test_peft_gives_the_same_loss_and_gradient() -> None:
 
 def test_the_number_of_computed_tokens_counts_the_prefix_once(llama: FrozenLM) -> None:
     request = Request((3, SOFT, 4, 60, 61), 3, ((70, 71, 72), (70, 80)), 0)  # 2 + P shared, 2 own, the trie's 70 and 71
-    _, tokens = Objective(llama, (0, 1)).backward([request] * 3, [0, 1, 0], soft(7).requires_grad_())
+    _, tokens = Gradients(llama).backward(Objective((0, 1)), [request] * 3, [0, 1, 0], soft(7).requires_grad_())
     assert tokens == 2 + 7 + 3 * (2 + 2)
 
 
@@ -241,7 +245,7 @@ def test_bf16_is_close_to_fp32() -> None:
         bound = task(model, "{soft_prompt}{input}\nAnswer: {target}")
         requests = [bound.label_request(Example({"input": text}, None)) for text in TEXTS]
         leaf = vectors.clone().requires_grad_()
-        Objective(model, bound.label_of_word).backward(requests, [0, 1, 2], leaf)
+        Gradients(model).backward(Objective(bound.label_of_word), requests, [0, 1, 2], leaf)
         assert leaf.grad is not None
         assert leaf.grad.dtype == torch.float32
         gradients.append(leaf.grad)
@@ -294,7 +298,7 @@ def test_no_weight_requires_a_gradient_and_none_changes(lm: FrozenLM) -> None:
     assert not any(p.requires_grad for p in lm.model.parameters())
     assert not lm.model.training
     leaf = soft(3).requires_grad_()
-    Objective(lm).backward([Request((SOFT, 60, 61), 1, ((70, 71),), 0)], [0], leaf)
+    Gradients(lm).backward(Objective(), [Request((SOFT, 60, 61), 1, ((70, 71),), 0)], [0], leaf)
     generate(lm, [Request((SOFT, 60, 61), 1, (), 0)], [leaf.detach()], Sampling(max_new_tokens=3))
     assert lm.weights_digest() == before
 
@@ -604,7 +608,7 @@ def gradient_of(lm: FrozenLM) -> torch.Tensor:
     bound = task(lm, "{soft_prompt}{input}\nAnswer: {target}")
     requests = [bound.label_request(Example({"input": text}, None)) for text in TEXTS]
     leaf = soft(7).requires_grad_()
-    Objective(lm, bound.label_of_word, 60).backward(requests, [0, 1, 2], leaf)
+    Gradients(lm, max_tokens=60).backward(Objective(bound.label_of_word), requests, [0, 1, 2], leaf)
     assert leaf.grad is not None
     return leaf.grad
 

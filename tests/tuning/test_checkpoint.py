@@ -24,7 +24,7 @@ from softprompt.text.template import Template
 from softprompt.text.verbalizer import Verbalizer
 from softprompt.tuning import checkpoint, history
 from softprompt.tuning.config import TrainConfig
-from softprompt.tuning.objective import Objective
+from softprompt.tuning.gradients import Gradients
 from softprompt.tuning.optimizer import make_optimizer
 from softprompt.tuning.training import Step, Training
 from tests.conftest import (
@@ -456,7 +456,7 @@ def train_until_killed(folder: Path, options: dict[str, Any], calls: int, at: st
         return counted
 
     if at == "backward":
-        Objective.backward = die_in(Objective.backward)  # type: ignore[method-assign]
+        Gradients.add = die_in(Gradients.add)  # type: ignore[method-assign]
     elif at == "replace":  # the checkpoint is written, and not yet in its place
         os.replace = die_in(os.replace)
     elif at == "save":  # the step is logged, and not yet in a checkpoint

@@ -16,7 +16,7 @@ from softprompt.data.example import Dataset
 from softprompt.errors import ConfigError, StoreError, TrainingError
 from softprompt.model.frozen import FrozenLM
 from softprompt.tuning import checkpoint
-from softprompt.tuning.objective import Objective
+from softprompt.tuning.gradients import Gradients
 from softprompt.tuning.training import Training
 from tests.conftest import Run, make_model, make_tokenizer, scripted, tiny, toy, toy_task, train_settings
 
@@ -190,14 +190,14 @@ def test_a_changed_weight_of_the_base_model_is_an_error(monkeypatch: pytest.Monk
 
 
 def test_nothing_is_stored_for_a_base_model_that_changed(run: Run, train: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    backward = Objective.backward
+    add = Gradients.add
 
-    def spoil(objective: Objective, *values: Any) -> Any:
+    def spoil(gradients: Gradients, *values: Any) -> Any:
         with torch.no_grad():
-            objective.lm.model.lm_head.weight[0, 0] += 1
-        return backward(objective, *values)
+            gradients.lm.model.lm_head.weight[0, 0] += 1
+        return add(gradients, *values)
 
-    monkeypatch.setattr(Objective, "backward", spoil)
+    monkeypatch.setattr(Gradients, "add", spoil)
     ran = train("train.jsonl", "--name", "films", "--json")
     assert (ran.code, ran.out) == (2, "")
     assert "is not what it was before the training" in ran.err

@@ -15,7 +15,7 @@ from softprompt.errors import StoreError
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
 from softprompt.tuning import checkpoint
-from softprompt.tuning.objective import Objective
+from softprompt.tuning.gradients import Gradients
 from softprompt.tuning.run_folder import RunFolder
 from softprompt.tuning.training import Training
 from tests.conftest import Ran, Run, tiny, toy, toy_task, train_settings
@@ -196,16 +196,16 @@ def interrupted(train: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ra
     """``train`` with Ctrl-C in the fourth step."""
 
     def ran(*arguments: str) -> Ran:
-        backward, calls = Objective.backward, list[int]()
+        add, calls = Gradients.add, list[int]()
 
         def stop(*values: Any) -> Any:
             calls.append(1)
             if len(calls) == 4:
                 raise KeyboardInterrupt
-            return backward(*values)
+            return add(*values)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Objective, "backward", stop)
+            patch.setattr(Gradients, "add", stop)
             found = train(*arguments)
         assert found.code == 130
         return found
@@ -215,16 +215,16 @@ def interrupted(train: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ra
 
 def killed(train: Run, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     """``train`` that dies without storing anything, after some checkpoints."""
-    backward, calls = Objective.backward, list[int]()
+    add, calls = Gradients.add, list[int]()
 
     def die(*values: Any) -> Any:
         calls.append(1)
         if len(calls) == 7:
             raise ZeroDivisionError
-        return backward(*values)
+        return add(*values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Objective, "backward", die)
+        patch.setattr(Gradients, "add", die)
         with pytest.raises(ZeroDivisionError):
             train(*arguments)
 
@@ -283,15 +283,15 @@ def test_what_was_put_there_meanwhile_is_kept_and_the_advice_is_right(
     path = file_of(home, place)
     if overwrite:
         assert train("train.jsonl", *place).code == 0
-    backward = Objective.backward
+    add = Gradients.add
 
     def meanwhile(*values: Any) -> Any:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(other)
-        return backward(*values)
+        return add(*values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Objective, "backward", meanwhile)
+        patch.setattr(Gradients, "add", meanwhile)
         ran = train("train.jsonl", *place, "--seed", "1", *["--overwrite"] * overwrite)
     assert ran.code == 2
     assert "the training is not lost" in ran.err

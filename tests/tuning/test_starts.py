@@ -14,7 +14,7 @@ from softprompt.errors import ConfigError
 from softprompt.inspection.drift import way_of
 from softprompt.inspection.start import starting_vectors
 from softprompt.tuning.config import TrainConfig
-from softprompt.tuning.objective import Objective
+from softprompt.tuning.gradients import Gradients
 from softprompt.tuning.optimizer import learning_rate
 from softprompt.tuning.start import initial_vectors
 from softprompt.tuning.training import Training
@@ -49,13 +49,13 @@ def test_the_best_of_several_starts_goes_on(monkeypatch: pytest.MonkeyPatch) -> 
 
 def poison(monkeypatch: pytest.MonkeyPatch, *bad: int) -> None:
     """Makes the losses of those calls, counted from 1, not finite."""
-    backward, calls = Objective.backward, itertools.count(1)
+    add, calls = Gradients.add, itertools.count(1)
 
-    def poisoned(objective: Objective, *rest: Any) -> tuple[float, int]:
-        loss, tokens = backward(objective, *rest)
-        return (math.nan, tokens) if next(calls) in bad else (loss, tokens)
+    def poisoned(*given: Any) -> torch.Tensor:
+        losses = add(*given)
+        return losses * math.nan if next(calls) in bad else losses
 
-    monkeypatch.setattr(Objective, "backward", poisoned)
+    monkeypatch.setattr(Gradients, "add", poisoned)
 
 
 @pytest.mark.parametrize(

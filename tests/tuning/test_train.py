@@ -27,7 +27,7 @@ from softprompt.text.template import Template
 from softprompt.text.verbalizer import Verbalizer
 from softprompt.tuning import compilation
 from softprompt.tuning.config import DEFAULT_STEPS, TrainConfig
-from softprompt.tuning.objective import Objective
+from softprompt.tuning.gradients import Gradients, Work
 from softprompt.tuning.start import initial_vectors
 from softprompt.tuning.training import Training
 from tests.conftest import ALL, TOY_TEMPLATE, scripted, tiny, toy, toy_task, train_settings
@@ -201,17 +201,17 @@ class Spy:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps: list[list[tuple[int, ...]]] = []
         self.held_out: list[Example] = []
-        backward, make = Objective.backward, validator
+        add, make = Gradients.add, validator
 
-        def spied(objective: Objective, requests: Sequence[Request], *rest: Any) -> tuple[float, int]:
-            self.steps.append([request.ids for request in requests])
-            return backward(objective, requests, *rest)
+        def spied(gradients: Gradients, work: Work, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
+            self.steps.append([request.ids for request in work.shares[0].requests])
+            return add(gradients, work, vectors)
 
         def spied_validator(task: Task, examples: Sequence[Example]) -> Any:
             self.held_out = list(examples)
             return make(task, examples)
 
-        monkeypatch.setattr(Objective, "backward", spied)
+        monkeypatch.setattr(Gradients, "add", spied)
         monkeypatch.setattr("softprompt.tuning.training.validator", spied_validator)
 
 
@@ -343,16 +343,14 @@ def test_a_loss_that_is_not_finite_ends_it_and_the_last_good_vectors_stay(
     validated: bool, bad: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[torch.Tensor] = []
-    backward = Objective.backward
+    add = Gradients.add
 
-    def poisoned(
-        objective: Objective, requests: Sequence[Request], gold: Any, vectors: torch.Tensor
-    ) -> tuple[float, int]:
-        used.append(vectors.detach().clone())
-        loss, tokens = backward(objective, requests, gold, vectors)
-        return (bad, tokens) if len(used) == 4 else (loss, tokens)
+    def poisoned(gradients: Gradients, work: Work, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
+        used.append(vectors[0].detach().clone())
+        losses = add(gradients, work, vectors)
+        return torch.full_like(losses, bad) if len(used) == 4 else losses
 
-    monkeypatch.setattr(Objective, "backward", poisoned)
+    monkeypatch.setattr(Gradients, "add", poisoned)
     training = run(train_settings(eval_every=2 if validated else 5))
     assert training.stopped == "not finite"
     assert training.step == 3
@@ -366,17 +364,15 @@ def test_a_loss_that_is_not_finite_ends_it_and_the_last_good_vectors_stay(
 
 
 def test_a_gradient_that_is_not_finite_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    backward = Objective.backward
+    add = Gradients.add
 
-    def poisoned(
-        objective: Objective, requests: Sequence[Request], gold: Any, vectors: torch.Tensor
-    ) -> tuple[float, int]:
-        found = backward(objective, requests, gold, vectors)
-        assert vectors.grad is not None
-        vectors.grad[0, 0] = math.inf
-        return found
+    def poisoned(gradients: Gradients, work: Work, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
+        losses = add(gradients, work, vectors)
+        assert vectors[0].grad is not None
+        vectors[0].grad[0, 0] = math.inf
+        return losses
 
-    monkeypatch.setattr(Objective, "backward", poisoned)
+    monkeypatch.setattr(Gradients, "add", poisoned)
     training = run(train_settings())
     assert (training.stopped, training.step) == ("not finite", 0)
     with pytest.raises(TrainingError, match="not finite at the very first step"):

@@ -17,6 +17,7 @@ from softprompt.inspection.statistics import SEED, plain
 from softprompt.inspection.vocabulary import Vocabulary
 from softprompt.model.embedder import tokens_of
 from softprompt.tasks.task import Task
+from softprompt.tuning.gradients import Gradients
 from softprompt.tuning.objective import Objective
 
 SEARCH_ROWS = 64
@@ -216,12 +217,12 @@ class _Search:
         task = replace(self.task, num_virtual_tokens=len(self.ids))
         embedded = self.vocabulary[self.ids].to(task.model.device).requires_grad_()
         if task.verbalizer is None:
-            Objective(task.model).backward([task.target_request(e) for e in examples], [0] * len(examples), embedded)
+            objective, gold = Objective(), [0] * len(examples)
+            requests = [task.target_request(e) for e in examples]
         else:
-            gold = [task.labels.index(str(e.target)) for e in examples]
-            Objective(task.model, task.label_of_word).backward(
-                [task.label_request(e) for e in examples], gold, embedded
-            )
+            objective, gold = Objective(task.label_of_word), [task.labels.index(str(e.target)) for e in examples]
+            requests = [task.label_request(e) for e in examples]
+        Gradients(task.model).backward(objective, requests, gold, embedded)
         assert embedded.grad is not None
         return embedded.grad.float().cpu()
 

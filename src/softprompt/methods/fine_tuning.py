@@ -18,7 +18,7 @@ import torch
 from softprompt.data.example import Example
 from softprompt.evaluation.validation import validator
 from softprompt.methods.problem import Learned, Problem
-from softprompt.model.batch import Row, collate
+from softprompt.model.batch import Row, collate, micro_batches
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.state.prefix import PrefixState
 from softprompt.tasks.predict import Prediction, Progress, Query, default_sampling, predict
@@ -112,7 +112,7 @@ class Tuner:
         self._problem, self._lm, self._weights = problem, lm, list(weights)
         examples, held_out = split_rows(problem.train, problem.validation, self.config)
         task = problem.task(lm=lm)
-        self._objective = Objective(lm)
+        self._objective = Objective()
         self._requests = [task.target_request(e) for e in examples]
         self._order = RowOrder([None if task.verbalizer is None else example.target for example in examples])
         self._validator = validator(task, held_out)
@@ -220,13 +220,14 @@ class Tuner:
             lengths = [sum(len(row.ids) + len(word) for word in row.words) for row in rows]
         else:
             lengths = [row.length for row in rows]
-        for group in self._objective.micro_batches(lengths):
+        for group in micro_batches(lengths, self._lm.tokens_at_once):
             if self._no_prefix is None:
                 scores = self._lm.score_concatenated([requests[i] for i in group], ())
             else:
                 batch = collate([rows[i] for i in group], self._no_prefix.lengths, self._lm.device)
                 scores = self._lm.score_batch(batch, self._no_prefix)
-            loss = self._objective.loss(scores, [0] * len(group)) / weight
+            gold = torch.zeros(len(group), dtype=torch.long, device=scores.device)
+            loss = self._objective.loss(scores, gold) / weight
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         return total

@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from softprompt.errors import BaseModelError
 from softprompt.model.architecture import Windows
+from softprompt.model.fast.blocks import attend_blocks, block_mask
 
 NAME = "softprompt"
 
@@ -88,6 +90,20 @@ class Masks:
         near = self._additive(sees & (positions[..., None] - seen[:, None] < self.window))
         return near if self.everywhere else {SLIDING: near, "full_attention": self._additive(sees)}
 
+    def blocks(self, ends: torch.Tensor, positions: torch.Tensor) -> Any:
+        """The same for a stream on a GPU, where attention goes by blocks.
+
+        Args:
+            ends, positions: int64 ``[T]``, of ``Batch``.
+
+        Returns:
+            A ``BlockMask``, or one for each kind of layer if there are two.
+        """
+        if self.window is None:
+            return block_mask(ends, positions)
+        near = block_mask(ends, positions, self.window)
+        return near if self.everywhere else {SLIDING: near, "full_attention": block_mask(ends, positions)}
+
     def _additive(self, sees: torch.Tensor) -> torch.Tensor:
         zeros = torch.zeros(sees.shape, dtype=self.dtype, device=sees.device)
         return zeros.masked_fill_(~sees, torch.finfo(self.dtype).min)[:, None]
@@ -135,16 +151,18 @@ def attend_fast(
     return out.transpose(1, 2)
 
 
-# The same for rows that share one prefix, or have none, the hot spot of training, as an operator of its own so that
+# The same for rows that share prefixes, or have none, the hot spot of training, as an operator of its own so that
 # torch.compile leaves it alone: PyTorch's own bf16 softmax is two to three times faster than the kernels that it would
 # generate. Inside, B * H_kv is one batch dimension, and the G = H_q / H_kv query heads of a key head stand below each
 # other as N = G * T rows. torch's compile cache knows an operator by its name alone: change the name with the outputs'
 # shapes.
 
 
-def _joined(shared: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """``[1, H_kv, P, D]`` before each of ``[B, H_kv, T, D]``: ``[B * H_kv, P + T, D]``."""
-    return torch.cat([shared.expand(len(own), -1, -1, -1), own], dim=2).flatten(0, 1)
+def _joined(shared: torch.Tensor, own: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """Those of ``[K, H_kv, P, D]`` that ``rows`` name, or the only one, before ``[B, H_kv, T, D]``: ``[B * H_kv, P + T,
+    D]``."""
+    before = shared.expand(len(own), -1, -1, -1) if rows is None else shared[rows]
+    return torch.cat([before, own], dim=2).flatten(0, 1)
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:
@@ -159,18 +177,21 @@ def attend_shared(
     value: torch.Tensor,
     prefix_key: torch.Tensor,
     prefix_value: torch.Tensor,
+    prefix_rows: torch.Tensor | None,
     mask: torch.Tensor,
     scaling: float,
+    whole: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention with grouped queries of rows that share one prefix.
+    """Softmax attention with grouped queries of rows that share prefixes.
 
     Args:
         query: ``[B, H_q, T, D]``.
         key, value: ``[B, H_kv, T, D]``.
-        prefix_key, prefix_value: ``[1, H_kv, P, D]``; without a prefix, P is 0.
-        mask: additive, ``[B, 1, T, P + T]`` in the query's dtype; only its last ``T`` columns count, since every row
-            sees the whole prefix.
+        prefix_key, prefix_value: ``[K, H_kv, P, D]``; without a prefix, P is 0.
+        prefix_rows: int64 ``[B]``, the prefix of each row; None if there is one.
+        mask: additive, ``[B, 1, T, P + T]`` in the query's dtype.
         scaling: factor on the scores.
+        whole: every row sees its whole prefix, so that only the last ``T`` columns of the mask count.
 
     Returns:
         ``[B, T, H_q, D]``, and the weights ``[B * H_kv, N, P + T]`` that its backward needs.
@@ -178,11 +199,12 @@ def attend_shared(
     batch, heads, tokens, width = query.shape
     kv_heads, length = key.shape[1], prefix_key.shape[2]
     rows = query.reshape(batch * kv_heads, -1, width)
-    weights = _product(rows, _joined(prefix_key, key).transpose(1, 2), scaling)
-    own = weights.view(batch, kv_heads, -1, tokens, length + tokens)[..., length:]
-    own.add_(mask[:, :, None, :, length:])  # the whole prefix is seen by all
+    weights = _product(rows, _joined(prefix_key, key, prefix_rows).transpose(1, 2), scaling)
+    first = length if whole else 0
+    masked = weights.view(batch, kv_heads, -1, tokens, length + tokens)[..., first:]
+    masked.add_(mask[:, :, None, :, first:])
     weights = torch.softmax(weights, dim=-1)
-    out = torch.bmm(weights, _joined(prefix_value, value))
+    out = torch.bmm(weights, _joined(prefix_value, value, prefix_rows))
     return out.view(batch, heads, tokens, width).transpose(1, 2).contiguous(), weights
 
 
@@ -193,8 +215,10 @@ def _(
     value: torch.Tensor,
     prefix_key: torch.Tensor,
     prefix_value: torch.Tensor,
+    prefix_rows: torch.Tensor | None,
     mask: torch.Tensor,
     scaling: float,
+    whole: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, tokens, width = query.shape
     kv_heads = key.shape[1]
@@ -211,6 +235,7 @@ def _attend_shared_backward(
     value: torch.Tensor,
     prefix_key: torch.Tensor,
     prefix_value: torch.Tensor,
+    prefix_rows: torch.Tensor | None,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key, value, prefix_key and prefix_value, from that of ``attend_shared``'s output ``[B, T,
@@ -220,14 +245,18 @@ def _attend_shared_backward(
     rows = query.reshape(batch * kv_heads, -1, width)
     out = grad.transpose(1, 2).reshape(batch * kv_heads, -1, width)
     grad_values = torch.bmm(weights.transpose(1, 2), out)
-    grad_weights = torch.bmm(out, _joined(prefix_value, value).transpose(1, 2))
+    grad_weights = torch.bmm(out, _joined(prefix_value, value, prefix_rows).transpose(1, 2))
     grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-    grad_rows = _product(grad_scores, _joined(prefix_key, key), scaling)
+    grad_rows = _product(grad_scores, _joined(prefix_key, key, prefix_rows), scaling)
     grad_keys = _product(grad_scores.transpose(1, 2), rows, scaling)
 
     def apart(both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         both = both.view(batch, kv_heads, -1, width)
-        shared = both[:, :, :length].sum(dim=0, keepdim=True, dtype=torch.float32)
+        if prefix_rows is None:
+            shared = both[:, :, :length].sum(dim=0, keepdim=True, dtype=torch.float32)
+        else:
+            zeros = both.new_zeros(prefix_key.shape, dtype=torch.float32)
+            shared = zeros.index_add_(0, prefix_rows, both[:, :, :length].float())
         return shared.to(both.dtype), both[:, :, length:].contiguous()
 
     (grad_prefix_key, grad_key), (grad_prefix_value, grad_value) = apart(grad_keys), apart(grad_values)
@@ -244,6 +273,7 @@ def _(
     value: torch.Tensor,
     prefix_key: torch.Tensor,
     prefix_value: torch.Tensor,
+    prefix_rows: torch.Tensor | None,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     like = [query, key, value, prefix_key, prefix_value]
@@ -252,14 +282,14 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    query, key, value, prefix_key, prefix_value, _, ctx.scaling = inputs
-    ctx.save_for_backward(output[1], query, key, value, prefix_key, prefix_value)
+    query, key, value, prefix_key, prefix_value, prefix_rows, _, ctx.scaling, _ = inputs
+    ctx.save_for_backward(output[1], query, key, value, prefix_key, prefix_value, prefix_rows)
     ctx.set_materialize_grads(False)  # the weights' own gradient would be as many zeros
 
 
 def _differentiate(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     gradients = _attend_shared_backward(grad, *ctx.saved_tensors, ctx.scaling)
-    return (*gradients, None, None)
+    return (*gradients, None, None, None, None)
 
 
 attend_shared.register_autograd(_differentiate, setup_context=_keep)
@@ -270,7 +300,7 @@ def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: Any,
     scaling: float | None = None,
     prefix_layer: tuple[torch.Tensor, torch.Tensor] | None = None,
     prefix_rows: torch.Tensor | None = None,
@@ -291,19 +321,21 @@ def _attention(
             f"{', '.join(asked or ['dropout'])}, which the shared prefix does not know; give another base model, or "
             "the release of transformers that softprompt was tested with"
         )
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(attention_mask, BlockMask):
+        return attend_blocks(query, key, value, attention_mask, factor), None
     if attention_mask is None or not attention_mask.is_floating_point():
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     if keep is not None:
         keep.append((key, value))
-    learning = torch.is_grad_enabled() and key.shape[2] == query.shape[2]
-    # What has slid out of a window is in the mask, which attend_shared does not look at for the prefix.
-    sees_all = sliding_window is None or attention_mask.shape[-1] <= sliding_window
-    if learning and prefix_rows is None and sees_all:
+    if torch.is_grad_enabled() and key.shape[2] == query.shape[2]:
         prefix_key, prefix_value = prefix_layer or (key[:1, :, :0], value[:1, :, :0])
-        return attend_shared(query, key, value, prefix_key, prefix_value, attention_mask, factor)[0], None
+        # What has slid out of a window is in the mask, and so are the ends of prefixes of several lengths.
+        slid = sliding_window is not None and attention_mask.shape[-1] > sliding_window
+        rows, whole = prefix_rows, prefix_rows is None and not slid
+        return attend_shared(query, key, value, prefix_key, prefix_value, rows, attention_mask, factor, whole)[0], None
     if prefix_layer is not None:
         prefix_key, prefix_value = prefix_layer
         if prefix_rows is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,8 +57,9 @@ def build_trie(words: tuple[Tokens, ...]) -> Trie:
     before: Tokens = ()
     for index in sorted(range(len(words)), key=lambda i: words[i]):
         word = words[index]
-        common = next((i for i, pair in enumerate(zip(path, before, word)) if pair[1] != pair[2]), len(path))
-        common = min(common, len(word) - 1)
+        common = 0
+        while common < min(len(path), len(word) - 1) and before[common] == word[common]:
+            common += 1
         for node in path[common:]:
             ends[node] = len(tokens)
         del path[common:]
@@ -176,9 +178,11 @@ class Batch:
 
     def filled(self, flat: torch.Tensor) -> Batch:
         """The same with other numbers: those of all ``tensors`` one after the other."""
-        parts = flat.split([tensor.numel() for tensor in self.tensors.values()])
-        new = {name: part.view(old.shape) for (name, old), part in zip(self.tensors.items(), parts, strict=True)}
-        return replace(self, **new)  # type: ignore[arg-type]
+        parts = torch.split(flat, [tensor.numel() for tensor in self.tensors.values()])
+        new: dict[str, Any] = {
+            name: part.view(old.shape) for (name, old), part in zip(self.tensors.items(), parts, strict=True)
+        }
+        return replace(self, **new)
 
 
 class _Layout:

@@ -29,6 +29,7 @@ from softprompt.model.architecture import (
 from softprompt.model.attention import Masks
 from softprompt.model.batch import Batch, Row, collate, micro_batches
 from softprompt.model.embedder import Embedder
+from softprompt.model.fast.blocks import can_use_blocks
 from softprompt.model.fast.compiled import compiled_if_possible
 from softprompt.model.fast.packed import PackedWeights
 from softprompt.model.fingerprint import fingerprint_model, fingerprint_tokenizer, model_settings, weights_digest
@@ -250,6 +251,18 @@ class FrozenLM(Embedder):
         behind = ids[place + 1 :]
         return self._run_prefix(behind, None, known) if behind else known
 
+    def prefixes_kv(self, prefixes: Sequence[Sequence[int]], vectors: Sequence[torch.Tensor]) -> PrefixState:
+        """Several shared prefixes beside each other; those of plain soft prompts are computed in one pass.
+
+        Args:
+            prefixes, vectors: of each, as for ``prefix_kv``; none is empty.
+        """
+        if any(numbers.dim() != 2 for numbers in vectors):
+            first, *others = [self.prefix_kv(ids, own) for ids, own in zip(prefixes, vectors, strict=True)]
+            return first.stack(others)
+        rows = [self.embed(ids, own) for ids, own in zip(prefixes, vectors, strict=True)]
+        return self._run_prefixes(rows, None)
+
     @torch.no_grad()
     def prefix_numbers(self, ids: Sequence[int], vectors: torch.Tensor | None) -> torch.Tensor:
         """A prefix as the numbers of a trained KV prefix.
@@ -267,26 +280,31 @@ class FrozenLM(Embedder):
 
     def _run_prefix(self, ids: Sequence[int], vectors: torch.Tensor | None, before: PrefixKV | None = None) -> PrefixKV:
         """Keys and values of ``before``, and behind them of ``ids``, which see those."""
-        embedded = self.embed(list(ids) or [0], vectors)
+        own = self._run_prefixes([self.embed(list(ids) or [0], vectors)], before)
+        if not ids:  # only the shape is taken, from a throw-away token
+            own = PrefixKV(tuple(k[:, :, :0] for k in own.keys), tuple(v[:, :, :0] for v in own.values), (0,))
+        return own if before is None else before.join(own)
+
+    def _run_prefixes(self, rows: Sequence[torch.Tensor], before: PrefixKV | None) -> PrefixKV:
+        """Keys and values of embedded tokens ``[T, H]``, beside each other; they see those of ``before``."""
+        embedded = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
         start = 0 if before is None else before.width
         kept: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in self._layers]
-        seen = torch.arange(start + len(embedded), device=self.device)[None]
+        seen = torch.arange(start + embedded.shape[1], device=self.device).expand(len(rows), -1)
         positions = seen[:, start:]
         self.model.base_model(
-            inputs_embeds=embedded[None],
+            inputs_embeds=embedded,
             attention_mask=self._mask(positions[..., None] >= seen[:, None], positions, seen),
             position_ids=positions,
             use_cache=False,
             keep=kept,
             prefix=before,
         )
-        length = embedded.shape[0] if ids else 0  # of an empty prefix only the shape is taken, from a throw-away token
-        own = PrefixKV(
-            keys=tuple(layer[0][0][:, :, :length] for layer in kept),
-            values=tuple(layer[0][1][:, :, :length] for layer in kept),
-            lengths=(length,),
+        return PrefixKV(
+            keys=tuple(layer[0][0] for layer in kept),
+            values=tuple(layer[0][1] for layer in kept),
+            lengths=tuple(len(row) for row in rows),
         )
-        return own if before is None else before.join(own)
 
     def kept_prefixes(self, most: int | None = None, *, capacity: int | None = None) -> PrefixCache:
         """``prefix_kv`` without gradient that keeps its last results: ``most``, ``capacity`` bytes, or all."""
@@ -306,18 +324,36 @@ class FrozenLM(Embedder):
         """
         return _summed(batch, self._read_logits(batch, prefix))
 
-    def _read_logits(self, batch: Batch, prefix: PrefixState) -> torch.Tensor:
+    def score_stream(self, batch: Batch, vectors: torch.Tensor) -> torch.Tensor:
+        """What ``score_batch`` returns, from a stream that holds its prefixes.
+
+        Args:
+            batch: a stream.
+            vectors: float ``[S, H]``, those of its soft prompts one after the other; differentiable.
+        """
+        return _summed(batch, self._read_logits(batch, None, vectors))
+
+    def _read_logits(
+        self, batch: Batch, prefix: PrefixState | None, vectors: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Logits float32 ``[M, V]`` at the places that the rows' words are read from."""
-        hidden = self._hidden(batch, prefix)
+        hidden = self._hidden(batch, prefix, vectors)
         return self._logits(hidden[batch.read_lines, batch.read_columns])
 
-    def _hidden(self, batch: Batch, prefix: PrefixState) -> torch.Tensor:
+    def _hidden(self, batch: Batch, prefix: PrefixState | None, vectors: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states ``[B, T, H]`` of the rows after the last layer's norm."""
-        before = torch.arange(prefix.width, device=self.device).expand(len(batch.ids), -1)
         embedded = self.look_up(batch.ids)
+        if batch.soft is not None:
+            assert vectors is not None
+            embedded = embedded.index_copy(1, batch.soft, vectors.to(self.dtype)[None])
+        if batch.soft is not None and can_use_blocks(self.device):
+            mask = self._mask.blocks(batch.ends[0], batch.positions[0])
+        else:
+            before = torch.arange(batch.width, device=self.device).expand(len(batch.ids), -1)
+            mask = self._mask(batch.sees, batch.positions, torch.cat([before, batch.positions], dim=1))
         out = self.model.base_model(
             inputs_embeds=embedded,
-            attention_mask=self._mask(batch.sees, batch.positions, torch.cat([before, batch.positions], dim=1)),
+            attention_mask=mask,
             position_ids=batch.positions,
             use_cache=False,
             prefix=prefix,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +33,7 @@ class Learner:
         """The soft prompt as it is now, float32."""
         return self.form.fold() * self.form.unit
 
-    def gradient(self, folded: torch.Tensor, numbers: torch.Tensor) -> float:
+    def gradient(self, folded: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """Takes the gradient at the soft prompt's numbers back to what is learned.
 
         Args:
@@ -42,13 +41,14 @@ class Learner:
             numbers: the leaf that was computed with, ``folded`` in the base model's units, with its gradient.
 
         Returns:
-            The norm of the gradient over all tensors.
+            The norm of the gradient over all tensors, float32 ``[]`` on the device.
         """
         assert numbers.grad is not None
         self.optimizer.zero_grad()
         torch.autograd.backward(folded, numbers.grad * self.form.unit)
-        tensors = self.form.tensors.values()
-        return math.hypot(*(float(tensor.grad.norm()) for tensor in tensors if tensor.grad is not None))
+        norms = [tensor.grad.norm() for tensor in self.form.tensors.values() if tensor.grad is not None]
+        norm: torch.Tensor = torch.stack(norms).norm()
+        return norm
 
     def descend(self, lr: float, clip: float, decay: float) -> None:
         """One step of the optimizer, with the gradient clipped to the norm ``clip`` unless that is 0, and of the

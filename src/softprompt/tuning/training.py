@@ -24,6 +24,7 @@ from softprompt.tasks.task import Task
 from softprompt.text.tokens import SOFT
 from softprompt.tuning import checkpoint, compilation
 from softprompt.tuning.config import DEFAULT_STEPS, EVAL_EVERY, INITS, TrainConfig
+from softprompt.tuning.gradients import Gradients, Share, Work
 from softprompt.tuning.history import History
 from softprompt.tuning.keeping import Keeper, better
 from softprompt.tuning.learner import Learner
@@ -62,6 +63,19 @@ class Step:
     seconds: float
     validation: dict[str, Any] | None = None
     improved: bool = False
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A step that is being computed.
+
+    Attributes:
+        folded: the soft prompt's numbers in units of the start, with the graph to what is learned.
+        numbers: the same in the base model's units, a leaf that gets the gradient.
+    """
+
+    folded: torch.Tensor
+    numbers: torch.Tensor
 
 
 def _tokens(requests: Sequence[Request]) -> int:
@@ -143,6 +157,8 @@ class Training:
             for rows in filter(None, (train, validation)):
                 check_targets(rows, task.labels)
         self._order = RowOrder([None if task.verbalizer is None else example.target for example in examples])
+        self._gradients = Gradients(task.model)
+        self._works: dict[tuple[int, int], Work] = {}
         self._prepare(examples)
         if self.config.parametrisation == "prefix":
             require_shared_prefix(task.model, task.template, self._requests)
@@ -205,11 +221,11 @@ class Training:
                 raise ConfigError(
                     "The loss 'labels' needs class labels, but the targets are free text; give --labels or use lm."
                 )
-            self._objective = Objective(task.model, task.label_of_word)
+            self._objective = Objective(task.label_of_word)
             self._requests = [task.label_request(e) for e in examples]
             self._gold = [task.labels.index(str(e.target)) for e in examples]
         else:
-            self._objective = Objective(task.model)
+            self._objective = Objective()
             self._requests = [task.target_request(e) for e in examples]
             self._gold = [0] * len(examples)
 
@@ -248,21 +264,55 @@ class Training:
     def _advance(self) -> Step:
         """One optimizer step, with a validation when it is due."""
         began = time.perf_counter()
-        state, form = self._state, self._state.learner.form
-        place = self.schedule.place(state.step)
-        chosen = self._batch(place)
+        pending = self._pending()
+        shape, place = tuple(pending.numbers.shape), self.schedule.place(self._state.step)
+        work = self._laid_out(place, shape)
+        losses = self._gradients.add(work, [pending.numbers])
+        norm = self._state.learner.gradient(pending.folded, pending.numbers)
+        if self.task.model.device.type != "cpu" and self._state.step + 1 < self.total:
+            self._laid_out(self.schedule.place(self._state.step + 1), shape)  # while the device computes
+        loss, norm_found = torch.stack([losses[0], norm]).tolist()
+        return self._descend(pending, loss, norm_found, work.tokens[0], time.perf_counter() - began)
+
+    def _pending(self) -> _Pending:
+        """The numbers of the next step."""
+        form = self._state.learner.form
         folded = form.fold()
-        numbers = (folded.detach() * form.unit).requires_grad_()
+        return _Pending(folded, (folded.detach() * form.unit).requires_grad_())
+
+    def _share(self, place: int, shape: tuple[int, ...]) -> Share:
+        """The rows of the step at that place in the plan of the present start, for numbers of that shape."""
+        seed = self.config.seed + self.config.start(self._state.learner.number)[1]
+        chosen = self._order.batch(seed, place, self.config.batch_size)
         requests, gold = [self._requests[i] for i in chosen], [self._gold[i] for i in chosen]
-        loss, tokens = self._objective.backward(requests, gold, numbers)
+        return Share(self._objective, requests, gold, shape)
+
+    def _laid_out(self, place: int, shape: tuple[int, ...]) -> Work:
+        """The step at that place in the plan of the present start; the latest two are kept."""
+        key = (self._state.learner.number, place)
+        if key not in self._works:
+            self._works = dict([*self._works.items()][-1:])
+            self._works[key] = self._gradients.prepare([self._share(place, shape)])
+        return self._works[key]
+
+    def _descend(self, pending: _Pending, loss: float, norm: float, tokens: int, seconds: float) -> Step:
+        """What follows on a step's gradient: the optimizer, and a validation when it is due.
+
+        Args:
+            pending: the numbers of the step, to which its gradient was taken back.
+            loss, norm: of the step; if one is not finite, nothing is changed.
+            tokens, seconds: that it took.
+        """
+        began = time.perf_counter()
+        state = self._state
         state.compiled = self.task.model.compiled  # it may have turned out that they cannot be
+        place = self.schedule.place(state.step)
         lr = learning_rate(self.config, place, self.schedule.planned)
-        norm = state.learner.gradient(folded, numbers)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            return Step(state.step + 1, self.total, loss, lr, norm, tokens, time.perf_counter() - began)
-        state.good = numbers.detach()  # its loss is finite; what the step makes of it, may not have one
+            return Step(state.step + 1, self.total, loss, lr, norm, tokens, seconds)
+        state.good = pending.numbers.detach()  # its loss is finite; what the step makes of it, may not have one
         state.learner.descend(lr, self.config.clip, min(self.config.average, (2 + place) / (11 + place)))
-        seconds = time.perf_counter() - began
+        seconds += time.perf_counter() - began
         state.step += 1
         state.seconds += seconds
         state.tokens += tokens
@@ -432,11 +482,6 @@ class Training:
                 )
             return start.detach().float().cpu().clone().to(lm.device)
         return first_vectors(self.task, config, number).to(lm.device)
-
-    def _batch(self, step: int) -> list[int]:
-        """Indices of the examples of a start's step ``step``, from its seed alone."""
-        seed = self.config.seed + self.config.start(self._state.learner.number)[1]
-        return self._order.batch(seed, step, self.config.batch_size)
 
     # --- what survives a kill ---------------------------------------------------------------------
 

@@ -1,0 +1,103 @@
+"""CUDA graphs: the kernels of a whole pass, launched at once."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from softprompt.errors import SoftPromptWarning
+
+Tensors = tuple[torch.Tensor, ...]
+
+MOST_GRAPHS = 32
+"""Shapes that are captured; batches of further ones run kernel by kernel."""
+
+WARM_UPS = 2
+"""Runs before a capture, in which libraries make what they keep and compilers compile."""
+
+
+@dataclass(frozen=True)
+class _Captured:
+    graph: Any
+    inputs: Tensors
+    outputs: Tensors
+
+
+class Graphs:
+    """Runs a function of tensors again and again, on CUDA as one captured graph for each shape of what it is given.
+
+    The function must do the same for all inputs of a shape, wait for nothing, and leave nothing behind but what it
+    returns.
+
+    Attributes:
+        captured: how many graphs there are.
+        failed: why graphs cannot be captured here, in plain words; empty if they can. The first failure is told once,
+            and everything runs kernel by kernel from then on.
+    """
+
+    def __init__(self) -> None:
+        self.failed = ""
+        self._held: dict[Hashable, _Captured] = {}
+        self._pool: Any = None
+
+    @property
+    def captured(self) -> int:
+        """How many graphs there are."""
+        return len(self._held)
+
+    def __call__(self, shape: Hashable, run: Callable[..., Tensors], *inputs: torch.Tensor) -> Tensors:
+        """What ``run(*inputs)`` returns.
+
+        Args:
+            shape: what tells ``run`` and the shapes of its inputs from others.
+            run: the function.
+            inputs: on the device.
+        """
+        if inputs[0].device.type != "cuda" or self.failed:
+            return run(*inputs)
+        if shape not in self._held:
+            if len(self._held) >= MOST_GRAPHS:
+                return run(*inputs)
+            try:
+                self._held[shape] = self._capture(run, inputs)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                return self._go_without(error, run, inputs)
+        held = self._held[shape]
+        for own, new in zip(held.inputs, inputs, strict=True):
+            own.copy_(new, non_blocking=True)
+        held.graph.replay()
+        return tuple(output.clone() for output in held.outputs)  # the next replay writes there
+
+    def _capture(self, run: Callable[..., Tensors], inputs: Tensors) -> _Captured:
+        own = tuple(tensor.detach().clone() for tensor in inputs)
+        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                run(*own)
+        torch.cuda.current_stream().wait_stream(side)
+        gc.collect()
+        torch.cuda.empty_cache()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            outputs = run(*own)
+        self._pool = graph.pool()
+        return _Captured(graph, own, outputs)
+
+    def _go_without(self, error: RuntimeError, run: Callable[..., Tensors], inputs: Tensors) -> Tensors:
+        self.failed = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        torch.cuda.synchronize()
+        warnings.warn(
+            f"a step could not be captured as a CUDA graph ({self.failed}); training goes on without, and steps of a "
+            "small base model take longer",
+            SoftPromptWarning,
+            stacklevel=3,
+        )
+        return run(*inputs)

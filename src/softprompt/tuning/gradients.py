@@ -1,0 +1,256 @@
+"""The gradient of a step, for one soft prompt or for several at once.
+
+Three ways lead to the same numbers:
+
+* *Stream*: one pass over ``[prefix | its rows | …]``. It launches half as much as the second way, and pads nothing.
+* *Two stages*: each prefix runs once; micro-batches of rows send their gradients into its detached state, where they
+  add up in fp32; one backward pass carries the sum on to the vectors. Its memory is that of one micro-batch.
+* *Concatenation*: the soft prompt is repeated in every row. It serves every architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from softprompt.model.batch import Batch, Row, collate, micro_batches, stream
+from softprompt.model.fast.graphs import Graphs
+from softprompt.model.frozen import FrozenLM
+from softprompt.model.prefixes import PrefixOf
+from softprompt.model.request import Request
+from softprompt.model.state.prefix import Detached, PrefixState
+from softprompt.text.tokens import SOFT, Tokens
+from softprompt.tuning.objective import Objective
+
+Layout = Literal["stream", "two stages", "concatenation"]
+
+STREAM_TOKENS = 384
+"""Tokens up to which a stream is faster on a CPU: 1.3 times with 60, 1.1 with 250, 0.8 with 800 (SmolLM2-135M), since
+attention looks at all pairs of tokens there."""
+
+SHORT_TEXT = 64
+"""Tokens of the template before the soft prompt up to which a stream computes them anew in each step."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """The rows that one soft prompt learns from in a step.
+
+    Attributes:
+        objective: their loss.
+        requests: all with the same shared part.
+        gold: index of each row's word or label, as ``Objective.loss`` takes it.
+        shape: of the soft prompt's numbers, ``(P, H)`` or ``(P, L, 2, H_kv, D)``.
+    """
+
+    objective: Objective
+    requests: Sequence[Request]
+    gold: Sequence[int]
+    shape: tuple[int, ...]
+
+    @property
+    def shared(self) -> Tokens:
+        """The token ids of the shared part, the soft prompt's place included."""
+        return self.requests[0].ids[: self.requests[0].shared]
+
+    @property
+    def prefix_length(self) -> int:
+        """Tokens of the prefix."""
+        return len(self.shared) - 1 + self.shape[0]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A step that is laid out, on the CPU.
+
+    Attributes:
+        shares: what is learned from.
+        layout: which way it takes.
+        groups: what each pass computes: indices of rows, all shares' one after the other.
+        batches: the same as tensors; none for the concatenation.
+        tokens: that each share computes.
+    """
+
+    shares: Sequence[Share]
+    layout: Layout
+    groups: Sequence[Sequence[int]]
+    batches: Sequence[Batch]
+    tokens: tuple[int, ...]
+
+
+class Gradients:
+    """Computes the gradients of steps on one base model.
+
+    Attributes:
+        lm: the frozen base model.
+        graphs: the CUDA graphs of its streams.
+        layout: the way that every step takes; None: the fastest that serves it.
+        max_tokens: the most tokens, padding included, in one pass; by default ``lm.tokens_at_once``.
+    """
+
+    def __init__(self, lm: FrozenLM, *, layout: Layout | None = None, max_tokens: int | None = None) -> None:
+        self.lm = lm
+        self.graphs = Graphs()
+        self.layout = layout
+        self.max_tokens = max_tokens
+        self._text_before: PrefixOf = lm.kept_prefixes(1)
+
+    def prepare(self, shares: Sequence[Share]) -> Work:
+        """Lays a step out; computes nothing on the device."""
+        rows = [
+            Row(request.ids[request.shared :], request.words, number)
+            for number, share in enumerate(shares)
+            for request in share.requests
+        ]
+        most = self.max_tokens or self.lm.tokens_at_once
+        layout = self.layout or self._best(shares, rows, most)
+        if layout == "concatenation":
+            lengths = [
+                sum(len(request.ids) - 1 + share.shape[0] + len(word) for word in request.words)
+                for share in shares
+                for request in share.requests
+            ]
+            groups, batches = micro_batches(lengths, most), list[Batch]()
+        else:
+            lengths = [row.length for row in rows]
+            starts = [share.prefix_length for share in shares]
+            if layout == "stream":
+                groups = [list(range(len(rows)))]
+                prefixes = [(share.shared, share.shape[0]) for share in shares]
+                batches = [stream(rows, prefixes, fixed=self.lm.device.type == "cuda")]
+            else:
+                groups = micro_batches(lengths, most)
+                cpu = torch.device("cpu")
+                batches = [collate([rows[i] for i in group], starts, cpu) for group in groups]
+        tokens, first = [], 0
+        for share in shares:
+            own = sum(lengths[first : first + len(share.requests)])
+            tokens.append(own + (0 if layout == "concatenation" else share.prefix_length))
+            first += len(share.requests)
+        return Work(shares, layout, groups, batches, tuple(tokens))
+
+    def _best(self, shares: Sequence[Share], rows: Sequence[Row], most: int) -> Layout:
+        if not (self.lm.shares_prefix and all(r.shares_prefix for share in shares for r in share.requests)):
+            return "concatenation"
+        total = sum(share.prefix_length for share in shares) + sum(row.length for row in rows)
+        if self.lm.device.type != "cuda":
+            most = min(most, STREAM_TOKENS)
+        plain = all(len(share.shape) == 2 and share.shared.index(SOFT) <= SHORT_TEXT for share in shares)
+        return "stream" if plain and total <= most else "two stages"
+
+    def add(self, work: Work, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Adds the gradient of each share's mean loss to the ``grad`` of its soft prompt's numbers.
+
+        Args:
+            work: what ``prepare`` laid out.
+            vectors: of each share, float32, a leaf on the device.
+
+        Returns:
+            float32 ``[K]`` on the device, each share's mean loss. Nothing waits for it.
+        """
+        if work.layout == "stream":
+            return self._add_by_stream(work, vectors)
+        if work.layout == "two stages":
+            return self._add_by_stages(work, vectors)
+        return self._add_by_concatenation(work, vectors)
+
+    def backward(
+        self, objective: Objective, requests: Sequence[Request], gold: Sequence[int], vectors: torch.Tensor
+    ) -> tuple[float, int]:
+        """One soft prompt's step: adds the gradient to ``vectors.grad``; returns the mean loss and the tokens computed.
+
+        Args:
+            objective, requests, gold: as in ``Share``.
+            vectors: float32 ``[P, H]`` or ``[P, L, 2, H_kv, D]``, a leaf.
+        """
+        work = self.prepare([Share(objective, requests, gold, tuple(vectors.shape))])
+        return float(self.add(work, [vectors])[0]), work.tokens[0]
+
+    def _add_by_stream(self, work: Work, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
+        laid, shares = work.batches[0], work.shares
+        gold = [index for share in shares for index in share.gold]
+        weights = [share.objective.weight(share.requests) for share in shares]
+        counts, lengths = [len(share.requests) for share in shares], [share.shape[0] for share in shares]
+        rows = sum(counts)
+        objectives = [share.objective for share in shares]
+        words = [max(len(request.words) for request in share.requests) for share in shares]
+        integers = torch.cat([*(t.flatten() for t in laid.tensors.values()), torch.tensor([*gold, *weights])])
+        if self.lm.device.type == "cuda":
+            integers = integers.pin_memory()
+
+        def run(integers: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            leaf = numbers.detach().requires_grad_()
+            inside, right, divisors = torch.split(integers, [len(integers) - rows - len(counts), rows, len(counts)])
+            scores = self.lm.score_stream(laid.filled(inside), leaf)
+            parts = zip(objectives, torch.split(scores, counts), torch.split(right, counts), words, strict=True)
+            losses = torch.stack([each.loss(own[:, :width], gold) for each, own, gold, width in parts]) / divisors
+            (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+            return losses.detach(), gradient
+
+        shape = (
+            tuple((name, tensor.shape) for name, tensor in laid.tensors.items()),
+            laid.num_words,
+            *zip(counts, lengths, words, objectives, strict=True),
+        )
+        numbers = torch.cat([own.detach() for own in vectors])
+        losses, gradient = self.graphs(shape, run, integers.to(self.lm.device, non_blocking=True), numbers)
+        for own, part in zip(vectors, torch.split(gradient, lengths), strict=True):
+            own.grad = part.clone() if own.grad is None else own.grad + part
+        return losses
+
+    def _add_by_stages(self, work: Work, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The text before a single soft prompt runs in the first step only; behind a KV prefix, backward goes through
+        the template's text only."""
+        device, lm = self.lm.device, self.lm
+        prefix = self._prefixes(work.shares, vectors)
+        detached = Detached(prefix)
+        losses = torch.zeros(len(work.shares), device=device)
+        for group, batch in zip(work.groups, work.batches, strict=True):
+            scores = lm.score_batch(batch.to(device), detached.leaves())
+            losses = losses + self._backward(work, group, scores)
+        detached.backward()
+        return losses
+
+    def _prefixes(self, shares: Sequence[Share], vectors: Sequence[torch.Tensor]) -> PrefixState:
+        if len(shares) > 1:
+            return self.lm.prefixes_kv([share.shared for share in shares], vectors)
+        shared = shares[0].shared
+        place = shared.index(SOFT)
+        before = self._text_before(shared[:place], None) if place else None
+        return self.lm.prefix_kv(shared[place:], vectors[0], before)
+
+    def _add_by_concatenation(self, work: Work, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
+        requests = [request for share in work.shares for request in share.requests]
+        owner = [number for number, share in enumerate(work.shares) for _ in share.requests]
+        losses = torch.zeros(len(work.shares), device=self.lm.device)
+        for group in work.groups:
+            for number, members in _by_share(owner, group):  # each has its soft prompt
+                scores = self.lm.score_concatenated([requests[i] for i in members], [vectors[number]])
+                losses = losses + self._backward(work, members, scores)
+        return losses
+
+    def _backward(self, work: Work, group: Sequence[int], scores: torch.Tensor) -> torch.Tensor:
+        """Backward from the mean losses of some rows, float32 ``[K]``, which it returns without their graph."""
+        gold = torch.tensor([index for share in work.shares for index in share.gold], device=scores.device)
+        owner = [number for number, share in enumerate(work.shares) for _ in share.requests]
+        place = {index: line for line, index in enumerate(group)}
+        losses = torch.zeros(len(work.shares), device=scores.device)
+        parts = []
+        for number, members in _by_share(owner, group):
+            share = work.shares[number]
+            words = max(len(request.words) for request in share.requests)
+            own = scores[[place[i] for i in members], :words]
+            loss = share.objective.loss(own, gold[members]) / share.objective.weight(share.requests)
+            losses[number] = loss.detach()
+            parts.append(loss)
+        torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
+        return losses
+
+
+def _by_share(owner: Sequence[int], group: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """The rows of a group, share by share."""
+    for number in dict.fromkeys(owner[i] for i in group):
+        yield number, [i for i in group if owner[i] == number]
