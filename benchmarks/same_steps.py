@@ -63,14 +63,14 @@ def by_our_engine(problem: Problem, steps: int, length: int, text: str | None) -
     config = TrainConfig(lr=PEFT_LR, warmup=0.0, schedule="linear", seed=problem.seed)
     order, gradients = RowOrder([None] * len(requests)), Gradients(lm)
     optimizer = torch.optim.AdamW([vectors], lr=PEFT_LR)
-    lm.compile_layers()
+    lm.layers.set(compiled=True)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = learning_rate(config, step, steps)
         optimizer.zero_grad()
         batch = [requests[i] for i in order.batch(config.seed, step, config.batch_size)]
         gradients.backward(Objective(), batch, [0] * len(batch), vectors)
         optimizer.step()
-    lm.uncompile_layers()
+    lm.layers.set(compiled=False)
     return task, vectors.detach()
 
 

@@ -123,7 +123,7 @@ def our_step(lm: FrozenLM, options: argparse.Namespace) -> Step:
     optimizer = torch.optim.AdamW([vectors], lr=1e-6)
     gradients = Gradients(lm, max_tokens=options.max_tokens)
     if options.compile == "on":
-        lm.compile_layers()
+        lm.layers.set(compiled=True)
 
     def step(batch: list[Request]) -> tuple[float, torch.Tensor]:
         optimizer.zero_grad()

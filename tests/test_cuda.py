@@ -161,12 +161,12 @@ def test_a_compiled_step_has_the_gradient_of_an_eager_one() -> None:
     found = []
     for compile_first in (False, True):
         if compile_first:
-            lm.compile_layers()
+            lm.layers.set(compiled=True)
         vectors = PROMPTS[0].to(DEVICE, copy=True).requires_grad_()
         Gradients(lm).backward(Objective(), requests, [0, 0, 0], vectors)
         assert vectors.grad is not None
         found.append(vectors.grad)
-    assert lm.compiled
+    assert lm.layers.compiled
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 

@@ -19,6 +19,7 @@ from softprompt.methods import peft as by_peft
 from softprompt.methods import problem as given
 from softprompt.methods.fine_tuning import NOTHING, Tuner
 from softprompt.methods.registry import METHODS
+from softprompt.model.fast.layers import LayerModes
 from softprompt.model.frozen import FrozenLM
 from softprompt.tuning.config import TrainConfig
 from tests.conftest import make_tokenizer, scripted, tiny, toy
@@ -389,8 +390,7 @@ def test_free_text_ends_where_it_was_taught_to(clock: Clock, monkeypatch: pytest
 
 def test_long_budgets_compile(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     done = list[str]()
-    monkeypatch.setattr(FrozenLM, "compile_layers", lambda self: done.append("compiled"))
-    monkeypatch.setattr(FrozenLM, "uncompile_layers", lambda self: done.append("undone"))
+    monkeypatch.setattr(LayerModes, "set", lambda self, *, compiled: done.append("compiled" if compiled else "undone"))
     monkeypatch.setattr(given, "can_compile", lambda lm: lm.shares_prefix)
     monkeypatch.setattr(Tuner, "run", lambda self, lr, seconds, validations: fine_tuning.Run(NOTHING, ()))
     for kind, budget, expected in (("llama", 300.0, 2), ("llama", 299.0, 1), ("phi", 300.0, 1)):

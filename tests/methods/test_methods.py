@@ -21,6 +21,7 @@ from softprompt.evaluation.evaluate import evaluate
 from softprompt.methods import problem as problems
 from softprompt.methods import prompt_tuning
 from softprompt.methods.problem import Learned, Problem
+from softprompt.model.fast.layers import LayerModes
 from softprompt.model.frozen import FrozenLM
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.length import VIRTUAL_TOKENS
@@ -154,15 +155,15 @@ def test_a_run_is_planned_to_end_in_time(a_step: int, validation: int, k: int, e
 def test_long_budgets_compile_the_steps_that_are_timed_and_the_run(
     llama: FrozenLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done, compiles = list[str](), FrozenLM.compile_layers
+    done, switch = list[str](), LayerModes.set
     monkeypatch.setattr("softprompt.methods.prompt_tuning.most_steps", lambda rows, batch_size: 3)
     monkeypatch.setattr(problems, "can_compile", lambda lm: lm is llama)
 
-    def compile_layers(lm: FrozenLM) -> None:
-        done.append("compiled")
-        compiles(lm)
+    def spied(modes: LayerModes, **wanted: bool) -> None:
+        done.extend(["compiled"] * wanted.get("compiled", False))
+        switch(modes, **wanted)
 
-    monkeypatch.setattr(FrozenLM, "compile_layers", compile_layers)
+    monkeypatch.setattr(LayerModes, "set", spied)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     for budget, expected in ((300.0, 2), (299.0, 0)):
         done.clear()

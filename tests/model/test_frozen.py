@@ -618,22 +618,22 @@ def test_a_compiled_step_has_the_gradient_of_an_eager_one() -> None:
     """Takes a C++ compiler and about a minute."""
     lm = FrozenLM(make_model("llama"), make_tokenizer(), name="compiled", dtype="fp32", device="cpu")
     eager, before = gradient_of(lm), lm.score([Request((3, 60), 1, VOCABULARY)])
-    lm.compile_layers()
+    lm.layers.set(compiled=True)
     assert relative(gradient_of(lm), eager) < 1e-5
     torch.testing.assert_close(lm.score([Request((3, 60), 1, VOCABULARY)]), before, rtol=0, atol=0)
-    lm.uncompile_layers()
+    lm.layers.set(compiled=False)
     assert torch.equal(gradient_of(lm), eager)
 
 
 def test_where_the_compiler_does_not_work_layers_go_on_as_they_are(broken_compiler: list[str]) -> None:
     lm = FrozenLM(make_model("llama"), make_tokenizer(), name="uncompiled", dtype="fp32", device="cpu")
     eager = gradient_of(lm)
-    lm.compile_layers()
-    assert lm.compiled
+    lm.layers.set(compiled=True)
+    assert lm.layers.compiled
     with pytest.warns(SoftPromptWarning, match=r"x.cpp:1: fatal error: Python.h: no file\)") as told:
         assert torch.equal(gradient_of(lm), eager)
     assert len(told) == 1
     assert broken_compiler
-    assert not lm.compiled
-    lm.uncompile_layers()
+    assert not lm.layers.compiled
+    lm.layers.set(compiled=False)
     assert torch.equal(gradient_of(lm), eager)

@@ -19,6 +19,7 @@ from softprompt.data.example import Dataset, Example
 from softprompt.errors import ConfigError, DataError, SoftPromptWarning, TrainingError
 from softprompt.evaluation.validation import validator
 from softprompt.inspection.start import starting_vectors
+from softprompt.model.fast.layers import LayerModes
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request
 from softprompt.tasks.length import default_num_virtual_tokens, label_list
@@ -446,16 +447,15 @@ def test_a_gpu_compiles_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_layers_are_compiled_only_while_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-    monkeypatch.setattr(FrozenLM, "compile_layers", lambda lm: calls.append("compile"))
-    monkeypatch.setattr(FrozenLM, "uncompile_layers", lambda lm: calls.append("uncompile"))
+    calls: list[bool] = []
+    monkeypatch.setattr(LayerModes, "set", lambda modes, *, compiled, recomputed: calls.append(compiled))
     data = toy(10, 0)
     training = Training(toy_task(tiny("llama"), data), data, data, train_settings(compile="on"))
     assert calls == []
     for _ in training:
-        assert calls == ["compile"]
+        assert calls == [True]
         break
-    assert calls == ["compile", "uncompile"]
+    assert calls == [True, False]
 
 
 def test_a_compiler_that_does_not_work_costs_no_training(broken_compiler: list[str]) -> None:

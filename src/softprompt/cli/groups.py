@@ -90,6 +90,14 @@ class Learning:
     compile: Annotated[
         str | None, _run("Compile the layers: auto, on, off.", _D.compile, choices=("auto", "on", "off"))
     ] = None
+    activation_checkpointing: Annotated[
+        str | None,
+        _run(
+            "Compute activations again instead of keeping them: auto, on, off.",
+            _D.activation_checkpointing,
+            choices=("auto", "on", "off"),
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ class Tuner:
         self.masters = [self._master(weight) for weight in self._weights]
         if problem.worth_compiling:
             problem.notice("compiling")
-            lm.compile_layers()
+            lm.layers.set(compiled=True)
             self.backward(range(min(self.config.batch_size, len(examples))))  # compiles; its gradient is thrown away
         self._pace = self._time_a_step()
         # a guess until there is one: a row forward, in larger batches, is about a quarter of forward and backward
@@ -139,7 +139,7 @@ class Tuner:
         for weight in self._weights:
             weight.requires_grad_(False)
             weight.grad = None
-        self._lm.uncompile_layers()
+        self._lm.layers.set(compiled=False)
 
     def choose(self, rates: Sequence[float]) -> float:
         """The middle one of three learning rates, unless a short run of another, with a whole schedule of its own, is

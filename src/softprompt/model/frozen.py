@@ -6,6 +6,7 @@ import contextlib
 import copy as copying
 import inspect
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from softprompt.data.packages import DEFAULT_BASE
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, SoftPromptWarning
 from softprompt.files import StrPath, local_path
 from softprompt.model import attention
 from softprompt.model.architecture import (
@@ -27,10 +28,10 @@ from softprompt.model.architecture import (
     window_of,
 )
 from softprompt.model.attention import Masks
-from softprompt.model.batch import Batch, Row, collate, micro_batches
+from softprompt.model.batch import Batch, Row, collate, greedy_words, micro_batches, word_scores
 from softprompt.model.embedder import Embedder
 from softprompt.model.fast.blocks import can_use_blocks
-from softprompt.model.fast.compiled import compiled_if_possible
+from softprompt.model.fast.layers import LayerModes
 from softprompt.model.fast.packed import PackedWeights
 from softprompt.model.fingerprint import fingerprint_model, fingerprint_tokenizer, model_settings, weights_digest
 from softprompt.model.loading import DTYPES, lasting, load_base, pick_device, pick_dtype
@@ -64,7 +65,7 @@ class FrozenLM(Embedder):
         device: where it is.
         shares_prefix: whether the shared-prefix computation serves this architecture.
         why_whole_sequences: why not, in plain words; empty if it does.
-        compiled: whether the decoder layers are compiled now.
+        layers: how its decoder layers run in training.
         packed: its weights as a CPU's products of few rows want them; for continuing, token by token.
     """
 
@@ -96,7 +97,7 @@ class FrozenLM(Embedder):
         # In 16 bits, a CPU rounds the matrix product of one row otherwise than that row's among others: where a row
         # alone is computed twice, its text is the same in any company.
         self._avoids_one_row = self.device.type == "cpu" and self.dtype != torch.float32
-        self.compiled = False
+        self.layers = LayerModes(self._layers)
         self.packed = PackedWeights(self.model)
         if self.shares_prefix:
             attention.install(model, self._layers)
@@ -322,7 +323,7 @@ class FrozenLM(Embedder):
             float32 ``[B, W]``, natural logarithm, summed over a word's tokens; ``-inf`` where a row has fewer than
             ``W`` words.
         """
-        return _summed(batch, self._read_logits(batch, prefix))
+        return word_scores(batch, self._read_logits(batch, prefix))
 
     def score_stream(self, batch: Batch, vectors: torch.Tensor) -> torch.Tensor:
         """What ``score_batch`` returns, from a stream that holds its prefixes.
@@ -331,7 +332,7 @@ class FrozenLM(Embedder):
             batch: a stream.
             vectors: float ``[S, H]``, those of its soft prompts one after the other; differentiable.
         """
-        return _summed(batch, self._read_logits(batch, None, vectors))
+        return word_scores(batch, self._read_logits(batch, None, vectors))
 
     def _read_logits(
         self, batch: Batch, prefix: PrefixState | None, vectors: torch.Tensor | None = None
@@ -518,20 +519,32 @@ class FrozenLM(Embedder):
         """The places of the requests of each batch, their words' scores, and with ``compare`` whether greedy decoding
         would write them."""
         prefix_of = prefix_of or self.kept_prefixes(max(1, len(soft_prompts)))
-        for group in self._groups(requests, max_tokens or 2 * self.tokens_at_once):
-            members = [requests[i] for i in group]
-            with self.eager():
-                if self.shares_prefix and members[0].shares_prefix:
-                    rows, prefix = self._rows(members, soft_prompts, prefix_of)
-                    batch = collate(rows, prefix.lengths, self.device)
-                    if compare:
-                        logits = self._read_logits(batch, prefix)
-                        part, same = _summed(batch, logits), _greedy(batch, logits)
-                    else:
-                        part, same = self.score_batch(batch, prefix), None
-                else:
-                    part, same = self._concatenated(members, soft_prompts, compare=compare)
+        waiting = list(self._groups(requests, max_tokens or 2 * self.tokens_at_once))[::-1]
+        while waiting:
+            group = waiting.pop()
+            try:
+                part, same = self._scored_group([requests[i] for i in group], soft_prompts, prefix_of, compare=compare)
+            except torch.OutOfMemoryError:
+                if len(group) == 1:
+                    raise
+                self.take_less_at_once()
+                waiting += [group[len(group) // 2 :], group[: len(group) // 2]]
+                continue
             yield torch.tensor(group), part, same
+
+    def _scored_group(
+        self, members: Sequence[Request], soft_prompts: Sequence[torch.Tensor], prefix_of: PrefixOf, *, compare: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The same for one batch."""
+        with self.eager():
+            if not (self.shares_prefix and members[0].shares_prefix):
+                return self._concatenated(members, soft_prompts, compare=compare)
+            rows, prefix = self._rows(members, soft_prompts, prefix_of)
+            batch = collate(rows, prefix.lengths, self.device)
+            if not compare:
+                return self.score_batch(batch, prefix), None
+            logits = self._read_logits(batch, prefix)
+            return word_scores(batch, logits), greedy_words(batch, logits)
 
     def _groups(self, requests: Sequence[Request], max_tokens: int) -> Iterator[list[int]]:
         """Batches of requests that one path serves, of similar length."""
@@ -558,46 +571,20 @@ class FrozenLM(Embedder):
             rows.append(Row(request.ids[request.shared :], request.words, index[key]))
         return rows, prefixes[0].stack(prefixes[1:])
 
-    # --- compilation ------------------------------------------------------------------------------
-
-    def compile_layers(self) -> None:
-        """Compiles the decoder layers for training (``torch.compile``, dynamic shapes); evaluation stays as it is.
-
-        All layers share two compiled graphs, for the prefix and for the rows. The first layer stays uncompiled: its
-        input needs no gradient, which would make it another graph, and much of the compile time, for one layer.
-        Where the compiler turns out not to work, all layers go on as they are, with a ``SoftPromptWarning``.
-        """
-        if not self.compiled:
-            for layer in self._layers[1:]:
-                layer.forward = compiled_if_possible(layer.forward, self.uncompile_layers)
-            self.compiled = True
-
-    def uncompile_layers(self) -> None:
-        """Undoes ``compile_layers``."""
-        if self.compiled:
-            for layer in self._layers[1:]:
-                del layer.forward
-            self.compiled = False
+    # --- how the layers run -------------------------------------------------------------------------------------------
 
     def eager(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, layers run as they are, compiled or not; all that is not training does."""
-        return torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext()
+        return self.layers.eager()
 
-
-def _summed(batch: Batch, logits: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities float32 ``[B, W]`` of each row's words from logits ``[M, V]`` where they are read."""
-    picked = logits.log_softmax(dim=-1)[batch.step_read, batch.step_token]
-    scores = torch.zeros((batch.size + 1) * batch.num_words, device=logits.device)
-    scores = scores.index_add(0, batch.step_slot, picked).view(-1, batch.num_words)
-    return scores[: batch.size].masked_fill(_absent(batch), -torch.inf)
-
-
-def _greedy(batch: Batch, logits: torch.Tensor) -> torch.Tensor:
-    """Whether each token of a word is the most probable one, bool ``[B, W]``, from the same logits."""
-    others = (logits.argmax(dim=-1)[batch.step_read] != batch.step_token).float()
-    count = torch.zeros(batch.size * batch.num_words, device=logits.device).index_add(0, batch.step_slot, others)
-    return (count.view(batch.size, batch.num_words) == 0) & ~_absent(batch)
-
-
-def _absent(batch: Batch) -> torch.Tensor:
-    return torch.arange(batch.num_words, device=batch.ids.device) >= batch.word_counts[:, None]
+    def take_less_at_once(self) -> None:
+        """After a pass did not fit into memory: halves ``tokens_at_once``, with a ``SoftPromptWarning``."""
+        self.tokens_at_once = max(1, self.tokens_at_once // 2)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        warnings.warn(
+            f"a pass did not fit into the memory of the device ({self.device}); it goes on in passes of at most "
+            f"{self.tokens_at_once} tokens, with the same result",
+            SoftPromptWarning,
+            stacklevel=3,
+        )

@@ -65,6 +65,8 @@ class TrainConfig:
         max_length: the most tokens in one sequence, soft prompt included. None: the model's window.
         seed: seeds the start, the order of the data and the rows held out for validation.
         compile: compile the decoder layers: ``on``, ``off``, or ``auto``, if the run is long enough to gain by it.
+        activation_checkpointing: compute activations again in the backward pass instead of keeping them: ``on``,
+            ``off``, or ``auto``, if a row alone does not fit into memory otherwise. It changes no number.
     """
 
     num_virtual_tokens: int | None = None
@@ -92,6 +94,7 @@ class TrainConfig:
     max_length: int | None = None
     seed: int = 0
     compile: str = "auto"
+    activation_checkpointing: str = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lengths", tuple(self.lengths))
@@ -130,6 +133,7 @@ class TrainConfig:
             one_of("optimizer", OPTIMIZERS),
             one_of("schedule", SCHEDULES),
             one_of("compile", ("auto", "on", "off")),
+            one_of("activation_checkpointing", ("auto", "on", "off")),
             (
                 self.init_scale is None or 1 <= self.init_scale < 1000,
                 f"init_scale must be at least 1 and below 1000, not {self.init_scale}",

@@ -10,12 +10,14 @@ Three ways lead to the same numbers:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from softprompt.errors import SoftPromptWarning, TrainingError
 from softprompt.model.batch import Batch, Row, collate, micro_batches, stream
 from softprompt.model.fast.graphs import Graphs
 from softprompt.model.frozen import FrozenLM
@@ -88,13 +90,25 @@ class Gradients:
         lm: the frozen base model.
         graphs: the CUDA graphs of its streams.
         layout: the way that every step takes; None: the fastest that serves it.
-        max_tokens: the most tokens, padding included, in one pass; by default ``lm.tokens_at_once``.
+        fixed: pad streams to a few shapes, so that few graphs serve all; on a GPU only.
+        max_tokens: the most tokens, padding included, in one pass; by default ``lm.tokens_at_once``. A step that does
+            not fit into memory is repeated in smaller passes, with the same result.
+        may_recompute: whether a row that does not fit alone is tried with activations that are computed again.
     """
 
-    def __init__(self, lm: FrozenLM, *, layout: Layout | None = None, max_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        lm: FrozenLM,
+        *,
+        layout: Layout | None = None,
+        max_tokens: int | None = None,
+        may_recompute: bool = True,
+    ) -> None:
         self.lm = lm
+        self.may_recompute = may_recompute
         self.graphs = Graphs()
         self.layout = layout
+        self.fixed = lm.device.type == "cuda"
         self.max_tokens = max_tokens
         self._text_before: PrefixOf = lm.kept_prefixes(1)
 
@@ -120,7 +134,7 @@ class Gradients:
             if layout == "stream":
                 groups = [list(range(len(rows)))]
                 prefixes = [(share.shared, share.shape[0]) for share in shares]
-                batches = [stream(rows, prefixes, fixed=self.lm.device.type == "cuda")]
+                batches = [stream(rows, prefixes, fixed=self.fixed)]
             else:
                 groups = micro_batches(lengths, most)
                 cpu = torch.device("cpu")
@@ -151,11 +165,40 @@ class Gradients:
         Returns:
             float32 ``[K]`` on the device, each share's mean loss. Nothing waits for it.
         """
-        if work.layout == "stream":
-            return self._add_by_stream(work, vectors)
-        if work.layout == "two stages":
-            return self._add_by_stages(work, vectors)
-        return self._add_by_concatenation(work, vectors)
+        ways = {
+            "stream": self._add_by_stream,
+            "two stages": self._add_by_stages,
+            "concatenation": self._add_by_concatenation,
+        }
+        before = [None if own.grad is None else own.grad.clone() for own in vectors]
+        while True:
+            try:
+                return ways[work.layout](work, vectors)
+            except torch.OutOfMemoryError as error:
+                for own, gradient in zip(vectors, before, strict=True):
+                    own.grad = gradient
+                work = self._smaller(work, error)
+
+    def _smaller(self, work: Work, error: torch.OutOfMemoryError) -> Work:
+        """The same step in smaller passes; where each has one row already, with activations that are computed again."""
+        if work.layout == "stream" or any(len(group) > 1 for group in work.groups):
+            self.lm.take_less_at_once()
+            self.max_tokens = self.lm.tokens_at_once
+            return self.prepare(work.shares)
+        if not self.may_recompute or self.lm.layers.recomputed:
+            raise TrainingError(
+                f"A single row does not fit into the memory of {self.lm.device} with what the backward pass needs; "
+                "take shorter rows (--max-length), fewer virtual tokens, --dtype bf16, or "
+                "--activation-checkpointing auto."
+            ) from error
+        self.lm.layers.set(recomputed=True)
+        warnings.warn(
+            f"a single row did not fit into the memory of the device ({self.lm.device}); activations are computed "
+            "again in the backward pass from now on, with the same result, in a third more time",
+            SoftPromptWarning,
+            stacklevel=3,
+        )
+        return work
 
     def backward(
         self, objective: Objective, requests: Sequence[Request], gold: Sequence[int], vectors: torch.Tensor

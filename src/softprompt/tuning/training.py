@@ -157,7 +157,7 @@ class Training:
             for rows in filter(None, (train, validation)):
                 check_targets(rows, task.labels)
         self._order = RowOrder([None if task.verbalizer is None else example.target for example in examples])
-        self._gradients = Gradients(task.model)
+        self._gradients = Gradients(task.model, may_recompute=self.config.activation_checkpointing != "off")
         self._works: dict[tuple[int, int], Work] = {}
         self._prepare(examples)
         if self.config.parametrisation == "prefix":
@@ -240,8 +240,7 @@ class Training:
         self._hold.take()
         try:
             self._iterating = True
-            if state.compiled:
-                lm.compile_layers()
+            lm.layers.set(compiled=state.compiled, recomputed=self.config.activation_checkpointing == "on")
             while not state.stopped:
                 if state.step >= self.total:
                     state.stopped = "steps"
@@ -257,7 +256,7 @@ class Training:
                     self._save()
                 yield step
         finally:
-            lm.uncompile_layers()
+            lm.layers.set(compiled=False, recomputed=False)
             self._iterating = False
             self._hold.give_back()
 
@@ -305,7 +304,7 @@ class Training:
         """
         began = time.perf_counter()
         state = self._state
-        state.compiled = self.task.model.compiled  # it may have turned out that they cannot be
+        state.compiled = self.task.model.layers.compiled  # it may have turned out that they cannot be
         place = self.schedule.place(state.step)
         lr = learning_rate(self.config, place, self.schedule.planned)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -489,7 +488,8 @@ class Training:
         """What a checkpoint must agree with to be gone on with."""
         task, data = self.task, self._data
         settings = self.config.as_dict()
-        del settings["checkpoint_every"]  # which changes no number
+        for name in ("checkpoint_every", "activation_checkpointing"):  # which change no number
+            del settings[name]
         start = None if self._start is None else self._start.detach().float().cpu().contiguous().numpy().tobytes()
         return {
             **settings,

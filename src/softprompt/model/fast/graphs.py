@@ -58,7 +58,7 @@ class Graphs:
             run: the function.
             inputs: on the device.
         """
-        if inputs[0].device.type != "cuda" or self.failed:
+        if self.failed or not self.on_gpu(inputs[0]):
             return run(*inputs)
         if shape not in self._held:
             if len(self._held) >= MOST_GRAPHS:
@@ -74,6 +74,11 @@ class Graphs:
             own.copy_(new, non_blocking=True)
         held.graph.replay()
         return tuple(output.clone() for output in held.outputs)  # the next replay writes there
+
+    @staticmethod
+    def on_gpu(tensor: torch.Tensor) -> bool:
+        """Whether it lies where graphs can be captured."""
+        return tensor.device.type == "cuda"
 
     def _capture(self, run: Callable[..., Tensors], inputs: Tensors) -> _Captured:
         own = tuple(tensor.detach().clone() for tensor in inputs)

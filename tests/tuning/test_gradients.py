@@ -1,0 +1,248 @@
+"""Gradients of steps: several soft prompts at once, static shapes, and steps that do not fit into memory. That each way
+gives the gradient of one example at a time is in test_frozen.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from softprompt.data.example import Example
+from softprompt.errors import SoftPromptWarning, TrainingError
+from softprompt.model.batch import rounded_up
+from softprompt.model.fast.blocks import attend_blocks, block_mask
+from softprompt.model.fast.graphs import Graphs
+from softprompt.model.frozen import FrozenLM
+from softprompt.tasks.task import Task
+from softprompt.text.template import Template
+from softprompt.text.verbalizer import Verbalizer
+from softprompt.tuning.gradients import Gradients, Layout, Share
+from softprompt.tuning.objective import Objective
+from tests.conftest import SHARED, tiny
+
+TEXTS = ("a stirring film", "dull", "one of the best movies of the year , and a very funny one", "so so")
+LABELS = Verbalizer({"good": ("very good", "great", "good"), "bad": ("very bad", "awful"), "so": ("very",)})
+
+
+def soft(length: int, seed: int, width: int = 32) -> torch.Tensor:
+    return 0.15 * torch.randn(length, width, generator=torch.Generator().manual_seed(seed))
+
+
+def shares(lm: FrozenLM, shift: int = 0) -> tuple[list[Share], list[torch.Tensor]]:
+    """Three soft prompts of other lengths, templates, losses and numbers of rows."""
+    found, vectors = [], []
+    for number, (length, template, labels) in enumerate(
+        [
+            (7, "Review :{soft_prompt} {input} {target}", True),
+            (3, "{soft_prompt}{input} {target}", False),
+            (5, "It is{soft_prompt} so {input}{target}", True),
+        ]
+    ):
+        task = Task(lm, Template(template), LABELS, length, 128)
+        examples = [
+            Example({"input": TEXTS[(i + number + shift) % 4]}, ("good", "bad", "so")[i % 3]) for i in range(2 + number)
+        ]
+        requests = [task.label_request(e) if labels else task.target_request(e) for e in examples]
+        gold = [i % 3 if labels else 0 for i in range(len(examples))]
+        found.append(Share(Objective(task.label_of_word if labels else None), requests, gold, (length, 32)))
+        vectors.append(soft(length, number).to(lm.device).requires_grad_())
+    return found, vectors
+
+
+def alone(lm: FrozenLM, each: Sequence[Share], vectors: Sequence[torch.Tensor]) -> list[tuple[float, torch.Tensor]]:
+    """Loss and gradient of each by concatenation, one row at a time."""
+    found = []
+    for share, own in zip(each, vectors, strict=True):
+        leaf = own.detach().clone().requires_grad_()
+        ways = Gradients(lm, layout="concatenation", max_tokens=1)
+        loss, _ = ways.backward(share.objective, share.requests, share.gold, leaf)
+        assert leaf.grad is not None
+        found.append((loss, leaf.grad))
+    return found
+
+
+def check(gradients: Gradients, each: Sequence[Share], vectors: Sequence[torch.Tensor]) -> None:
+    expected = alone(gradients.lm, each, vectors)
+    losses = gradients.add(gradients.prepare(each), vectors)
+    for found, own, (loss, gradient) in zip(losses.tolist(), vectors, expected, strict=True):
+        assert found == pytest.approx(loss, rel=1e-5)
+        assert own.grad is not None
+        assert float((own.grad - gradient).norm() / gradient.norm()) < 1e-5
+        own.grad = None
+
+
+@pytest.mark.parametrize("kind", SHARED)
+@pytest.mark.parametrize("layout", ["stream", "two stages"])
+def test_several_soft_prompts_in_one_pass_have_the_gradients_that_they_have_alone(kind: str, layout: Layout) -> None:
+    lm = tiny(kind)
+    each, vectors = shares(lm)
+    for max_tokens in (4096, 40):
+        check(Gradients(lm, layout=layout, max_tokens=max_tokens), each, vectors)
+
+
+def test_other_architectures_train_several_one_after_the_other() -> None:
+    lm = tiny("phi")
+    each, vectors = shares(lm)
+    check(Gradients(lm), each, vectors)
+
+
+def test_kv_prefixes_and_vectors_are_trained_together(llama: FrozenLM) -> None:
+    each, vectors = shares(llama)
+    numbers = llama.prefix_numbers((*each[1].shared,), vectors[1])
+    kv = Share(each[1].objective, each[1].requests, each[1].gold, tuple(numbers.shape))
+    vectors[1] = numbers.requires_grad_()
+    both, other = Gradients(llama), Gradients(llama)
+    work = both.prepare([each[0], kv])
+    assert work.layout == "two stages"
+    losses = both.add(work, vectors[:2])
+    found = [own.grad for own in vectors[:2]]
+    for number, share in enumerate((each[0], kv)):
+        vectors[number].grad = None
+        loss, _ = other.backward(share.objective, share.requests, share.gold, vectors[number])
+        assert float(losses[number]) == pytest.approx(loss, rel=1e-5)
+        torch.testing.assert_close(found[number], vectors[number].grad, rtol=1e-4, atol=1e-6)
+
+
+# --- what a GPU is given -------------------------------------------------------------------------------------
+
+
+def test_the_shapes_of_streams_are_few_and_little_larger() -> None:
+    sizes = [rounded_up(n, 128) for n in range(1, 20_000)]
+    assert all(size >= n and size % 128 == 0 for n, size in enumerate(sizes, start=1))
+    assert all(size <= 1.125 * n for n, size in enumerate(sizes, start=1) if n > 1024)
+    assert len(set(sizes)) < 50
+
+
+def test_padded_streams_of_one_shape_share_a_graph(llama: FrozenLM) -> None:
+    """As on a GPU, where a graph is captured for each key: batches of other texts have the same one."""
+    keys, runs = set(), 0
+
+    class Spied(Graphs):
+        def __call__(self, shape: Any, run: Any, *inputs: torch.Tensor) -> Any:
+            nonlocal runs
+            keys.add(shape)
+            runs += 1
+            return run(*inputs)
+
+    gradients = Gradients(llama, layout="stream")
+    gradients.fixed = True
+    gradients.graphs = Spied()
+    for shift in range(4):
+        each, vectors = shares(llama, shift)
+        check(gradients, each, vectors)
+    assert (len(keys), runs) == (1, 4)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_blocks_are_the_dense_mask(window: int | None) -> None:
+    """Two prefixes of 5 and 3 tokens with rows of 4 and 7 behind them, and padding, by PyTorch's own kernel."""
+    ends, positions = torch.arange(1, 129), torch.arange(128)
+    ends[:9], ends[9:19] = torch.tensor([9] * 5 + [9] * 4), torch.tensor([19] * 3 + [19] * 7)
+    positions[:9], positions[9:19] = torch.arange(9), torch.arange(10)
+    places = torch.arange(128)
+    sees = (places <= places[:, None]) & (places[:, None] < ends)
+    if window:
+        sees &= positions[:, None] - positions < window
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 128, 16, generator=generator) for heads in (4, 2, 2))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, sees, scale=0.3, enable_gqa=True)
+    found = attend_blocks(query, key, value, block_mask(ends, positions, window), 0.3)
+    torch.testing.assert_close(found, expected.transpose(1, 2))
+
+
+def test_a_graph_that_cannot_be_captured_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs, told = Graphs(), []
+    on_gpu = torch.zeros(3, device="meta")
+    monkeypatch.setattr(type(graphs), "on_gpu", staticmethod(lambda tensor: True))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def capture(*_: Any) -> Any:
+        told.append("tried")
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "_capture", capture)
+    with pytest.warns(SoftPromptWarning, match="could not be captured as a CUDA graph .operation not permitted"):
+        assert graphs("shape", lambda tensor: (tensor,), on_gpu) == (on_gpu,)
+    assert graphs("shape", lambda tensor: (tensor,), on_gpu) == (on_gpu,)
+    assert told == ["tried"]
+    assert graphs.captured == 0
+
+
+# --- memory --------------------------------------------------------------------------------------------------
+
+
+def small(monkeypatch: pytest.MonkeyPatch, tokens: int) -> list[int]:
+    """A device whose memory ends with a pass of more than ``tokens`` tokens; the tokens of the passes that fitted."""
+    passes: list[int] = []
+    for name in ("score_batch", "score_stream"):
+        compute = getattr(FrozenLM, name)
+
+        def limited(self: FrozenLM, batch: Any, *rest: Any, compute: Any = compute) -> torch.Tensor:
+            if batch.ids.numel() > tokens and not self.layers.recomputed:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            passes.append(batch.ids.numel())
+            scores: torch.Tensor = compute(self, batch, *rest)
+            return scores
+
+        monkeypatch.setattr(FrozenLM, name, limited)
+    return passes
+
+
+def test_a_step_that_does_not_fit_is_repeated_in_smaller_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny("llama")
+    monkeypatch.setitem(vars(lm), "tokens_at_once", lm.tokens_at_once)
+    each, vectors = shares(lm)
+    passes = small(monkeypatch, 60)
+    with pytest.warns(SoftPromptWarning, match="did not fit into the memory of the device"):
+        check(Gradients(lm, layout=None), each, vectors)
+    assert 1 < len(passes) <= 9
+
+
+def test_a_row_that_does_not_fit_is_computed_again_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny("llama")
+    monkeypatch.setitem(vars(lm), "tokens_at_once", 1)
+    each, vectors = shares(lm)
+    small(monkeypatch, 4)
+    try:
+        with pytest.raises(TrainingError, match="single row does not fit"):
+            Gradients(lm, may_recompute=False, layout="two stages").backward(
+                each[0].objective, each[0].requests, each[0].gold, vectors[0]
+            )
+        assert vectors[0].grad is None
+        with pytest.warns(SoftPromptWarning, match="activations are computed again"):
+            check(Gradients(lm, layout="two stages"), each, vectors)
+        assert lm.layers.recomputed
+    finally:
+        lm.layers.set(recomputed=False)
+
+
+@pytest.mark.parametrize("kind", SHARED)
+@pytest.mark.parametrize("layout", ["stream", "two stages"])
+def test_activation_checkpointing_changes_no_number(kind: str, layout: Layout) -> None:
+    lm = tiny(kind)
+    each, vectors = shares(lm)
+    gradients, found = Gradients(lm, layout=layout), []
+    for recomputed in (False, True):
+        lm.layers.set(recomputed=recomputed)
+        try:
+            losses = gradients.add(gradients.prepare(each), vectors)
+        finally:
+            lm.layers.set(recomputed=False)
+        found.append([losses.tolist(), [own.grad.tolist() for own in vectors if own.grad is not None]])
+        for own in vectors:
+            own.grad = None
+    assert found[0] == found[1]
+
+
+def test_scoring_that_does_not_fit_goes_on_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny("llama")
+    monkeypatch.setitem(vars(lm), "tokens_at_once", lm.tokens_at_once)
+    each, vectors = shares(lm)
+    requests = [*each[0].requests, *each[2].requests]
+    expected = lm.score(requests, [vectors[0].detach()])
+    small(monkeypatch, 60)
+    with pytest.warns(SoftPromptWarning, match="did not fit"):
+        found = lm.score(requests, [vectors[0].detach()])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
