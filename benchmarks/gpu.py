@@ -37,6 +37,7 @@ from benchmarks.train_step import (
     load_base,
     matrix_peak,
     of_one_bucket,
+    our_step,
     step_of,
     useful_operations,
     useful_tokens,
@@ -45,11 +46,13 @@ from softprompt.data.packages import SMOLLM2_GGUF
 from softprompt.data.reading import read_dataset
 from softprompt.errors import SoftPromptError
 from softprompt.generation.decoder import generate as generate_texts
+from softprompt.model.fast.graphs import Graphs
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.loading import DTYPES
 from softprompt.model.request import Sampling
 from softprompt.tasks.task import Task
 from softprompt.text.template import DEFAULT_TEMPLATE, Template
+from softprompt.tuning.gradients import Gradients
 from softprompt.tuning.start import initial_vectors
 
 LLAMA: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5}
@@ -353,9 +356,12 @@ def pair(
     data = read_dataset(options.work / "rows.jsonl", fields=("input",))
     batches = of_one_bucket(all_batches(lm, data, num_virtual_tokens, options.batch_size))
     batches = batches[: options.warmup + options.steps]
-    sides = []
+    sides, graphs = [], dict[str, Graphs]()
     for name, kind in ((ours, "softprompt"), (peer, peer)):
-        side = Side(name, step_of(kind, lm, plain, choices), options.device)
+        ways = Gradients(lm)
+        step = our_step(lm, ways, choices) if kind == "softprompt" else step_of(kind, lm, plain, choices)
+        side = Side(name, step, options.device)
+        graphs[name] = ways.graphs
         side.run(batches[0], timed=False)
         assert side.first_seconds is not None
         line = {"model": options.model, "num_virtual_tokens": num_virtual_tokens, "side": name}
@@ -386,6 +392,7 @@ def pair(
             memory_above_model_bytes=side.peak_bytes if options.device == "cuda" else None,
             compiled_graphs=side.compiled,
             compiled_graphs_in_timed_steps=side.compiled_late,
+            cuda_graphs_captured=graphs[side.name].captured if side.name == ours else None,
             cuda_graphs_skipped=None if side.name == ours else counters["inductor"]["cudagraph_skips"],
             first_step_seconds=side.first_seconds,
             loss=side.first[0] if side.first else None,

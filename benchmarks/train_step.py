@@ -114,14 +114,17 @@ def start(lm: FrozenLM, options: argparse.Namespace) -> torch.Tensor:
 
 def step_of(side: str, lm: FrozenLM, plain: Any, options: argparse.Namespace) -> Step:
     """The step of ``softprompt`` or of one of ``PEERS``."""
-    return our_step(lm, options) if side == "softprompt" else peft_step(lm, plain, options, side)
+    return (
+        our_step(lm, Gradients(lm, max_tokens=options.max_tokens), options)
+        if side == "softprompt"
+        else peft_step(lm, plain, options, side)
+    )
 
 
-def our_step(lm: FrozenLM, options: argparse.Namespace) -> Step:
-    """A step by the objective that training uses."""
+def our_step(lm: FrozenLM, gradients: Gradients, options: argparse.Namespace) -> Step:
+    """A step by the gradients that training uses."""
     vectors = start(lm, options).to(lm.device).requires_grad_()
     optimizer = torch.optim.AdamW([vectors], lr=1e-6)
-    gradients = Gradients(lm, max_tokens=options.max_tokens)
     if options.compile == "on":
         lm.layers.set(compiled=True)
 

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from softprompt.data.example import Example
 from softprompt.generation.decoder import generate
+from softprompt.model.fast.compiled import graphs_compiled
 from softprompt.model.frozen import GPU_SHARE, MAX_TOKENS, MOST_TOKENS, FrozenLM
 from softprompt.model.request import Request, Sampling
 from softprompt.tasks.task import Task
@@ -23,7 +24,7 @@ from softprompt.text.tokens import SOFT
 from softprompt.text.verbalizer import Verbalizer
 from softprompt.tuning.compilation import PAYS_FROM_STEPS, can_compile
 from softprompt.tuning.config import PARAMETRISATIONS, TrainConfig
-from softprompt.tuning.gradients import Gradients
+from softprompt.tuning.gradients import Gradients, Layout, Share
 from softprompt.tuning.objective import Objective
 from softprompt.tuning.training import Training
 from tests.conftest import (
@@ -89,7 +90,8 @@ def test_texts(kind: str, temperature: float) -> None:
 
 @pytest.mark.parametrize("kind", SHARED)
 @pytest.mark.parametrize("loss", ["lm", "labels"])
-def test_loss_and_gradient(kind: str, loss: str) -> None:
+@pytest.mark.parametrize("layout", ["stream", "two stages"])
+def test_loss_and_gradient(kind: str, loss: str, layout: Layout) -> None:
     found = []
     for lm in (tiny(kind, DEVICE), tiny(kind)):
         data = toy(9, 0)
@@ -98,12 +100,76 @@ def test_loss_and_gradient(kind: str, loss: str) -> None:
         rows = [task.label_request(e) if loss == "labels" else task.target_request(e) for e in data.examples]
         gold = [task.labels.index(str(e.target)) if loss == "labels" else 0 for e in data.examples]
         vectors = PROMPTS[0].to(lm.device, copy=True).requires_grad_()
-        value, _ = Gradients(lm, max_tokens=40).backward(Objective(labels), rows, gold, vectors)
+        value, _ = Gradients(lm, layout=layout, max_tokens=40).backward(Objective(labels), rows, gold, vectors)
         assert vectors.grad is not None
         found.append((value, vectors.grad.cpu()))
     (ours, gradient), (theirs, expected) = found
     assert ours == pytest.approx(theirs, rel=1e-5)
     assert float((gradient - expected).norm() / expected.norm()) < 1e-4
+
+
+def test_streams_of_one_shape_replay_one_graph_and_compile_nothing_more() -> None:
+    """Batches of other texts and lengths; each has the gradient of two stages, which are not captured."""
+    lm = tiny("llama", DEVICE)
+    ways, oracle = Gradients(lm), Gradients(lm, layout="two stages")
+    compiled = None
+    for shift in range(6):
+        requests = [
+            Request((SOFT, *range(10 + shift, 10 + shift + length)), 1, ((7, 8 + shift),))
+            for length in (3, 9 + shift, 20)
+        ]
+        found = []
+        for each in (ways, oracle):
+            vectors = PROMPTS[0].to(DEVICE, copy=True).requires_grad_()
+            loss, _ = each.backward(Objective(), requests, [0, 0, 0], vectors)
+            assert vectors.grad is not None
+            found.append((loss, vectors.grad))
+        assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+        torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-6)
+        assert ways.graphs.failed == ""
+        assert ways.graphs.captured == 1
+        assert oracle.graphs.captured == 0
+        compiled = compiled or graphs_compiled()
+        assert graphs_compiled() == compiled
+
+
+def test_several_soft_prompts_in_one_stream() -> None:
+    found = []
+    for lm in (tiny("llama", DEVICE), tiny("llama")):
+        vectors = [soft(length, length).to(lm.device).requires_grad_() for length in (7, 3, 5)]
+        shares = [
+            Share(
+                Objective(),
+                [Request((3, SOFT, *range(20, 20 + length), 4), 2, ((7 + length, 8),)) for length in (2, 11)],
+                [0, 0],
+                tuple(own.shape),
+            )
+            for own in vectors
+        ]
+        ways = Gradients(lm, layout="stream")
+        losses = ways.add(ways.prepare(shares), vectors)
+        found.append((losses.cpu(), [own.grad.cpu() for own in vectors if own.grad is not None]))
+    torch.testing.assert_close(*found, **TOLERANCE)
+
+
+def test_activation_checkpointing_takes_less_memory() -> None:
+    lm = tiny("llama", DEVICE)
+    requests = [Request((SOFT, *(10 + i % 300 for i in range(100))), 1, ((5,),))] * 40
+    used, found = [], []
+    for recomputed in (False, True):
+        lm.layers.set(recomputed=recomputed)
+        try:
+            vectors = PROMPTS[0].to(DEVICE, copy=True).requires_grad_()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            Gradients(lm, layout="two stages").backward(Objective(), requests, [0] * 40, vectors)
+            used.append(torch.cuda.max_memory_allocated() - before)
+            assert vectors.grad is not None
+            found.append(vectors.grad)
+        finally:
+            lm.layers.set(recomputed=False)
+    assert used[1] < used[0]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 
 def trained(lm: FrozenLM, config: TrainConfig, steps: int | None = None, **options: Any) -> Training:

@@ -153,6 +153,7 @@ def _report(
             "steps": record["steps_done"],
             "truncated": training.truncated,
             "seconds": round(seconds, 3),
+            "graphs": training.graphs,
             **{key: record[key] for key in ("best_step", "stopped", "loss", "tokens", "train_seconds")},
         }
         print(strict_json(document))

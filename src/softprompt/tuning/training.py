@@ -16,6 +16,7 @@ from softprompt.errors import ConfigError, TrainingError
 from softprompt.evaluation.validation import validator
 from softprompt.files import StrPath
 from softprompt.model.batch import Row
+from softprompt.model.fast.compiled import graphs_compiled
 from softprompt.model.loading import DTYPES
 from softprompt.model.request import Request
 from softprompt.soft_prompts.metadata import library_versions
@@ -158,6 +159,7 @@ class Training:
                 check_targets(rows, task.labels)
         self._order = RowOrder([None if task.verbalizer is None else example.target for example in examples])
         self._gradients = Gradients(task.model, may_recompute=self.config.activation_checkpointing != "off")
+        self._compiled_before = graphs_compiled()
         self._works: dict[tuple[int, int], Work] = {}
         self._prepare(examples)
         if self.config.parametrisation == "prefix":
@@ -201,6 +203,15 @@ class Training:
     def compiled(self) -> bool:
         """Whether the decoder layers are compiled while it trains; False, too, where that was seen not to work."""
         return self._state.compiled
+
+    @property
+    def graphs(self) -> dict[str, int]:
+        """What its steps cost once: ``compiled``, how many graphs ``torch.compile`` has made since the training was
+        prepared, and ``captured``, how many CUDA graphs there are."""
+        return {
+            "compiled": graphs_compiled() - self._compiled_before,
+            "captured": self._gradients.graphs.captured,
+        }
 
     @property
     def learned(self) -> dict[str, torch.Tensor]:

@@ -47,6 +47,7 @@ class BlockAttention:
     def __init__(self) -> None:
         self._attend: Callable[..., torch.Tensor] | None = None
 
+    @torch.compiler.disable(recursive=False)  # compiled by itself, with static shapes
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scaling: float
     ) -> torch.Tensor:
