@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from softprompt.model.fast.compiled import compiled_if_possible
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 BLOCK = 128
 """Tokens in a block; a stream's length must be a multiple."""
@@ -41,13 +43,19 @@ def block_mask(ends: torch.Tensor, positions: torch.Tensor, window: int | None =
     return create_block_mask(sees, None, None, length, length, device=str(ends.device), BLOCK_SIZE=BLOCK)
 
 
+def _apart(call: F) -> F:
+    """Compiled layers leave it out: it is compiled by itself, with static shapes."""
+    disabled: F = torch.compiler.disable(call, recursive=False)  # type: ignore[no-untyped-call]
+    return disabled
+
+
 class BlockAttention:
     """Flex attention, compiled where that works; else as it is, slowly and with a ``SoftPromptWarning``."""
 
     def __init__(self) -> None:
         self._attend: Callable[..., torch.Tensor] | None = None
 
-    @torch.compiler.disable(recursive=False)  # compiled by itself, with static shapes
+    @_apart
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scaling: float
     ) -> torch.Tensor:
