@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from softprompt.text.template import Template, chat_template, default_template
     from softprompt.text.verbalizer import Verbalizer
     from softprompt.tuning.config import TrainConfig, preset
-    from softprompt.tuning.training import Step, Training
+    from softprompt.tuning.step import Step
+from softprompt.tuning.training import Training
 
 __version__ = version("softprompt")
 

@@ -362,14 +362,14 @@ def test_a_disk_that_is_full_for_checkpoints(train: Run, home: Path, monkeypatch
 def interrupted_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Ctrl-C in the step after the one whose number is put in."""
     at: list[int] = []
-    real = Training._advance
+    real = Training.begin_step
 
     def advance(self: Training) -> Any:
         if at and self.step == at[0]:
             raise KeyboardInterrupt
         return real(self)
 
-    monkeypatch.setattr(Training, "_advance", advance)
+    monkeypatch.setattr(Training, "begin_step", advance)
     return at
 
 

@@ -29,7 +29,8 @@ from softprompt.tasks.predict import Query, predict
 from softprompt.tasks.task import Task
 from softprompt.tuning.config import DEFAULT_STEPS, TrainConfig
 from softprompt.tuning.gradients import Gradients
-from softprompt.tuning.training import Step, Training
+from softprompt.tuning.step import Step
+from softprompt.tuning.training import Training
 from tests.conftest import TOY_LABELS, TOY_TEMPLATE, tiny, toy
 
 

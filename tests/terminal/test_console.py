@@ -18,7 +18,8 @@ from softprompt.drawing.words import duration, roughly, short
 from softprompt.terminal import console as terminal_module
 from softprompt.terminal.console import notices, rows_bar
 from softprompt.terminal.training import watch
-from softprompt.tuning.training import Step, Training
+from softprompt.tuning.step import Step
+from softprompt.tuning.training import Training
 from tests.conftest import QUICK, tiny, toy, toy_task, train_settings, write_labels
 
 LABELS = ("sehr schön 😍", "sehr schön 😡")

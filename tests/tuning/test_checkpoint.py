@@ -26,7 +26,8 @@ from softprompt.tuning import checkpoint, history
 from softprompt.tuning.config import TrainConfig
 from softprompt.tuning.gradients import Gradients
 from softprompt.tuning.optimizer import make_optimizer
-from softprompt.tuning.training import Step, Training
+from softprompt.tuning.step import Step
+from softprompt.tuning.training import Training
 from tests.conftest import (
     TOY_LABELS,
     TOY_TEMPLATE,

@@ -15,8 +15,9 @@ from softprompt.data.wording import counted
 from softprompt.drawing.words import number, plain_metric, roughly, short
 from softprompt.evaluation.evaluate import OneAnswer
 from softprompt.terminal.console import Clock, Minute, can_redraw, progress_bar, stderr
+from softprompt.tuning.step import Step
 from softprompt.tuning.tracking import Track
-from softprompt.tuning.training import Step, Training
+from softprompt.tuning.training import Training
 from softprompt.tuning.training_time import TrainingTime
 
 

@@ -19,6 +19,8 @@ from softprompt.model.loading import DTYPES
 from softprompt.tuning import history
 
 FILE = "checkpoint.safetensors"
+EARLIER = "checkpoint.earlier.safetensors"
+"""The one before it, kept where several runs must go on from the same step."""
 LOG = "log.jsonl"
 SCHEMA_VERSION = 3
 READABLE = (2, 3)
@@ -42,7 +44,12 @@ def give_slots(optimizer: torch.optim.Optimizer, slots: Slots) -> None:
 
 
 def save(
-    folder: StrPath, tensors: Mapping[str, torch.Tensor], optimizers: Mapping[str, Slots], state: Mapping[str, Any]
+    folder: StrPath,
+    tensors: Mapping[str, torch.Tensor],
+    optimizers: Mapping[str, Slots],
+    state: Mapping[str, Any],
+    *,
+    keep_earlier: bool = False,
 ) -> None:
     """Writes a checkpoint, whole or not at all.
 
@@ -51,6 +58,7 @@ def save(
         tensors: by name; not ``optimizer/*``.
         optimizers: name, without ``/`` → memory.
         state: JSON values.
+        keep_earlier: keep the checkpoint before it as ``EARLIER``.
 
     Raises:
         StoreError: the folder cannot be written or the disk is full; the earlier checkpoint stays.
@@ -67,8 +75,12 @@ def save(
                     plain[name][index][slot] = value
     document = {"schema_version": SCHEMA_VERSION, "state": state, "optimizers": plain}
     text = json.dumps(_encoded(document | {"digest": _digest(document, flat)}), allow_nan=False)
+    path = local_path(folder) / FILE
     try:
-        with atomic_writer(local_path(folder) / FILE) as file:
+        if keep_earlier and path.exists():
+            with atomic_writer(path.with_name(EARLIER)) as file:
+                file.write(path.read_bytes())
+        with atomic_writer(path) as file:
             file.write(to_bytes(flat, metadata={_KEY: text}))
     except OSError as error:
         raise StoreError(
@@ -76,8 +88,8 @@ def save(
         ) from error
 
 
-def load(folder: StrPath) -> tuple[dict[str, torch.Tensor], dict[str, Slots], dict[str, Any]]:
-    """Reads a checkpoint.
+def load(folder: StrPath, *, earlier: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, Slots], dict[str, Any]]:
+    """Reads a checkpoint, the latest or the one before it.
 
     Returns:
         The tensors, the optimizers' memories and the state that were given to ``save``.
@@ -85,7 +97,9 @@ def load(folder: StrPath) -> tuple[dict[str, torch.Tensor], dict[str, Slots], di
     Raises:
         StoreError: the file is damaged, or of another release.
     """
-    path = local_path(folder) / FILE
+    path = local_path(folder) / (EARLIER if earlier else FILE)
+    if not path.exists():
+        raise StoreError(f"there is no checkpoint {path} to go on from; {ANEW}")
     try:
         with safe_open(path, "pt") as file:
             document = json.loads(file.metadata()[_KEY], object_hook=_decoded)
@@ -203,6 +217,6 @@ def trim_log(path: StrPath, step: int) -> None:
 
 def tidy(folder: StrPath) -> None:
     """Removes what a kill in the middle of writing left behind."""
-    for name in (FILE, LOG, history.FILE):
+    for name in (FILE, EARLIER, LOG, history.FILE):
         for path in local_path(folder).glob(f".{name}*"):
             path.unlink(missing_ok=True)

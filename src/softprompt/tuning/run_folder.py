@@ -142,7 +142,7 @@ class RunFolder:
             StoreError: the folder cannot be written.
         """
         try:
-            for name in (checkpoint.FILE, checkpoint.LOG, history.FILE):
+            for name in (checkpoint.FILE, checkpoint.EARLIER, checkpoint.LOG, history.FILE):
                 (self.path / name).unlink(missing_ok=True)
             (self.path / checkpoint.LOG).touch()
         except OSError as error:

@@ -25,6 +25,7 @@ class State:
         best: float32 of the same shape, the numbers of the validation that is kept.
         leader: the best of several starts so far; None with one, and when they are compared.
         step, tokens, seconds: what was done: optimizer steps, tokens computed, wall time without validations.
+        rounds: steps computed, those included that were not finite.
         validations: all of them, without their rows.
         stopped: why it ended: ``steps``, ``early``, ``interrupted``, ``not finite``; empty while it runs.
         compiled: whether the decoder layers are compiled while it trains.
@@ -36,6 +37,7 @@ class State:
     best: torch.Tensor
     leader: Learner | None = None
     step: int = 0
+    rounds: int = 0
     tokens: int = 0
     seconds: float = 0.0
     validations: list[dict[str, Any]] = field(default_factory=list)
@@ -66,12 +68,13 @@ class State:
             "compiled": self.compiled,
         }
 
-    def save(self, folder: Path, identity: Mapping[str, Any]) -> None:
+    def save(self, folder: Path, identity: Mapping[str, Any], *, keep_earlier: bool = False) -> None:
         """Writes the checkpoint.
 
         Args:
             folder: where.
             identity: all that the run's numbers depend on, JSON values.
+            keep_earlier: keep the one before it, too.
 
         Raises:
             StoreError: the folder cannot be written; the earlier checkpoint stays.
@@ -87,6 +90,7 @@ class State:
             {
                 "identity": identity,
                 "step": self.step,
+                "rounds": self.rounds,
                 "seconds": self.seconds,
                 "tokens": self.tokens,
                 "starts": {role: [learner.number, learner.found] for role, learner in learners.items()},
@@ -95,21 +99,25 @@ class State:
                 "stopped": self.stopped,
                 "compiled": self.compiled,
             },
+            keep_earlier=keep_earlier,
         )
 
-    def load(self, folder: Path, identity: Mapping[str, Any], begin: Callable[[int], Learner]) -> None:
+    def load(
+        self, folder: Path, identity: Mapping[str, Any], begin: Callable[[int], Learner], *, earlier: bool = False
+    ) -> None:
         """Becomes what the checkpoint holds.
 
         Args:
             folder: where it is.
             identity: that of this run.
             begin: the start of a number, before its first step.
+            earlier: the one before the latest.
 
         Raises:
             StoreError: the checkpoint is damaged.
             ConfigError: it is of a run with other settings or data.
         """
-        tensors, optimizers, saved = checkpoint.load(folder)
+        tensors, optimizers, saved = checkpoint.load(folder, earlier=earlier)
         checkpoint.require_same(folder, identity, saved["identity"])
         began = {role: begin(number) for role, (number, _) in saved["starts"].items()}
         for role, learner in began.items():
@@ -122,6 +130,7 @@ class State:
         self.good = tensors["good"].to(self.good.device)
         self.best = tensors["best"].to(self.best.device)
         self.step, self.seconds, self.tokens = saved["step"], saved["seconds"], saved["tokens"]
+        self.rounds = saved.get("rounds", self.step)  # earlier releases kept none
         self.validations, self.stopped, self.compiled = saved["validations"], saved["stopped"], saved["compiled"]
         if "keeper" in saved:
             self.keeper.resume(saved["keeper"])

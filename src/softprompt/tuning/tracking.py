@@ -9,7 +9,8 @@ from typing import Any
 from softprompt.errors import ConfigError
 from softprompt.files import StrPath, local_path
 from softprompt.tuning.config import TRACKERS
-from softprompt.tuning.training import Step, Training
+from softprompt.tuning.step import Step
+from softprompt.tuning.training import Training
 
 Track = Callable[[Step], None]
 """Takes each step, in order."""

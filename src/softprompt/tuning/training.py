@@ -6,13 +6,14 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from softprompt.data.example import Dataset, Example, check_targets
-from softprompt.errors import ConfigError, TrainingError
+from softprompt.errors import ConfigError, StoreError, TrainingError
 from softprompt.evaluation.validation import validator
 from softprompt.files import StrPath
 from softprompt.model.batch import Row
@@ -36,47 +37,8 @@ from softprompt.tuning.rows import RowOrder, describe_rows, split_rows
 from softprompt.tuning.run_folder import Hold, RunFolder
 from softprompt.tuning.start import first_vectors, init_scale
 from softprompt.tuning.state import State
+from softprompt.tuning.step import Begun, Step
 from softprompt.tuning.training_time import Schedule
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one optimizer step did.
-
-    Attributes:
-        number: 1 for the first.
-        total: how many are planned.
-        loss: mean loss of the step's batch, in nats (a target token for ``lm``, an example for ``labels``).
-        lr: learning rate in RMS of the start.
-        grad_norm: the gradient's norm before clipping, in loss per RMS of the start.
-        tokens: tokens computed, the shared prefix counted once.
-        seconds: wall time, validation not included.
-        validation: metric → value if the step ended with a validation.
-        improved: whether that validation was the best so far.
-    """
-
-    number: int
-    total: int
-    loss: float
-    lr: float
-    grad_norm: float
-    tokens: int
-    seconds: float
-    validation: dict[str, Any] | None = None
-    improved: bool = False
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """A step that is being computed.
-
-    Attributes:
-        folded: the soft prompt's numbers in units of the start, with the graph to what is learned.
-        numbers: the same in the base model's units, a leaf that gets the gradient.
-    """
-
-    folded: torch.Tensor
-    numbers: torch.Tensor
 
 
 def _tokens(requests: Sequence[Request]) -> int:
@@ -200,6 +162,11 @@ class Training:
         return self._state.stopped
 
     @property
+    def ended(self) -> bool:
+        """Whether no step is left to do."""
+        return bool(self.stopped) or self.step >= self.total
+
+    @property
     def compiled(self) -> bool:
         """Whether the decoder layers are compiled while it trains; False, too, where that was seen not to work."""
         return self._state.compiled
@@ -247,92 +214,115 @@ class Training:
             StoreError: the folder cannot be written; or it was given back when an earlier iteration ended, and another
                 training has it now, or has had it since.
         """
-        lm, state = self.task.model, self._state
+        on_cpu = self.task.model.device.type == "cpu"
+        with self.running():
+            while (begun := self.begin_step()) is not None:
+                started = time.perf_counter()
+                work = self._laid_out(begun)
+                losses = self._gradients.add(work, [begun.numbers])
+                norm = begun.take_back()
+                following = None if on_cpu else self._following(begun)
+                if following is not None:
+                    self._laid_out(following)  # while the device computes
+                loss, norm_found = torch.stack([losses[0], norm]).tolist()
+                step = self.end_step(begun, loss, norm_found, work.tokens[0], time.perf_counter() - started)
+                if step is None:
+                    continue
+                if self.wants_save(step):
+                    self.save()
+                yield step
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, it may do steps: it holds its folder, and the layers run as its settings want them.
+
+        Raises:
+            StoreError: see ``__iter__``.
+        """
+        lm = self.task.model
         self._hold.take()
         try:
             self._iterating = True
-            lm.layers.set(compiled=state.compiled, recomputed=self.config.activation_checkpointing == "on")
-            while not state.stopped:
-                if state.step >= self.total:
-                    state.stopped = "steps"
-                    break
-                step = self._advance()
-                if not math.isfinite(step.loss) or not math.isfinite(step.grad_norm):
-                    if self._give_up_start():
-                        continue
-                    state.stopped = "not finite"
-                    break
-                self._log(step)
-                if state.step % self.config.checkpoint_every == 0 or step.validation is not None:
-                    self._save()
-                yield step
+            lm.layers.set(compiled=self._state.compiled, recomputed=self.config.activation_checkpointing == "on")
+            yield
         finally:
             lm.layers.set(compiled=False, recomputed=False)
             self._iterating = False
             self._hold.give_back()
 
-    def _advance(self) -> Step:
-        """One optimizer step, with a validation when it is due."""
-        began = time.perf_counter()
-        pending = self._pending()
-        shape, place = tuple(pending.numbers.shape), self.schedule.place(self._state.step)
-        work = self._laid_out(place, shape)
-        losses = self._gradients.add(work, [pending.numbers])
-        norm = self._state.learner.gradient(pending.folded, pending.numbers)
-        if self.task.model.device.type != "cpu" and self._state.step + 1 < self.total:
-            self._laid_out(self.schedule.place(self._state.step + 1), shape)  # while the device computes
-        loss, norm_found = torch.stack([losses[0], norm]).tolist()
-        return self._descend(pending, loss, norm_found, work.tokens[0], time.perf_counter() - began)
+    def begin_step(self) -> Begun | None:
+        """The next step before its gradient; None when there is none, with the reason in ``stopped``."""
+        state = self._state
+        if not state.stopped and state.step >= self.total:
+            state.stopped = "steps"
+        if state.stopped:
+            return None
+        learner = state.learner
+        folded = learner.form.fold()
+        numbers = (folded.detach() * learner.form.unit).requires_grad_()
+        return Begun(learner, self.schedule.place(state.step), folded, numbers)
 
-    def _pending(self) -> _Pending:
-        """The numbers of the next step."""
-        form = self._state.learner.form
-        folded = form.fold()
-        return _Pending(folded, (folded.detach() * form.unit).requires_grad_())
-
-    def _share(self, place: int, shape: tuple[int, ...]) -> Share:
-        """The rows of the step at that place in the plan of the present start, for numbers of that shape."""
-        seed = self.config.seed + self.config.start(self._state.learner.number)[1]
-        chosen = self._order.batch(seed, place, self.config.batch_size)
+    def share(self, begun: Begun) -> Share:
+        """The rows that a step learns from."""
+        seed = self.config.seed + self.config.start(begun.learner.number)[1]
+        chosen = self._order.batch(seed, begun.place, self.config.batch_size)
         requests, gold = [self._requests[i] for i in chosen], [self._gold[i] for i in chosen]
-        return Share(self._objective, requests, gold, shape)
+        return Share(self._objective, requests, gold, tuple(begun.numbers.shape))
 
-    def _laid_out(self, place: int, shape: tuple[int, ...]) -> Work:
-        """The step at that place in the plan of the present start; the latest two are kept."""
-        key = (self._state.learner.number, place)
+    def _following(self, begun: Begun) -> Begun | None:
+        """The step behind one, if it goes on with the same start."""
+        after = self._state.step + 1
+        if after >= self.total or self.schedule.ends_start(after):
+            return None
+        return replace(begun, place=self.schedule.place(after))
+
+    def _laid_out(self, begun: Begun) -> Work:
+        """What a step computes; of the latest two it is kept."""
+        key = (begun.learner.number, begun.place)
         if key not in self._works:
             self._works = dict([*self._works.items()][-1:])
-            self._works[key] = self._gradients.prepare([self._share(place, shape)])
+            self._works[key] = self._gradients.prepare([self.share(begun)])
         return self._works[key]
 
-    def _descend(self, pending: _Pending, loss: float, norm: float, tokens: int, seconds: float) -> Step:
-        """What follows on a step's gradient: the optimizer, and a validation when it is due.
+    def end_step(self, begun: Begun, loss: float, norm: float, tokens: int, seconds: float) -> Step | None:
+        """What follows on a step's gradient: the optimizer, a validation when it is due, and a line in the log.
 
         Args:
-            pending: the numbers of the step, to which its gradient was taken back.
-            loss, norm: of the step; if one is not finite, nothing is changed.
+            begun: the step; its gradient was taken back to what is learned.
+            loss, norm: of the step.
             tokens, seconds: that it took.
+
+        Returns:
+            What was done; None if loss or norm are not finite: nothing is learned then, and the run goes on with
+            another start or has ended.
         """
         began = time.perf_counter()
         state = self._state
+        state.rounds += 1
         state.compiled = self.task.model.layers.compiled  # it may have turned out that they cannot be
-        place = self.schedule.place(state.step)
-        lr = learning_rate(self.config, place, self.schedule.planned)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            return Step(state.step + 1, self.total, loss, lr, norm, tokens, seconds)
-        state.good = pending.numbers.detach()  # its loss is finite; what the step makes of it, may not have one
-        state.learner.descend(lr, self.config.clip, min(self.config.average, (2 + place) / (11 + place)))
+            if not self._give_up_start():
+                state.stopped = "not finite"
+            return None
+        lr = learning_rate(self.config, begun.place, self.schedule.planned)
+        state.good = begun.numbers.detach()  # its loss is finite; what the step makes of it, may not have one
+        state.learner.descend(lr, self.config.clip, min(self.config.average, (2 + begun.place) / (11 + begun.place)))
         seconds += time.perf_counter() - began
         state.step += 1
         state.seconds += seconds
         state.tokens += tokens
         step = Step(state.step, self.total, loss, lr, norm, tokens, seconds)
         tried = self.schedule.ends_start(state.step)
-        if (place + 1) % self.schedule.every == 0 or state.step == self.total or tried:
+        if (begun.place + 1) % self.schedule.every == 0 or state.step == self.total or tried:
             step = self._validate(step)
         if tried:
             self._compare_starts(step.validation)
+        self._log(step)
         return step
+
+    def wants_save(self, step: Step) -> bool:
+        """Whether a checkpoint is due after a step."""
+        return step.number % self.config.checkpoint_every == 0 or step.validation is not None
 
     def _validate(self, step: Step) -> Step:
         """Scores the current soft prompt, or its average, on the validation rows and keeps it if it is the best."""
@@ -533,14 +523,40 @@ class Training:
                 raise run.unwritable(error) from error
             raise
 
-    def _save(self) -> None:
-        if self.folder is not None:
-            self._state.save(self.folder, self._identity())
+    def save(self, *, keep_earlier: bool = False) -> None:
+        """Writes a checkpoint, if there is a folder.
 
-    def _load(self) -> None:
+        Args:
+            keep_earlier: keep the one before it, too, which ``go_back_to`` needs.
+
+        Raises:
+            StoreError: the folder cannot be written.
+        """
+        if self.folder is not None:
+            self._state.save(self.folder, self._identity(), keep_earlier=keep_earlier)
+
+    @property
+    def rounds(self) -> int:
+        """How many steps were computed, those included that were not finite."""
+        return self._state.rounds
+
+    def go_back_to(self, rounds: int) -> None:
+        """Becomes the checkpoint before the latest one, which was written after so many ``rounds``.
+
+        Raises:
+            StoreError: there is none, or it was written at another time.
+        """
+        self._load(earlier=True)
+        if self.rounds != rounds:
+            raise StoreError(
+                f"the earlier checkpoint in {self.folder} was written after {self.rounds} steps, and {rounds} are "
+                f"needed; {checkpoint.ANEW}"
+            )
+
+    def _load(self, *, earlier: bool = False) -> None:
         assert self.folder is not None
         state = self._state
-        state.load(self.folder, self._identity(), self._begin)
+        state.load(self.folder, self._identity(), self._begin, earlier=earlier)
         self._history.resume(state.step)
         best = state.keeper.best
         if best is not None:  # it may have been thinned out since
