@@ -15,7 +15,7 @@ from softprompt.model.state.kv import PrefixKV
 from softprompt.model.state.prefix import PrefixState
 
 Windows = Literal["none", "every layer", "by layer_types"]
-"""Which layers of a model see the last ``sliding_window`` tokens only."""
+"""Which layers of a model see a part of the tokens only: the last ``sliding_window``, or those of the same chunk."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,32 @@ class Refusal:
 
 REFUSED = (
     Refusal("rope_type", ("dynamic", "longrope"), "the angles of the positions stretch with the length of what runs"),
-    Refusal("attn_logit_softcapping", (), "attention scores are capped"),
-    Refusal("final_logit_softcapping", (), "logits are capped"),
     Refusal("use_bidirectional_attention", (), "tokens see those behind them"),
 )
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a model does to its logits behind the last matrix product.
+
+    Attributes:
+        multiplier: the setting that they are multiplied by; empty: none.
+        divisor: the setting that they are divided by.
+        cap: the setting of the size that they are kept below, by a hyperbolic tangent.
+    """
+
+    multiplier: str = ""
+    divisor: str = ""
+    cap: str = ""
+
+    def __call__(self, logits: torch.Tensor, config: Any) -> torch.Tensor:
+        """Float logits ``[…, V]`` as a model of this configuration gives them."""
+        factor = getattr(config, self.multiplier) if self.multiplier else 1.0
+        if self.divisor:
+            factor = factor / getattr(config, self.divisor)
+        logits = logits if factor == 1 else logits * factor
+        cap = getattr(config, self.cap) if self.cap else None
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +81,9 @@ class Family:
         layers: where its decoder layers are, from the model without its head.
         state: what a prefix leaves behind.
         enters: how a prefix enters, in plain words.
-        windows: which layers have a sliding window.
+        windows: which layers have a sliding window, or chunks.
+        head: what becomes of its logits.
+        latent: whether its attention keeps latents, from which its ``expand_kv`` makes keys and values.
         refused: with which settings a model of it runs whole sequences all the same.
     """
 
@@ -69,14 +93,60 @@ class Family:
     state: type[PrefixState] = PrefixKV
     enters: str = "keys and values before those of the row, in every layer"
     windows: Windows = "none"
+    head: Head = Head()
+    latent: bool = False
     refused: tuple[Refusal, ...] = REFUSED
 
 
+CAPPED = Head(cap="final_logit_softcapping")
+MULTIPLIED = Head(multiplier="logit_scale")
+DIVIDED = Head(divisor="logits_scaling")
+LATENTS = "latents before those of the row, in every layer"
+
 FAMILIES = (
-    Family(name="Llama", model_types=("llama",)),
-    Family(name="Mistral", model_types=("mistral",), windows="every layer"),
+    Family(name="Llama 1 to 3", model_types=("llama",)),
+    Family(
+        name="Llama 4",
+        model_types=("llama4_text",),
+        windows="by layer_types",
+        refused=(
+            *REFUSED,
+            Refusal("attn_temperature_tuning", (), "queries are scaled by positions that the model counts itself"),
+        ),
+    ),
     Family(name="Qwen 2 and 3", model_types=("qwen2", "qwen3"), windows="by layer_types"),
-    Family(name="Gemma 3", model_types=("gemma3_text",), windows="by layer_types"),
+    Family(name="Qwen 2 MoE", model_types=("qwen2_moe",), windows="by layer_types"),
+    Family(name="Qwen 3 MoE", model_types=("qwen3_moe",), windows="every layer"),
+    Family(name="Gemma 1", model_types=("gemma",)),
+    Family(name="Gemma 2", model_types=("gemma2",), windows="by layer_types", head=CAPPED),
+    Family(name="Gemma 3", model_types=("gemma3_text",), windows="by layer_types", head=CAPPED),
+    Family(name="Mistral", model_types=("mistral",), windows="every layer"),
+    Family(name="Ministral", model_types=("ministral",), windows="by layer_types"),
+    Family(name="Ministral 3", model_types=("ministral3",), windows="every layer"),
+    Family(name="Mixtral", model_types=("mixtral",), windows="every layer"),
+    Family(name="Phi 1 and 2", model_types=("phi",)),
+    Family(name="Phi 3 and 4", model_types=("phi3",), windows="every layer"),
+    Family(name="Phi 3.5 MoE", model_types=("phimoe",), windows="every layer"),
+    Family(name="gpt-oss", model_types=("gpt_oss",), windows="by layer_types"),
+    Family(name="SmolLM 3", model_types=("smollm3",), windows="by layer_types"),
+    Family(name="OLMo 1 and 2", model_types=("olmo", "olmo2")),
+    Family(name="OLMo 3", model_types=("olmo3",), windows="by layer_types"),
+    Family(name="OLMoE", model_types=("olmoe",)),
+    Family(name="Granite 3", model_types=("granite", "granitemoe", "granitemoeshared"), head=DIVIDED),
+    Family(name="GLM-4", model_types=("glm", "glm4", "glm4_moe")),
+    Family(name="Cohere 1", model_types=("cohere",), head=MULTIPLIED),
+    Family(name="Cohere 2", model_types=("cohere2",), windows="by layer_types", head=MULTIPLIED),
+    Family(name="DeepSeek V2 and V3", model_types=("deepseek_v2", "deepseek_v3"), enters=LATENTS, latent=True),
+    Family(name="StarCoder 2", model_types=("starcoder2",), windows="every layer"),
+    Family(name="GPT BigCode", model_types=("gpt_bigcode",), layers="h"),
+    Family(name="Seed-OSS", model_types=("seed_oss",)),
+    Family(name="Hunyuan", model_types=("hunyuan_v1_dense",)),
+    Family(name="ERNIE 4.5", model_types=("ernie4_5",)),
+    Family(name="EXAONE 4", model_types=("exaone4",), windows="by layer_types"),
+    Family(name="Arcee", model_types=("arcee",)),
+    Family(name="dots.llm1", model_types=("dots1",), windows="by layer_types"),
+    Family(name="Apertus", model_types=("apertus",)),
+    Family(name="Helium", model_types=("helium",)),
     Family(name="GPT-2", model_types=("gpt2",), layers="h"),
     Family(name="GPT-NeoX", model_types=("gpt_neox",)),
     Family(name="OPT", model_types=("opt",), layers="decoder.layers"),
@@ -133,12 +203,17 @@ def embedding_table(model: Any) -> torch.Tensor:
         return fed
 
 
+def core_of(model: Any) -> Any:
+    """The model without its head."""
+    return model.model if model.base_model is model else model.base_model  # Llama 4 calls its own something else
+
+
 def decoder_layers(model: Any) -> nn.ModuleList:
     """The stack of decoder layers. In a model of no family: of the lists of modules that are inside no other, the first
     with as many as the configuration says the language model has layers, or the longest."""
     family = family_of(model.config)
     if family is not None:
-        layers: nn.ModuleList = model.base_model.get_submodule(family.layers)
+        layers: nn.ModuleList = core_of(model).get_submodule(family.layers)
         return layers
     config = model.config.get_text_config()
     lists: dict[str, nn.ModuleList] = {}

@@ -29,6 +29,9 @@ INSTALLED = "_softprompt_installed"
 SLIDING = "sliding_attention"
 """Transformers' name of layers whose tokens see the last few tokens only."""
 
+CHUNKED = "chunked_attention"
+"""Its name of layers whose tokens see those of the same chunk only; chunks are counted from the first position."""
+
 WITHOUT_EFFECT = frozenset(
     {
         "cache_position",
@@ -53,15 +56,17 @@ UNDIVIDED = 192
 
 @dataclass(frozen=True)
 class Masks:
-    """Makes what a transformers model takes as its attention mask, with the sliding window that some have.
+    """Makes what a transformers model takes as its attention mask, with the sliding window or chunks that some have.
 
     Attributes:
         window: how many tokens, itself included, a token of a sliding layer sees; None without such layers.
-        everywhere: whether all layers are such.
+        chunk: how many tokens a chunk has; None without chunked layers.
+        everywhere: whether all layers are of one such kind.
         dtype: the model's.
     """
 
     window: int | None
+    chunk: int | None
     everywhere: bool
     dtype: torch.dtype
 
@@ -71,7 +76,8 @@ class Masks:
         tell: some hold settings of the model that they were made from, which transformers does not look at."""
         kinds = {"none": (), "every layer": (SLIDING,), "by layer_types": getattr(config, "layer_types", ())}[windows]
         window = getattr(config, "sliding_window", None) if SLIDING in kinds else None
-        return cls(window, set(kinds) == {SLIDING}, dtype)
+        chunk = getattr(config, "attention_chunk_size", None) if CHUNKED in kinds else None
+        return cls(window, chunk, set(kinds) in ({SLIDING}, {CHUNKED}), dtype)
 
     def __call__(self, sees: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor) -> Any:
         """
@@ -83,10 +89,15 @@ class Masks:
         Returns:
             Additive, ``[B, 1, T, S]``, or one for each kind of layer if there are two.
         """
-        if self.window is None:
+        positions, seen = positions[..., None], seen[:, None]
+        masks = {}
+        if self.window is not None:
+            masks[SLIDING] = self._additive(sees & (positions - seen < self.window))
+        if self.chunk is not None:
+            masks[CHUNKED] = self._additive(sees & (positions // self.chunk == seen // self.chunk))
+        if not masks:
             return self._additive(sees)
-        near = self._additive(sees & (positions[..., None] - seen[:, None] < self.window))
-        return near if self.everywhere else {SLIDING: near, "full_attention": self._additive(sees)}
+        return next(iter(masks.values())) if self.everywhere else masks | {"full_attention": self._additive(sees)}
 
     def _additive(self, sees: torch.Tensor) -> torch.Tensor:
         zeros = torch.zeros(sees.shape, dtype=self.dtype, device=sees.device)
@@ -94,27 +105,41 @@ class Masks:
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+    *,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax attention with grouped queries, every row with keys and values of its own.
 
     Args:
         query: ``[B, H_q, T, D]``.
         key: ``[B, H_kv, S, D]``; ``H_q`` is a multiple of ``H_kv``.
-        value: ``[B, H_kv, S, D]``.
+        value: ``[B, H_kv, S, D_v]``.
         mask: additive, ``[B, 1, T, S]`` in the query's dtype; the dtype's minimum where a token may not look.
         scaling: factor on the scores.
+        softcap: keeps scores below this size, by a hyperbolic tangent; None: they may have any.
+        sinks: ``[H_q]``, the score of one more key of each head, whose value is 0; None: there is none.
 
     Returns:
-        ``[B, T, H_q, D]``.
+        ``[B, T, H_q, D_v]``.
     """
     batch, heads, tokens, width = query.shape
     kv_heads, span = key.shape[1], key.shape[2]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads * tokens, width)
-    scores = torch.matmul(grouped, key.transpose(2, 3)).view(batch, heads, tokens, span)
-    weights = torch.softmax(scores * scaling + mask, dim=-1)
-    out = torch.matmul(weights.view(batch, kv_heads, -1, span), value)
-    return out.view(batch, heads, tokens, width).transpose(1, 2)
+    scores = torch.matmul(grouped, key.transpose(2, 3)).view(batch, heads, tokens, span) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores + mask
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).view(1, -1, 1, 1).expand(batch, -1, tokens, 1)], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., :span]
+    out = torch.matmul(weights.reshape(batch, kv_heads, -1, span), value)
+    return out.view(batch, heads, tokens, value.shape[3]).transpose(1, 2)
 
 
 def attend_fast(
@@ -166,14 +191,14 @@ def attend_shared(
 
     Args:
         query: ``[B, H_q, T, D]``.
-        key, value: ``[B, H_kv, T, D]``.
-        prefix_key, prefix_value: ``[1, H_kv, P, D]``; without a prefix, P is 0.
+        key, value: ``[B, H_kv, T, D]``, ``[B, H_kv, T, D_v]``.
+        prefix_key, prefix_value: ``[1, H_kv, P, D]``, ``[1, H_kv, P, D_v]``; without a prefix, P is 0.
         mask: additive, ``[B, 1, T, P + T]`` in the query's dtype; only its last ``T`` columns count, since every row
             sees the whole prefix.
         scaling: factor on the scores.
 
     Returns:
-        ``[B, T, H_q, D]``, and the weights ``[B * H_kv, N, P + T]`` that its backward needs.
+        ``[B, T, H_q, D_v]``, and the weights ``[B * H_kv, N, P + T]`` that its backward needs.
     """
     batch, heads, tokens, width = query.shape
     kv_heads, length = key.shape[1], prefix_key.shape[2]
@@ -183,7 +208,7 @@ def attend_shared(
     own.add_(mask[:, :, None, :, length:])  # the whole prefix is seen by all
     weights = torch.softmax(weights, dim=-1)
     out = torch.bmm(weights, _joined(prefix_value, value))
-    return out.view(batch, heads, tokens, width).transpose(1, 2).contiguous(), weights
+    return out.view(batch, heads, tokens, value.shape[3]).transpose(1, 2).contiguous(), weights
 
 
 @attend_shared.register_fake
@@ -196,10 +221,10 @@ def _(
     mask: torch.Tensor,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, heads, tokens, width = query.shape
+    batch, heads, tokens, _ = query.shape
     kv_heads = key.shape[1]
     weights = query.new_empty(batch * kv_heads, heads // kv_heads * tokens, prefix_key.shape[2] + tokens)
-    return query.new_empty(batch, tokens, heads, width), weights
+    return query.new_empty(batch, tokens, heads, value.shape[3]), weights
 
 
 @torch.library.custom_op("softprompt::attend_shared_backward", mutates_args=())
@@ -214,11 +239,11 @@ def _attend_shared_backward(
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key, value, prefix_key and prefix_value, from that of ``attend_shared``'s output ``[B, T,
-    H_q, D]``."""
+    H_q, D_v]``."""
     batch, heads, tokens, width = query.shape
     kv_heads, length = key.shape[1], prefix_key.shape[2]
     rows = query.reshape(batch * kv_heads, -1, width)
-    out = grad.transpose(1, 2).reshape(batch * kv_heads, -1, width)
+    out = grad.transpose(1, 2).reshape(batch * kv_heads, -1, value.shape[3])
     grad_values = torch.bmm(weights.transpose(1, 2), out)
     grad_weights = torch.bmm(out, _joined(prefix_value, value).transpose(1, 2))
     grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
@@ -226,7 +251,7 @@ def _attend_shared_backward(
     grad_keys = _product(grad_scores.transpose(1, 2), rows, scaling)
 
     def apart(both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        both = both.view(batch, kv_heads, -1, width)
+        both = both.view(batch, kv_heads, -1, both.shape[2])
         shared = both[:, :, :length].sum(dim=0, keepdim=True, dtype=torch.float32)
         return shared.to(both.dtype), both[:, :, length:].contiguous()
 
@@ -275,14 +300,16 @@ def _attention(
     prefix_layer: tuple[torch.Tensor, torch.Tensor] | None = None,
     prefix_rows: torch.Tensor | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     keep: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' attention call: with a floating-point mask ``[B, 1, T, P + S]`` it is ours, else ``sdpa``'s.
+    """Transformers' attention call: with a floating-point mask ``[B, 1, T, P + S]`` it is ours, else ``sdpa``'s, which
+    knows neither capped scores nor sinks (``s_aux``).
 
     Raises:
-        BaseModelError: it is to do something else as well (sinks, capped scores, a bias, dropout), which would be left
-            out.
+        BaseModelError: it is to do something else as well (a bias, dropout), which would be left out.
     """
     asked = [name for name, value in kwargs.items() if value is not None and name not in WITHOUT_EFFECT]
     if asked or kwargs.get("dropout"):
@@ -291,17 +318,25 @@ def _attention(
             f"{', '.join(asked or ['dropout'])}, which the shared prefix does not know; give another base model, or "
             "the release of transformers that softprompt was tested with"
         )
+    plain = softcap is None and s_aux is None
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_mask is None or not attention_mask.is_floating_point():
+        if not plain:
+            mask = _additive(attention_mask, query, key)
+            return attend(query, key, value, mask, factor, softcap=softcap, sinks=s_aux), None
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     if keep is not None:
         keep.append((key, value))
+    if prefix_layer is not None and hasattr(module, "expand_kv"):
+        prefix_layer = module.expand_kv(*prefix_layer)  # the prefix's latents, once for all rows
     learning = torch.is_grad_enabled() and key.shape[2] == query.shape[2]
-    # What has slid out of a window is in the mask, which attend_shared does not look at for the prefix.
-    sees_all = sliding_window is None or attention_mask.shape[-1] <= sliding_window
-    if learning and prefix_rows is None and sees_all:
+    # What has slid out of a window, or lies in another chunk, is in the mask, which attend_shared does not look at for
+    # the prefix.
+    sizes = sliding_window, getattr(getattr(module, "config", None), "attention_chunk_size", None)
+    sees_all = all(size is None or attention_mask.shape[-1] <= size for size in sizes)
+    if learning and prefix_rows is None and sees_all and plain:
         prefix_key, prefix_value = prefix_layer or (key[:1, :, :0], value[:1, :, :0])
         return attend_shared(query, key, value, prefix_key, prefix_value, attention_mask, factor)[0], None
     if prefix_layer is not None:
@@ -310,11 +345,20 @@ def _attention(
             prefix_key, prefix_value = prefix_key[prefix_rows], prefix_value[prefix_rows]
         key = torch.cat([prefix_key.expand(len(key), -1, -1, -1), key], dim=2)
         value = torch.cat([prefix_value.expand(len(value), -1, -1, -1), value], dim=2)
-    if torch.is_grad_enabled():
-        return attend(query, key, value, attention_mask, factor), None
+    if torch.is_grad_enabled() or not plain:
+        return attend(query, key, value, attention_mask, factor, softcap=softcap, sinks=s_aux), None
     if query.shape[2] > 1 and prefix_layer is None and query.device.type == "cpu" and query.dtype != torch.float32:
         key, value, attention_mask = _in_whole_blocks(key, value, attention_mask)
     return attend_fast(query, key, value, attention_mask, factor, grouped=query.device.type != "cuda"), None
+
+
+def _additive(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Transformers' mask of whole sequences, bool ``[B, 1, T, S]`` or None for a causal one, as ``attend`` takes it."""
+    if mask is None:
+        tokens, span = query.shape[2], key.shape[2]
+        mask = torch.ones(tokens, span, dtype=torch.bool, device=query.device).tril(span - tokens)[None, None]
+    zeros = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
+    return zeros.masked_fill_(~mask, torch.finfo(query.dtype).min)
 
 
 def _in_whole_blocks(

@@ -18,6 +18,8 @@ from softprompt.errors import ConfigError
 from softprompt.files import StrPath, local_path
 from softprompt.model import attention
 from softprompt.model.architecture import (
+    Head,
+    core_of,
     decoder_layers,
     embedding_table,
     family_of,
@@ -36,7 +38,7 @@ from softprompt.model.loading import DTYPES, lasting, load_base, pick_device, pi
 from softprompt.model.notes import heard
 from softprompt.model.prefixes import PrefixCache, PrefixOf
 from softprompt.model.request import Request, prompt_of
-from softprompt.model.state.kv import PrefixKV
+from softprompt.model.state.kv import Kept, PrefixKV
 from softprompt.model.state.prefix import PrefixState
 from softprompt.model.state.slots import RowKV
 from softprompt.text.tokens import SOFT, Tokens, frequent_tokens
@@ -91,7 +93,9 @@ class FrozenLM(Embedder):
         self.why_whole_sequences = why_whole_sequences(config)
         self.shares_prefix = not self.why_whole_sequences
         self._mask = Masks.of(config, family.windows if family else "none", self.dtype)
-        self._layers = decoder_layers(model)
+        self._layers, self._core = decoder_layers(model), core_of(model)
+        self._head = family.head if family else Head()
+        self._keeps_latents = family is not None and family.latent
         # In 16 bits, a CPU rounds the matrix product of one row otherwise than that row's among others: where a row
         # alone is computed twice, its text is the same in any company.
         self._avoids_one_row = self.device.type == "cpu" and self.dtype != torch.float32
@@ -269,21 +273,23 @@ class FrozenLM(Embedder):
         """Keys and values of ``before``, and behind them of ``ids``, which see those."""
         embedded = self.embed(list(ids) or [0], vectors)
         start = 0 if before is None else before.width
-        kept: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in self._layers]
+        kept = Kept(len(self._layers))
+        # A cache is asked in code that knows its layer's number, which would be compiled for each layer anew.
+        keeping: dict[str, Any] = {"past_key_values": kept} if self._keeps_latents else {"keep": kept.layers}
         seen = torch.arange(start + len(embedded), device=self.device)[None]
         positions = seen[:, start:]
-        self.model.base_model(
+        self._core(
             inputs_embeds=embedded[None],
             attention_mask=self._mask(positions[..., None] >= seen[:, None], positions, seen),
             position_ids=positions,
             use_cache=False,
-            keep=kept,
             prefix=before,
+            **keeping,
         )
         length = embedded.shape[0] if ids else 0  # of an empty prefix only the shape is taken, from a throw-away token
         own = PrefixKV(
-            keys=tuple(layer[0][0][:, :, :length] for layer in kept),
-            values=tuple(layer[0][1][:, :, :length] for layer in kept),
+            keys=tuple(layer[0][0][:, :, :length] for layer in kept.layers),
+            values=tuple(layer[0][1][:, :, :length] for layer in kept.layers),
             lengths=(length,),
         )
         return own if before is None else before.join(own)
@@ -315,7 +321,7 @@ class FrozenLM(Embedder):
         """Hidden states ``[B, T, H]`` of the rows after the last layer's norm."""
         before = torch.arange(prefix.width, device=self.device).expand(len(batch.ids), -1)
         embedded = self.look_up(batch.ids)
-        out = self.model.base_model(
+        out = self._core(
             inputs_embeds=embedded,
             attention_mask=self._mask(batch.sees, batch.positions, torch.cat([before, batch.positions], dim=1)),
             position_ids=batch.positions,
@@ -328,7 +334,7 @@ class FrozenLM(Embedder):
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         if self._avoids_one_row and len(hidden) == 1:
             return self._logits(hidden.expand(2, -1))[:1]
-        return self.model.get_output_embeddings()(hidden).float()  # type: ignore[no-any-return]
+        return self._head(self.model.get_output_embeddings()(hidden).float(), self.model.config)
 
     def next_logits(self, kv: RowKV, embedded: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """Runs the next tokens of every row behind those in ``kv``, and appends them there.
@@ -348,7 +354,7 @@ class FrozenLM(Embedder):
         own = torch.tensor(counts)
         padding = torch.arange(embedded.shape[1]) >= own[:, None]
         columns, places = columns.to(self.device), torch.arange(kv.width, device=self.device)[None]
-        out = self.model.base_model(
+        out = self._core(
             inputs_embeds=embedded,
             attention_mask=self._mask(columns[..., None] >= places[:, None], columns, places),
             position_ids=columns.masked_fill(padding.to(self.device), 0),

@@ -1,0 +1,160 @@
+"""Tiny models of many families, from their configurations: what the oracles of ``test_families.py`` run over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from softprompt.model.frozen import FrozenLM
+from softprompt.model.request import Request
+from softprompt.text.tokens import SOFT
+from tests.conftest import make_tokenizer
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "decoder_sparse_step": 1,
+}
+SLIDING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+LATENT: dict[str, Any] = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 6,
+    "num_key_value_heads": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+    "head_dim": 4,
+}
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama4_text": (
+        "llama4_text",
+        {
+            **EXPERTS,
+            "intermediate_size_mlp": 48,
+            "attention_chunk_size": 6,
+            "layer_types": ["chunked_attention", "full_attention"],
+            "no_rope_layers": [1, 0],
+            "attn_temperature_tuning": False,
+        },
+    ),
+    "qwen2_moe": ("qwen2_moe", EXPERTS),
+    "qwen3_moe": ("qwen3_moe", EXPERTS),
+    "gemma": ("gemma", {}),
+    "gemma2": ("gemma2", {**SLIDING, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
+    "gemma3_text-capped": ("gemma3_text", {**SLIDING, "final_logit_softcapping": 3.0}),
+    "ministral": ("ministral", SLIDING),
+    "ministral3": ("ministral3", {}),
+    "mixtral": ("mixtral", {**EXPERTS, "sliding_window": 6}),
+    "phi": ("phi", {}),
+    "phi3": ("phi3", {"sliding_window": 6}),
+    "phimoe": ("phimoe", EXPERTS),
+    "gpt_oss": ("gpt_oss", {**EXPERTS, **SLIDING}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
+    "olmo": ("olmo", {}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", SLIDING),
+    "olmoe": ("olmoe", EXPERTS),
+    "granite": ("granite", {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5}),
+    "granitemoe": ("granitemoe", {**EXPERTS, "embedding_multiplier": 3.0, "logits_scaling": 2.0}),
+    "granitemoeshared": (
+        "granitemoeshared",
+        {**EXPERTS, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "shared_intermediate_size": 16},
+    ),
+    "glm": ("glm", {}),
+    "glm4": ("glm4", {}),
+    "glm4_moe": (
+        "glm4_moe",
+        {**EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    ),
+    "cohere": ("cohere", {"logit_scale": 0.5}),
+    "cohere2": ("cohere2", {**SLIDING, "logit_scale": 0.5}),
+    "nemotron": ("nemotron", {}),
+    "deepseek_v2": ("deepseek_v2", {**EXPERTS, **LATENT}),
+    "deepseek_v3": ("deepseek_v3", {**EXPERTS, **LATENT}),
+    "starcoder2": ("starcoder2", {}),
+    "stablelm": ("stablelm", {}),
+    "gpt_bigcode": ("gpt_bigcode", {"n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4, "n_positions": 128}),
+    "seed_oss": ("seed_oss", {}),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", {}),
+    "ernie4_5": ("ernie4_5", {}),
+    "exaone4": ("exaone4", SLIDING),
+    "arcee": ("arcee", {}),
+    "dots1": (
+        "dots1",
+        {**EXPERTS, **SLIDING, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1},
+    ),
+    "apertus": ("apertus", {}),
+    "helium": ("helium", {}),
+}
+
+
+PATHS = {case: "fast" for case in CASES} | dict.fromkeys(("nemotron", "stablelm"), "reference")
+"""Which path each takes."""
+
+
+def make_model(case: str) -> Any:
+    """A tiny model with seeded random weights, large enough that attention is far from uniform."""
+    kind, options = CASES[case]
+    config = AutoConfig.for_model(kind, **{**SIZES, **options})
+    torch.manual_seed(7)
+    models: Any = AutoModelForCausalLM
+    model = models.from_config(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(0.15 * torch.randn_like(weight) + (weight if weight.dim() == 1 else 0))
+    return model.eval()
+
+
+@cache
+def frozen(case: str) -> FrozenLM:
+    """A frozen tiny model in fp32; made once, since nothing may change it."""
+    return FrozenLM(make_model(case), make_tokenizer(), name=f"tiny-{case}", dtype="fp32", device="cpu")
+
+
+@cache
+def plain(case: str) -> Any:
+    """An oracle: the same weights in a model of transformers alone, with its plainest attention."""
+    model = make_model(case).requires_grad_(False)
+    model.set_attn_implementation("eager")
+    return model
+
+
+def whole(case: str, ids: Sequence[int], soft: torch.Tensor | None = None) -> torch.Tensor:
+    """Log-probabilities ``[T, V]`` by ``plain`` of one sequence; ``soft`` ``[P, H]`` where ``ids`` has ``SOFT``."""
+    model = plain(case)
+    lookup = model.get_input_embeddings()
+    pieces: list[Any] = [soft if token == SOFT else lookup(torch.tensor([token])) for token in ids]
+    logits = model(inputs_embeds=torch.cat(pieces)[None], use_cache=False).logits[0]
+    return torch.log_softmax(logits, dim=-1)
+
+
+def whole_score(case: str, request: Request, word: Sequence[int], soft: torch.Tensor | None) -> torch.Tensor:
+    """log P(word | request) by ``plain``, a scalar."""
+    logprobs = whole(case, (*request.ids, *word[:-1]), soft)[-len(word) :]
+    return logprobs[torch.arange(len(word)), torch.tensor(word)].sum()

@@ -1,0 +1,114 @@
+"""The facts that hold for every family, each against transformers' own forward over one whole sequence at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from softprompt.generation.decoder import generate
+from softprompt.model.request import Request, Sampling
+from softprompt.text.tokens import SOFT
+from softprompt.tuning.objective import Objective
+from tests.model.families import CASES, PATHS, frozen, whole, whole_score
+
+CLOSE = {"rtol": 1e-5, "atol": 2e-5}
+WORDS = ((70, 71, 72), (70, 71, 80), (90,), (70, 81))
+OWNERS = (0, 1, 2, 2)
+VOCABULARY = tuple((token,) for token in range(320))
+INPUTS = ((60,), (61, 62, 63, 64, 65, 66, 67, 68, 69), (62, 60, 61))
+every = pytest.mark.parametrize("case", CASES)
+
+
+def soft(length: int, seed: int = 0) -> torch.Tensor:
+    """Vectors ``[length, 32]`` of the size of the tiny models' embeddings."""
+    return 0.15 * torch.randn(length, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def mixed() -> tuple[list[Request], list[torch.Tensor]]:
+    """Two soft prompts of different lengths, one before an input and one behind other text, and none at all."""
+    starts = ((3, SOFT, 4), (SOFT,), (5, 6, 7))
+    requests = [
+        Request((*start, *inputs), len(start), WORDS, index if index < 2 else None)
+        for inputs in INPUTS
+        for index, start in enumerate(starts)
+    ]
+    return requests, [soft(7), soft(2, 1)]
+
+
+def soft_of(request: Request, prompts: list[torch.Tensor]) -> torch.Tensor | None:
+    return None if request.prompt is None else prompts[request.prompt]
+
+
+@every
+def test_the_path_is_the_one_that_is_told(case: str) -> None:
+    lm = frozen(case)
+    assert lm.shares_prefix == (PATHS[case] == "fast")
+    assert bool(lm.why_whole_sequences) == (PATHS[case] != "fast")
+
+
+@every
+def test_vectors_of_a_text_give_its_logits(case: str) -> None:
+    lm, text = frozen(case), (9, 12, 17, 20, 33, 41, 57, 58)
+    requests = [Request((3, SOFT, *inputs), 2, VOCABULARY, 0) for inputs in INPUTS]
+    expected = torch.stack([whole(case, (3, *text, *inputs))[-1] for inputs in INPUTS])
+    torch.testing.assert_close(lm.score(requests, [lm.look_up(torch.tensor(text))]), expected, **CLOSE)
+
+
+@every
+def test_a_mixed_batch_equals_one_sequence_at_a_time(case: str) -> None:
+    requests, prompts = mixed()
+    expected = [[whole_score(case, r, word, soft_of(r, prompts)) for word in r.words] for r in requests]
+    torch.testing.assert_close(frozen(case).score(requests, prompts), torch.tensor(expected), **CLOSE)
+
+
+@every
+@pytest.mark.parametrize("labels", [False, True])
+def test_the_gradient_is_that_of_concatenation(case: str, labels: bool) -> None:
+    lm, vectors = frozen(case), soft(7).requires_grad_()
+    requests = [Request((3, SOFT, 4, *inputs), 3, WORDS if labels else WORDS[:1], 0) for inputs in INPUTS]
+    scores = torch.stack([torch.stack([whole_score(case, r, w, vectors) for w in r.words]) for r in requests])
+    if labels:
+        gold = [0, 1, 2]
+        of_labels = torch.stack([scores[:, 0], scores[:, 1], scores[:, 2:].logsumexp(1)], dim=1)
+        expected = torch.nn.functional.cross_entropy(of_labels, torch.tensor(gold))
+    else:
+        gold, expected = [0, 0, 0], -scores.sum() / 9
+    (gradient,) = torch.autograd.grad(expected, vectors)
+    for max_tokens in (1, 4096):  # every row alone, all together
+        leaf = vectors.detach().clone().requires_grad_()
+        found, _ = Objective(lm, OWNERS if labels else None, max_tokens).backward(requests, gold, leaf)
+        assert found == pytest.approx(float(expected.detach()), rel=1e-5)
+        assert leaf.grad is not None
+        assert float((leaf.grad - gradient).norm() / gradient.norm()) < 1e-5
+
+
+@every
+def test_greedy_texts_are_those_of_whole_sequences(case: str) -> None:
+    requests, prompts = mixed()
+    found = generate(frozen(case), requests, prompts, Sampling(max_new_tokens=5))
+    for request, text in zip(requests, found, strict=True):
+        ids = list(request.ids)
+        for _ in range(5):
+            ids.append(int(whole(case, ids, soft_of(request, prompts))[-1].argmax()))
+        written = ids[len(request.ids) :]
+        assert list(text.ids) == (written[: written.index(1)] if 1 in written else written)
+
+
+@every
+def test_nothing_that_ran_changes_what_runs_later(case: str) -> None:
+    """A state that was written to, a buffer that was left behind: a resumed run would not equal one never killed."""
+    lm, (requests, prompts) = frozen(case), mixed()
+    vectors, learned = [soft(7, 2).requires_grad_() for _ in range(2)]
+
+    def gradient(leaf: torch.Tensor) -> torch.Tensor:
+        few = [replace(r, words=WORDS[:1]) for r in requests if r.prompt == 0]
+        Objective(lm, None, 4096).backward(few, [0] * len(few), leaf)
+        assert leaf.grad is not None
+        return leaf.grad
+
+    first, scores = gradient(vectors), lm.score(requests, prompts)
+    generate(lm, requests[:2], prompts, Sampling(max_new_tokens=3))
+    assert torch.equal(lm.score(requests, prompts), scores)
+    assert torch.equal(gradient(learned), first)
