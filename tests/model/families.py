@@ -51,6 +51,24 @@ LATENT: dict[str, Any] = {
     "head_dim": 4,
 }
 
+GATED: dict[str, Any] = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_d_ssm": 64,
+    "mamba_chunk_size": 8,
+    "mamba_expand": 2,
+}
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4_text": (
         "llama4_text",
@@ -97,6 +115,44 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron": ("nemotron", {}),
     "deepseek_v2": ("deepseek_v2", {**EXPERTS, **LATENT}),
     "deepseek_v3": ("deepseek_v3", {**EXPERTS, **LATENT}),
+    "qwen3_next": ("qwen3_next", {**EXPERTS, **GATED}),
+    "qwen3_5_text": ("qwen3_5_text", GATED),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", {**EXPERTS, **GATED}),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        {
+            **MAMBA,
+            **EXPERTS,
+            "layer_types": ["linear_attention", "full_attention"],
+            "shared_intermediate_size": 16,
+            "position_embedding_type": "rope",
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "falcon_h1": ("falcon_h1", {**MAMBA, "lm_head_multiplier": 0.5, "embedding_multiplier": 2.0}),
+    "nemotron_h": (
+        "nemotron_h",
+        {
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+            "chunk_size": 8,
+            "n_routed_experts": 4,
+            "moe_intermediate_size": 16,
+            "moe_shared_expert_intermediate_size": 16,
+        },
+    ),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3, "block_multiple_of": 8}),
+    "lfm2_moe": (
+        "lfm2_moe",
+        {**EXPERTS, "layer_types": ["conv", "full_attention"], "conv_L_cache": 3, "num_dense_layers": 1},
+    ),
+    "bamba": ("bamba", {**MAMBA, "attn_layer_indices": [1]}),
+    "mamba": ("mamba", {"state_size": 8, "conv_kernel": 4}),
+    "mamba2": ("mamba2", {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8}),
     "starcoder2": ("starcoder2", {}),
     "stablelm": ("stablelm", {}),
     "gpt_bigcode": ("gpt_bigcode", {"n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4, "n_positions": 128}),
@@ -114,7 +170,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-PATHS = {case: "fast" for case in CASES} | dict.fromkeys(("nemotron", "stablelm"), "reference")
+PATHS = dict.fromkeys(CASES, "fast") | dict.fromkeys(("nemotron", "stablelm", "mamba"), "reference")
 """Which path each takes."""
 
 

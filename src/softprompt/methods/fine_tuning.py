@@ -224,7 +224,7 @@ class Tuner:
             if self._no_prefix is None:
                 scores = self._lm.score_concatenated([requests[i] for i in group], ())
             else:
-                batch = collate([rows[i] for i in group], self._no_prefix.lengths, self._lm.device)
+                batch = self._lm.collate([rows[i] for i in group], self._no_prefix.lengths)
                 scores = self._lm.score_batch(batch, self._no_prefix)
             loss = self._objective.loss(scores, [0] * len(group)) / weight
             loss.backward()  # type: ignore[no-untyped-call]

@@ -13,6 +13,7 @@ from torch import nn
 from softprompt.errors import BaseModelError
 from softprompt.model.state.kv import PrefixKV
 from softprompt.model.state.prefix import PrefixState
+from softprompt.model.state.recurrent import RecurrentState
 
 Windows = Literal["none", "every layer", "by layer_types"]
 """Which layers of a model see a part of the tokens only: the last ``sliding_window``, or those of the same chunk."""
@@ -83,6 +84,7 @@ class Family:
         enters: how a prefix enters, in plain words.
         windows: which layers have a sliding window, or chunks.
         head: what becomes of its logits.
+        attention: whether it has layers with attention.
         latent: whether its attention keeps latents, from which its ``expand_kv`` makes keys and values.
         refused: with which settings a model of it runs whole sequences all the same.
     """
@@ -94,14 +96,21 @@ class Family:
     enters: str = "keys and values before those of the row, in every layer"
     windows: Windows = "none"
     head: Head = Head()
+    attention: bool = True
     latent: bool = False
     refused: tuple[Refusal, ...] = REFUSED
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether it has layers whose memory is a state of one size."""
+        return self.state is RecurrentState
 
 
 CAPPED = Head(cap="final_logit_softcapping")
 MULTIPLIED = Head(multiplier="logit_scale")
 DIVIDED = Head(divisor="logits_scaling")
 LATENTS = "latents before those of the row, in every layer"
+STATES = "keys and values in the layers with attention, the state and the convolution's window in the others"
 
 FAMILIES = (
     Family(name="Llama 1 to 3", model_types=("llama",)),
@@ -137,6 +146,35 @@ FAMILIES = (
     Family(name="Cohere 1", model_types=("cohere",), head=MULTIPLIED),
     Family(name="Cohere 2", model_types=("cohere2",), windows="by layer_types", head=MULTIPLIED),
     Family(name="DeepSeek V2 and V3", model_types=("deepseek_v2", "deepseek_v3"), enters=LATENTS, latent=True),
+    Family(
+        name="Qwen 3.5 and 3-Next",
+        model_types=("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"),
+        state=RecurrentState,
+        enters=STATES,
+    ),
+    Family(name="Granite 4", model_types=("granitemoehybrid",), state=RecurrentState, enters=STATES, head=DIVIDED),
+    Family(
+        name="Falcon-H1",
+        model_types=("falcon_h1",),
+        state=RecurrentState,
+        enters="keys, values, state and convolution window in every layer",
+        head=Head(multiplier="lm_head_multiplier"),
+    ),
+    Family(name="Nemotron-H", model_types=("nemotron_h",), state=RecurrentState, enters=STATES),
+    Family(
+        name="LFM2",
+        model_types=("lfm2", "lfm2_moe"),
+        state=RecurrentState,
+        enters="keys and values in the layers with attention, the convolution's window in the others",
+    ),
+    Family(name="Bamba", model_types=("bamba",), state=RecurrentState, enters=STATES),
+    Family(
+        name="Mamba 2",
+        model_types=("mamba2",),
+        state=RecurrentState,
+        enters="the state and the convolution's window, in every layer",
+        attention=False,
+    ),
     Family(name="StarCoder 2", model_types=("starcoder2",), windows="every layer"),
     Family(name="GPT BigCode", model_types=("gpt_bigcode",), layers="h"),
     Family(name="Seed-OSS", model_types=("seed_oss",)),

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from softprompt.errors import BaseModelError
-from softprompt.model.architecture import Windows
+from softprompt.model.architecture import Family
 
 NAME = "softprompt"
 
@@ -31,6 +31,9 @@ SLIDING = "sliding_attention"
 
 CHUNKED = "chunked_attention"
 """Its name of layers whose tokens see those of the same chunk only; chunks are counted from the first position."""
+
+WITHOUT_ATTENTION = ("linear_attention", "conv")
+"""Its names of recurrent layers, whose mask is for padding on the left, of which there is none."""
 
 WITHOUT_EFFECT = frozenset(
     {
@@ -63,21 +66,28 @@ class Masks:
         chunk: how many tokens a chunk has; None without chunked layers.
         everywhere: whether all layers are of one such kind.
         dtype: the model's.
+        recurrent: whether some layers are without attention.
+        attention: whether some layers have attention.
     """
 
     window: int | None
     chunk: int | None
     everywhere: bool
     dtype: torch.dtype
+    recurrent: bool = False
+    attention: bool = True
 
     @classmethod
-    def of(cls, config: Any, windows: Windows, dtype: torch.dtype) -> Masks:
-        """Those of a model of this configuration, whose family has such ``windows``. The configuration alone does not
-        tell: some hold settings of the model that they were made from, which transformers does not look at."""
+    def of(cls, config: Any, family: Family | None, dtype: torch.dtype) -> Masks:
+        """Those of a model of this configuration and family. The configuration alone does not tell: some hold settings
+        of the model that they were made from, which transformers does not look at."""
+        windows = "none" if family is None else family.windows
         kinds = {"none": (), "every layer": (SLIDING,), "by layer_types": getattr(config, "layer_types", ())}[windows]
         window = getattr(config, "sliding_window", None) if SLIDING in kinds else None
         chunk = getattr(config, "attention_chunk_size", None) if CHUNKED in kinds else None
-        return cls(window, chunk, set(kinds) in ({SLIDING}, {CHUNKED}), dtype)
+        recurrent = family is not None and family.recurrent
+        attention = family is None or family.attention
+        return cls(window, chunk, set(kinds) in ({SLIDING}, {CHUNKED}), dtype, recurrent, attention)
 
     def __call__(self, sees: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor) -> Any:
         """
@@ -87,10 +97,12 @@ class Masks:
             seen: int64 ``[B, S]``, of what is looked at.
 
         Returns:
-            Additive, ``[B, 1, T, S]``, or one for each kind of layer if there are two.
+            Additive, ``[B, 1, T, S]``, or one for each kind of layer if there are two; None without attention.
         """
+        if not self.attention:
+            return None
         positions, seen = positions[..., None], seen[:, None]
-        masks = {}
+        masks: dict[str, torch.Tensor | None] = dict.fromkeys(WITHOUT_ATTENTION) if self.recurrent else {}
         if self.window is not None:
             masks[SLIDING] = self._additive(sees & (positions - seen < self.window))
         if self.chunk is not None:

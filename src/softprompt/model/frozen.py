@@ -30,6 +30,7 @@ from softprompt.model.architecture import (
 )
 from softprompt.model.attention import Masks
 from softprompt.model.batch import Batch, Row, collate, micro_batches
+from softprompt.model.chains import collate_chains
 from softprompt.model.embedder import Embedder
 from softprompt.model.fast.compiled import compiled_if_possible
 from softprompt.model.fast.packed import PackedWeights
@@ -40,6 +41,7 @@ from softprompt.model.prefixes import PrefixCache, PrefixOf
 from softprompt.model.request import Request, prompt_of
 from softprompt.model.state.kv import Kept, PrefixKV
 from softprompt.model.state.prefix import PrefixState
+from softprompt.model.state.recurrent import Pass, RecurrentState, RowStates, Slots
 from softprompt.model.state.slots import RowKV
 from softprompt.text.tokens import SOFT, Tokens, frequent_tokens
 
@@ -65,6 +67,7 @@ class FrozenLM(Embedder):
         device: where it is.
         shares_prefix: whether the shared-prefix computation serves this architecture.
         why_whole_sequences: why not, in plain words; empty if it does.
+        recurrent: whether some layers that prefixes enter have a state of one size for a memory.
         compiled: whether the decoder layers are compiled now.
         packed: its weights as a CPU's products of few rows want them; for continuing, token by token.
     """
@@ -92,7 +95,8 @@ class FrozenLM(Embedder):
         family = family_of(config)
         self.why_whole_sequences = why_whole_sequences(config)
         self.shares_prefix = not self.why_whole_sequences
-        self._mask = Masks.of(config, family.windows if family else "none", self.dtype)
+        self._mask = Masks.of(config, family, self.dtype)
+        self.recurrent = self.shares_prefix and family is not None and family.recurrent
         self._layers, self._core = decoder_layers(model), core_of(model)
         self._head = family.head if family else Head()
         self._keeps_latents = family is not None and family.latent
@@ -242,6 +246,9 @@ class FrozenLM(Embedder):
         Returns:
             What all of them leave behind, ``before`` included.
         """
+        if self.recurrent:
+            assert before is None or isinstance(before, RecurrentState)
+            return self._run_recurrent(ids, vectors, before)
         assert before is None or isinstance(before, PrefixKV)
         if vectors is None or vectors.dim() == 2 or SOFT not in ids:
             return self._run_prefix(ids, vectors, before)
@@ -294,6 +301,35 @@ class FrozenLM(Embedder):
         )
         return own if before is None else before.join(own)
 
+    def _run_recurrent(
+        self, ids: Sequence[int], vectors: torch.Tensor | None, before: RecurrentState | None
+    ) -> RecurrentState:
+        """The same in a model with recurrent layers."""
+        embedded = self.embed(list(ids) or [0], vectors)
+        start = 0 if before is None else before.width
+        seen = torch.arange(start + len(embedded), device=self.device)[None]
+        positions = seen[:, start:]
+        cache = Pass(before, torch.zeros(1, dtype=torch.long, device=self.device))
+        self._run(embedded[None], positions[..., None] >= seen[:, None], positions, seen, cache)
+        own = cache.left(len(embedded) if ids else 0)
+        return own if before is None else before.join(own)
+
+    def _run(
+        self, embedded: torch.Tensor, sees: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor, cache: Any
+    ) -> torch.Tensor:
+        """Hidden states ``[B, T, H]`` after the last layer's norm, of tokens behind what ``cache`` holds."""
+        takes = inspect.signature(self._core.forward).parameters
+        options = {"cache_params" if "cache_params" in takes else "past_key_values": cache}
+        if "position_ids" in takes:
+            options["position_ids"] = positions
+        mask = self._mask(sees, positions, seen)
+        out = self._core(inputs_embeds=embedded, attention_mask=mask, use_cache=True, **options)
+        return out.last_hidden_state  # type: ignore[no-any-return]
+
+    def collate(self, rows: Sequence[Row], prefix_lengths: Sequence[int]) -> Batch:
+        """Rows as one batch, laid out for this model; as ``batch.collate``."""
+        return (collate_chains if self.recurrent else collate)(rows, prefix_lengths, self.device)
+
     def kept_prefixes(self, most: int | None = None, *, capacity: int | None = None) -> PrefixCache:
         """``prefix_kv`` without gradient that keeps its last results: ``most``, ``capacity`` bytes, or all."""
 
@@ -320,10 +356,14 @@ class FrozenLM(Embedder):
     def _hidden(self, batch: Batch, prefix: PrefixState) -> torch.Tensor:
         """Hidden states ``[B, T, H]`` of the rows after the last layer's norm."""
         before = torch.arange(prefix.width, device=self.device).expand(len(batch.ids), -1)
-        embedded = self.look_up(batch.ids)
+        embedded, seen = self.look_up(batch.ids), torch.cat([before, batch.positions], dim=1)
+        if isinstance(prefix, RecurrentState):
+            assert batch.prefix_rows is not None
+            cache = Pass(prefix, batch.prefix_rows)
+            return self._run(embedded, batch.sees, batch.positions, seen, cache)
         out = self._core(
             inputs_embeds=embedded,
-            attention_mask=self._mask(batch.sees, batch.positions, torch.cat([before, batch.positions], dim=1)),
+            attention_mask=self._mask(batch.sees, batch.positions, seen),
             position_ids=batch.positions,
             use_cache=False,
             prefix=prefix,
@@ -336,32 +376,31 @@ class FrozenLM(Embedder):
             return self._logits(hidden.expand(2, -1))[:1]
         return self._head(self.model.get_output_embeddings()(hidden).float(), self.model.config)
 
-    def next_logits(self, kv: RowKV, embedded: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    def slots(self) -> Slots:
+        """Where rows of this model grow."""
+        return RowStates() if self.recurrent else RowKV()
+
+    def next_logits(self, kv: Slots, embedded: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """Runs the next tokens of every row behind those in ``kv``, and appends them there.
 
         Args:
             kv: the rows so far, ``B`` of them.
             embedded: ``[B, T, H]``, padded on the right.
-            counts: how many of the ``T`` tokens are each row's own, at least one.
+            counts: how many of the ``T`` tokens are each row's own, at least one; all, in a recurrent model.
 
         Returns:
             float32 ``[B, V]``, the logits after each row's last token.
         """
         columns = kv.extend(counts, embedded.shape[1])
-        alone = self._avoids_one_row and embedded.shape[:2] == (1, 1)
+        alone = self._avoids_one_row and embedded.shape[:2] == (1, 1) and not self.recurrent
         if alone:
             embedded, columns, counts = embedded.expand(2, -1, -1), columns.expand(2, -1), [*counts, *counts]
         own = torch.tensor(counts)
         padding = torch.arange(embedded.shape[1]) >= own[:, None]
         columns, places = columns.to(self.device), torch.arange(kv.width, device=self.device)[None]
-        out = self._core(
-            inputs_embeds=embedded,
-            attention_mask=self._mask(columns[..., None] >= places[:, None], columns, places),
-            position_ids=columns.masked_fill(padding.to(self.device), 0),
-            past_key_values=kv,
-            use_cache=True,
-        )
-        logits = self._logits(out.last_hidden_state[torch.arange(len(own)), own - 1])
+        sees, positions = columns[..., None] >= places[:, None], columns.masked_fill(padding.to(self.device), 0)
+        hidden = self._run(embedded, sees, positions, places, kv)
+        logits = self._logits(hidden[torch.arange(len(own)), own - 1])
         return logits[:1] if alone else logits
 
     # --- the concatenation path: the reference, and what serves every other architecture ----------
@@ -493,7 +532,7 @@ class FrozenLM(Embedder):
             with self.eager():
                 if self.shares_prefix and members[0].shares_prefix:
                     rows, prefix = self._rows(members, soft_prompts, prefix_of)
-                    batch = collate(rows, prefix.lengths, self.device)
+                    batch = self.collate(rows, prefix.lengths)
                     if compare:
                         logits = self._read_logits(batch, prefix)
                         part, same = _summed(batch, logits), _greedy(batch, logits)

@@ -73,13 +73,15 @@ class Objective:
             return self._backward_concatenated(requests, gold, vectors, weight)
         shared = requests[0].ids[: requests[0].shared]
         place = shared.index(SOFT)
+        if self.lm.recurrent and len(vectors) == 1 and place == len(shared) - 1:
+            place = 0  # behind a state, some layers run one token alone in place, through which no gradient goes
         before = self._text_before(shared[:place], None) if place else None
         prefix = self.lm.prefix_kv(shared[place:], vectors, before)
         detached = Detached(prefix)
         rows = [Row(r.ids[r.shared :], r.words) for r in requests]
         losses = []
         for group in self.micro_batches([row.length for row in rows]):
-            batch = collate([rows[i] for i in group], prefix.lengths, self.lm.device)
+            batch = self.lm.collate([rows[i] for i in group], prefix.lengths)
             scores = self.lm.score_batch(batch, detached.leaves())
             loss = self.loss(scores, [gold[i] for i in group]) / weight
             loss.backward()  # type: ignore[no-untyped-call]
