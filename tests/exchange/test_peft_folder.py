@@ -229,7 +229,7 @@ def refusal(kind: type[SoftPromptError], call: Callable[[], Any]) -> str:
 
 
 def test_what_has_no_exact_form_is_refused(tmp_path: Path) -> None:
-    lm, phi, folder = tiny("llama"), tiny("phi"), tmp_path / "out"
+    lm, phi, folder = tiny("llama"), tiny("stablelm"), tmp_path / "out"
     behind = made(lm, 1, "{input}{soft_prompt} {target}")
     assert "before all input" in refusal(ConfigError, lambda: export(lm, behind, "peft", folder))
     kv = made(lm, 1, "{soft_prompt}{input}{target}", kv=True)
@@ -249,7 +249,7 @@ def test_a_prompt_of_another_base_model_is_refused(tmp_path: Path) -> None:
     message = refusal(ArtifactError, lambda: adopt(tiny("gpt2"), find(tmp_path), name="x"))
     assert "192 numbers a virtual token" in message
     assert "--base" in message
-    phi = tiny("phi")
+    phi = tiny("stablelm")
     assert "fast path" in refusal(ConfigError, lambda: adopt(phi, find(tmp_path), name="x"))
 
 

@@ -436,7 +436,7 @@ def test_long_runs_are_compiled_and_short_ones_are_not(monkeypatch: pytest.Monke
     assert decision(steps=10**9)
     assert decision(compile="on")
     assert not decision(compile="off", steps=10**9)
-    assert not decision(kind="phi", compile="on")  # the concatenation path is never compiled
+    assert not decision(kind="stablelm", compile="on")  # the concatenation path is never compiled
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert not decision(steps=10**9)  # without a C++ compiler
 

@@ -18,7 +18,7 @@ import torch
 from softprompt.data.example import Example
 from softprompt.evaluation.validation import validator
 from softprompt.methods.problem import Learned, Problem
-from softprompt.model.batch import Row, collate
+from softprompt.model.batch import Row
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.state.prefix import PrefixState
 from softprompt.tasks.predict import Prediction, Progress, Query, default_sampling, predict

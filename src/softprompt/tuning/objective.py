@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from softprompt.model.batch import Row, collate, micro_batches
+from softprompt.model.batch import Row, micro_batches
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.prefixes import PrefixOf
 from softprompt.model.request import Request
