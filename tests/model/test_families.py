@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from softprompt.generation.decoder import generate
+from softprompt.model.architecture import FAMILIES
 from softprompt.model.request import Request, Sampling
 from softprompt.text.tokens import SOFT
 from softprompt.tuning.objective import Objective
 from tests.model.families import CASES, PATHS, frozen, whole, whole_score
 
-CLOSE = {"rtol": 1e-5, "atol": 2e-5}
+CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 2e-5}
 WORDS = ((70, 71, 72), (70, 71, 80), (90,), (70, 81))
 OWNERS = (0, 1, 2, 2)
 VOCABULARY = tuple((token,) for token in range(320))
 INPUTS = ((60,), (61, 62, 63, 64, 65, 66, 67, 68, 69), (62, 60, 61))
 every = pytest.mark.parametrize("case", CASES)
+
+
+def recurrent(case: str) -> bool:
+    family = next((family for family in FAMILIES if CASES[case][0] in family.model_types), None)
+    return family is not None and family.recurrent
 
 
 def soft(length: int, seed: int = 0) -> torch.Tensor:
@@ -82,6 +89,19 @@ def test_the_gradient_is_that_of_concatenation(case: str, labels: bool) -> None:
         assert found == pytest.approx(float(expected.detach()), rel=1e-5)
         assert leaf.grad is not None
         assert float((leaf.grad - gradient).norm() / gradient.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if recurrent(case)])
+def test_a_single_virtual_token_behind_text_has_its_gradient(case: str) -> None:
+    """Some recurrent layers run one token alone in place."""
+    lm, vectors = frozen(case), soft(1).requires_grad_()
+    requests = [Request((3, 4, SOFT, *inputs), 3, WORDS[2:3], 0) for inputs in INPUTS]
+    expected = -torch.stack([whole_score(case, r, r.words[0], vectors) for r in requests]).sum() / 3
+    (gradient,) = torch.autograd.grad(expected, vectors)
+    leaf = vectors.detach().clone().requires_grad_()
+    Objective(lm).backward(requests, [0, 0, 0], leaf)
+    assert leaf.grad is not None
+    assert float((leaf.grad - gradient).norm() / gradient.norm()) < 1e-5
 
 
 @every

@@ -331,7 +331,7 @@ def test_a_base_model_without_a_shared_prefix_is_refused() -> None:
     data = toy(12, 0)
     with pytest.raises(ConfigError) as error:
         Training(toy_task(tiny("stablelm"), data), data, data, train_settings(parametrisation="prefix"))
-    assert "tiny-stablelm cannot: it is of type stablelm" in str(error.value)
+    assert "tiny-stablelm has none: it is of type stablelm" in str(error.value)
     assert str(error.value).endswith("choose another base model or parametrisation")
 
 
@@ -360,10 +360,8 @@ def test_a_kv_prefix_where_there_is_no_shared_prefix_is_named(kind: str, request
     for call in calls:
         with pytest.raises(ConfigError) as error:
             call()
-        assert str(error.value) == (
-            "A trained KV prefix must stand before all input, which may not be empty, in a base model with a shared "
-            "prefix (gemma3_text, gpt2, gpt_neox, llama, mistral, opt, qwen2, qwen3); use a plain soft prompt."
-        )
+        assert "must stand before all input, which may not be empty" in str(error.value)
+        assert str(error.value).endswith("use a plain soft prompt.")
 
 
 def test_a_query_checks_the_shape_of_a_kv_prefix(llama: FrozenLM) -> None:

@@ -189,9 +189,22 @@ FAMILIES = (
     Family(name="GPT-NeoX", model_types=("gpt_neox",)),
     Family(name="OPT", model_types=("opt",), layers="decoder.layers"),
 )
-"""Every other causal language model runs whole sequences, the soft prompt before each (the concatenation path)."""
+"""A model of these shares prefixes; every other causal language model runs whole sequences, the soft prompt before each
+(the concatenation path), unless a trial at loading shows that its prefixes can be shared as well."""
 
-SHARED_PREFIX_MODELS = tuple(sorted(kind for family in FAMILIES for kind in family.model_types))
+ALIBI = "its attention adds a bias by distance, computed inside the model"
+OWN_ATTENTION = "its attention does not go through the interface of transformers that a prefix enters by"
+WHOLE = {
+    "bloom": ALIBI,
+    "codegen": OWN_ATTENTION,
+    "falcon": OWN_ATTENTION,
+    "gptj": OWN_ATTENTION,
+    "mamba": "its layers do not go on from a state with several tokens",
+    "mpt": ALIBI,
+    "nemotron": OWN_ATTENTION,
+    "stablelm": OWN_ATTENTION,
+}
+"""Types of models that run whole sequences, and why."""
 
 WINDOWS = (
     "max_position_embeddings",
@@ -216,16 +229,18 @@ LEAST_SIGHT = 1e-6
 
 
 def family_of(config: Any) -> Family | None:
-    """The family of a model of this configuration; None if it is of none."""
-    return next((family for family in FAMILIES if config.model_type in family.model_types), None)
+    """The family of a model of this configuration, or of the language model inside it; None if it is of none."""
+    kind = config.get_text_config().model_type
+    return next((family for family in FAMILIES if kind in family.model_types), None)
 
 
 def why_whole_sequences(config: Any) -> str:
     """Why a model of this configuration cannot share a prefix, in plain words; empty if it can."""
     family = family_of(config)
     if family is None:
-        return f"it is of type {config.model_type}, and a prefix can be shared by {', '.join(SHARED_PREFIX_MODELS)}"
-    found = [refusal for refusal in family.refused if refusal.applies(config)]
+        return f"it is of type {config.model_type}: {WHOLE.get(config.model_type, 'nothing is known of it')}"
+    text = config.get_text_config()
+    found = [refusal for refusal in family.refused if refusal.applies(text)]
     return "; ".join(f"with the setting {refusal.setting} of its configuration {refusal.why}" for refusal in found)
 
 
@@ -242,8 +257,9 @@ def embedding_table(model: Any) -> torch.Tensor:
 
 
 def core_of(model: Any) -> Any:
-    """The model without its head."""
-    return model.model if model.base_model is model else model.base_model  # Llama 4 calls its own something else
+    """The language model without its head."""
+    core = model.model if model.base_model is model else model.base_model  # Llama 4 calls its own something else
+    return getattr(core, "language_model", core)
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
@@ -275,6 +291,12 @@ def matrix_ends(layers: nn.ModuleList, config: Any) -> int:
         elif weight.dim() == 3 and ".experts." in f".{name}":  # all experts in one
             ends += chosen * sum(weight.shape[1:])
     return ends
+
+
+def kept_bytes(layers: nn.ModuleList, config: Any, dtype: torch.dtype, vocabulary: int) -> int:
+    """Bytes that a token of a pass with gradient takes: all that goes into and comes out of each matrix product, and
+    two copies of its logits."""
+    return dtype.itemsize * matrix_ends(layers, config) + 2 * torch.float32.itemsize * vocabulary
 
 
 def window_of(config: Any, tokenizer: Any) -> int:

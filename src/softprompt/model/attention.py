@@ -342,7 +342,7 @@ def _attention(
     if keep is not None:
         keep.append((key, value))
     if prefix_layer is not None and hasattr(module, "expand_kv"):
-        prefix_layer = module.expand_kv(*prefix_layer)  # the prefix's latents, once for all rows
+        prefix_layer = module.expand_kv(*prefix_layer)  # type: ignore[operator]  # the prefix's latents, once for all rows
     learning = torch.is_grad_enabled() and key.shape[2] == query.shape[2]
     # What has slid out of a window, or lies in another chunk, is in the mask, which attend_shared does not look at for
     # the prefix.

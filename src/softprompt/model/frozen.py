@@ -16,14 +16,16 @@ from torch import nn
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.errors import ConfigError
 from softprompt.files import StrPath, local_path
-from softprompt.model import attention
+from softprompt.model import attention, trial
 from softprompt.model.architecture import (
+    WHOLE,
+    Family,
     Head,
     core_of,
     decoder_layers,
     embedding_table,
     family_of,
-    matrix_ends,
+    kept_bytes,
     require_causal,
     why_whole_sequences,
     window_of,
@@ -38,6 +40,7 @@ from softprompt.model.fingerprint import fingerprint_model, fingerprint_tokenize
 from softprompt.model.loading import DTYPES, lasting, load_base, pick_device, pick_dtype
 from softprompt.model.notes import heard
 from softprompt.model.prefixes import PrefixCache, PrefixOf
+from softprompt.model.reading import greedy_words, summed
 from softprompt.model.request import Request, prompt_of
 from softprompt.model.state.kv import Kept, PrefixKV
 from softprompt.model.state.prefix import PrefixState
@@ -92,21 +95,28 @@ class FrozenLM(Embedder):
             generation_config=getattr(model, "generation_config", None),
         )
         require_causal(self.model, name, rms=self.embedding_rms)
-        family = family_of(config)
-        self.why_whole_sequences = why_whole_sequences(config)
-        self.shares_prefix = not self.why_whole_sequences
-        self._mask = Masks.of(config, family, self.dtype)
-        self.recurrent = self.shares_prefix and family is not None and family.recurrent
-        self._layers, self._core = decoder_layers(model), core_of(model)
-        self._head = family.head if family else Head()
-        self._keeps_latents = family is not None and family.latent
         # In 16 bits, a CPU rounds the matrix product of one row otherwise than that row's among others: where a row
         # alone is computed twice, its text is the same in any company.
         self._avoids_one_row = self.device.type == "cpu" and self.dtype != torch.float32
         self.compiled = False
         self.packed = PackedWeights(self.model)
+        self._layers, self._core = decoder_layers(model), core_of(model)
+        family = family_of(config)
+        self.take_up(family, why_whole_sequences(config))
+        if family is None and config.model_type not in WHOLE:
+            trial.run(self)
+
+    def take_up(self, family: Family | None, why_whole_sequences: str) -> None:
+        """Goes on as is right for a family; without one, or with a reason, by whole sequences."""
+        self.why_whole_sequences = why_whole_sequences
+        self.shares_prefix = not self.why_whole_sequences
+        self.recurrent = self.shares_prefix and family is not None and family.recurrent
+        self._text_config = self.model.config.get_text_config()
+        self._mask = Masks.of(self._text_config, family, self.dtype)
+        self._head = family.head if family else Head()
+        self._keeps_latents = family is not None and family.latent
         if self.shares_prefix:
-            attention.install(model, self._layers)
+            attention.install(self.model, self._layers)
 
     @classmethod
     def load(
@@ -196,9 +206,23 @@ class FrozenLM(Embedder):
         before, after = (state[0, 1:].float().square().mean(dim=1).sqrt() for state in states[:2])
         return max(1.0, float((after / before).median()))
 
+    @property
+    def compiles(self) -> bool:
+        """Whether all layers keep keys and values. Others ask a cache by their number, and would be compiled one by one."""
+        return self.shares_prefix and not self.recurrent and not self._keeps_latents
+
+    @cached_property
+    def why_no_kv(self) -> str:
+        """Why keys and values of this model cannot be a trained prefix, in plain words; empty if they can."""
+        if not self.compiles:
+            return self.why_whole_sequences or "not all of its layers keep keys and values, but a state or latents"
+        with torch.no_grad(), self.eager():
+            shapes = {tensor.shape for tensor in self.prefix_kv((), None).tensors}
+        return "the keys and values of its layers differ in size" if len(shapes) > 1 else ""
+
     @cached_property
     def kv_shape(self) -> tuple[int, ...]:
-        """``(L, 2, H_kv, D)``, the shape of a virtual token of a trained KV prefix; only with ``shares_prefix``."""
+        """``(L, 2, H_kv, D)``, the shape of a virtual token of a trained KV prefix; only without ``why_no_kv``."""
         return tuple(self.prefix_numbers((), None).shape[1:])
 
     @cached_property
@@ -210,10 +234,8 @@ class FrozenLM(Embedder):
         """
         if self.device.type != "cuda":
             return MAX_TOKENS
-        ends = matrix_ends(self._layers, self.model.config)
-        logits = 2 * torch.float32.itemsize * self.embedding.shape[0]
-        memory = torch.cuda.get_device_properties(self.device).total_memory
-        fitting = int(GPU_SHARE * memory / (self.dtype.itemsize * ends + logits))
+        memory = GPU_SHARE * torch.cuda.get_device_properties(self.device).total_memory
+        fitting = int(memory / kept_bytes(self._layers, self.model.config, self.dtype, self.embedding.shape[0]))
         return min(max(MAX_TOKENS, fitting), MOST_TOKENS)
 
     @property
@@ -246,17 +268,19 @@ class FrozenLM(Embedder):
         Returns:
             What all of them leave behind, ``before`` included.
         """
-        if self.recurrent:
-            assert before is None or isinstance(before, RecurrentState)
-            return self._run_recurrent(ids, vectors, before)
-        assert before is None or isinstance(before, PrefixKV)
         if vectors is None or vectors.dim() == 2 or SOFT not in ids:
             return self._run_prefix(ids, vectors, before)
+        if self.why_no_kv:
+            raise ConfigError(
+                f"Expected vectors as a soft prompt for {self.name}, found a trained KV prefix, which it cannot take: "
+                f"{self.why_no_kv}."
+            )
         place = list(ids).index(SOFT)
         known = PrefixKV.of_numbers(vectors.to(self.device, self.dtype))
         if place:
             before = self._run_prefix(ids[:place], None, before)
         if before is not None:
+            assert isinstance(before, PrefixKV)
             known = before.join(known)
         behind = ids[place + 1 :]
         return self._run_prefix(behind, None, known) if behind else known
@@ -266,7 +290,7 @@ class FrozenLM(Embedder):
         """A prefix as the numbers of a trained KV prefix.
 
         Args:
-            ids, vectors: as for ``prefix_kv``; only with ``shares_prefix``.
+            ids, vectors: as for ``prefix_kv``; only without ``why_no_kv``.
 
         Returns:
             float32 ``[P, L, 2, H_kv, D]``, of all of its tokens, keys after any rotary embedding.
@@ -276,42 +300,33 @@ class FrozenLM(Embedder):
         assert isinstance(prefix, PrefixKV)
         return prefix.numbers().float().contiguous()
 
-    def _run_prefix(self, ids: Sequence[int], vectors: torch.Tensor | None, before: PrefixKV | None = None) -> PrefixKV:
-        """Keys and values of ``before``, and behind them of ``ids``, which see those."""
+    def _run_prefix(self, ids: Sequence[int], vectors: torch.Tensor | None, before: PrefixState | None) -> PrefixState:
+        """What ``before`` leaves behind, and behind it ``ids``, which see it."""
         embedded = self.embed(list(ids) or [0], vectors)
         start = 0 if before is None else before.width
+        seen = torch.arange(start + len(embedded), device=self.device)[None]
+        positions = seen[:, start:]
+        sees = positions[..., None] >= seen[:, None]
+        length = embedded.shape[0] if ids else 0  # of an empty prefix only the shape is taken, from a throw-away token
+        if self.recurrent:
+            assert before is None or isinstance(before, RecurrentState)
+            cache = Pass(before, torch.zeros(1, dtype=torch.long, device=self.device))
+            self._run(embedded[None], sees, positions, seen, cache)
+            state = cache.left(length)
+            return state if before is None else before.join(state)
+        assert before is None or isinstance(before, PrefixKV)
         kept = Kept(len(self._layers))
         # A cache is asked in code that knows its layer's number, which would be compiled for each layer anew.
         keeping: dict[str, Any] = {"past_key_values": kept} if self._keeps_latents else {"keep": kept.layers}
-        seen = torch.arange(start + len(embedded), device=self.device)[None]
-        positions = seen[:, start:]
         self._core(
             inputs_embeds=embedded[None],
-            attention_mask=self._mask(positions[..., None] >= seen[:, None], positions, seen),
+            attention_mask=self._mask(sees, positions, seen),
             position_ids=positions,
             use_cache=False,
             prefix=before,
             **keeping,
         )
-        length = embedded.shape[0] if ids else 0  # of an empty prefix only the shape is taken, from a throw-away token
-        own = PrefixKV(
-            keys=tuple(layer[0][0][:, :, :length] for layer in kept.layers),
-            values=tuple(layer[0][1][:, :, :length] for layer in kept.layers),
-            lengths=(length,),
-        )
-        return own if before is None else before.join(own)
-
-    def _run_recurrent(
-        self, ids: Sequence[int], vectors: torch.Tensor | None, before: RecurrentState | None
-    ) -> RecurrentState:
-        """The same in a model with recurrent layers."""
-        embedded = self.embed(list(ids) or [0], vectors)
-        start = 0 if before is None else before.width
-        seen = torch.arange(start + len(embedded), device=self.device)[None]
-        positions = seen[:, start:]
-        cache = Pass(before, torch.zeros(1, dtype=torch.long, device=self.device))
-        self._run(embedded[None], positions[..., None] >= seen[:, None], positions, seen, cache)
-        own = cache.left(len(embedded) if ids else 0)
+        own = kept.prefix(length)
         return own if before is None else before.join(own)
 
     def _run(
@@ -346,7 +361,7 @@ class FrozenLM(Embedder):
             float32 ``[B, W]``, natural logarithm, summed over a word's tokens; ``-inf`` where a row has fewer than
             ``W`` words.
         """
-        return _summed(batch, self._read_logits(batch, prefix))
+        return summed(batch, self._read_logits(batch, prefix))
 
     def _read_logits(self, batch: Batch, prefix: PrefixState) -> torch.Tensor:
         """Logits float32 ``[M, V]`` at the places that the rows' words are read from."""
@@ -374,7 +389,7 @@ class FrozenLM(Embedder):
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         if self._avoids_one_row and len(hidden) == 1:
             return self._logits(hidden.expand(2, -1))[:1]
-        return self._head(self.model.get_output_embeddings()(hidden).float(), self.model.config)
+        return self._head(self.model.get_output_embeddings()(hidden).float(), self._text_config)
 
     def slots(self) -> Slots:
         """Where rows of this model grow."""
@@ -535,7 +550,7 @@ class FrozenLM(Embedder):
                     batch = self.collate(rows, prefix.lengths)
                     if compare:
                         logits = self._read_logits(batch, prefix)
-                        part, same = _summed(batch, logits), _greedy(batch, logits)
+                        part, same = summed(batch, logits), greedy_words(batch, logits)
                     else:
                         part, same = self.score_batch(batch, prefix), None
                 else:
@@ -591,21 +606,3 @@ class FrozenLM(Embedder):
     def eager(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, layers run as they are, compiled or not; all that is not training does."""
         return torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext()
-
-
-def _summed(batch: Batch, logits: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities float32 ``[B, W]`` of each row's words from logits ``[M, V]`` where they are read."""
-    picked = logits.log_softmax(dim=-1)[batch.step_read, batch.step_token]
-    scores = torch.zeros(batch.size * batch.num_words, device=logits.device).index_add(0, batch.step_slot, picked)
-    return scores.view(batch.size, batch.num_words).masked_fill(_absent(batch), -torch.inf)
-
-
-def _greedy(batch: Batch, logits: torch.Tensor) -> torch.Tensor:
-    """Whether each token of a word is the most probable one, bool ``[B, W]``, from the same logits."""
-    others = (logits.argmax(dim=-1)[batch.step_read] != batch.step_token).float()
-    count = torch.zeros(batch.size * batch.num_words, device=logits.device).index_add(0, batch.step_slot, others)
-    return (count.view(batch.size, batch.num_words) == 0) & ~_absent(batch)
-
-
-def _absent(batch: Batch) -> torch.Tensor:
-    return torch.arange(batch.num_words, device=batch.ids.device) >= batch.word_counts[:, None]

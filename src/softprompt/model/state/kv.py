@@ -108,3 +108,9 @@ class Kept:
     def get_seq_length(self, layer: int = 0) -> int:
         """Transformers asks it where positions are not given; ours are."""
         return 0
+
+    def prefix(self, length: int) -> PrefixKV:
+        """The first ``length`` tokens of the one row."""
+        pairs = [layer[0] for layer in self.layers]
+        keys, values = (tuple(pair[i][:, :, :length] for pair in pairs) for i in (0, 1))
+        return PrefixKV(keys, values, (length,))
