@@ -86,6 +86,31 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma", {}),
     "gemma2": ("gemma2", {**SLIDING, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
     "gemma3_text-capped": ("gemma3_text", {**SLIDING, "final_logit_softcapping": 3.0}),
+    "gemma3": (
+        "gemma3",
+        {
+            "text_config": {**SIZES, **SLIDING},
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 16,
+                "patch_size": 8,
+            },
+            "mm_tokens_per_image": 1,
+        },
+    ),
+    "gemma4_text": (
+        "gemma4_text",
+        {
+            **SLIDING,
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 0,
+            "global_head_dim": 16,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
     "ministral": ("ministral", SLIDING),
     "ministral3": ("ministral3", {}),
     "mixtral": ("mixtral", {**EXPERTS, "sliding_window": 6}),
@@ -177,7 +202,7 @@ PATHS = dict.fromkeys(CASES, "fast") | dict.fromkeys(("nemotron", "stablelm", "m
 def make_model(case: str) -> Any:
     """A tiny model with seeded random weights, large enough that attention is far from uniform."""
     kind, options = CASES[case]
-    config = AutoConfig.for_model(kind, **{**SIZES, **options})
+    config = AutoConfig.for_model(kind, **(options if "text_config" in options else {**SIZES, **options}))
     torch.manual_seed(7)
     models: Any = AutoModelForCausalLM
     model = models.from_config(config)

@@ -3,6 +3,7 @@ once, and what is read off any model."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -129,6 +130,7 @@ FAMILIES = (
     Family(name="Gemma 1", model_types=("gemma",)),
     Family(name="Gemma 2", model_types=("gemma2",), windows="by layer_types", head=CAPPED),
     Family(name="Gemma 3", model_types=("gemma3_text",), windows="by layer_types", head=CAPPED),
+    Family(name="Gemma 4", model_types=("gemma4_text",), windows="by layer_types", head=CAPPED),
     Family(name="Mistral", model_types=("mistral",), windows="every layer"),
     Family(name="Ministral", model_types=("ministral",), windows="by layer_types"),
     Family(name="Ministral 3", model_types=("ministral3",), windows="every layer"),
@@ -262,6 +264,24 @@ def core_of(model: Any) -> Any:
     return getattr(core, "language_model", core)
 
 
+def run_behind(core: Any, embedded: torch.Tensor, mask: Any, positions: torch.Tensor, cache: Any) -> torch.Tensor:
+    """Hidden states ``[B, T, H]`` after the last layer's norm, of tokens behind what a cache holds.
+
+    Args:
+        core: the language model without its head.
+        embedded: ``[B, T, H]``.
+        mask: as its layers take it.
+        positions: int64 ``[B, T]``.
+        cache: what stands where transformers expects its own.
+    """
+    takes = inspect.signature(core.forward).parameters
+    options = {"cache_params" if "cache_params" in takes else "past_key_values": cache}  # Mamba says the former
+    if "position_ids" in takes:
+        options["position_ids"] = positions
+    out = core(inputs_embeds=embedded, attention_mask=mask, use_cache=True, **options)
+    return out.last_hidden_state  # type: ignore[no-any-return]
+
+
 def decoder_layers(model: Any) -> nn.ModuleList:
     """The stack of decoder layers. In a model of no family: of the lists of modules that are inside no other, the first
     with as many as the configuration says the language model has layers, or the longest."""
@@ -307,6 +327,39 @@ def window_of(config: Any, tokenizer: Any) -> int:
     return next(
         (int(size) for size in said if isinstance(size, int | float) and 0 < size <= LARGEST_WINDOW), USUAL_WINDOW
     )
+
+
+def first_layer_gain(model: Any, embedded: torch.Tensor) -> float:
+    """How many times as large (RMS, median over tokens but the first) as ``[1, T, H]`` the first layer makes it."""
+    states = model(inputs_embeds=embedded, use_cache=False, output_hidden_states=True).hidden_states
+    before, after = (state[0, 1:].float().square().mean(dim=1).sqrt() for state in states[:2])
+    return float((after / before).median())
+
+
+def require_whole_tokens(model: Any, name: str) -> None:
+    """Refuses a model that makes more of a token than its embedding, which is all that a virtual token has.
+
+    Args:
+        model: of transformers, in evaluation mode.
+        name: what the user calls it.
+
+    Raises:
+        BaseModelError: tokens and their embeddings give other logits.
+    """
+    ids = torch.arange(4, device=model.get_input_embeddings().weight.device)[None]
+    told = bool(getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None))
+    if not told:
+        with torch.no_grad():
+            by_ids, by_vectors = (
+                model(**inputs, use_cache=False).logits.float()
+                for inputs in ({"input_ids": ids}, {"inputs_embeds": model.get_input_embeddings()(ids)})
+            )
+        told = not torch.allclose(by_ids, by_vectors, rtol=0.01, atol=0.01 * float(by_ids.abs().max()))
+    if told:
+        raise BaseModelError(
+            f"the base model {name!r} ({model.config.model_type}) feeds its layers more of a token than its embedding, "
+            "which is all that a virtual token has; give another base model"
+        )
 
 
 def require_causal(model: Any, name: str, *, rms: float) -> None:

@@ -25,8 +25,11 @@ from softprompt.model.architecture import (
     decoder_layers,
     embedding_table,
     family_of,
+    first_layer_gain,
     kept_bytes,
     require_causal,
+    require_whole_tokens,
+    run_behind,
     why_whole_sequences,
     window_of,
 )
@@ -95,6 +98,7 @@ class FrozenLM(Embedder):
             generation_config=getattr(model, "generation_config", None),
         )
         require_causal(self.model, name, rms=self.embedding_rms)
+        require_whole_tokens(self.model, name)
         # In 16 bits, a CPU rounds the matrix product of one row otherwise than that row's among others: where a row
         # alone is computed twice, its text is the same in any company.
         self._avoids_one_row = self.device.type == "cpu" and self.dtype != torch.float32
@@ -202,13 +206,11 @@ class FrozenLM(Embedder):
         ids = frequent_tokens(self.tokenizer, len(self.embedding), 0)[: min(GAIN_TOKENS, self.window)]
         embedded = self.embed(ids, None)[None]
         with torch.no_grad(), self.eager():
-            states = self.model(inputs_embeds=embedded, use_cache=False, output_hidden_states=True).hidden_states
-        before, after = (state[0, 1:].float().square().mean(dim=1).sqrt() for state in states[:2])
-        return max(1.0, float((after / before).median()))
+            return max(1.0, first_layer_gain(self.model, embedded))
 
     @property
     def compiles(self) -> bool:
-        """Whether all layers keep keys and values. Others ask a cache by their number, and would be compiled one by one."""
+        """Whether all layers keep keys and values; others ask a cache by number, and would be compiled one by one."""
         return self.shares_prefix and not self.recurrent and not self._keeps_latents
 
     @cached_property
@@ -230,7 +232,7 @@ class FrozenLM(Embedder):
         """The most tokens, padding included, in a micro-batch with gradient.
 
         A GPU wants more than a CPU: passes over few tokens spend their time on launching kernels. It gets as many as
-        keep what backward needs, all that goes into and comes out of each matrix product, within ``GPU_SHARE``.
+        keep what backward needs within ``GPU_SHARE``.
         """
         if self.device.type != "cuda":
             return MAX_TOKENS
@@ -311,7 +313,7 @@ class FrozenLM(Embedder):
         if self.recurrent:
             assert before is None or isinstance(before, RecurrentState)
             cache = Pass(before, torch.zeros(1, dtype=torch.long, device=self.device))
-            self._run(embedded[None], sees, positions, seen, cache)
+            run_behind(self._core, embedded[None], self._mask(sees, positions, seen), positions, cache)
             state = cache.left(length)
             return state if before is None else before.join(state)
         assert before is None or isinstance(before, PrefixKV)
@@ -328,18 +330,6 @@ class FrozenLM(Embedder):
         )
         own = kept.prefix(length)
         return own if before is None else before.join(own)
-
-    def _run(
-        self, embedded: torch.Tensor, sees: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor, cache: Any
-    ) -> torch.Tensor:
-        """Hidden states ``[B, T, H]`` after the last layer's norm, of tokens behind what ``cache`` holds."""
-        takes = inspect.signature(self._core.forward).parameters
-        options = {"cache_params" if "cache_params" in takes else "past_key_values": cache}
-        if "position_ids" in takes:
-            options["position_ids"] = positions
-        mask = self._mask(sees, positions, seen)
-        out = self._core(inputs_embeds=embedded, attention_mask=mask, use_cache=True, **options)
-        return out.last_hidden_state  # type: ignore[no-any-return]
 
     def collate(self, rows: Sequence[Row], prefix_lengths: Sequence[int]) -> Batch:
         """Rows as one batch, laid out for this model; as ``batch.collate``."""
@@ -374,8 +364,8 @@ class FrozenLM(Embedder):
         embedded, seen = self.look_up(batch.ids), torch.cat([before, batch.positions], dim=1)
         if isinstance(prefix, RecurrentState):
             assert batch.prefix_rows is not None
-            cache = Pass(prefix, batch.prefix_rows)
-            return self._run(embedded, batch.sees, batch.positions, seen, cache)
+            mask = self._mask(batch.sees, batch.positions, seen)
+            return run_behind(self._core, embedded, mask, batch.positions, Pass(prefix, batch.prefix_rows))
         out = self._core(
             inputs_embeds=embedded,
             attention_mask=self._mask(batch.sees, batch.positions, seen),
@@ -414,7 +404,7 @@ class FrozenLM(Embedder):
         padding = torch.arange(embedded.shape[1]) >= own[:, None]
         columns, places = columns.to(self.device), torch.arange(kv.width, device=self.device)[None]
         sees, positions = columns[..., None] >= places[:, None], columns.masked_fill(padding.to(self.device), 0)
-        hidden = self._run(embedded, sees, positions, places, kv)
+        hidden = run_behind(self._core, embedded, self._mask(sees, positions, places), positions, kv)
         logits = self._logits(hidden[torch.arange(len(own)), own - 1])
         return logits[:1] if alone else logits
 

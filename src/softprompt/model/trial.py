@@ -1,10 +1,13 @@
-"""A model of a family that is not known is tried when it is loaded: a few texts through both paths."""
+"""A model of a family that is not known is tried when it is loaded: a few texts through both paths.
+
+Here, ``lm`` is a ``FrozenLM``, whose module imports this one.
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -15,9 +18,6 @@ from softprompt.model.request import Request
 from softprompt.model.state.kv import PrefixKV
 from softprompt.model.state.recurrent import RecurrentState
 from softprompt.text.tokens import SOFT
-
-if TYPE_CHECKING:
-    from softprompt.model.frozen import FrozenLM
 
 BY_LENGTH = (
     "sliding_window",
@@ -58,7 +58,7 @@ def guess(model: Any) -> Family | str:
     return Family(name=config.model_type, model_types=(config.model_type,), state=state)
 
 
-def questions(lm: FrozenLM) -> tuple[list[Request], torch.Tensor]:
+def questions(lm: Any) -> tuple[list[Request], torch.Tensor]:
     """Requests with a soft prompt between two tokens, and its vectors, embeddings of tokens."""
     ids = [number * 37 % len(lm.embedding) for number in range(1, ASKED + 1)]
     words = tuple((token,) for token in sorted(set(ids)))
@@ -66,7 +66,7 @@ def questions(lm: FrozenLM) -> tuple[list[Request], torch.Tensor]:
     return [Request((ids[0], SOFT, ids[1], *ids[2 : 2 + count]), 3, words, 0) for count in INPUTS], vectors
 
 
-def answers(lm: FrozenLM) -> torch.Tensor:
+def answers(lm: Any) -> torch.Tensor:
     """Log-probabilities of tokens behind each request, a row each; behind the last one again, as it is continued token
     by token; and the gradient of their sum in the vectors."""
     requests, vectors = questions(lm)
@@ -89,7 +89,7 @@ def answers(lm: FrozenLM) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _continued(lm: FrozenLM, request: Request, vectors: torch.Tensor) -> torch.Tensor:
+def _continued(lm: Any, request: Request, vectors: torch.Tensor) -> torch.Tensor:
     """Log-probabilities float32 ``[1, V]`` behind the request, its last token run by itself."""
     own = lm.embed(request.ids[request.shared :], None)[None]
     slots = lm.slots()
@@ -105,7 +105,7 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return math.inf if math.isnan(largest) else largest
 
 
-def run(lm: FrozenLM) -> None:
+def run(lm: Any) -> None:
     """Lets a model of an unknown family share prefixes if a few texts come out alike on both paths, with a
     ``SoftPromptWarning`` that says which path it takes."""
     kind, before = lm.model.config.model_type, lm.model.config._attn_implementation
