@@ -176,6 +176,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**EXPERTS, "layer_types": ["conv", "full_attention"], "conv_L_cache": 3, "num_dense_layers": 1},
     ),
     "bamba": ("bamba", {**MAMBA, "attn_layer_indices": [1]}),
+    "bloom": ("bloom", {"n_layer": 2, "n_head": 4}),
+    "codegen": ("codegen", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 128}),
+    "falcon": ("falcon", {"alibi": True, "head_dim": None}),
+    "gptj": ("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 128}),
+    "mpt": ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}),
     "mamba": ("mamba", {"state_size": 8, "conv_kernel": 4}),
     "mamba2": ("mamba2", {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8}),
     "starcoder2": ("starcoder2", {}),
@@ -195,14 +200,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-PATHS = dict.fromkeys(CASES, "fast") | dict.fromkeys(("nemotron", "stablelm", "mamba"), "reference")
-"""Which path each takes."""
+WHOLE_SEQUENCES = {"bloom", "codegen", "falcon", "gptj", "mamba", "mpt", "nemotron", "stablelm"}
+"""The cases that take the concatenation path; all others are fast."""
 
 
 def make_model(case: str) -> Any:
     """A tiny model with seeded random weights, large enough that attention is far from uniform."""
     kind, options = CASES[case]
-    config = AutoConfig.for_model(kind, **(options if "text_config" in options else {**SIZES, **options}))
+    sizes = {} if "text_config" in options else SIZES
+    wanted = {name: value for name, value in {**sizes, **options}.items() if value is not None}
+    config = AutoConfig.for_model(kind, **wanted)
     torch.manual_seed(7)
     models: Any = AutoModelForCausalLM
     model = models.from_config(config)
@@ -229,9 +236,13 @@ def plain(case: str) -> Any:
 def whole(case: str, ids: Sequence[int], soft: torch.Tensor | None = None) -> torch.Tensor:
     """Log-probabilities ``[T, V]`` by ``plain`` of one sequence; ``soft`` ``[P, H]`` where ``ids`` has ``SOFT``."""
     model = plain(case)
-    lookup = model.get_input_embeddings()
-    pieces: list[Any] = [soft if token == SOFT else lookup(torch.tensor([token])) for token in ids]
-    logits = model(inputs_embeds=torch.cat(pieces)[None], use_cache=False).logits[0]
+    if SOFT in ids:
+        lookup, factor = model.get_input_embeddings(), 2.0 if case == "falcon_h1" else 1.0  # of tokens alone
+        pieces: list[Any] = [soft if token == SOFT else factor * lookup(torch.tensor([token])) for token in ids]
+        inputs = {"inputs_embeds": torch.cat(pieces)[None]}
+    else:
+        inputs = {"input_ids": torch.tensor([ids])}
+    logits = model(**inputs, use_cache=False).logits[0]
     return torch.log_softmax(logits, dim=-1)
 
 

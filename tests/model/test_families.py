@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from softprompt.generation.decoder import generate
-from softprompt.model.architecture import FAMILIES
+from softprompt.model.architecture import FAMILIES, WHOLE
 from softprompt.model.request import Request, Sampling
 from softprompt.text.tokens import SOFT
 from softprompt.tuning.objective import Objective
-from tests.model.families import CASES, PATHS, frozen, whole, whole_score
+from tests.conftest import SHARED
+from tests.model.families import CASES, WHOLE_SEQUENCES, frozen, whole, whole_score
 
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 2e-5}
 WORDS = ((70, 71, 72), (70, 71, 80), (90,), (70, 81))
@@ -48,11 +49,20 @@ def soft_of(request: Request, prompts: list[torch.Tensor]) -> torch.Tensor | Non
     return None if request.prompt is None else prompts[request.prompt]
 
 
+def test_every_family_that_the_page_lists_is_one_of_these() -> None:
+    """The generated page is made of ``FAMILIES`` and ``WHOLE``; the tests below run over ``CASES``."""
+    fast = {CASES[case][0] for case in CASES if case not in WHOLE_SEQUENCES}
+    told = {kind for family in FAMILIES for kind in family.model_types}
+    inside = {"gemma3"}  # the language model in it is one of them
+    assert fast - inside | {kind.removesuffix("-sliding") for kind in SHARED} == told
+    assert {CASES[case][0] for case in WHOLE_SEQUENCES} == set(WHOLE)
+
+
 @every
 def test_the_path_is_the_one_that_is_told(case: str) -> None:
     lm = frozen(case)
-    assert lm.shares_prefix == (PATHS[case] == "fast")
-    assert bool(lm.why_whole_sequences) == (PATHS[case] != "fast")
+    assert lm.shares_prefix == (case not in WHOLE_SEQUENCES)
+    assert lm.why_whole_sequences == ("" if lm.shares_prefix else f"it is of type {case}: {WHOLE[case]}")
 
 
 @every

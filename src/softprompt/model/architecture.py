@@ -82,8 +82,9 @@ class Family:
         model_types: what transformers calls it in a configuration.
         layers: where its decoder layers are, from the model without its head.
         state: what a prefix leaves behind.
-        enters: how a prefix enters, in plain words.
+        leaves: what a prefix leaves behind, in plain words.
         windows: which layers have a sliding window, or chunks.
+        fed: the setting by which it multiplies tokens' embeddings, and not those that it is given; empty: none.
         head: what becomes of its logits.
         attention: whether it has layers with attention.
         latent: whether its attention keeps latents, from which its ``expand_kv`` makes keys and values.
@@ -94,8 +95,9 @@ class Family:
     model_types: tuple[str, ...]
     layers: str = "layers"
     state: type[PrefixState] = PrefixKV
-    enters: str = "keys and values before those of the row, in every layer"
+    leaves: str = "keys and values in every layer"
     windows: Windows = "none"
+    fed: str = ""
     head: Head = Head()
     attention: bool = True
     latent: bool = False
@@ -110,7 +112,7 @@ class Family:
 CAPPED = Head(cap="final_logit_softcapping")
 MULTIPLIED = Head(multiplier="logit_scale")
 DIVIDED = Head(divisor="logits_scaling")
-LATENTS = "latents before those of the row, in every layer"
+LATENTS = "latents in every layer"
 STATES = "keys and values in the layers with attention, the state and the convolution's window in the others"
 
 FAMILIES = (
@@ -147,34 +149,35 @@ FAMILIES = (
     Family(name="GLM-4", model_types=("glm", "glm4", "glm4_moe")),
     Family(name="Cohere 1", model_types=("cohere",), head=MULTIPLIED),
     Family(name="Cohere 2", model_types=("cohere2",), windows="by layer_types", head=MULTIPLIED),
-    Family(name="DeepSeek V2 and V3", model_types=("deepseek_v2", "deepseek_v3"), enters=LATENTS, latent=True),
+    Family(name="DeepSeek V2 and V3", model_types=("deepseek_v2", "deepseek_v3"), leaves=LATENTS, latent=True),
     Family(
         name="Qwen 3.5 and 3-Next",
         model_types=("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"),
         state=RecurrentState,
-        enters=STATES,
+        leaves=STATES,
     ),
-    Family(name="Granite 4", model_types=("granitemoehybrid",), state=RecurrentState, enters=STATES, head=DIVIDED),
+    Family(name="Granite 4", model_types=("granitemoehybrid",), state=RecurrentState, leaves=STATES, head=DIVIDED),
     Family(
         name="Falcon-H1",
         model_types=("falcon_h1",),
         state=RecurrentState,
-        enters="keys, values, state and convolution window in every layer",
+        leaves="keys, values, state and convolution window in every layer",
+        fed="embedding_multiplier",
         head=Head(multiplier="lm_head_multiplier"),
     ),
-    Family(name="Nemotron-H", model_types=("nemotron_h",), state=RecurrentState, enters=STATES),
+    Family(name="Nemotron-H", model_types=("nemotron_h",), state=RecurrentState, leaves=STATES),
     Family(
         name="LFM2",
         model_types=("lfm2", "lfm2_moe"),
         state=RecurrentState,
-        enters="keys and values in the layers with attention, the convolution's window in the others",
+        leaves="keys and values in the layers with attention, the convolution's window in the others",
     ),
-    Family(name="Bamba", model_types=("bamba",), state=RecurrentState, enters=STATES),
+    Family(name="Bamba", model_types=("bamba",), state=RecurrentState, leaves=STATES),
     Family(
         name="Mamba 2",
         model_types=("mamba2",),
         state=RecurrentState,
-        enters="the state and the convolution's window, in every layer",
+        leaves="the state and the convolution's window in every layer",
         attention=False,
     ),
     Family(name="StarCoder 2", model_types=("starcoder2",), windows="every layer"),
@@ -230,6 +233,10 @@ LEAST_SIGHT = 1e-6
 """Share of the largest gradient that one in a later token must have to count: rounding is far below, sight above."""
 
 
+ROUNDED = 0.02
+"""Share of the size of logits that computing them again in 16 bits may change them by."""
+
+
 def family_of(config: Any) -> Family | None:
     """The family of a model of this configuration, or of the language model inside it; None if it is of none."""
     kind = config.get_text_config().model_type
@@ -246,16 +253,21 @@ def why_whole_sequences(config: Any) -> str:
     return "; ".join(f"with the setting {refusal.setting} of its configuration {refusal.why}" for refusal in found)
 
 
+def feed(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """What tokens feed into the model: ``[…, H]`` of int64 ids ``[…]``, differentiable in the weights."""
+    family = family_of(model.config)
+    fed: torch.Tensor = model.get_input_embeddings()(ids)
+    return fed * getattr(model.config, family.fed) if family is not None and family.fed else fed
+
+
 def embedding_table(model: Any) -> torch.Tensor:
     """What each token feeds into the model, ``[V, H]``: the weight itself, unless the model scales it (Gemma)."""
-    lookup = model.get_input_embeddings()
-    weight: torch.Tensor = lookup.weight
+    weight: torch.Tensor = model.get_input_embeddings().weight
     with torch.no_grad():
         few = torch.arange(min(64, weight.shape[0]), device=weight.device)
-        if torch.equal(lookup(few), weight[few]):
+        if torch.equal(feed(model, few), weight[few]):
             return weight
-        fed: torch.Tensor = lookup(torch.arange(weight.shape[0], device=weight.device))
-        return fed
+        return feed(model, torch.arange(weight.shape[0], device=weight.device))
 
 
 def core_of(model: Any) -> Any:
@@ -336,35 +348,9 @@ def first_layer_gain(model: Any, embedded: torch.Tensor) -> float:
     return float((after / before).median())
 
 
-def require_whole_tokens(model: Any, name: str) -> None:
-    """Refuses a model that makes more of a token than its embedding, which is all that a virtual token has.
-
-    Args:
-        model: of transformers, in evaluation mode.
-        name: what the user calls it.
-
-    Raises:
-        BaseModelError: tokens and their embeddings give other logits.
-    """
-    ids = torch.arange(4, device=model.get_input_embeddings().weight.device)[None]
-    told = bool(getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None))
-    if not told:
-        with torch.no_grad():
-            by_ids, by_vectors = (
-                model(**inputs, use_cache=False).logits.float()
-                for inputs in ({"input_ids": ids}, {"inputs_embeds": model.get_input_embeddings()(ids)})
-            )
-        told = not torch.allclose(by_ids, by_vectors, rtol=0.01, atol=0.01 * float(by_ids.abs().max()))
-    if told:
-        raise BaseModelError(
-            f"the base model {name!r} ({model.config.model_type}) feeds its layers more of a token than its embedding, "
-            "which is all that a virtual token has; give another base model"
-        )
-
-
 def require_causal(model: Any, name: str, *, rms: float) -> None:
-    """Refuses a model in which a token sees those behind it: of a causal one, the gradient of early logits in later
-    tokens is zero.
+    """Refuses a model in which a token sees those behind it (of a causal one, the gradient of early logits in later
+    tokens is zero), or that makes more of a token than its embedding.
 
     Args:
         model: of transformers, in evaluation mode.
@@ -372,26 +358,39 @@ def require_causal(model: Any, name: str, *, rms: float) -> None:
         rms: root mean square of its embeddings.
 
     Raises:
-        BaseModelError: it is an encoder, or takes no embedded tokens.
+        BaseModelError: it is an encoder, takes no embedded tokens, or feeds its layers more than those.
     """
-    weight = model.get_input_embeddings().weight
-    noise = rms * torch.randn(1, 4, weight.shape[1], generator=torch.Generator().manual_seed(0))
-    leaf = noise.to(weight.device, weight.dtype).requires_grad_()
+    kind, lookup = model.config.model_type, model.get_input_embeddings()
+    more = BaseModelError(
+        f"the base model {name!r} ({kind}) feeds its layers more of a token than its embedding, which is all that a "
+        "virtual token has; give another base model"
+    )
+    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None):
+        raise more
+    noise = rms * torch.randn(1, 4, lookup.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    leaf = noise.to(lookup.weight.device, lookup.weight.dtype).requires_grad_()
+    ids = torch.arange(4, device=leaf.device)[None]
+
+    def logits(**inputs: torch.Tensor) -> torch.Tensor:
+        out = model(**inputs, attention_mask=torch.ones_like(ids), use_cache=False)
+        return out.logits.float()  # type: ignore[no-any-return]
+
     try:
         with torch.enable_grad():
-            logits = model(
-                inputs_embeds=leaf + 0, attention_mask=torch.ones_like(leaf[..., 0]).long(), use_cache=False
-            ).logits
-            (gradient,) = torch.autograd.grad(logits[:, :2].float().square().mean(), leaf)
+            (gradient,) = torch.autograd.grad(logits(inputs_embeds=leaf + 0)[:, :2].square().mean(), leaf)
+        with torch.no_grad():
+            by_ids, by_vectors = logits(input_ids=ids), logits(inputs_embeds=feed(model, ids))
     except Exception as error:  # of transformers alone
         reason = " ".join(str(error).split()).split(". ")[0][:200]
         raise BaseModelError(
-            f"the base model {name!r} ({model.config.model_type}) does not compute logits and gradients from embedded "
+            f"the base model {name!r} ({kind}) does not compute logits and gradients from embedded "
             f"tokens ({type(error).__name__}: {reason}); give another causal language model"
         ) from error
     found = gradient.float().nan_to_num(0.0).abs()  # an overflow is no sign of sight
     if found[:, 2:].max() > LEAST_SIGHT * found.max():
         raise BaseModelError(
-            f"the base model {name!r} is an encoder ({model.config.model_type}): its tokens see those behind them; "
+            f"the base model {name!r} is an encoder ({kind}): its tokens see those behind them; "
             "give a causal language model"
         )
+    if (by_ids - by_vectors).norm() > ROUNDED * by_ids.norm():
+        raise more

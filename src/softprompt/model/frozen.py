@@ -25,10 +25,10 @@ from softprompt.model.architecture import (
     decoder_layers,
     embedding_table,
     family_of,
+    feed,
     first_layer_gain,
     kept_bytes,
     require_causal,
-    require_whole_tokens,
     run_behind,
     why_whole_sequences,
     window_of,
@@ -98,7 +98,6 @@ class FrozenLM(Embedder):
             generation_config=getattr(model, "generation_config", None),
         )
         require_causal(self.model, name, rms=self.embedding_rms)
-        require_whole_tokens(self.model, name)
         # In 16 bits, a CPU rounds the matrix product of one row otherwise than that row's among others: where a row
         # alone is computed twice, its text is the same in any company.
         self._avoids_one_row = self.device.type == "cpu" and self.dtype != torch.float32
@@ -463,7 +462,7 @@ class FrozenLM(Embedder):
 
     def look_up(self, ids: torch.Tensor) -> torch.Tensor:
         """What tokens feed into the model: ``[…, H]`` of int64 ids ``[…]``, differentiable in the weights."""
-        return self.model.get_input_embeddings()(ids)  # type: ignore[no-any-return]
+        return feed(self.model, ids)
 
     # --- whole jobs without gradient ---------------------------------------------------------------------------------
 

@@ -95,7 +95,8 @@ def _continued(lm: Any, request: Request, vectors: torch.Tensor) -> torch.Tensor
     slots = lm.slots()
     slots.add([lm.prefix_kv(request.ids[: request.shared], vectors)], own.shape[1])
     lm.next_logits(slots, own[:, :-1], [own.shape[1] - 1])
-    return lm.next_logits(slots, own[:, -1:], [1]).log_softmax(dim=-1)
+    logits: torch.Tensor = lm.next_logits(slots, own[:, -1:], [1])
+    return logits.log_softmax(dim=-1)
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
