@@ -113,6 +113,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "ministral": ("ministral", SLIDING),
     "ministral3": ("ministral3", {}),
+    "ministral3-scaled": (
+        "ministral3",
+        {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "llama_4_scaling_beta": 0.9,
+                "original_max_position_embeddings": 4,
+            }
+        },
+    ),
     "mixtral": ("mixtral", {**EXPERTS, "sliding_window": 6}),
     "phi": ("phi", {}),
     "phi3": ("phi3", {"sliding_window": 6}),

@@ -41,19 +41,11 @@ def collate_chains(rows: Sequence[Row], prefix_lengths: Sequence[int], device: t
             for depth, token in enumerate(word):
                 place = line, len(row.ids) - 1 + depth
                 steps.append((reads.setdefault(place, len(reads)), token, index * num_words + number))
-    width, length = max(prefix_lengths), max(LEAST_TOKENS, *(len(ids) for ids, _ in lines))
+    length = max(LEAST_TOKENS, *(len(ids) for ids, _ in lines))
     ids = np.zeros((len(lines), length), dtype=np.int64)
     starts = np.asarray([prefix_lengths[prefix] for _, prefix in lines], dtype=np.int64)[:, None]
     for number, (own, _) in enumerate(lines):
         ids[number, : len(own)] = own
-    before = np.arange(width)[None] < starts
-    sees = np.concatenate(
-        [
-            np.broadcast_to(before[:, None], (len(lines), length, width)),
-            np.broadcast_to(np.tri(length, dtype=bool)[None], (len(lines), length, length)),
-        ],
-        axis=2,
-    )
 
     def tensor(values: object) -> torch.Tensor:
         return torch.as_tensor(np.asarray(values, dtype=np.int64), device=device)
@@ -63,13 +55,16 @@ def collate_chains(rows: Sequence[Row], prefix_lengths: Sequence[int], device: t
     return Batch(
         ids=tensor(ids),
         positions=tensor(starts + np.arange(length)[None]),
-        sees=torch.from_numpy(sees).to(device),
+        ends=tensor(np.full((len(lines), length), length)),
+        prefix_lengths=tensor(starts[:, 0]),
         prefix_rows=tensor([prefix for _, prefix in lines]),
+        soft=None,
         read_lines=tensor(read[:, 0]),
         read_columns=tensor(read[:, 1]),
         step_read=tensor(step[:, 0]),
         step_token=tensor(step[:, 1]),
         step_slot=tensor(step[:, 2]),
-        num_words=num_words,
         word_counts=tensor([len(row.words) for row in rows]),
+        width=max(prefix_lengths),
+        num_words=num_words,
     )
