@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from softprompt.errors import ConfigError
 from softprompt.generation.decoder import generate
 from softprompt.model.architecture import FAMILIES, WHOLE
 from softprompt.model.request import Request, Sampling
 from softprompt.text.tokens import SOFT
 from softprompt.tuning.objective import Objective
-from tests.conftest import SHARED
+from softprompt.tuning.training import Training
+from tests.conftest import SHARED, toy, toy_task, train_settings
 from tests.model.families import CASES, WHOLE_SEQUENCES, frozen, whole, whole_score
 
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 2e-5}
@@ -117,10 +120,11 @@ def test_a_single_virtual_token_behind_text_has_its_gradient(case: str) -> None:
 @every
 def test_greedy_texts_are_those_of_whole_sequences(case: str) -> None:
     requests, prompts = mixed()
-    found = generate(frozen(case), requests, prompts, Sampling(max_new_tokens=5))
+    requests = requests[:5]
+    found = generate(frozen(case), requests, prompts, Sampling(max_new_tokens=4))
     for request, text in zip(requests, found, strict=True):
         ids = list(request.ids)
-        for _ in range(5):
+        for _ in range(4):
             ids.append(int(whole(case, ids, soft_of(request, prompts))[-1].argmax()))
         written = ids[len(request.ids) :]
         assert list(text.ids) == (written[: written.index(1)] if 1 in written else written)
@@ -142,3 +146,30 @@ def test_nothing_that_ran_changes_what_runs_later(case: str) -> None:
     generate(lm, requests[:2], prompts, Sampling(max_new_tokens=3))
     assert torch.equal(lm.score(requests, prompts), scores)
     assert torch.equal(gradient(learned), first)
+
+
+@pytest.mark.parametrize("case", ["qwen3_5_text", "mamba2", "deepseek_v3", "gpt_oss"])
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(case: str, tmp_path: Path) -> None:
+    lm, data = frozen(case), toy(8, 0)
+    before = lm.weights_digest()
+
+    def made(folder: Path) -> Training:
+        config = train_settings(steps=4, eval_every=2, checkpoint_every=2)
+        return Training(toy_task(lm, data), data, data, config, folder=folder, resume=True)
+
+    whole, stopped = made(tmp_path / "whole"), made(tmp_path / "stopped")
+    losses = [step.loss for step in whole]
+    next(step for step in stopped if step.number == 2)
+    again = made(tmp_path / "stopped")
+    assert again.step == 2
+    assert [step.loss for step in again] == losses[2:]
+    assert len(set(losses)) == 4
+    assert torch.equal(again.result().vectors, whole.result().vectors)
+    assert lm.weights_digest() == before
+
+
+@pytest.mark.parametrize("case", ["qwen3_5_text", "mamba2", "deepseek_v3", "gemma4_text"])
+def test_where_layers_keep_something_else_no_keys_and_values_are_learned(case: str) -> None:
+    data = toy(8, 0)
+    with pytest.raises(ConfigError, match=f"tiny-{case} has none: .*; choose another base model or parametrisation"):
+        Training(toy_task(frozen(case), data), data, data, train_settings(parametrisation="prefix"))
