@@ -235,7 +235,7 @@ def test_what_has_no_exact_form_is_refused(tmp_path: Path) -> None:
     kv = made(lm, 1, "{soft_prompt}{input}{target}", kv=True)
     assert "prefix-tuning" in refusal(ConfigError, lambda: export(lm, kv, "npy", folder))
     plain = made(phi, 1, "{soft_prompt}{input}{target}")
-    assert "fast path" in refusal(ConfigError, lambda: export(phi, plain, "cartridge", folder))
+    assert "keys and values" in refusal(ConfigError, lambda: export(phi, plain, "cartridge", folder))
     assert "peft" in refusal(ConfigError, lambda: export(phi, plain, "onnx", folder))
     assert not folder.exists()
     folder.mkdir()
@@ -250,7 +250,7 @@ def test_a_prompt_of_another_base_model_is_refused(tmp_path: Path) -> None:
     assert "192 numbers a virtual token" in message
     assert "--base" in message
     phi = tiny("stablelm")
-    assert "fast path" in refusal(ConfigError, lambda: adopt(phi, find(tmp_path), name="x"))
+    assert "keys and values" in refusal(ConfigError, lambda: adopt(phi, find(tmp_path), name="x"))
 
 
 def test_a_check_tells_what_differs(tmp_path: Path) -> None:
