@@ -443,7 +443,7 @@ def test_long_runs_are_compiled_and_short_ones_are_not(monkeypatch: pytest.Monke
 
 def test_a_gpu_compiles_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/c++")
-    lm = cast(Any, SimpleNamespace(shares_prefix=True, device=torch.device("cuda")))
+    lm = cast(Any, SimpleNamespace(compiles=True, device=torch.device("cuda")))
     for spec in (None, "found"):
         monkeypatch.setattr(compilation, "find_spec", lambda name, spec=spec: spec)
         assert compilation.can_compile(lm) == (spec is not None)

@@ -209,13 +209,14 @@ class FrozenLM(Embedder):
 
     @property
     def compiles(self) -> bool:
-        """Whether all layers keep keys and values; others ask a cache by number, and would be compiled one by one."""
-        return self.shares_prefix and not self.recurrent and not self._keeps_latents
+        """Whether all layers can share compiled graphs: those that ask a cache by number, or choose experts, cannot."""
+        experts = any("experts" in name for name, _ in self._layers.named_parameters())
+        return self.shares_prefix and not (self.recurrent or self._keeps_latents or experts)
 
     @cached_property
     def why_no_kv(self) -> str:
         """Why keys and values of this model cannot be a trained prefix, in plain words; empty if they can."""
-        if not self.compiles:
+        if not self.shares_prefix or self.recurrent or self._keeps_latents:
             return self.why_whole_sequences or "not all of its layers keep keys and values, but a state or latents"
         with torch.no_grad(), self.eager():
             shapes = {tensor.shape for tensor in self.prefix_kv((), None).tensors}
