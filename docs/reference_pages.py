@@ -1,9 +1,11 @@
-"""Writes the generated pages of the reference: the command line, the public names of Python, the fields of TrainConfig.
+"""Writes the generated pages of the reference: the command line, the public names of Python, the fields of TrainConfig,
+the architectures.
 
     python docs/reference_pages.py
 
-All three come from the code itself: the typer application, ``softprompt.__all__`` and the docstrings. The pages are not
-kept in the repository; ``make docs`` writes them before it builds the site.
+All come from the code itself: the typer application, ``softprompt.__all__``, the docstrings, and ``FAMILIES``, whose
+every type of model the tests run. The pages are not kept in the repository; ``make docs`` writes them before it builds
+the site.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from rich.text import Text
 
 import softprompt
 from softprompt.cli.main import command_line
+from softprompt.model.architecture import FAMILIES, WHOLE
 from softprompt.tuning.config import TrainConfig
 
 FOLDER = Path(__file__).parent / "reference"
@@ -36,7 +39,12 @@ def main() -> None:
 
 def pages() -> dict[str, str]:
     """Every generated page by its file's name."""
-    return {"commands.md": commands_page(), "python.md": python_page(), "train_config.md": train_config_page()}
+    return {
+        "architectures.md": architectures_page(),
+        "commands.md": commands_page(),
+        "python.md": python_page(),
+        "train_config.md": train_config_page(),
+    }
 
 
 # --- the command line ----------------------------------------------------------------------------
@@ -253,6 +261,40 @@ def train_config_page() -> str:
         )
         + "\n"
     )
+
+
+# --- architectures -------------------------------------------------------------------------------
+
+REFUSED_TYPES = (
+    ("Gemma 3n", ("gemma3n", "gemma3n_text"), "its layers get more of a token than its embedding"),
+    ("Gemma 4 E2B and E4B", (), "the same"),
+    ("Encoders", ("bert", "roberta"), "their tokens see those behind them"),
+)
+
+
+def architectures_page() -> str:
+    """Every family of models: which path it takes, what a prefix leaves behind, and why not."""
+    rows = []
+    for family in FAMILIES:
+        unless = "; ".join(f"`{refusal.setting}`: {refusal.why}" for refusal in family.refused)
+        rows.append((family.name, codes(family.model_types), "fast", family.leaves, f"whole sequences with {unless}"))
+    rows += [(kind, codes((kind,)), "whole sequences", "", why) for kind, why in WHOLE.items()]
+    rows += [(name, codes(kinds), "refused", "", why) for name, kinds, why in REFUSED_TYPES]
+    parts = [
+        "# Architectures",
+        "Each type of model that is said to be fast is tested against whole sequences: the logits of a text, mixed "
+        "batches, gradients, greedy texts. [The shared prefix](../explain/shared_prefix.md) says what fast means. "
+        "The type is `model_type` in `config.json`. Where a model also sees pictures, it is the type of the language "
+        "model inside it.",
+        "A model that is not in the table is tried when it is loaded. A few texts run on both paths. It is fast if "
+        "they come out alike, and runs whole sequences otherwise. One line on stderr says which.",
+        table(("family", "type", "path", "what a prefix leaves behind", "but"), rows),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def codes(names: tuple[str, ...]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 # --- Markdown ------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ SIZES: dict[str, Any] = {
 }
 SHARED = ("llama", "gpt2", "qwen2", "qwen3", "opt", "gpt_neox", "mistral", "mistral-sliding", "gemma3_text-sliding")
 """Architectures of the shared-prefix path; with a sliding window in all layers, and in some."""
-ALL = (*SHARED, "phi")
+ALL = (*SHARED, "stablelm")
 """Also one that takes the concatenation path."""
 
 

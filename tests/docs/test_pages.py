@@ -17,14 +17,14 @@ import pytest
 import softprompt
 from docs.reference_pages import pages
 from softprompt.cli.arguments import spread
-from softprompt.model.architecture import FAMILIES
+from softprompt.model.architecture import FAMILIES, WHOLE
 from softprompt.tuning.config import TrainConfig
 from tests.test_sentences import GROUP, SOURCES, texts
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PACKAGE = Path(softprompt.__file__).parent
-GENERATED = ("commands.md", "python.md", "train_config.md")
+GENERATED = ("architectures.md", "commands.md", "python.md", "train_config.md")
 WRITTEN = [page for page in sorted(DOCS.rglob("*.md")) if page.name not in GENERATED]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *WRITTEN]
 TOLD = [page for page in PAGES if "study" not in page.parts]
@@ -135,10 +135,14 @@ def test_symptoms_are_sentences_of_the_code() -> None:
     assert len(symptoms) > 30
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/explain/shared_prefix.md"])
-def test_every_family_of_the_fast_path_is_named(page: str) -> None:
-    text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
-    assert [family.name for family in FAMILIES if family.name not in text] == []
+def test_every_family_is_in_the_table_with_its_path() -> None:
+    rows = [line.strip("| ").split(" | ") for line in pages()["architectures.md"].splitlines() if line[0:1] == "|"]
+    paths = {kind: row[2] for row in rows for kind in re.findall(r"`(\w+)`", row[1])}
+    told = {kind: "fast" for family in FAMILIES for kind in family.model_types} | dict.fromkeys(
+        WHOLE, "whole sequences"
+    )
+    assert {kind: path for kind, path in paths.items() if path != "refused"} == told
+    assert {row[0]: row[3] for row in rows[2:] if row[2] == "fast"} == {f.name: f.leaves for f in FAMILIES}
 
 
 # --- figures -------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from lm_eval.tasks import TaskManager
 
 from softprompt.evaluation.lm_eval import SoftPromptLM, task_of_rows
 
-KINDS = ("llama", "gpt2", "phi")
+KINDS = ("llama", "gpt2", "stablelm")
 """Two of the shared-prefix path, one of the concatenation path."""
 SOFT = -1
 

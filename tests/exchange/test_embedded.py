@@ -18,7 +18,7 @@ from tests.conftest import make_model, make_tokenizer, tiny
 from tests.exchange.test_peft_folder import FAMILIES, TEXTS, made
 
 
-@pytest.mark.parametrize("kind", [*FAMILIES, "phi"])
+@pytest.mark.parametrize("kind", [*FAMILIES, "stablelm"])
 def test_generate_writes_what_we_write(kind: str) -> None:
     lm = tiny(kind)
     prompt = made(lm, 3, "Text: {soft_prompt}{input}\nLabel:{target}")

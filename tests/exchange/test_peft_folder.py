@@ -229,13 +229,13 @@ def refusal(kind: type[SoftPromptError], call: Callable[[], Any]) -> str:
 
 
 def test_what_has_no_exact_form_is_refused(tmp_path: Path) -> None:
-    lm, phi, folder = tiny("llama"), tiny("phi"), tmp_path / "out"
+    lm, phi, folder = tiny("llama"), tiny("stablelm"), tmp_path / "out"
     behind = made(lm, 1, "{input}{soft_prompt} {target}")
     assert "before all input" in refusal(ConfigError, lambda: export(lm, behind, "peft", folder))
     kv = made(lm, 1, "{soft_prompt}{input}{target}", kv=True)
     assert "prefix-tuning" in refusal(ConfigError, lambda: export(lm, kv, "npy", folder))
     plain = made(phi, 1, "{soft_prompt}{input}{target}")
-    assert "fast path" in refusal(ConfigError, lambda: export(phi, plain, "cartridge", folder))
+    assert "keys and values" in refusal(ConfigError, lambda: export(phi, plain, "cartridge", folder))
     assert "peft" in refusal(ConfigError, lambda: export(phi, plain, "onnx", folder))
     assert not folder.exists()
     folder.mkdir()
@@ -249,8 +249,8 @@ def test_a_prompt_of_another_base_model_is_refused(tmp_path: Path) -> None:
     message = refusal(ArtifactError, lambda: adopt(tiny("gpt2"), find(tmp_path), name="x"))
     assert "192 numbers a virtual token" in message
     assert "--base" in message
-    phi = tiny("phi")
-    assert "fast path" in refusal(ConfigError, lambda: adopt(phi, find(tmp_path), name="x"))
+    phi = tiny("stablelm")
+    assert "keys and values" in refusal(ConfigError, lambda: adopt(phi, find(tmp_path), name="x"))
 
 
 def test_a_check_tells_what_differs(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from softprompt.tasks.task import Task
 from softprompt.text.verbalizer import Verbalizer
 from tests.conftest import TOY_LABELS, TOY_TEMPLATE, make_model, make_tokenizer, tiny, toy
 
-PATHS = ("llama", "gpt2", "qwen3", "phi")
+PATHS = ("llama", "gpt2", "qwen3", "stablelm")
 """Architectures of the shared-prefix path, and one that runs every word as a whole sequence."""
 WORDS = Verbalizer({"negative": ("bad", "a dull mess"), "positive": ("good", "a dull but great film", "very good")})
 

@@ -18,7 +18,7 @@ from softprompt.model.architecture import FAMILIES, decoder_layers, window_of
 from softprompt.model.fingerprint import model_settings
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request
-from tests.conftest import ALL, SHARED, SIZES, make_model, make_tokenizer, tiny
+from tests.conftest import ALL, SIZES, make_model, make_tokenizer, tiny
 
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8, "num_local_experts": 8}
 ENCODER = {**SIZES, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
@@ -113,10 +113,9 @@ def test_every_family_is_one_that_transformers_knows() -> None:
     kinds = [kind for family in FAMILIES for kind in family.model_types]
     assert len(set(kinds)) == len(kinds)
     assert set(kinds) <= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    assert {kind.removesuffix("-sliding") for kind in SHARED} == set(kinds)  # what the exactness tests run over
     for family in FAMILIES:
         assert family.name
-        assert family.enters
+        assert family.leaves
         assert all(refusal.why for refusal in family.refused)
 
 
@@ -124,11 +123,11 @@ def test_every_family_is_one_that_transformers_knows() -> None:
     ("kind", "options", "why"),
     [
         ("llama", {}, ""),
-        ("phi", {}, "it is of type phi"),
+        ("stablelm", {}, "it is of type stablelm"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, ""),
-        ("gemma3_text", {"head_dim": 8, "final_logit_softcapping": 30.0}, "final_logit_softcapping"),
-        ("gemma3_text", {"head_dim": 8, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ("gemma3_text", {"head_dim": 8, "final_logit_softcapping": 30.0}, ""),
+        ("llama4_text", {"attn_temperature_tuning": True}, "attn_temperature_tuning"),
         ("gemma3_text", {"head_dim": 8}, ""),
     ],
 )
@@ -194,7 +193,7 @@ class Mixture(nn.Module):
         super().__init__()
         self.vision_tower = nn.ModuleList(nn.Identity() for _ in range(layers))
         self.blocks = nn.ModuleList(Block(8) for _ in range(layers))
-        text = SimpleNamespace(num_hidden_layers=said)
+        text = SimpleNamespace(num_hidden_layers=said, model_type="mixture")
         self.config = SimpleNamespace(model_type="mixture", get_text_config=lambda: text)
 
 
@@ -315,3 +314,39 @@ def test_another_release_of_the_configuration_gives_the_same_settings() -> None:
     config = config_of("llama")
     again = type(config).from_dict(json.loads(config.to_json_string()))
     assert model_settings(again) == model_settings(copy.deepcopy(config))
+
+
+# --- more than an embedding ------------------------------------------------------------------------
+
+PER_LAYER: dict[str, Any] = {
+    "head_dim": 8,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 320,
+    "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+}
+NARROW: dict[str, Any] = {
+    "intermediate_size": [48, 48, 48],
+    "laurel_rank": 4,
+    "activation_sparsity_pattern": [0.0, 0.0, 0.0],
+}
+
+
+@pytest.mark.parametrize(("kind", "options"), [("gemma3n_text", PER_LAYER | NARROW), ("gemma4_text", PER_LAYER)])
+def test_a_model_with_more_of_a_token_than_its_embedding_is_refused(kind: str, options: dict[str, Any]) -> None:
+    with pytest.raises(BaseModelError, match=r"more of a token than its embedding.*give another base model"):
+        frozen(model_of(kind, **options).eval())
+
+
+def test_tokens_that_are_not_their_embeddings_are_noticed() -> None:
+    model = make_model("llama").eval()
+    forward = model.forward
+
+    def otherwise(input_ids: Any = None, **options: Any) -> Any:
+        if input_ids is not None:
+            options["inputs_embeds"] = model.get_input_embeddings()(input_ids) + 0.05
+        return forward(**options)
+
+    model.forward = otherwise
+    with pytest.raises(BaseModelError, match="more of a token than its embedding"):
+        frozen(model)

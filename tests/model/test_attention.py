@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -131,23 +132,40 @@ def run(model: Any, *, own: bool, **options: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize(
-    ("kind", "options", "name"),
+    ("kind", "options"),
     [
-        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}, "s_aux"),
-        ("gemma2", {"attn_logit_softcapping": 30.0}, "softcap"),
+        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}),
+        ("gemma2", {"attn_logit_softcapping": 0.05}),
     ],
 )
-def test_attention_that_is_to_do_more_than_ours_is_refused(
-    kind: str, options: dict[str, Any], name: str, own: bool
-) -> None:
-    with pytest.raises(BaseModelError, match=f"{name}, which the shared prefix does not know; give another base"):
-        run(installed(kind, **options), own=own)
+def test_sinks_and_capped_scores_are_transformers_own(kind: str, options: dict[str, Any], own: bool) -> None:
+    model = installed(kind, **options)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.2 * torch.randn_like(weight))
+    ours = run(model, own=own)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(ours, run(model, own=own))
+
+
+def test_scores_are_capped_before_the_mask_and_a_sink_takes_its_share() -> None:
+    query, key, value = (torch.randn(1, 2, 3, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    mask = torch.zeros(1, 1, 3, 3).masked_fill(torch.ones(3, 3).triu(1).bool(), torch.finfo(torch.float32).min)
+    sinks = torch.tensor([0.5, -1.0])
+    found = attend(query, key, value, mask, 2.0, softcap=1.5, sinks=sinks)
+    for head in range(2):
+        for token in range(3):
+            scores = [
+                1.5 * math.tanh(2.0 * float(query[0, head, token] @ key[0, head, seen]) / 1.5)
+                for seen in range(token + 1)
+            ]
+            total = sum(map(math.exp, scores)) + math.exp(float(sinks[head]))
+            expected = sum(math.exp(score) / total * value[0, head, seen] for seen, score in enumerate(scores))
+            torch.testing.assert_close(found[0, token, head], expected)
 
 
 @pytest.mark.parametrize("own", [True, False])
-@pytest.mark.parametrize(
-    "asked", [{"position_bias": torch.zeros(1, 4, 5, 5)}, {"softcap": 30.0}, {"s_aux": torch.zeros(4)}, {"new": False}]
-)
+@pytest.mark.parametrize("asked", [{"position_bias": torch.zeros(1, 4, 5, 5)}, {"new": False}])
 def test_nothing_that_attention_is_given_is_left_out(own: bool, asked: dict[str, Any]) -> None:
     model = tiny("llama").model
     with pytest.raises(BaseModelError, match=next(iter(asked))):

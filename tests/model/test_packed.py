@@ -89,7 +89,7 @@ def test_a_weight_that_is_trained_or_too_large_is_not_packed(monkeypatch: pytest
     assert not can_pack(make_model("llama"))  # float32
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gemma3_text-sliding", "phi"])
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gemma3_text-sliding", "stablelm"])
 def test_texts_are_those_of_the_plain_weights(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = FrozenLM(make_model(kind), make_tokenizer(), name=kind, dtype="bf16", device="cpu")
     requests, prompts = mixed(tiny(kind))

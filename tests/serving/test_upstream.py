@@ -119,7 +119,7 @@ def write(running: Running, **more: Any) -> httpx.Response:
 # --- the same answers ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "phi"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "stablelm"])
 def test_mixed_jobs_get_the_answers_of_one_at_a_time(kind: str) -> None:
     """Five soft prompts and the bare base model at two servers; greedy and seeded, streamed and whole, and scores."""
     lm, own = tiny(kind), Embedder.of(tiny(kind), own_table=True)

@@ -83,7 +83,7 @@ def test_several_soft_prompts_in_one_pass_have_the_gradients_that_they_have_alon
 
 
 def test_other_architectures_train_several_one_after_the_other() -> None:
-    lm = tiny("phi")
+    lm = tiny("stablelm")
     each, vectors = shares(lm)
     check(Gradients(lm), each, vectors)
 

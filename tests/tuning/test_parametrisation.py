@@ -330,8 +330,8 @@ def test_a_kv_prefix_starts_from_another_soft_prompt_of_either_kind() -> None:
 def test_a_base_model_without_a_shared_prefix_is_refused() -> None:
     data = toy(12, 0)
     with pytest.raises(ConfigError) as error:
-        Training(toy_task(tiny("phi"), data), data, data, train_settings(parametrisation="prefix"))
-    assert "tiny-phi cannot: it is of type phi" in str(error.value)
+        Training(toy_task(tiny("stablelm"), data), data, data, train_settings(parametrisation="prefix"))
+    assert "tiny-stablelm has none: it is of type stablelm" in str(error.value)
     assert str(error.value).endswith("choose another base model or parametrisation")
 
 
@@ -349,7 +349,7 @@ def test_a_soft_prompt_behind_the_input_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "request_"),
-    [("llama", Request((60, SOFT), 0, ((70,),), 0)), ("phi", Request((SOFT, 60), 1, ((70,),), 0))],
+    [("llama", Request((60, SOFT), 0, ((70,),), 0)), ("stablelm", Request((SOFT, 60), 1, ((70,),), 0))],
 )
 def test_a_kv_prefix_where_there_is_no_shared_prefix_is_named(kind: str, request_: Request) -> None:
     lm, kv = tiny(kind), some_kv(tiny("llama"))
@@ -360,16 +360,14 @@ def test_a_kv_prefix_where_there_is_no_shared_prefix_is_named(kind: str, request
     for call in calls:
         with pytest.raises(ConfigError) as error:
             call()
-        assert str(error.value) == (
-            "A trained KV prefix must stand before all input, which may not be empty, in a base model with a shared "
-            "prefix (gemma3_text, gpt2, gpt_neox, llama, mistral, opt, qwen2, qwen3); use a plain soft prompt."
-        )
+        assert "must stand before all input, which may not be empty" in str(error.value)
+        assert str(error.value).endswith("use a plain soft prompt.")
 
 
 def test_a_query_checks_the_shape_of_a_kv_prefix(llama: FrozenLM) -> None:
     example, kv = Example({"input": "film"}, None), some_kv(llama)
     Query(toy_task(llama, toy(2, 0)), example, kv)
-    another = toy_task(tiny("phi"), toy(2, 0))
+    another = toy_task(tiny("stablelm"), toy(2, 0))
     for task, vectors, wanted in (
         (toy_task(llama, toy(2, 0)), kv[:5], "[6, 3, 2, 2, 8], but a soft prompt of shape [5, 3, 2, 2, 8]"),
         (toy_task(llama, toy(2, 0)), kv[..., :4], "[6, 3, 2, 2, 8], but a soft prompt of shape [6, 3, 2, 2, 4]"),

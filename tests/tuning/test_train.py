@@ -433,14 +433,14 @@ def test_long_runs_are_compiled_and_short_ones_are_not(monkeypatch: pytest.Monke
     assert decision(steps=10**9)
     assert decision(compile="on")
     assert not decision(compile="off", steps=10**9)
-    assert not decision(kind="phi", compile="on")  # the concatenation path is never compiled
+    assert not decision(kind="stablelm", compile="on")  # the concatenation path is never compiled
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert not decision(steps=10**9)  # without a C++ compiler
 
 
 def test_a_gpu_compiles_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/c++")
-    lm = cast(Any, SimpleNamespace(shares_prefix=True, device=torch.device("cuda")))
+    lm = cast(Any, SimpleNamespace(compiles=True, device=torch.device("cuda")))
     for spec in (None, "found"):
         monkeypatch.setattr(compilation, "find_spec", lambda name, spec=spec: spec)
         assert compilation.can_compile(lm) == (spec is not None)

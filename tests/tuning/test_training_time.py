@@ -72,7 +72,7 @@ def test_validations_come_when_the_schedule_says(options: dict[str, Any], valida
     assert found == validations
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "phi"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "stablelm"])
 def test_the_tokens_of_a_validation_are_those_of_a_step_over_its_rows(kind: str) -> None:
     """A step over the same rows, by the loss that scores every label, too, computes the shared prefix besides."""
     lm, data = tiny(kind), toy(8, 2)

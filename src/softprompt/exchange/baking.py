@@ -76,10 +76,10 @@ def bake(lm: FrozenLM, soft_prompt: SoftPrompt, *, kv: bool = False) -> Baked:
                 "stand for; export it --to prefix-tuning or cartridge."
             )
         return Baked(torch.cat([lm.look_up(_ids(lm, before)).float().cpu(), vectors]), before, task)
-    if not lm.shares_prefix:
+    if lm.why_no_kv:
         raise ConfigError(
-            f"Keys and values are read for the architectures of the fast path only, and {lm.name} is none of them; "
-            f"export embeddings."
+            f"Expected a base model whose keys and values can be read, which {lm.name} is not: {lm.why_no_kv}; export "
+            f"embeddings."
         )
     return Baked(lm.prefix_numbers((*before, SOFT), vectors).cpu(), before, task)
 

@@ -22,7 +22,8 @@ from softprompt.model.frozen import FrozenLM
 from softprompt.model.prefixes import PrefixOf
 from softprompt.model.request import Request, Sampling, prompt_of
 from softprompt.model.state.prefix import PrefixState
-from softprompt.model.state.slots import RowKV, give_back_freed, rounded
+from softprompt.model.state.recurrent import Slots
+from softprompt.model.state.slots import give_back_freed, rounded
 from softprompt.text.tokens import Tokens
 
 CHUNK = 512
@@ -79,9 +80,9 @@ class Decoder:
     def __init__(self, lm: FrozenLM) -> None:
         self._lm = lm
         self._running: list[Continuation] = []
-        self._kv = RowKV()  # row i of it is self._running[i]
+        self._kv = lm.slots()  # row i of it is self._running[i]
         self._new: list[Continuation] = []
-        self._joining: deque[tuple[list[Continuation], RowKV]] = deque()
+        self._joining: deque[tuple[list[Continuation], Slots]] = deque()
         self._unread = 0  # passes since input was read
         self._whole: list[Continuation] = []
 
@@ -126,12 +127,21 @@ class Decoder:
             fitting = [row for row in self._new if (len(row.embedded) <= CHUNK) == several]
             lengths = [len(row.embedded) for row in fitting]
             for group in micro_batches(lengths, JOIN_TOKENS if several else 1):
-                self._begin([fitting[i] for i in group])
+                for rows in self._alike([fitting[i] for i in group]):
+                    self._begin(rows)
         self._new = []
+
+    def _alike(self, rows: list[Continuation]) -> list[list[Continuation]]:
+        """The rows that can be read together: where layers are recurrent, those of one length, since padding would go
+        into their state."""
+        if not self._lm.recurrent:
+            return [rows]
+        lengths = dict.fromkeys(len(row.embedded) for row in rows)
+        return [[row for row in rows if len(row.embedded) == length] for length in lengths]
 
     def _begin(self, rows: list[Continuation]) -> None:
         prefixes = [row.prefix for row in rows if row.prefix is not None]
-        kv = RowKV()
+        kv = self._lm.slots()
         kv.add(prefixes, rounded(min(CHUNK, max(len(row.embedded) for row in rows)), EVEN_TOKENS))
         for row in rows:
             row.prefix = None  # its copy is in use now
@@ -157,7 +167,8 @@ class Decoder:
         rows, kv = self._joining.popleft()
         chunks = [row.embedded[:CHUNK] for row in rows]
         padded = nn.utils.rnn.pad_sequence(chunks, batch_first=True)
-        padded = nn.functional.pad(padded, (0, 0, 0, -padded.shape[1] % EVEN_TOKENS))
+        if not self._lm.recurrent:
+            padded = nn.functional.pad(padded, (0, 0, 0, -padded.shape[1] % EVEN_TOKENS))
         logits = self._lm.next_logits(kv, padded, [len(chunk) for chunk in chunks])
         for row in rows:
             row.embedded = row.embedded[CHUNK:]
@@ -193,7 +204,7 @@ class Decoder:
             row.token = token
 
 
-def _remove(rows: list[Continuation], kv: RowKV, index: int) -> None:
+def _remove(rows: list[Continuation], kv: Slots, index: int) -> None:
     """Takes a row out; the last takes its place."""
     kv.remove(index)
     last = rows.pop()

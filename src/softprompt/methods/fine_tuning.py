@@ -18,7 +18,7 @@ import torch
 from softprompt.data.example import Example
 from softprompt.evaluation.validation import validator
 from softprompt.methods.problem import Learned, Problem
-from softprompt.model.batch import Row, collate, micro_batches
+from softprompt.model.batch import Row, micro_batches
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.state.prefix import PrefixState
 from softprompt.tasks.predict import Prediction, Progress, Query, default_sampling, predict
@@ -224,7 +224,7 @@ class Tuner:
             if self._no_prefix is None:
                 scores = self._lm.score_concatenated([requests[i] for i in group], ())
             else:
-                batch = collate([rows[i] for i in group], self._no_prefix.lengths, self._lm.device)
+                batch = self._lm.collate([rows[i] for i in group], self._no_prefix.lengths)
                 scores = self._lm.score_batch(batch, self._no_prefix)
             gold = torch.zeros(len(group), dtype=torch.long, device=scores.device)
             loss = self._objective.loss(scores, gold) / weight

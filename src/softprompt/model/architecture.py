@@ -3,6 +3,7 @@ once, and what is read off any model."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,9 +14,10 @@ from torch import nn
 from softprompt.errors import BaseModelError
 from softprompt.model.state.kv import PrefixKV
 from softprompt.model.state.prefix import PrefixState
+from softprompt.model.state.recurrent import RecurrentState
 
 Windows = Literal["none", "every layer", "by layer_types"]
-"""Which layers of a model see the last ``sliding_window`` tokens only."""
+"""Which layers of a model see a part of the tokens only: the last ``sliding_window``, or those of the same chunk."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,32 @@ class Refusal:
 
 REFUSED = (
     Refusal("rope_type", ("dynamic", "longrope"), "the angles of the positions stretch with the length of what runs"),
-    Refusal("attn_logit_softcapping", (), "attention scores are capped"),
-    Refusal("final_logit_softcapping", (), "logits are capped"),
     Refusal("use_bidirectional_attention", (), "tokens see those behind them"),
 )
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a model does to its logits behind the last matrix product.
+
+    Attributes:
+        multiplier: the setting that they are multiplied by; empty: none.
+        divisor: the setting that they are divided by.
+        cap: the setting of the size that they are kept below, by a hyperbolic tangent.
+    """
+
+    multiplier: str = ""
+    divisor: str = ""
+    cap: str = ""
+
+    def __call__(self, logits: torch.Tensor, config: Any) -> torch.Tensor:
+        """Float logits ``[…, V]`` as a model of this configuration gives them."""
+        factor = getattr(config, self.multiplier) if self.multiplier else 1.0
+        if self.divisor:
+            factor = factor / getattr(config, self.divisor)
+        logits = logits if factor == 1 else logits * factor
+        cap = getattr(config, self.cap) if self.cap else None
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +82,12 @@ class Family:
         model_types: what transformers calls it in a configuration.
         layers: where its decoder layers are, from the model without its head.
         state: what a prefix leaves behind.
-        enters: how a prefix enters, in plain words.
-        windows: which layers have a sliding window.
+        leaves: what a prefix leaves behind, in plain words.
+        windows: which layers have a sliding window, or chunks.
+        fed: the setting by which it multiplies tokens' embeddings, and not those that it is given; empty: none.
+        head: what becomes of its logits.
+        attention: whether it has layers with attention.
+        latent: whether its attention keeps latents, from which its ``expand_kv`` makes keys and values.
         refused: with which settings a model of it runs whole sequences all the same.
     """
 
@@ -67,23 +95,121 @@ class Family:
     model_types: tuple[str, ...]
     layers: str = "layers"
     state: type[PrefixState] = PrefixKV
-    enters: str = "keys and values before those of the row, in every layer"
+    leaves: str = "keys and values in every layer"
     windows: Windows = "none"
+    fed: str = ""
+    head: Head = Head()
+    attention: bool = True
+    latent: bool = False
     refused: tuple[Refusal, ...] = REFUSED
 
+    @property
+    def recurrent(self) -> bool:
+        """Whether it has layers whose memory is a state of one size."""
+        return self.state is RecurrentState
+
+
+CAPPED = Head(cap="final_logit_softcapping")
+MULTIPLIED = Head(multiplier="logit_scale")
+DIVIDED = Head(divisor="logits_scaling")
+LATENTS = "latents in every layer"
+STATES = "keys and values in the layers with attention, the state and the convolution's window in the others"
 
 FAMILIES = (
-    Family(name="Llama", model_types=("llama",)),
-    Family(name="Mistral", model_types=("mistral",), windows="every layer"),
+    Family(name="Llama 1 to 3", model_types=("llama",)),
+    Family(
+        name="Llama 4",
+        model_types=("llama4_text",),
+        windows="by layer_types",
+        refused=(
+            *REFUSED,
+            Refusal("attn_temperature_tuning", (), "queries are scaled by positions that the model counts itself"),
+        ),
+    ),
     Family(name="Qwen 2 and 3", model_types=("qwen2", "qwen3"), windows="by layer_types"),
-    Family(name="Gemma 3", model_types=("gemma3_text",), windows="by layer_types"),
+    Family(name="Qwen 2 MoE", model_types=("qwen2_moe",), windows="by layer_types"),
+    Family(name="Qwen 3 MoE", model_types=("qwen3_moe",), windows="every layer"),
+    Family(name="Gemma 1", model_types=("gemma",)),
+    Family(name="Gemma 2", model_types=("gemma2",), windows="by layer_types", head=CAPPED),
+    Family(name="Gemma 3", model_types=("gemma3_text",), windows="by layer_types", head=CAPPED),
+    Family(name="Gemma 4", model_types=("gemma4_text",), windows="by layer_types", head=CAPPED),
+    Family(name="Mistral", model_types=("mistral",), windows="every layer"),
+    Family(name="Ministral", model_types=("ministral",), windows="by layer_types"),
+    Family(name="Ministral 3", model_types=("ministral3",), windows="every layer"),
+    Family(name="Mixtral", model_types=("mixtral",), windows="every layer"),
+    Family(name="Phi 1 and 2", model_types=("phi",)),
+    Family(name="Phi 3 and 4", model_types=("phi3",), windows="every layer"),
+    Family(name="Phi 3.5 MoE", model_types=("phimoe",), windows="every layer"),
+    Family(name="gpt-oss", model_types=("gpt_oss",), windows="by layer_types"),
+    Family(name="SmolLM 3", model_types=("smollm3",), windows="by layer_types"),
+    Family(name="OLMo 1 and 2", model_types=("olmo", "olmo2")),
+    Family(name="OLMo 3", model_types=("olmo3",), windows="by layer_types"),
+    Family(name="OLMoE", model_types=("olmoe",)),
+    Family(name="Granite 3", model_types=("granite", "granitemoe", "granitemoeshared"), head=DIVIDED),
+    Family(name="GLM-4", model_types=("glm", "glm4", "glm4_moe")),
+    Family(name="Cohere 1", model_types=("cohere",), head=MULTIPLIED),
+    Family(name="Cohere 2", model_types=("cohere2",), windows="by layer_types", head=MULTIPLIED),
+    Family(name="DeepSeek V2 and V3", model_types=("deepseek_v2", "deepseek_v3"), leaves=LATENTS, latent=True),
+    Family(
+        name="Qwen 3.5 and 3-Next",
+        model_types=("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"),
+        state=RecurrentState,
+        leaves=STATES,
+    ),
+    Family(name="Granite 4", model_types=("granitemoehybrid",), state=RecurrentState, leaves=STATES, head=DIVIDED),
+    Family(
+        name="Falcon-H1",
+        model_types=("falcon_h1",),
+        state=RecurrentState,
+        leaves="keys, values, state and convolution window in every layer",
+        fed="embedding_multiplier",
+        head=Head(multiplier="lm_head_multiplier"),
+    ),
+    Family(name="Nemotron-H", model_types=("nemotron_h",), state=RecurrentState, leaves=STATES),
+    Family(
+        name="LFM2",
+        model_types=("lfm2", "lfm2_moe"),
+        state=RecurrentState,
+        leaves="keys and values in the layers with attention, the convolution's window in the others",
+    ),
+    Family(name="Bamba", model_types=("bamba",), state=RecurrentState, leaves=STATES),
+    Family(
+        name="Mamba 2",
+        model_types=("mamba2",),
+        state=RecurrentState,
+        leaves="the state and the convolution's window in every layer",
+        attention=False,
+    ),
+    Family(name="StarCoder 2", model_types=("starcoder2",), windows="every layer"),
+    Family(name="GPT BigCode", model_types=("gpt_bigcode",), layers="h"),
+    Family(name="Seed-OSS", model_types=("seed_oss",)),
+    Family(name="Hunyuan", model_types=("hunyuan_v1_dense",)),
+    Family(name="ERNIE 4.5", model_types=("ernie4_5",)),
+    Family(name="EXAONE 4", model_types=("exaone4",), windows="by layer_types"),
+    Family(name="Arcee", model_types=("arcee",)),
+    Family(name="dots.llm1", model_types=("dots1",), windows="by layer_types"),
+    Family(name="Apertus", model_types=("apertus",)),
+    Family(name="Helium", model_types=("helium",)),
     Family(name="GPT-2", model_types=("gpt2",), layers="h"),
     Family(name="GPT-NeoX", model_types=("gpt_neox",)),
     Family(name="OPT", model_types=("opt",), layers="decoder.layers"),
 )
-"""Every other causal language model runs whole sequences, the soft prompt before each (the concatenation path)."""
+"""A model of these shares prefixes; every other causal language model runs whole sequences, the soft prompt before each
+(the concatenation path), unless a trial at loading shows that its prefixes can be shared as well."""
 
-SHARED_PREFIX_MODELS = tuple(sorted(kind for family in FAMILIES for kind in family.model_types))
+ALIBI = "its attention adds a bias by distance, computed inside the model"
+OWN_ATTENTION = "its attention does not go through the interface of transformers that a prefix enters by"
+WHOLE = {
+    "bloom": ALIBI,
+    "codegen": OWN_ATTENTION,
+    "falcon": OWN_ATTENTION,
+    "gptj": OWN_ATTENTION,
+    "mamba": "its layers do not go on from a state with several tokens",
+    "mpt": ALIBI,
+    "nemotron": OWN_ATTENTION,
+    "stablelm": OWN_ATTENTION,
+}
+"""Types of models that run whole sequences, and why."""
 
 WINDOWS = (
     "max_position_embeddings",
@@ -107,30 +233,65 @@ LEAST_SIGHT = 1e-6
 """Share of the largest gradient that one in a later token must have to count: rounding is far below, sight above."""
 
 
+ROUNDED = 0.02
+"""Share of the size of logits that computing them again in 16 bits may change them by."""
+
+
 def family_of(config: Any) -> Family | None:
-    """The family of a model of this configuration; None if it is of none."""
-    return next((family for family in FAMILIES if config.model_type in family.model_types), None)
+    """The family of a model of this configuration, or of the language model inside it; None if it is of none."""
+    kind = config.get_text_config().model_type
+    return next((family for family in FAMILIES if kind in family.model_types), None)
 
 
 def why_whole_sequences(config: Any) -> str:
     """Why a model of this configuration cannot share a prefix, in plain words; empty if it can."""
     family = family_of(config)
     if family is None:
-        return f"it is of type {config.model_type}, and a prefix can be shared by {', '.join(SHARED_PREFIX_MODELS)}"
-    found = [refusal for refusal in family.refused if refusal.applies(config)]
+        return f"it is of type {config.model_type}: {WHOLE.get(config.model_type, 'nothing is known of it')}"
+    text = config.get_text_config()
+    found = [refusal for refusal in family.refused if refusal.applies(text)]
     return "; ".join(f"with the setting {refusal.setting} of its configuration {refusal.why}" for refusal in found)
+
+
+def feed(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """What tokens feed into the model: ``[…, H]`` of int64 ids ``[…]``, differentiable in the weights."""
+    family = family_of(model.config)
+    fed: torch.Tensor = model.get_input_embeddings()(ids)
+    return fed * getattr(model.config, family.fed) if family is not None and family.fed else fed
 
 
 def embedding_table(model: Any) -> torch.Tensor:
     """What each token feeds into the model, ``[V, H]``: the weight itself, unless the model scales it (Gemma)."""
-    lookup = model.get_input_embeddings()
-    weight: torch.Tensor = lookup.weight
+    weight: torch.Tensor = model.get_input_embeddings().weight
     with torch.no_grad():
         few = torch.arange(min(64, weight.shape[0]), device=weight.device)
-        if torch.equal(lookup(few), weight[few]):
+        if torch.equal(feed(model, few), weight[few]):
             return weight
-        fed: torch.Tensor = lookup(torch.arange(weight.shape[0], device=weight.device))
-        return fed
+        return feed(model, torch.arange(weight.shape[0], device=weight.device))
+
+
+def core_of(model: Any) -> Any:
+    """The language model without its head."""
+    core = model.model if model.base_model is model else model.base_model  # Llama 4 calls its own something else
+    return getattr(core, "language_model", core)
+
+
+def run_behind(core: Any, embedded: torch.Tensor, mask: Any, positions: torch.Tensor, cache: Any) -> torch.Tensor:
+    """Hidden states ``[B, T, H]`` after the last layer's norm, of tokens behind what a cache holds.
+
+    Args:
+        core: the language model without its head.
+        embedded: ``[B, T, H]``.
+        mask: as its layers take it.
+        positions: int64 ``[B, T]``.
+        cache: what stands where transformers expects its own.
+    """
+    takes = inspect.signature(core.forward).parameters
+    options = {"cache_params" if "cache_params" in takes else "past_key_values": cache}  # Mamba says the former
+    if "position_ids" in takes:
+        options["position_ids"] = positions
+    out = core(inputs_embeds=embedded, attention_mask=mask, use_cache=True, **options)
+    return out.last_hidden_state  # type: ignore[no-any-return]
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
@@ -138,7 +299,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     with as many as the configuration says the language model has layers, or the longest."""
     family = family_of(model.config)
     if family is not None:
-        layers: nn.ModuleList = model.base_model.get_submodule(family.layers)
+        layers: nn.ModuleList = core_of(model).get_submodule(family.layers)
         return layers
     config = model.config.get_text_config()
     lists: dict[str, nn.ModuleList] = {}
@@ -164,6 +325,12 @@ def matrix_ends(layers: nn.ModuleList, config: Any) -> int:
     return ends
 
 
+def kept_bytes(layers: nn.ModuleList, config: Any, dtype: torch.dtype, vocabulary: int) -> int:
+    """Bytes that a token of a pass with gradient takes: all that goes into and comes out of each matrix product, and
+    two copies of its logits."""
+    return dtype.itemsize * matrix_ends(layers, config) + 2 * torch.float32.itemsize * vocabulary
+
+
 def window_of(config: Any, tokenizer: Any) -> int:
     """The most tokens in one sequence: what the configuration says, or the tokenizer, or ``USUAL_WINDOW``."""
     text = config.get_text_config()
@@ -174,9 +341,16 @@ def window_of(config: Any, tokenizer: Any) -> int:
     )
 
 
+def first_layer_gain(model: Any, embedded: torch.Tensor) -> float:
+    """How many times as large (RMS, median over tokens but the first) as ``[1, T, H]`` the first layer makes it."""
+    states = model(inputs_embeds=embedded, use_cache=False, output_hidden_states=True).hidden_states
+    before, after = (state[0, 1:].float().square().mean(dim=1).sqrt() for state in states[:2])
+    return float((after / before).median())
+
+
 def require_causal(model: Any, name: str, *, rms: float) -> None:
-    """Refuses a model in which a token sees those behind it: of a causal one, the gradient of early logits in later
-    tokens is zero.
+    """Refuses a model in which a token sees those behind it (of a causal one, the gradient of early logits in later
+    tokens is zero), or that makes more of a token than its embedding.
 
     Args:
         model: of transformers, in evaluation mode.
@@ -184,26 +358,39 @@ def require_causal(model: Any, name: str, *, rms: float) -> None:
         rms: root mean square of its embeddings.
 
     Raises:
-        BaseModelError: it is an encoder, or takes no embedded tokens.
+        BaseModelError: it is an encoder, takes no embedded tokens, or feeds its layers more than those.
     """
-    weight = model.get_input_embeddings().weight
-    noise = rms * torch.randn(1, 4, weight.shape[1], generator=torch.Generator().manual_seed(0))
-    leaf = noise.to(weight.device, weight.dtype).requires_grad_()
+    kind, lookup = model.config.model_type, model.get_input_embeddings()
+    more = BaseModelError(
+        f"the base model {name!r} ({kind}) feeds its layers more of a token than its embedding, which is all that a "
+        "virtual token has; give another base model"
+    )
+    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None):
+        raise more
+    noise = rms * torch.randn(1, 4, lookup.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    leaf = noise.to(lookup.weight.device, lookup.weight.dtype).requires_grad_()
+    ids = torch.arange(4, device=leaf.device)[None]
+
+    def logits(**inputs: torch.Tensor) -> torch.Tensor:
+        out = model(**inputs, attention_mask=torch.ones_like(ids), use_cache=False)
+        return out.logits.float()  # type: ignore[no-any-return]
+
     try:
         with torch.enable_grad():
-            logits = model(
-                inputs_embeds=leaf + 0, attention_mask=torch.ones_like(leaf[..., 0]).long(), use_cache=False
-            ).logits
-            (gradient,) = torch.autograd.grad(logits[:, :2].float().square().mean(), leaf)
+            (gradient,) = torch.autograd.grad(logits(inputs_embeds=leaf + 0)[:, :2].square().mean(), leaf)
+        with torch.no_grad():
+            by_ids, by_vectors = logits(input_ids=ids), logits(inputs_embeds=feed(model, ids))
     except Exception as error:  # of transformers alone
         reason = " ".join(str(error).split()).split(". ")[0][:200]
         raise BaseModelError(
-            f"the base model {name!r} ({model.config.model_type}) does not compute logits and gradients from embedded "
+            f"the base model {name!r} ({kind}) does not compute logits and gradients from embedded "
             f"tokens ({type(error).__name__}: {reason}); give another causal language model"
         ) from error
     found = gradient.float().nan_to_num(0.0).abs()  # an overflow is no sign of sight
     if found[:, 2:].max() > LEAST_SIGHT * found.max():
         raise BaseModelError(
-            f"the base model {name!r} is an encoder ({model.config.model_type}): its tokens see those behind them; "
+            f"the base model {name!r} is an encoder ({kind}): its tokens see those behind them; "
             "give a causal language model"
         )
+    if (by_ids - by_vectors).norm() > ROUNDED * by_ids.norm():
+        raise more

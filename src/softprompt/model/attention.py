@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from softprompt.errors import BaseModelError
-from softprompt.model.architecture import Windows
+from softprompt.model.architecture import Family
 from softprompt.model.fast.blocks import attend_blocks, block_mask
 
 NAME = "softprompt"
@@ -30,6 +30,12 @@ INSTALLED = "_softprompt_installed"
 
 SLIDING = "sliding_attention"
 """Transformers' name of layers whose tokens see the last few tokens only."""
+
+CHUNKED = "chunked_attention"
+"""Its name of layers whose tokens see those of the same chunk only; chunks are counted from the first position."""
+
+WITHOUT_ATTENTION = ("linear_attention", "conv")
+"""Its names of recurrent layers, whose mask is for padding on the left, of which there is none."""
 
 WITHOUT_EFFECT = frozenset(
     {
@@ -55,25 +61,43 @@ UNDIVIDED = 192
 
 @dataclass(frozen=True)
 class Masks:
-    """Makes what a transformers model takes as its attention mask, with the sliding window that some have.
+    """Makes what a transformers model takes as its attention mask, with the sliding window or chunks that some have.
 
     Attributes:
         window: how many tokens, itself included, a token of a sliding layer sees; None without such layers.
-        everywhere: whether all layers are such.
+        chunk: how many tokens a chunk has; None without chunked layers.
+        everywhere: whether all layers are of one such kind.
         dtype: the model's.
+        recurrent: whether some layers are without attention.
+        attention: whether some layers have attention.
+        capped: whether scores are capped.
     """
 
     window: int | None
+    chunk: int | None
     everywhere: bool
     dtype: torch.dtype
+    recurrent: bool = False
+    attention: bool = True
+    capped: bool = False
 
     @classmethod
-    def of(cls, config: Any, windows: Windows, dtype: torch.dtype) -> Masks:
-        """Those of a model of this configuration, whose family has such ``windows``. The configuration alone does not
-        tell: some hold settings of the model that they were made from, which transformers does not look at."""
+    def of(cls, config: Any, family: Family | None, dtype: torch.dtype) -> Masks:
+        """Those of a model of this configuration and family. The configuration alone does not tell: some hold settings
+        of the model that they were made from, which transformers does not look at."""
+        windows = "none" if family is None else family.windows
         kinds = {"none": (), "every layer": (SLIDING,), "by layer_types": getattr(config, "layer_types", ())}[windows]
         window = getattr(config, "sliding_window", None) if SLIDING in kinds else None
-        return cls(window, set(kinds) == {SLIDING}, dtype)
+        chunk = getattr(config, "attention_chunk_size", None) if CHUNKED in kinds else None
+        recurrent = family is not None and family.recurrent
+        attention = family is None or family.attention
+        capped = bool(getattr(config, "attn_logit_softcapping", None))
+        return cls(window, chunk, set(kinds) in ({SLIDING}, {CHUNKED}), dtype, recurrent, attention, capped)
+
+    @property
+    def fits_blocks(self) -> bool:
+        """Whether ``blocks`` says the same."""
+        return self.attention and not (self.recurrent or self.capped or self.chunk)
 
     def __call__(self, sees: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor) -> Any:
         """
@@ -83,12 +107,19 @@ class Masks:
             seen: int64 ``[B, S]``, of what is looked at.
 
         Returns:
-            Additive, ``[B, 1, T, S]``, or one for each kind of layer if there are two.
+            Additive, ``[B, 1, T, S]``, or one for each kind of layer if there are two; None without attention.
         """
-        if self.window is None:
+        if not self.attention:
+            return None
+        positions, seen = positions[..., None], seen[:, None]
+        masks: dict[str, torch.Tensor | None] = dict.fromkeys(WITHOUT_ATTENTION) if self.recurrent else {}
+        if self.window is not None:
+            masks[SLIDING] = self._additive(sees & (positions - seen < self.window))
+        if self.chunk is not None:
+            masks[CHUNKED] = self._additive(sees & (positions // self.chunk == seen // self.chunk))
+        if not masks:
             return self._additive(sees)
-        near = self._additive(sees & (positions[..., None] - seen[:, None] < self.window))
-        return near if self.everywhere else {SLIDING: near, "full_attention": self._additive(sees)}
+        return next(iter(masks.values())) if self.everywhere else masks | {"full_attention": self._additive(sees)}
 
     def blocks(self, ends: torch.Tensor, positions: torch.Tensor) -> Any:
         """The same for a stream on a GPU, where attention goes by blocks.
@@ -110,27 +141,41 @@ class Masks:
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+    *,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax attention with grouped queries, every row with keys and values of its own.
 
     Args:
         query: ``[B, H_q, T, D]``.
         key: ``[B, H_kv, S, D]``; ``H_q`` is a multiple of ``H_kv``.
-        value: ``[B, H_kv, S, D]``.
+        value: ``[B, H_kv, S, D_v]``.
         mask: additive, ``[B, 1, T, S]`` in the query's dtype; the dtype's minimum where a token may not look.
         scaling: factor on the scores.
+        softcap: keeps scores below this size, by a hyperbolic tangent; None: they may have any.
+        sinks: ``[H_q]``, the score of one more key of each head, whose value is 0; None: there is none.
 
     Returns:
-        ``[B, T, H_q, D]``.
+        ``[B, T, H_q, D_v]``.
     """
     batch, heads, tokens, width = query.shape
     kv_heads, span = key.shape[1], key.shape[2]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads * tokens, width)
-    scores = torch.matmul(grouped, key.transpose(2, 3)).view(batch, heads, tokens, span)
-    weights = torch.softmax(scores * scaling + mask, dim=-1)
-    out = torch.matmul(weights.view(batch, kv_heads, -1, span), value)
-    return out.view(batch, heads, tokens, width).transpose(1, 2)
+    scores = torch.matmul(grouped, key.transpose(2, 3)).view(batch, heads, tokens, span) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores + mask
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).view(1, -1, 1, 1).expand(batch, -1, tokens, 1)], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., :span]
+    out = torch.matmul(weights.reshape(batch, kv_heads, -1, span), value)
+    return out.view(batch, heads, tokens, value.shape[3]).transpose(1, 2)
 
 
 def attend_fast(
@@ -186,15 +231,15 @@ def attend_shared(
 
     Args:
         query: ``[B, H_q, T, D]``.
-        key, value: ``[B, H_kv, T, D]``.
-        prefix_key, prefix_value: ``[K, H_kv, P, D]``; without a prefix, P is 0.
+        key, value: ``[B, H_kv, T, D]``, ``[B, H_kv, T, D_v]``.
+        prefix_key, prefix_value: ``[K, H_kv, P, D]``, ``[K, H_kv, P, D_v]``; without a prefix, P is 0.
         prefix_rows: int64 ``[B]``, the prefix of each row; None if there is one.
         mask: additive, ``[B, 1, T, P + T]`` in the query's dtype.
         scaling: factor on the scores.
         whole: every row sees its whole prefix, so that only the last ``T`` columns of the mask count.
 
     Returns:
-        ``[B, T, H_q, D]``, and the weights ``[B * H_kv, N, P + T]`` that its backward needs.
+        ``[B, T, H_q, D_v]``, and the weights ``[B * H_kv, N, P + T]`` that its backward needs.
     """
     batch, heads, tokens, width = query.shape
     kv_heads, length = key.shape[1], prefix_key.shape[2]
@@ -205,7 +250,7 @@ def attend_shared(
     masked.add_(mask[:, :, None, :, first:])
     weights = torch.softmax(weights, dim=-1)
     out = torch.bmm(weights, _joined(prefix_value, value, prefix_rows))
-    return out.view(batch, heads, tokens, width).transpose(1, 2).contiguous(), weights
+    return out.view(batch, heads, tokens, value.shape[3]).transpose(1, 2).contiguous(), weights
 
 
 @attend_shared.register_fake
@@ -220,10 +265,10 @@ def _(
     scaling: float,
     whole: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, heads, tokens, width = query.shape
+    batch, heads, tokens, _ = query.shape
     kv_heads = key.shape[1]
     weights = query.new_empty(batch * kv_heads, heads // kv_heads * tokens, prefix_key.shape[2] + tokens)
-    return query.new_empty(batch, tokens, heads, width), weights
+    return query.new_empty(batch, tokens, heads, value.shape[3]), weights
 
 
 @torch.library.custom_op("softprompt::attend_shared_backward", mutates_args=())
@@ -239,11 +284,11 @@ def _attend_shared_backward(
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key, value, prefix_key and prefix_value, from that of ``attend_shared``'s output ``[B, T,
-    H_q, D]``."""
+    H_q, D_v]``."""
     batch, heads, tokens, width = query.shape
     kv_heads, length = key.shape[1], prefix_key.shape[2]
     rows = query.reshape(batch * kv_heads, -1, width)
-    out = grad.transpose(1, 2).reshape(batch * kv_heads, -1, width)
+    out = grad.transpose(1, 2).reshape(batch * kv_heads, -1, value.shape[3])
     grad_values = torch.bmm(weights.transpose(1, 2), out)
     grad_weights = torch.bmm(out, _joined(prefix_value, value, prefix_rows).transpose(1, 2))
     grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
@@ -251,11 +296,11 @@ def _attend_shared_backward(
     grad_keys = _product(grad_scores.transpose(1, 2), rows, scaling)
 
     def apart(both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        both = both.view(batch, kv_heads, -1, width)
+        both = both.view(batch, kv_heads, -1, both.shape[2])
         if prefix_rows is None:
             shared = both[:, :, :length].sum(dim=0, keepdim=True, dtype=torch.float32)
         else:
-            zeros = both.new_zeros(prefix_key.shape, dtype=torch.float32)
+            zeros = both.new_zeros((len(prefix_key), kv_heads, length, both.shape[3]), dtype=torch.float32)
             shared = zeros.index_add_(0, prefix_rows, both[:, :, :length].float())
         return shared.to(both.dtype), both[:, :, length:].contiguous()
 
@@ -305,14 +350,16 @@ def _attention(
     prefix_layer: tuple[torch.Tensor, torch.Tensor] | None = None,
     prefix_rows: torch.Tensor | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     keep: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' attention call: with a floating-point mask ``[B, 1, T, P + S]`` it is ours, else ``sdpa``'s.
+    """Transformers' attention call: with a floating-point mask ``[B, 1, T, P + S]`` it is ours, else ``sdpa``'s, which
+    knows neither capped scores nor sinks (``s_aux``).
 
     Raises:
-        BaseModelError: it is to do something else as well (sinks, capped scores, a bias, dropout), which would be left
-            out.
+        BaseModelError: it is to do something else as well (a bias, dropout), which would be left out.
     """
     asked = [name for name, value in kwargs.items() if value is not None and name not in WITHOUT_EFFECT]
     if asked or kwargs.get("dropout"):
@@ -321,20 +368,29 @@ def _attention(
             f"{', '.join(asked or ['dropout'])}, which the shared prefix does not know; give another base model, or "
             "the release of transformers that softprompt was tested with"
         )
+    plain = softcap is None and s_aux is None
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(attention_mask, BlockMask):
+        assert plain, "Masks.blocks is for plain attention"
         return attend_blocks(query, key, value, attention_mask, factor), None
     if attention_mask is None or not attention_mask.is_floating_point():
+        if not plain:
+            mask = _additive(attention_mask, query, key)
+            return attend(query, key, value, mask, factor, softcap=softcap, sinks=s_aux), None
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if keep is not None:
         keep.append((key, value))
-    if torch.is_grad_enabled() and key.shape[2] == query.shape[2]:
+    if prefix_layer is not None and hasattr(module, "expand_kv"):
+        expand: Any = module.expand_kv
+        prefix_layer = expand(*prefix_layer)  # the prefix's latents, once for all rows
+    if torch.is_grad_enabled() and key.shape[2] == query.shape[2] and plain:
         prefix_key, prefix_value = prefix_layer or (key[:1, :, :0], value[:1, :, :0])
-        # What has slid out of a window is in the mask, and so are the ends of prefixes of several lengths.
-        slid = sliding_window is not None and attention_mask.shape[-1] > sliding_window
-        rows, whole = prefix_rows, prefix_rows is None and not slid
+        # What has slid out of a window, or lies in another chunk, is in the mask, and so are prefixes' ends.
+        sizes = sliding_window, getattr(getattr(module, "config", None), "attention_chunk_size", None)
+        sees_all = all(size is None or attention_mask.shape[-1] <= size for size in sizes)
+        rows, whole = prefix_rows, prefix_rows is None and sees_all
         return attend_shared(query, key, value, prefix_key, prefix_value, rows, attention_mask, factor, whole)[0], None
     if prefix_layer is not None:
         prefix_key, prefix_value = prefix_layer
@@ -342,11 +398,20 @@ def _attention(
             prefix_key, prefix_value = prefix_key[prefix_rows], prefix_value[prefix_rows]
         key = torch.cat([prefix_key.expand(len(key), -1, -1, -1), key], dim=2)
         value = torch.cat([prefix_value.expand(len(value), -1, -1, -1), value], dim=2)
-    if torch.is_grad_enabled():
-        return attend(query, key, value, attention_mask, factor), None
+    if torch.is_grad_enabled() or not plain:
+        return attend(query, key, value, attention_mask, factor, softcap=softcap, sinks=s_aux), None
     if query.shape[2] > 1 and prefix_layer is None and query.device.type == "cpu" and query.dtype != torch.float32:
         key, value, attention_mask = _in_whole_blocks(key, value, attention_mask)
     return attend_fast(query, key, value, attention_mask, factor, grouped=query.device.type != "cuda"), None
+
+
+def _additive(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Transformers' mask of whole sequences, bool ``[B, 1, T, S]`` or None for a causal one, as ``attend`` takes it."""
+    if mask is None:
+        tokens, span = query.shape[2], key.shape[2]
+        mask = torch.ones(tokens, span, dtype=torch.bool, device=query.device).tril(span - tokens)[None, None]
+    zeros = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
+    return zeros.masked_fill_(~mask, torch.finfo(query.dtype).min)
 
 
 def _in_whole_blocks(

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from softprompt.errors import ConfigError, DataError
-from softprompt.model.architecture import SHARED_PREFIX_MODELS
 from softprompt.text.tokens import SOFT
 
 
@@ -99,8 +98,8 @@ class Embedder:
                 assert vectors is not None, "a request with a soft prompt's place names its soft prompt"
                 if vectors.dim() != 2:
                     raise ConfigError(
-                        "A trained KV prefix must stand before all input, which may not be empty, in a base model with "
-                        f"a shared prefix ({', '.join(SHARED_PREFIX_MODELS)}); use a plain soft prompt."
+                        "A trained KV prefix must stand before all input, which may not be empty, in a base model that "
+                        "keeps keys and values in every layer; use a plain soft prompt."
                     )
                 pieces.append(vectors.to(device, self.dtype))
             start = place + 1

@@ -17,18 +17,26 @@ from torch import nn
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.errors import ConfigError, SoftPromptWarning
 from softprompt.files import StrPath, local_path
-from softprompt.model import attention
+from softprompt.model import attention, trial
 from softprompt.model.architecture import (
+    WHOLE,
+    Family,
+    Head,
+    core_of,
     decoder_layers,
     embedding_table,
     family_of,
-    matrix_ends,
+    feed,
+    first_layer_gain,
+    kept_bytes,
     require_causal,
+    run_behind,
     why_whole_sequences,
     window_of,
 )
 from softprompt.model.attention import Masks
-from softprompt.model.batch import Batch, Row, collate, greedy_words, micro_batches, word_scores
+from softprompt.model.batch import Batch, Row, collate, micro_batches
+from softprompt.model.chains import collate_chains
 from softprompt.model.embedder import Embedder
 from softprompt.model.fast.blocks import can_use_blocks
 from softprompt.model.fast.layers import LayerModes
@@ -37,9 +45,11 @@ from softprompt.model.fingerprint import fingerprint_model, fingerprint_tokenize
 from softprompt.model.loading import DTYPES, lasting, load_base, pick_device, pick_dtype
 from softprompt.model.notes import heard
 from softprompt.model.prefixes import PrefixCache, PrefixOf
+from softprompt.model.reading import greedy_words, summed
 from softprompt.model.request import Request, prompt_of
-from softprompt.model.state.kv import PrefixKV
+from softprompt.model.state.kv import Kept, PrefixKV
 from softprompt.model.state.prefix import PrefixState
+from softprompt.model.state.recurrent import Pass, RecurrentState, RowStates, Slots
 from softprompt.model.state.slots import RowKV
 from softprompt.text.tokens import SOFT, Tokens, frequent_tokens
 
@@ -65,6 +75,7 @@ class FrozenLM(Embedder):
         device: where it is.
         shares_prefix: whether the shared-prefix computation serves this architecture.
         why_whole_sequences: why not, in plain words; empty if it does.
+        recurrent: whether some layers that prefixes enter have a state of one size for a memory.
         layers: how its decoder layers run in training.
         packed: its weights as a CPU's products of few rows want them; for continuing, token by token.
     """
@@ -89,18 +100,29 @@ class FrozenLM(Embedder):
             generation_config=getattr(model, "generation_config", None),
         )
         require_causal(self.model, name, rms=self.embedding_rms)
-        family = family_of(config)
-        self.why_whole_sequences = why_whole_sequences(config)
-        self.shares_prefix = not self.why_whole_sequences
-        self._mask = Masks.of(config, family.windows if family else "none", self.dtype)
-        self._layers = decoder_layers(model)
         # In 16 bits, a CPU rounds the matrix product of one row otherwise than that row's among others: where a row
         # alone is computed twice, its text is the same in any company.
         self._avoids_one_row = self.device.type == "cpu" and self.dtype != torch.float32
-        self.layers = LayerModes(self._layers)
         self.packed = PackedWeights(self.model)
+        self._layers, self._core = decoder_layers(model), core_of(model)
+        self.layers = LayerModes(self._layers)
+        family = family_of(config)
+        self.take_up(family, why_whole_sequences(config))
+        if family is None and config.model_type not in WHOLE:
+            trial.run(self)
+
+    def take_up(self, family: Family | None, why_whole_sequences: str) -> None:
+        """Goes on as is right for a family; without one, or with a reason, by whole sequences."""
+        self.why_whole_sequences = why_whole_sequences
+        self.shares_prefix = not self.why_whole_sequences
+        self.recurrent = self.shares_prefix and family is not None and family.recurrent
+        self._text_config = self.model.config.get_text_config()
+        self._mask = Masks.of(self._text_config, family, self.dtype)
+        self._head = family.head if family else Head()
+        self._keeps_latents = family is not None and family.latent
+        self._by_blocks = self.compiles and self._mask.fits_blocks and can_use_blocks(self.device)
         if self.shares_prefix:
-            attention.install(model, self._layers)
+            attention.install(self.model, self._layers)
 
     @classmethod
     def load(
@@ -186,13 +208,26 @@ class FrozenLM(Embedder):
         ids = frequent_tokens(self.tokenizer, len(self.embedding), 0)[: min(GAIN_TOKENS, self.window)]
         embedded = self.embed(ids, None)[None]
         with torch.no_grad(), self.eager():
-            states = self.model(inputs_embeds=embedded, use_cache=False, output_hidden_states=True).hidden_states
-        before, after = (state[0, 1:].float().square().mean(dim=1).sqrt() for state in states[:2])
-        return max(1.0, float((after / before).median()))
+            return max(1.0, first_layer_gain(self.model, embedded))
+
+    @property
+    def compiles(self) -> bool:
+        """Whether all layers can share compiled graphs: those that ask a cache by number, or choose experts, cannot."""
+        experts = any("experts" in name for name, _ in self._layers.named_parameters())
+        return self.shares_prefix and not (self.recurrent or self._keeps_latents or experts)
+
+    @cached_property
+    def why_no_kv(self) -> str:
+        """Why keys and values of this model cannot be a trained prefix, in plain words; empty if they can."""
+        if not self.shares_prefix or self.recurrent or self._keeps_latents:
+            return self.why_whole_sequences or "not all of its layers keep keys and values, but a state or latents"
+        with torch.no_grad(), self.eager():
+            shapes = {tensor.shape for tensor in self.prefix_kv((), None).tensors}
+        return "the keys and values of its layers differ in size" if len(shapes) > 1 else ""
 
     @cached_property
     def kv_shape(self) -> tuple[int, ...]:
-        """``(L, 2, H_kv, D)``, the shape of a virtual token of a trained KV prefix; only with ``shares_prefix``."""
+        """``(L, 2, H_kv, D)``, the shape of a virtual token of a trained KV prefix; only without ``why_no_kv``."""
         return tuple(self.prefix_numbers((), None).shape[1:])
 
     @cached_property
@@ -200,14 +235,12 @@ class FrozenLM(Embedder):
         """The most tokens, padding included, in a micro-batch with gradient.
 
         A GPU wants more than a CPU: passes over few tokens spend their time on launching kernels. It gets as many as
-        keep what backward needs, all that goes into and comes out of each matrix product, within ``GPU_SHARE``.
+        keep what backward needs within ``GPU_SHARE``.
         """
         if self.device.type != "cuda":
             return MAX_TOKENS
-        ends = matrix_ends(self._layers, self.model.config)
-        logits = 2 * torch.float32.itemsize * self.embedding.shape[0]
-        memory = torch.cuda.get_device_properties(self.device).total_memory
-        fitting = int(GPU_SHARE * memory / (self.dtype.itemsize * ends + logits))
+        memory = GPU_SHARE * torch.cuda.get_device_properties(self.device).total_memory
+        fitting = int(memory / kept_bytes(self._layers, self.model.config, self.dtype, self.embedding.shape[0]))
         return min(max(MAX_TOKENS, fitting), MOST_TOKENS)
 
     @property
@@ -240,14 +273,19 @@ class FrozenLM(Embedder):
         Returns:
             What all of them leave behind, ``before`` included.
         """
-        assert before is None or isinstance(before, PrefixKV)
         if vectors is None or vectors.dim() == 2 or SOFT not in ids:
             return self._run_prefix(ids, vectors, before)
+        if self.why_no_kv:
+            raise ConfigError(
+                f"Expected vectors as a soft prompt for {self.name}, found a trained KV prefix, which it cannot take: "
+                f"{self.why_no_kv}."
+            )
         place = list(ids).index(SOFT)
         known = PrefixKV.of_numbers(vectors.to(self.device, self.dtype))
         if place:
             before = self._run_prefix(ids[:place], None, before)
         if before is not None:
+            assert isinstance(before, PrefixKV)
             known = before.join(known)
         behind = ids[place + 1 :]
         return self._run_prefix(behind, None, known) if behind else known
@@ -258,18 +296,18 @@ class FrozenLM(Embedder):
         Args:
             prefixes, vectors: of each, as for ``prefix_kv``; none is empty.
         """
-        if any(numbers.dim() != 2 for numbers in vectors):
+        if self.recurrent or any(numbers.dim() != 2 for numbers in vectors):
             first, *others = [self.prefix_kv(ids, own) for ids, own in zip(prefixes, vectors, strict=True)]
             return first.stack(others)
         rows = [self.embed(ids, own) for ids, own in zip(prefixes, vectors, strict=True)]
-        return self._run_prefixes(rows, None)
+        return self._run_prefixes(rows, [len(row) for row in rows], None)
 
     @torch.no_grad()
     def prefix_numbers(self, ids: Sequence[int], vectors: torch.Tensor | None) -> torch.Tensor:
         """A prefix as the numbers of a trained KV prefix.
 
         Args:
-            ids, vectors: as for ``prefix_kv``; only with ``shares_prefix``.
+            ids, vectors: as for ``prefix_kv``; only without ``why_no_kv``.
 
         Returns:
             float32 ``[P, L, 2, H_kv, D]``, of all of its tokens, keys after any rotary embedding.
@@ -279,33 +317,47 @@ class FrozenLM(Embedder):
         assert isinstance(prefix, PrefixKV)
         return prefix.numbers().float().contiguous()
 
-    def _run_prefix(self, ids: Sequence[int], vectors: torch.Tensor | None, before: PrefixKV | None = None) -> PrefixKV:
-        """Keys and values of ``before``, and behind them of ``ids``, which see those."""
-        own = self._run_prefixes([self.embed(list(ids) or [0], vectors)], before)
-        if not ids:  # only the shape is taken, from a throw-away token
-            own = PrefixKV(tuple(k[:, :, :0] for k in own.keys), tuple(v[:, :, :0] for v in own.values), (0,))
+    def _run_prefix(self, ids: Sequence[int], vectors: torch.Tensor | None, before: PrefixState | None) -> PrefixState:
+        """What ``before`` leaves behind, and behind it ``ids``, which see it."""
+        embedded = self.embed(list(ids) or [0], vectors)
+        length = len(embedded) if ids else 0  # of an empty prefix only the shape is taken, from a throw-away token
+        if self.recurrent:
+            assert before is None or isinstance(before, RecurrentState)
+            start = 0 if before is None else before.width
+            seen = torch.arange(start + len(embedded), device=self.device)[None]
+            positions = seen[:, start:]
+            cache = Pass(before, torch.zeros(1, dtype=torch.long, device=self.device))
+            mask = self._mask(positions[..., None] >= seen[:, None], positions, seen)
+            run_behind(self._core, embedded[None], mask, positions, cache)
+            state = cache.left(length)
+            return state if before is None else before.join(state)
+        assert before is None or isinstance(before, PrefixKV)
+        own = self._run_prefixes([embedded], [length], before)
         return own if before is None else before.join(own)
 
-    def _run_prefixes(self, rows: Sequence[torch.Tensor], before: PrefixKV | None) -> PrefixKV:
-        """Keys and values of embedded tokens ``[T, H]``, beside each other; they see those of ``before``."""
+    def _run_prefixes(self, rows: Sequence[torch.Tensor], lengths: Sequence[int], before: PrefixKV | None) -> PrefixKV:
+        """Keys and values of the first tokens of embedded rows ``[T, H]``, beside each other; they see ``before``."""
         embedded = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
         start = 0 if before is None else before.width
-        kept: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in self._layers]
+        kept = Kept(len(self._layers))
         seen = torch.arange(start + embedded.shape[1], device=self.device).expand(len(rows), -1)
         positions = seen[:, start:]
-        self.model.base_model(
+        # A cache is asked in code that knows its layer's number, which would be compiled for each layer anew.
+        keeping: dict[str, Any] = {"past_key_values": kept} if self._keeps_latents else {"keep": kept.layers}
+        self._core(
             inputs_embeds=embedded,
             attention_mask=self._mask(positions[..., None] >= seen[:, None], positions, seen),
             position_ids=positions,
             use_cache=False,
-            keep=kept,
             prefix=before,
+            **keeping,
         )
-        return PrefixKV(
-            keys=tuple(layer[0][0] for layer in kept),
-            values=tuple(layer[0][1] for layer in kept),
-            lengths=tuple(len(row) for row in rows),
-        )
+        return kept.prefix(*lengths)
+
+    def collate(self, rows: Sequence[Row], prefix_lengths: Sequence[int], device: torch.device | None = None) -> Batch:
+        """Rows as one batch, laid out for this model, on its device unless another is given; as ``batch.collate``."""
+        lay_out = collate_chains if self.recurrent else collate
+        return lay_out(rows, prefix_lengths, device or self.device)
 
     def kept_prefixes(self, most: int | None = None, *, capacity: int | None = None) -> PrefixCache:
         """``prefix_kv`` without gradient that keeps its last results: ``most``, ``capacity`` bytes, or all."""
@@ -323,7 +375,7 @@ class FrozenLM(Embedder):
             float32 ``[B, W]``, natural logarithm, summed over a word's tokens; ``-inf`` where a row has fewer than
             ``W`` words.
         """
-        return word_scores(batch, self._read_logits(batch, prefix))
+        return summed(batch, self._read_logits(batch, prefix))
 
     def score_stream(self, batch: Batch, vectors: torch.Tensor) -> torch.Tensor:
         """What ``score_batch`` returns, from a stream that holds its prefixes.
@@ -332,7 +384,7 @@ class FrozenLM(Embedder):
             batch: a stream.
             vectors: float ``[S, H]``, those of its soft prompts one after the other; differentiable.
         """
-        return word_scores(batch, self._read_logits(batch, None, vectors))
+        return summed(batch, self._read_logits(batch, None, vectors))
 
     def _read_logits(
         self, batch: Batch, prefix: PrefixState | None, vectors: torch.Tensor | None = None
@@ -347,12 +399,15 @@ class FrozenLM(Embedder):
         if batch.soft is not None:
             assert vectors is not None
             embedded = embedded.index_copy(1, batch.soft, vectors.to(self.dtype)[None])
-        if batch.soft is not None and can_use_blocks(self.device):
+        if batch.soft is not None and self._by_blocks:
             mask = self._mask.blocks(batch.ends[0], batch.positions[0])
         else:
             before = torch.arange(batch.width, device=self.device).expand(len(batch.ids), -1)
             mask = self._mask(batch.sees, batch.positions, torch.cat([before, batch.positions], dim=1))
-        out = self.model.base_model(
+        if isinstance(prefix, RecurrentState):
+            assert batch.prefix_rows is not None
+            return run_behind(self._core, embedded, mask, batch.positions, Pass(prefix, batch.prefix_rows))
+        out = self._core(
             inputs_embeds=embedded,
             attention_mask=mask,
             position_ids=batch.positions,
@@ -365,34 +420,33 @@ class FrozenLM(Embedder):
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         if self._avoids_one_row and len(hidden) == 1:
             return self._logits(hidden.expand(2, -1))[:1]
-        return self.model.get_output_embeddings()(hidden).float()  # type: ignore[no-any-return]
+        return self._head(self.model.get_output_embeddings()(hidden).float(), self._text_config)
 
-    def next_logits(self, kv: RowKV, embedded: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    def slots(self) -> Slots:
+        """Where rows of this model grow."""
+        return RowStates() if self.recurrent else RowKV()
+
+    def next_logits(self, kv: Slots, embedded: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """Runs the next tokens of every row behind those in ``kv``, and appends them there.
 
         Args:
             kv: the rows so far, ``B`` of them.
             embedded: ``[B, T, H]``, padded on the right.
-            counts: how many of the ``T`` tokens are each row's own, at least one.
+            counts: how many of the ``T`` tokens are each row's own, at least one; all, in a recurrent model.
 
         Returns:
             float32 ``[B, V]``, the logits after each row's last token.
         """
         columns = kv.extend(counts, embedded.shape[1])
-        alone = self._avoids_one_row and embedded.shape[:2] == (1, 1)
+        alone = self._avoids_one_row and embedded.shape[:2] == (1, 1) and not self.recurrent
         if alone:
             embedded, columns, counts = embedded.expand(2, -1, -1), columns.expand(2, -1), [*counts, *counts]
         own = torch.tensor(counts)
         padding = torch.arange(embedded.shape[1]) >= own[:, None]
         columns, places = columns.to(self.device), torch.arange(kv.width, device=self.device)[None]
-        out = self.model.base_model(
-            inputs_embeds=embedded,
-            attention_mask=self._mask(columns[..., None] >= places[:, None], columns, places),
-            position_ids=columns.masked_fill(padding.to(self.device), 0),
-            past_key_values=kv,
-            use_cache=True,
-        )
-        logits = self._logits(out.last_hidden_state[torch.arange(len(own)), own - 1])
+        sees, positions = columns[..., None] >= places[:, None], columns.masked_fill(padding.to(self.device), 0)
+        hidden = run_behind(self._core, embedded, self._mask(sees, positions, places), positions, kv)
+        logits = self._logits(hidden[torch.arange(len(own)), own - 1])
         return logits[:1] if alone else logits
 
     # --- the concatenation path: the reference, and what serves every other architecture ----------
@@ -450,7 +504,7 @@ class FrozenLM(Embedder):
 
     def look_up(self, ids: torch.Tensor) -> torch.Tensor:
         """What tokens feed into the model: ``[…, H]`` of int64 ids ``[…]``, differentiable in the weights."""
-        return self.model.get_input_embeddings()(ids)  # type: ignore[no-any-return]
+        return feed(self.model, ids)
 
     # --- whole jobs without gradient ---------------------------------------------------------------------------------
 
@@ -540,11 +594,11 @@ class FrozenLM(Embedder):
             if not (self.shares_prefix and members[0].shares_prefix):
                 return self._concatenated(members, soft_prompts, compare=compare)
             rows, prefix = self._rows(members, soft_prompts, prefix_of)
-            batch = collate(rows, prefix.lengths, self.device)
+            batch = self.collate(rows, prefix.lengths)
             if not compare:
                 return self.score_batch(batch, prefix), None
             logits = self._read_logits(batch, prefix)
-            return word_scores(batch, logits), greedy_words(batch, logits)
+            return summed(batch, logits), greedy_words(batch, logits)
 
     def _groups(self, requests: Sequence[Request], max_tokens: int) -> Iterator[list[int]]:
         """Batches of requests that one path serves, of similar length."""

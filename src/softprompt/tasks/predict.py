@@ -48,7 +48,7 @@ class Query:
     def __post_init__(self) -> None:
         task = self.task
         found = None if self.vectors is None else list(self.vectors.shape)
-        kv = found is not None and len(found) == 5 and task.model.shares_prefix
+        kv = found is not None and len(found) == 5 and not task.model.why_no_kv
         a_token = task.model.kv_shape if kv else (task.lm.hidden_size,)
         wanted = [task.num_virtual_tokens, *a_token] if task.template.has_soft_prompt else None
         if found != wanted:

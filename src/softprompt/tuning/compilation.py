@@ -22,7 +22,7 @@ def can_compile(lm: FrozenLM) -> bool:
     """Whether compiling the decoder layers of ``lm`` is known to work and to help here."""
     compiler = any(shutil.which(name) for name in ("g++", "c++", "clang++"))
     device = lm.device.type == "cpu" or (lm.device.type == "cuda" and find_spec("triton") is not None)
-    return lm.shares_prefix and device and compiler
+    return lm.compiles and device and compiler
 
 
 def pays(lm: FrozenLM, steps: int, tokens: float) -> bool:

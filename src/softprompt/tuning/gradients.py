@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from softprompt.errors import SoftPromptWarning, TrainingError
-from softprompt.model.batch import Batch, Row, collate, micro_batches, stream
+from softprompt.model.batch import Batch, Row, micro_batches, stream
 from softprompt.model.fast.graphs import Graphs
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.prefixes import PrefixOf
@@ -90,7 +90,8 @@ class Gradients:
         lm: the frozen base model.
         graphs: the CUDA graphs of its streams.
         layout: the way that every step takes; None: the fastest that serves it.
-        fixed: pad streams to a few shapes, so that few graphs serve all; on a GPU only.
+        fixed: pad streams to a few shapes, so that few graphs serve all; on a GPU, and where no layer chooses
+            experts.
         max_tokens: the most tokens, padding included, in one pass; by default ``lm.tokens_at_once``. A step that does
             not fit into memory is repeated in smaller passes, with the same result.
         may_recompute: whether a row that does not fit alone is tried with activations that are computed again.
@@ -108,7 +109,7 @@ class Gradients:
         self.may_recompute = may_recompute
         self.graphs = Graphs()
         self.layout = layout
-        self.fixed = lm.device.type == "cuda"
+        self.fixed = lm.device.type == "cuda" and lm.compiles
         self.max_tokens = max_tokens
         self._text_before: PrefixOf = lm.kept_prefixes(1)
 
@@ -138,7 +139,7 @@ class Gradients:
             else:
                 groups = micro_batches(lengths, most)
                 cpu = torch.device("cpu")
-                batches = [collate([rows[i] for i in group], starts, cpu) for group in groups]
+                batches = [self.lm.collate([rows[i] for i in group], starts, cpu) for group in groups]
         tokens, first = [], 0
         for share in shares:
             own = sum(lengths[first : first + len(share.requests)])
@@ -153,7 +154,7 @@ class Gradients:
         if self.lm.device.type != "cuda":
             most = min(most, STREAM_TOKENS)
         plain = all(len(share.shape) == 2 and share.shared.index(SOFT) <= SHORT_TEXT for share in shares)
-        return "stream" if plain and total <= most else "two stages"
+        return "stream" if plain and not self.lm.recurrent and total <= most else "two stages"
 
     def add(self, work: Work, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Adds the gradient of each share's mean loss to the ``grad`` of its soft prompt's numbers.
@@ -239,7 +240,8 @@ class Gradients:
             *zip(counts, lengths, words, objectives, strict=True),
         )
         numbers = torch.cat([own.detach() for own in vectors])
-        losses, gradient = self.graphs(shape, run, integers.to(self.lm.device, non_blocking=True), numbers)
+        given = integers.to(self.lm.device, non_blocking=True), numbers
+        losses, gradient = self.graphs(shape, run, *given) if self.fixed else run(*given)
         for own, part in zip(vectors, torch.split(gradient, lengths), strict=True):
             own.grad = part.clone() if own.grad is None else own.grad + part
         return losses
@@ -262,6 +264,8 @@ class Gradients:
             return self.lm.prefixes_kv([share.shared for share in shares], vectors)
         shared = shares[0].shared
         place = shared.index(SOFT)
+        if self.lm.recurrent and len(vectors[0]) == 1 and place == len(shared) - 1:
+            place = 0  # behind a state, some layers run one token alone in place, through which no gradient goes
         before = self._text_before(shared[:place], None) if place else None
         return self.lm.prefix_kv(shared[place:], vectors[0], before)
 

@@ -195,12 +195,12 @@ def require_shared_prefix(lm: FrozenLM, template: Template, requests: Sequence[R
         requests: its training rows.
 
     Raises:
-        ConfigError: the base model has no shared prefix, or something stands before the soft prompt.
+        ConfigError: the base model has no keys and values to learn, or something stands before the soft prompt.
     """
-    if not lm.shares_prefix:
+    if lm.why_no_kv:
         raise ConfigError(
-            f"the parametrisation prefix needs a base model that can share a prefix, but {lm.name} cannot: "
-            f"{lm.why_whole_sequences}; choose another base model or parametrisation"
+            f"the parametrisation prefix needs a base model with keys and values to learn, but {lm.name} has none: "
+            f"{lm.why_no_kv}; choose another base model or parametrisation"
         )
     if not all(request.shares_prefix for request in requests):
         raise ConfigError(

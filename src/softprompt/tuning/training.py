@@ -457,7 +457,7 @@ class Training:
 
     def _should_compile(self) -> bool:
         lm = self.task.model
-        if not lm.shares_prefix or self.config.compile == "off":
+        if not lm.compiles or self.config.compile == "off":
             return False
         tokens = _tokens(self._requests) / len(self._requests) * self.config.batch_size + self.config.longest
         return self.config.compile == "on" or compilation.pays(lm, self.total, tokens)

@@ -15,8 +15,8 @@ class PrefixKV:
 
     Attributes:
         keys: a tensor ``[K, H_kv, P, D]`` for each layer, in the model's dtype, after any rotary embedding; prefixes
-            shorter than the longest are padded on the right.
-        values: likewise.
+            shorter than the longest are padded on the right. Where attention keeps latents (DeepSeek), those.
+        values: likewise; their ``D`` may be another, and of latents they are the keys' rotary part.
         lengths: the length in tokens of each prefix, ``K`` of them.
     """
 
@@ -86,3 +86,31 @@ class PrefixKV:
 
         stacked = [beside(parts) for parts in zip(*(state.tensors for state in states), strict=True)]
         return replace(self.with_tensors(stacked), lengths=tuple(n for state in states for n in state.lengths))
+
+
+class Kept:
+    """Stands where transformers expects its cache, in a pass over a prefix: takes down what each layer would keep.
+
+    Attributes:
+        layers: for each layer, the pairs that it handed over.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.layers: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(layers)]
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer: int, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Transformers' call in each layer."""
+        self.layers[layer].append((key, value))
+        return key, value
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Transformers asks it where positions are not given; ours are."""
+        return 0
+
+    def prefix(self, *lengths: int) -> PrefixKV:
+        """The first tokens of each row, so many of them."""
+        pairs, width = [layer[0] for layer in self.layers], max(lengths)
+        keys, values = (tuple(pair[i][:, :, :width] for pair in pairs) for i in (0, 1))
+        return PrefixKV(keys, values, lengths)
