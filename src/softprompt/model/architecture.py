@@ -115,6 +115,8 @@ def family_of(config: Any) -> Family | None:
 def why_whole_sequences(config: Any) -> str:
     """Why a model of this configuration cannot share a prefix, in plain words; empty if it can."""
     family = family_of(config)
+    if getattr(config, "is_encoder_decoder", False):
+        return f"it is an encoder-decoder ({config.model_type}), whose encoder reads all of its input at once"
     if family is None:
         return f"it is of type {config.model_type}, and a prefix can be shared by {', '.join(SHARED_PREFIX_MODELS)}"
     found = [refusal for refusal in family.refused if refusal.applies(config)]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy as copying
-import inspect
+import math
 import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
 
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.errors import ConfigError
@@ -29,6 +28,7 @@ from softprompt.model.architecture import (
 from softprompt.model.attention import Masks
 from softprompt.model.batch import Batch, Row, collate, micro_batches
 from softprompt.model.embedder import Embedder
+from softprompt.model.encoder_decoder import EncoderDecoder, decoder_start, require_embedded
 from softprompt.model.fast.compiled import compiled_if_possible
 from softprompt.model.fast.packed import PackedWeights
 from softprompt.model.fingerprint import fingerprint_model, fingerprint_tokenizer, model_settings, weights_digest
@@ -39,6 +39,7 @@ from softprompt.model.request import Request, prompt_of
 from softprompt.model.state.kv import PrefixKV
 from softprompt.model.state.prefix import PrefixState
 from softprompt.model.state.slots import RowKV
+from softprompt.model.whole import Whole, WholeSequences
 from softprompt.text.tokens import SOFT, Tokens, frequent_tokens
 
 MAX_TOKENS = 2048
@@ -56,13 +57,14 @@ GAIN_TOKENS = 100
 
 
 class FrozenLM(Embedder):
-    """A frozen causal language model with its tokenizer.
+    """A frozen causal language model, or encoder–decoder, with its tokenizer.
 
     Attributes:
         model: transformers' own; in evaluation mode, no weight requires a gradient.
         device: where it is.
         shares_prefix: whether the shared-prefix computation serves this architecture.
         why_whole_sequences: why not, in plain words; empty if it does.
+        whole: how it computes whole sequences, with nothing shared.
         compiled: whether the decoder layers are compiled now.
         packed: its weights as a CPU's products of few rows want them; for continuing, token by token.
     """
@@ -85,8 +87,15 @@ class FrozenLM(Embedder):
             tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
             settings=model_settings(config),
             generation_config=getattr(model, "generation_config", None),
+            decoder_start=decoder_start(model, tokenizer, name) if config.is_encoder_decoder else (),
         )
-        require_causal(self.model, name, rms=self.embedding_rms)
+        self.whole: Whole
+        if self.encoder_decoder:
+            require_embedded(self.model, name, self.decoder_start)
+            self.whole = EncoderDecoder(self.model, self.decoder_start)
+        else:
+            require_causal(self.model, name, rms=self.embedding_rms)
+            self.whole = WholeSequences(self.model)
         family = family_of(config)
         self.why_whole_sequences = why_whole_sequences(config)
         self.shares_prefix = not self.why_whole_sequences
@@ -113,7 +122,7 @@ class FrozenLM(Embedder):
             trust_remote_code: run code that comes with the model.
 
         Raises:
-            BaseModelError: it cannot be found or read, or is no causal language model.
+            BaseModelError: it cannot be found or read, or is neither a causal language model nor an encoder–decoder.
             ConfigError: an unknown dtype or device.
         """
         base = os.fspath(base)
@@ -136,7 +145,7 @@ class FrozenLM(Embedder):
         dtype: str = "auto",
         device: str = "auto",
     ) -> FrozenLM:
-        """Freezes a causal language model of transformers that is loaded already.
+        """Freezes a causal language model, or an encoder–decoder, of transformers that is loaded already.
 
         It is frozen in place: it is set to evaluation mode, none of its weights requires a gradient any more, and its
         attention is computed by softprompt, with the same results. Its weights are not changed otherwise.
@@ -150,7 +159,7 @@ class FrozenLM(Embedder):
 
         Raises:
             ConfigError: the model has adapters of PEFT; or an unknown dtype or device.
-            BaseModelError: it is no causal language model.
+            BaseModelError: it is neither of the two.
         """
         if hasattr(model, "peft_config"):
             raise ConfigError(
@@ -174,19 +183,19 @@ class FrozenLM(Embedder):
 
     @property
     def num_layers(self) -> int:
-        """``L``, the number of decoder layers."""
+        """``L``, the number of layers that read the soft prompt: of the decoder, or of an encoder–decoder's encoder."""
         return len(self._layers)
 
     @cached_property
     def first_layer_gain(self) -> float:
-        """How many times as large as what goes in, a frequent token's embedding, is what comes out of the first decoder
-        layer (RMS, median over tokens); at least 1."""
+        """How many times as large as what goes in, a frequent token's embedding, is what comes out of the first layer
+        (RMS, median over tokens); at least 1."""
         ids = frequent_tokens(self.tokenizer, len(self.embedding), 0)[: min(GAIN_TOKENS, self.window)]
-        embedded = self.embed(ids, None)[None]
         with torch.no_grad(), self.eager():
-            states = self.model(inputs_embeds=embedded, use_cache=False, output_hidden_states=True).hidden_states
-        before, after = (state[0, 1:].float().square().mean(dim=1).sqrt() for state in states[:2])
-        return max(1.0, float((after / before).median()))
+            states = self.whole.layer_states(self.embed(ids, None))
+        before, after = (state[1:].float().square().mean(dim=1).sqrt() for state in states[:2])
+        gain = float((after / before).median())
+        return max(1.0, gain) if math.isfinite(gain) else 1.0
 
     @cached_property
     def kv_shape(self) -> tuple[int, ...]:
@@ -361,7 +370,8 @@ class FrozenLM(Embedder):
     # --- the concatenation path: the reference, and what serves every other architecture ----------
 
     def score_concatenated(self, requests: Sequence[Request], soft_prompts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """What ``score_batch`` computes, by running every word of every request as a whole sequence of its own.
+        """What ``score_batch`` computes, by running every word of every request as a whole sequence of its own, or for
+        an encoder–decoder every request's input once.
 
         Differentiable in ``soft_prompts``.
 
@@ -379,37 +389,14 @@ class FrozenLM(Embedder):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``score_concatenated``, and with ``compare`` bool ``[B, W]``: whether each token of a word is the most
         probable one."""
-        places = [(r, w, word) for r, request in enumerate(requests) for w, word in enumerate(request.words)]
-        rows = [
-            self.embed((*requests[r].ids, *word[:-1]), prompt_of(requests[r], soft_prompts)) for r, _, word in places
-        ]
-        logits = self.run_whole(rows, [len(word) for _, _, word in places])
-        width = max(len(request.words) for request in requests)
-        scores: list[list[torch.Tensor | float]] = [[-torch.inf] * width for _ in requests]
-        greedy = torch.zeros(len(requests), width, dtype=torch.bool, device=self.device) if compare else None
-        for (r, w, word), part in zip(places, logits, strict=True):
-            read = torch.tensor(word, device=self.device)
-            scores[r][w] = part.log_softmax(dim=-1).gather(1, read[:, None]).sum()
-            if greedy is not None:
-                greedy[r, w] = (part.argmax(dim=-1) == read).all()
-        summed = torch.stack([torch.stack([torch.as_tensor(s, device=self.device) for s in row]) for row in scores])
-        return summed, greedy
-
-    def run_whole(self, rows: Sequence[torch.Tensor], last: Sequence[int]) -> Sequence[torch.Tensor]:
-        """Logits float32 ``[last, V]`` at so many last places of each embedded sequence ``[T, H]``, by the model's own
-        forward. Its head leaves out what lies before them in all rows: over a large vocabulary it would cost more than
-        all layers."""
-        embedded = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-        lengths = torch.tensor([row.shape[0] for row in rows], device=self.device)
-        mask = (torch.arange(embedded.shape[1], device=self.device) < lengths[:, None]).long()
-        first = min(len(row) - count for row, count in zip(rows, last, strict=True))
-        can_leave_out = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        options = {"logits_to_keep": embedded.shape[1] - first} if can_leave_out else {}
+        rows = [self.embed(request.ids, prompt_of(request, soft_prompts)) for request in requests]
         with self.eager():
-            logits = self.model(inputs_embeds=embedded, attention_mask=mask, use_cache=False, **options).logits.float()
-        left_out = embedded.shape[1] - logits.shape[1]
-        ends = [len(row) - left_out for row in rows]
-        return [line[end - count : end] for line, end, count in zip(logits, ends, last, strict=True)]
+            return self.whole.score(rows, [request.words for request in requests], compare=compare)
+
+    def tokens_of(self, request: Request, num_virtual_tokens: int = 0) -> int:
+        """How many tokens ``score_concatenated`` computes for a request."""
+        length = len(request.ids) + (num_virtual_tokens - 1 if SOFT in request.ids else 0)
+        return self.whole.tokens(length, request.words or ((),))
 
     def look_up(self, ids: torch.Tensor) -> torch.Tensor:
         """What tokens feed into the model: ``[…, H]`` of int64 ids ``[…]``, differentiable in the weights."""
@@ -504,7 +491,7 @@ class FrozenLM(Embedder):
             if shares:
                 lengths = [Row(requests[i].ids[requests[i].shared :], requests[i].words).length for i in chosen]
             else:
-                lengths = [sum(len(requests[i].ids) + len(word) for word in requests[i].words or ((),)) for i in chosen]
+                lengths = [self.tokens_of(requests[i], 1) for i in chosen]
             for group in micro_batches(lengths, max_tokens):
                 yield [chosen[i] for i in group]
 

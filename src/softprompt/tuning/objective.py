@@ -90,8 +90,8 @@ class Objective:
     def _backward_concatenated(
         self, requests: Sequence[Request], gold: Sequence[int], vectors: torch.Tensor, weight: int
     ) -> tuple[float, int]:
-        losses, width = [], vectors.shape[0]
-        lengths = [sum(len(r.ids) - 1 + width + len(word) for word in r.words) for r in requests]
+        losses = []
+        lengths = [self.lm.tokens_of(r, len(vectors)) for r in requests]
         for group in self.micro_batches(lengths):
             scores = self.lm.score_concatenated([requests[i] for i in group], [vectors])
             loss = self.loss(scores, [gold[i] for i in group]) / weight
