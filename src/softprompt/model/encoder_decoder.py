@@ -300,8 +300,9 @@ def require_embedded(model: Any, name: str, start: Tokens) -> None:
     try:
         with torch.enable_grad():
             leaf = lookup(some).detach().requires_grad_()
-            score = parts.score([leaf[:4], leaf], [[word], [word[:1]]], compare=False)[0][0, 0]
+            score = parts.score([leaf[:4], leaf], [[word], [word + word]], compare=False)[0][0, 0]
             torch.autograd.grad(score, leaf)
+            score = score.detach()
         with torch.no_grad():
             states = model.get_encoder()(input_ids=some[None]).last_hidden_state
             found = parts.encode([leaf])[0].last_hidden_state
