@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from softprompt.data.example import Dataset
 from softprompt.model.frozen import FrozenLM

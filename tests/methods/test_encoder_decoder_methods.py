@@ -66,7 +66,7 @@ def test_fine_tuning_has_transformers_gradient_in_every_weight(kind: str) -> Non
         )
         total = total + out.loss * len(word)
     mean = total / sum(len(request.words[0]) for request in chosen)
-    mean.backward()
+    mean.backward()  # type: ignore[no-untyped-call]
     assert loss == pytest.approx(float(mean.detach()), rel=1e-5)
     for master, weight in zip(made.masters, theirs.parameters(), strict=True):
         if weight.grad is not None:

@@ -25,7 +25,7 @@ from softprompt.tuning.training import Training
 from tests.conftest import toy, toy_task, train_settings
 from tests.encoder_decoders import KINDS, encoder_decoder, make_encoder_decoder, reference, tokenizer_of
 
-TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
+TOLERANCE: Any = {"atol": 2e-5, "rtol": 2e-5}
 FIRST = Request((SOFT, 40, 41, 42, 43, 44, 45, 46, 1), 1, ((50, 1), (50, 51, 1), (52, 1), (53,)), 0)
 INSIDE = Request((40, 41, SOFT, 42, 43, 1), 0, ((60, 61, 62, 1), (60, 61, 1)), 1)
 BARE = Request((70, 71, 1), 0, ((72, 73, 1),), None)
@@ -64,7 +64,7 @@ def own_score(kind: str, request: Request, word: Sequence[int], prompts: Sequenc
     else:  # the first label is what the tokenizer puts before a target, which is given
         inputs = {"decoder_input_ids": torch.tensor([[*start, *word[:-1]]])}
         labels = torch.tensor([[-100] * (len(start) - 1) + list(word)])
-    loss = reference(kind)(inputs_embeds=embedded(kind, request, prompts), labels=labels, **inputs).loss
+    loss: torch.Tensor = reference(kind)(inputs_embeds=embedded(kind, request, prompts), labels=labels, **inputs).loss
     return -loss * len(word)
 
 
@@ -87,7 +87,7 @@ def test_the_gradient_is_that_of_transformers(kind: str) -> None:
     theirs = soft_prompts()[0].requires_grad_()
     total = -sum(own_score(kind, request, request.words[0], [theirs]) for request in requests) / 5
     assert isinstance(total, torch.Tensor)
-    total.backward()
+    total.backward()  # type: ignore[no-untyped-call]
     assert loss == pytest.approx(float(total.detach()), rel=1e-5)
     torch.testing.assert_close(ours.grad, theirs.grad, **TOLERANCE)
 

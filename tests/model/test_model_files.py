@@ -183,7 +183,10 @@ def test_weights_of_another_shape_than_the_configuration_says(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "found"),
     [
-        ({"model_type": "whisper", "is_encoder_decoder": True}, "for which transformers has no encoder-decoder of text"),
+        (
+            {"model_type": "whisper", "is_encoder_decoder": True},
+            "transformers has no encoder-decoder of text",
+        ),
         ({"model_type": "deberta-v2"}, "of type deberta-v2, for which transformers has no causal language model"),
     ],
 )

@@ -91,9 +91,7 @@ class EncoderDecoder:
         embedded, mask = padded(rows)
         return self._model.get_encoder()(inputs_embeds=embedded, attention_mask=mask), mask
 
-    def decode(
-        self, encoded: Any, mask: torch.Tensor, ids: torch.Tensor, of_line: torch.Tensor, **options: Any
-    ) -> Any:
+    def decode(self, encoded: Any, mask: torch.Tensor, ids: torch.Tensor, of_line: torch.Tensor, **options: Any) -> Any:
         """The model's output for decoder tokens ``[N, D]``.
 
         Args:

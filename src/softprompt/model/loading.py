@@ -77,8 +77,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_base(base: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """Loads a causal language model or an encoder–decoder on the CPU in the dtype it is stored in: its own weights, whatever adapters lie
-    beside them. What transformers says of it that concerns the user becomes a ``SoftPromptWarning``.
+    """Loads a causal language model or an encoder–decoder on the CPU in the dtype it is stored in: its own weights,
+    whatever adapters lie beside them. What transformers says of it that concerns the user becomes a
+    ``SoftPromptWarning``.
 
     Args:
         base: ``smollm2-135m``, a folder with ``config.json`` and safetensors, a GGUF file, or a hub id.

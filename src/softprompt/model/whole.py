@@ -64,7 +64,9 @@ class WholeSequences:
         """See ``Whole``."""
         device = rows[0].device
         places = [(r, w, word) for r, several in enumerate(words) for w, word in enumerate(several)]
-        whole = [torch.cat([rows[r], self._look_up(word[:-1], device)]) if word[1:] else rows[r] for r, _, word in places]
+        whole = [
+            torch.cat([rows[r], self._look_up(word[:-1], device)]) if word[1:] else rows[r] for r, _, word in places
+        ]
         width = max(map(len, words))
         scores: list[list[torch.Tensor | float]] = [[-torch.inf] * width for _ in rows]
         greedy = torch.zeros(len(rows), width, dtype=torch.bool, device=device) if compare else None
