@@ -78,7 +78,7 @@ def bake(lm: FrozenLM, soft_prompt: SoftPrompt, *, kv: bool = False) -> Baked:
         return Baked(torch.cat([lm.look_up(_ids(lm, before)).float().cpu(), vectors]), before, task)
     if not lm.shares_prefix:
         raise ConfigError(
-            f"Keys and values are read where a prefix can be shared, which {lm.name} cannot, since "
+            f"Keys and values are read for the architectures of the fast path only, and {lm.name} is none of them: "
             f"{lm.why_whole_sequences}; export embeddings."
         )
     return Baked(lm.prefix_numbers((*before, SOFT), vectors).cpu(), before, task)

@@ -134,14 +134,14 @@ def read(folder: StrPath, task: int | None = None) -> PeftPrompt:
         numbers, tasks = _of_task(path, tensors, numbers, task)
     elif task is not None:
         raise ArtifactError(f"Expected a multitask prompt to choose a task of, found {kind} in {path}; leave it out.")
-    stated = config.get("num_virtual_tokens")
-    if config.get("num_transformer_submodules") == 2 and stated == len(numbers) / 2:
-        numbers = numbers[: len(numbers) // 2]
-    if stated != len(numbers):
+    stated, submodules = config.get("num_virtual_tokens"), config.get("num_transformer_submodules") or 1
+    if not isinstance(stated, int) or stated * submodules != len(numbers):
+        each = " for encoder and decoder each" if submodules == 2 else ""
         raise ArtifactError(
-            f"Expected as many virtual tokens in {path / WEIGHTS} as its {CONFIG} says, {str(stated)[:20]}, found "
-            f"{len(numbers)}."
+            f"Expected as many virtual tokens in {path / WEIGHTS} as its {CONFIG} says, {str(stated)[:20]}{each}, "
+            f"found {len(numbers)}."
         )
+    numbers = numbers[:stated]
     if not numbers.isfinite().all():
         raise ArtifactError(f"Expected finite numbers in {path / WEIGHTS}, found NaN or infinity; it was damaged.")
     base = config.get("base_model_name_or_path")
