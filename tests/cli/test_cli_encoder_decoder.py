@@ -34,7 +34,7 @@ def write(path: Path, rows: Dataset) -> None:
 
 @pytest.fixture
 def rows(home: Path, tmp_path: Path) -> None:
-    for name, count, seed in (("train", 64, 1), ("dev", 24, 2), ("test", 40, 3)):
+    for name, count, seed in (("train", 64, 1), ("dev", 24, 2), ("test", 40, 3), ("few", 8, 4)):
         write(tmp_path / f"{name}.jsonl", words_only(toy(count, seed)))
 
 
@@ -57,9 +57,11 @@ def test_the_whole_way(run: Run, rows: None, t5: str, tmp_path: Path) -> None:
     assert said.code == 0, said.err
     assert [row["text"] for row in said.json["predictions"]] == ["positive", "negative"]
 
-    looked = run("inspect", "films", "--data", "test.jsonl", *FP32, "--out", "page", "--json")
+    looked = run("inspect", "films", "--data", "few.jsonl", *FP32, "--json")
     assert looked.code == 0, looked.err
-    assert "attention" in json.dumps(looked.json)
+    layers = looked.json["attention"]["by_layer"]
+    assert [len(layer) for layer in layers] == [4]  # of the one layer of the decoder, to four virtual tokens
+    assert all(0 < share < 1 for share in layers[0])
 
     exported = run("export", "films", "--to", "npy", "numpy", *FP32)
     assert exported.code == 0, exported.err
