@@ -38,7 +38,8 @@ def inputs_for(
         max_new_tokens: tokens that are kept free behind each text; None: as many as :func:`predict` writes.
 
     Returns:
-        ``inputs_embeds`` ``[B, T, H]``, padded on the left, and ``attention_mask`` ``[B, T]``.
+        ``inputs_embeds`` ``[B, T, H]``, padded on the left, and ``attention_mask`` ``[B, T]``; of an encoder–decoder
+        padded on the right, and ``decoder_input_ids``.
 
     Raises:
         BaseModelError: the soft prompt is of another base model.

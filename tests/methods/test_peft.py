@@ -163,13 +163,13 @@ def test_pefts_example_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, seen = Clock(monkeypatch), rates(monkeypatch, by_peft)
     loss = torch.zeros((), requires_grad=True)
     batches = clock.charge(by_peft, "peft_loss", lambda: 1.0)
-    monkeypatch.setattr(by_peft, "peft_loss", lambda model, rows, call=by_peft.peft_loss: call(model, rows[:1]))
+    monkeypatch.setattr(by_peft, "peft_loss", lambda model, rows, _, call=by_peft.peft_loss: call(model, rows[:1]))
     learned, _ = peft_run(problem(budget=100.0, began=clock.now), monkeypatch)
     assert learned.chosen["steps"] == len(seen) == len(batches) == 100
     assert seen[0] == 3e-2
     assert seen[1:] == pytest.approx([3e-2 * (1 - i / 100) for i in range(1, 100)])
     assert (learned.validation, learned.curve) == (None, ())
-    monkeypatch.setattr(by_peft, "peft_loss", lambda model, rows: loss + 0)
+    monkeypatch.setattr(by_peft, "peft_loss", lambda *_: loss + 0)
     clock.charge(by_peft, "peft_loss", lambda: 1.0)
     learned, _ = peft_run(problem(budget=1e6, began=clock.now), monkeypatch)
     assert learned.chosen["steps"] == DEFAULT_STEPS

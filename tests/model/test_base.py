@@ -87,7 +87,7 @@ def test_a_folder_saved_by_transformers(tmp_path: Path) -> None:
 
 def test_a_hub_id_that_does_not_exist() -> None:
     message = refusal("nobody/nothing")
-    start = "the base model 'nobody/nothing' could not be loaded as a causal language model in safetensors or GGUF: "
+    start = "the base model 'nobody/nothing' could not be loaded as a language model in safetensors or GGUF: "
     assert message.startswith(start)
     assert message.endswith(f"; {ADVICE}")
     assert 0 < len(message) - len(start) - len(ADVICE) <= 202  # transformers' own words, one sentence of them
@@ -278,7 +278,7 @@ def test_gguf_files_that_are_none(tmp_path: Path) -> None:
     write_gguf(path, leave_out="model.layers.1.mlp.up_proj.weight")
     assert refusal(path) == (
         f"the base model '{path}' should hold every weight of its architecture, but 1 of them, such as "
-        f"model.layers.1.mlp.up_proj.weight, are not there; give a complete causal language model"
+        f"model.layers.1.mlp.up_proj.weight, are not there; give a complete language model"
     )
 
 

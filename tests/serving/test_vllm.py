@@ -189,8 +189,8 @@ def test_log_probabilities_are_the_models_while_labels_are_scored(server: Runnin
     (written,) = generate(server.lm, [request], [soft.vectors], Sampling(max_new_tokens=12))
     with torch.no_grad():
         embedded = server.lm.embed((*request.ids, *written.ids), soft.vectors)
-        (logits,) = server.lm.run_whole([embedded], [len(written.ids) + 1])
-    logprobs = logits[:-1].log_softmax(dim=-1)
+        logits = server.lm.model(inputs_embeds=embedded[None], use_cache=False).logits[0, -len(written.ids) - 1 :]
+    logprobs = logits[:-1].float().log_softmax(dim=-1)
     body = {"model": "writes", "prompt": TEXTS[1], "max_tokens": 12, "logprobs": 4}
     label = {"model": ["fits", "short"], "input": list(TEXTS)}
     with ThreadPoolExecutor(6) as pool:

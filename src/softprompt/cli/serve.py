@@ -98,6 +98,8 @@ def _backend(lm: FrozenLM, store: Store, limits: Limits, elsewhere: Elsewhere) -
 
     if elsewhere.backend == "local":
         return Engine(lm, limits), Catalog(lm, store, limits.window(lm))
+    if lm.encoder_decoder:
+        raise ConfigError(f"vLLM serves no encoder-decoders such as {lm.name}; serve it with --backend local.")
     from softprompt.serving.upstream import Upstreams, check_model
 
     embedder = Embedder.of(lm, own_table=True)

@@ -83,9 +83,14 @@ class SoftPromptLM(TemplateLM):  # type: ignore[misc]
 
         Raises:
             BaseModelError: the soft prompt is of another base model.
-            ConfigError: a template is asked for, but there is no soft prompt.
+            ConfigError: a template is asked for, but there is no soft prompt; or the base model is an encoder–decoder.
         """
         super().__init__()
+        if lm.encoder_decoder:
+            raise ConfigError(
+                f"Expected a causal language model, which goes on where a context ends, found the encoder-decoder "
+                f"{lm.name}; measure it with softprompt evaluate."
+            )
         if use_template and soft_prompt is None:
             raise ConfigError("use_template needs a soft prompt, whose template it is; give one, or leave it out.")
         task = None if soft_prompt is None else Task.of(lm, soft_prompt)

@@ -111,7 +111,7 @@ def card(
         *_with_peft(task, soft_prompt, repo, revision, base, checked, without_peft),
         "## Use with vLLM",
         "",
-        *_with_vllm(soft_prompt, repo, base),
+        *_with_vllm(task, soft_prompt, repo, base),
         *_training(soft_prompt),
     ]
     return f"---\n{card_data(soft_prompt, without_peft is None).to_yaml()}\n---\n\n" + "\n".join(lines).rstrip() + "\n"
@@ -248,7 +248,9 @@ def _with_peft(
     return lines
 
 
-def _with_vllm(soft_prompt: SoftPrompt, repo: str, base: str | None) -> list[str]:
+def _with_vllm(task: Task, soft_prompt: SoftPrompt, repo: str, base: str | None) -> list[str]:
+    if task.lm.encoder_decoder:
+        return ["vLLM serves no encoder–decoders.", ""]
     if soft_prompt.vectors.dim() == 5:
         return ["vLLM takes no trained keys and values.", ""]
     ours = shlex.quote(soft_prompt.base) if base else _SOMEWHERE

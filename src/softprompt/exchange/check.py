@@ -34,8 +34,8 @@ WRITTEN = 8
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}
 """The largest difference in log-probability, in nats, that rounding explains, by dtype of the base model."""
 
-Peer = Callable[[Tokens], torch.Tensor]
-"""Tokens behind the virtual ones → logits float32 ``[V]`` of the next token."""
+Peer = Callable[[Tokens, Tokens], torch.Tensor]
+"""Tokens behind the virtual ones, and those that were written → logits float32 ``[V]`` of the next token."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,13 @@ def against_peft(
         adapted: Any = PeftModel.from_pretrained(lm.model, str(local_path(folder))).eval()
 
     @torch.no_grad()
-    def logits(ids: Tokens) -> torch.Tensor:
+    def logits(rest: Tokens, written: Tokens) -> torch.Tensor:
         options = {} if multitask is None else {"task_ids": torch.tensor([multitask], device=lm.device)}
+        ids, decoder = _placed(lm, rest, written)
         given = torch.tensor([ids], device=lm.device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            out = adapted(input_ids=given, attention_mask=torch.ones_like(given), **options)
+            out = adapted(input_ids=given, attention_mask=torch.ones_like(given), **options, **decoder)
         return out.logits[0, -1].float().cpu()  # type: ignore[no-any-return]
 
     return _compared("PEFT", lm, task, vectors, logits)
@@ -113,12 +114,22 @@ def against_embeddings(lm: FrozenLM, task: Task, vectors: torch.Tensor, numbers:
     """
 
     @torch.no_grad()
-    def logits(ids: Tokens) -> torch.Tensor:
+    def logits(rest: Tokens, written: Tokens) -> torch.Tensor:
+        ids, decoder = _placed(lm, rest, written)
         text = lm.look_up(torch.tensor(ids, dtype=torch.long, device=lm.device))
         embedded = torch.cat([numbers.to(text), text])[None]
-        return lm.model(inputs_embeds=embedded, use_cache=False).logits[0, -1].float().cpu()  # type: ignore[no-any-return]
+        return lm.model(inputs_embeds=embedded, use_cache=False, **decoder).logits[0, -1].float().cpu()  # type: ignore[no-any-return]
 
     return _compared("transformers", lm, task, vectors, logits)
+
+
+def _placed(lm: FrozenLM, rest: Tokens, written: Tokens) -> tuple[Tokens, dict[str, torch.Tensor]]:
+    """The input's tokens, and of an encoder–decoder what its decoder reads: there, written tokens are none of the
+    input's."""
+    if not lm.encoder_decoder:
+        return (*rest, *written), {}
+    ids = torch.tensor([(*lm.decoder_start, *written)], device=lm.device)
+    return rest, {"decoder_input_ids": ids, "decoder_attention_mask": torch.ones_like(ids)}
 
 
 def _compared(by: str, lm: FrozenLM, task: Task, vectors: torch.Tensor, peer: Peer) -> Checked:
@@ -127,13 +138,13 @@ def _compared(by: str, lm: FrozenLM, task: Task, vectors: torch.Tensor, peer: Pe
     with lm.eager():
         for request in requests:
             rest = request.ids[request.ids.index(SOFT) + 1 :]
-            theirs = peer(rest).log_softmax(dim=0)
+            theirs = peer(rest, ()).log_softmax(dim=0)
             tokens = theirs.topk(min(COMPARED, len(theirs))).indices.tolist()
             asked = Request(request.ids, request.shared, tuple((token,) for token in tokens), request.prompt)
             ours = lm.score([asked], [vectors])[0]
             difference = max(difference, float((ours - theirs[tokens]).abs().max()))
             written = generate(lm, [request], [vectors], Sampling(max_new_tokens=WRITTEN))[0].ids
-            same += all(int(peer((*rest, *written[:i])).argmax()) == token for i, token in enumerate(written))
+            same += all(int(peer(rest, written[:i]).argmax()) == token for i, token in enumerate(written))
     return Checked(by, len(requests), difference, same, difference <= TOLERANCE.get(lm.dtype, 0.3))
 
 

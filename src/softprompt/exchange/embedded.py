@@ -9,6 +9,7 @@ import torch
 from softprompt.data.example import Example
 from softprompt.errors import ConfigError
 from softprompt.model.frozen import FrozenLM
+from softprompt.model.whole import padded
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.predict import default_sampling
 from softprompt.tasks.task import Task
@@ -18,7 +19,8 @@ from softprompt.tasks.task import Task
 def embedded(
     lm: FrozenLM, soft_prompt: SoftPrompt, examples: Sequence[Example], max_new_tokens: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """What ``model.generate`` takes for these examples, padded on the left as it wants.
+    """What ``model.generate`` takes for these examples, padded on the left as it wants, or of an encoder–decoder on the
+    right.
 
     Args:
         lm: the base model of the soft prompt.
@@ -28,7 +30,7 @@ def embedded(
 
     Returns:
         ``inputs_embeds`` ``[B, T, H]`` in the base model's dtype, and ``attention_mask`` int64 ``[B, T]``, on its
-        device.
+        device; of an encoder–decoder also ``decoder_input_ids`` int64 ``[B, 1]`` or more, what its decoder begins with.
 
     Raises:
         BaseModelError: the soft prompt is of another base model.
@@ -45,8 +47,12 @@ def embedded(
     free = default_sampling(task).max_new_tokens if max_new_tokens is None else max_new_tokens
     requests = [task.open_request(example, free) for example in examples]
     rows = [lm.embed(request.ids, soft_prompt.vectors) for request in requests]
+    if lm.encoder_decoder:
+        beside, mask = padded(rows)
+        start = torch.tensor([lm.decoder_start] * len(rows), device=lm.device)
+        return {"inputs_embeds": beside, "attention_mask": mask, "decoder_input_ids": start}
     longest = max(map(len, rows))
-    padded = torch.stack([torch.nn.functional.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
+    shifted = torch.stack([torch.nn.functional.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
     places = torch.arange(longest, device=lm.device)
     lengths = torch.tensor([len(row) for row in rows], device=lm.device)
-    return {"inputs_embeds": padded, "attention_mask": (places >= longest - lengths[:, None]).long()}
+    return {"inputs_embeds": shifted, "attention_mask": (places >= longest - lengths[:, None]).long()}

@@ -41,6 +41,11 @@ def export(lm: FrozenLM, soft_prompt: SoftPrompt, to: str, folder: StrPath, *, c
         raise ConfigError(f"The format must be one of {', '.join(FORMATS)}, not {to!r}.")
     if to == "peft":
         to = "prefix-tuning" if soft_prompt.vectors.dim() == 5 else "prompt-tuning"
+    if lm.encoder_decoder and to == "vllm":
+        raise ConfigError(
+            f"vLLM serves no encoder-decoders such as {lm.name}; export it to npy or peft, or serve it with "
+            "softprompt serve."
+        )
     path = _free(folder)
     baked = bake(lm, soft_prompt, kv=to in ("prefix-tuning", "cartridge"))
     try:

@@ -142,13 +142,13 @@ def _behind_bos(lm: FrozenLM, template: Template) -> Template:
     """The template with the token that begins a sequence behind a soft prompt that stands first."""
     if template.parts[0].kind != "soft":
         return template
-    bos = Encoder(template, lm.tokenizer).before_soft_prompt
+    bos = Encoder(template, lm.tokenizer, encoder_decoder=lm.encoder_decoder).before_soft_prompt
     if not bos:
         return template
     text = str(lm.tokenizer.decode(list(bos))).replace("{", "{{").replace("}", "}}")
     place = "{soft_prompt}"
     moved = Template(f"{place}{text}{template.text.removeprefix(place)}")
-    if Encoder(moved, lm.tokenizer).before_soft_prompt:
+    if Encoder(moved, lm.tokenizer, encoder_decoder=lm.encoder_decoder).before_soft_prompt:
         raise ConfigError(
             f"Expected a token that begins a sequence and is written as text, found {text!r} of {lm.name}; "
             f"write a template with it."

@@ -4,7 +4,8 @@ Facts of the format, from PEFT's own reader (release 0.21): ``prompt_embeddings`
 for p-tuning, which is saved folded. For prefix tuning and cartridges it is ``[P, L·2·H_kv·D]``, a plain reshape of
 ``[P, L, 2, H_kv, D]``; keys are as they are in a cache, after any rotary embedding, at positions 0 to P-1. Multitask
 prompt tuning has ``prefix_task_cols`` ``[tasks, P, r]`` and ``prefix_task_rows`` ``[tasks, r, H]`` beside, whose
-product is multiplied with the embeddings.
+product is multiplied with the embeddings. For encoder–decoders the first two hold ``[2P, H]`` by default
+(``num_transformer_submodules``), of which PEFT reads the first ``P``, before the encoder's input.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def write(
     heads, width = (numbers.shape[3], numbers.shape[3] * numbers.shape[4]) if baked.is_kv else (None, lm.hidden_size)
     config: dict[str, Any] = {
         "peft_type": kind,
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM" if lm.encoder_decoder else "CAUSAL_LM",
         "base_model_name_or_path": HUB_IDS.get(base, base),
         "inference_mode": True,
         "num_virtual_tokens": baked.num_virtual_tokens,
@@ -133,12 +134,14 @@ def read(folder: StrPath, task: int | None = None) -> PeftPrompt:
         numbers, tasks = _of_task(path, tensors, numbers, task)
     elif task is not None:
         raise ArtifactError(f"Expected a multitask prompt to choose a task of, found {kind} in {path}; leave it out.")
-    stated = config.get("num_virtual_tokens")
-    if stated != len(numbers):
+    stated, submodules = config.get("num_virtual_tokens"), config.get("num_transformer_submodules") or 1
+    if not isinstance(stated, int) or stated * submodules != len(numbers):
+        each = " for encoder and decoder each" if submodules == 2 else ""
         raise ArtifactError(
-            f"Expected as many virtual tokens in {path / WEIGHTS} as its {CONFIG} says, {str(stated)[:20]}, found "
-            f"{len(numbers)}."
+            f"Expected as many virtual tokens in {path / WEIGHTS} as its {CONFIG} says, {str(stated)[:20]}{each}, "
+            f"found {len(numbers)}."
         )
+    numbers = numbers[:stated]
     if not numbers.isfinite().all():
         raise ArtifactError(f"Expected finite numbers in {path / WEIGHTS}, found NaN or infinity; it was damaged.")
     base = config.get("base_model_name_or_path")
@@ -162,8 +165,9 @@ def read_config(folder: StrPath) -> Mapping[str, Any]:
             f"Expected an adapter of {', '.join((*EMBEDDINGS, *KEYS_AND_VALUES))} in {path}, found {kind[:40]!r}, "
             f"which {why}; use it with PEFT."
         )
-    if config.get("num_transformer_submodules", 1) not in (1, None):
-        raise ArtifactError(f"Expected a prompt for a decoder in {path}, found one for encoder and decoder.")
+    alone = (1, 2, None) if kind in ("PROMPT_TUNING", "P_TUNING") else (1, None)
+    if config.get("num_transformer_submodules", 1) not in alone:
+        raise ArtifactError(f"Expected one prompt for the input in {path}, found one for encoder and decoder.")
     return config
 
 

@@ -11,9 +11,9 @@ from softprompt.tasks.task import Task
 from softprompt.text.encoder import recipe
 
 _LOAD = """import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {kind}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained({base!r})
+model = {kind}.from_pretrained({base!r})
 tokenizer = AutoTokenizer.from_pretrained({base!r})
 """
 
@@ -21,14 +21,14 @@ _PEFT_ANSWER = """from peft import PeftModel
 
 model = {load}
 ids = torch.tensor([tokens({example})])
-answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)
-print(tokenizer.decode(answer[0, ids.shape[1]:], skip_special_tokens=True))
+answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), {options})
+print(tokenizer.decode(answer[0{new}], skip_special_tokens=True))
 """
 
 _EMBEDDED_ANSWER = """{read}
 ids = torch.tensor([tokens({example})])
 embedded = torch.cat([numbers[None].to(model.dtype), model.get_input_embeddings()(ids)], dim=1)
-answer = model.generate(inputs_embeds=embedded, max_new_tokens=32, do_sample=False)
+answer = model.generate(inputs_embeds=embedded, {options})
 print(tokenizer.decode(answer[0], skip_special_tokens=True))
 """
 
@@ -46,8 +46,21 @@ def peft_code(base: str, task: Task, load: str) -> str:
         task: the soft prompt's task.
         load: Python source that makes ``model`` with the adapter of ``model``.
     """
-    answer = _PEFT_ANSWER.format(load=load, example=_example(task))
-    return "\n".join([_LOAD.format(base=base), recipe(task.encoder), answer])
+    new = "" if task.lm.encoder_decoder else ", ids.shape[1]:"
+    answer = _PEFT_ANSWER.format(load=load, example=_example(task), options=_options(task), new=new)
+    return "\n".join([_load(base, task), recipe(task.encoder), answer])
+
+
+def _load(base: str, task: Task) -> str:
+    kind = "AutoModelForSeq2SeqLM" if task.lm.encoder_decoder else "AutoModelForCausalLM"
+    return _LOAD.format(base=base, kind=kind)
+
+
+def _options(task: Task) -> str:
+    """Arguments of transformers' ``generate``."""
+    start = task.lm.decoder_start
+    begins = f"decoder_input_ids=torch.tensor([{list(start)}]), " if start else ""
+    return f"{begins}max_new_tokens=32, do_sample=False"
 
 
 def _example(task: Task) -> str:
@@ -82,8 +95,8 @@ def readme(lm: FrozenLM, soft_prompt: SoftPrompt, baked: Baked, to: str, checked
     lines += ["## Use", "", "Tokenise the text so, piece by piece and without special tokens:", "", "```python"]
     if to in _READ:
         read = _READ[to].format(file=f"{soft_prompt.name}.{to}")
-        answer = _EMBEDDED_ANSWER.format(example=_example(baked.task), read=read)
-        lines += [_LOAD.format(base=base), recipe(baked.task.encoder), answer + "```", ""]
+        answer = _EMBEDDED_ANSWER.format(example=_example(baked.task), read=read, options=_options(baked.task))
+        lines += [_load(base, baked.task), recipe(baked.task.encoder), answer + "```", ""]
     else:
         load = 'PeftModel.from_pretrained(model, ".")  # this folder'
         lines += [peft_code(base, baked.task, load) + "```", ""]

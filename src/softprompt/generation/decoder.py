@@ -85,13 +85,16 @@ class Decoder:
         self._joining: deque[tuple[list[Continuation], Slots]] = deque()
         self._unread = 0  # passes since input was read
         self._whole: list[Continuation] = []
+        self._growing = lm.whole.growing()  # row i of it is self._whole[i]
 
     def __len__(self) -> int:
         return len(self._running) + len(self._whole) + len(self._new) + sum(len(rows) for rows, _ in self._joining)
 
     def join(self, rows: Sequence[Continuation]) -> None:
         """Takes rows in."""
-        self._whole += [row for row in rows if row.prefix is None]
+        whole = [row for row in rows if row.prefix is None]
+        self._whole += whole
+        self._growing.add([row.embedded for row in whole])
         self._new += [row for row in rows if row.prefix is not None]
 
     def step(self) -> list[Continuation]:
@@ -119,7 +122,7 @@ class Decoder:
                     _remove(members, kv, index)
         self._joining = deque((members, kv) for members, kv in self._joining if members)
         self._new = [row for row in self._new if id(row) not in gone]
-        self._whole = [row for row in self._whole if id(row) not in gone]
+        self._keep_whole([i for i, row in enumerate(self._whole) if id(row) not in gone])
 
     def _group(self) -> None:
         """Puts the rows that are new in line: short inputs together, a long one alone, to be read in chunks."""
@@ -188,16 +191,19 @@ class Decoder:
         return rows
 
     def _decode_whole(self) -> list[Continuation]:
-        """Runs whole sequences again for each token: slow, and right for every architecture."""
+        """Runs the rows of a model that shares no prefix, each as the model does by itself."""
         rows = self._whole
         if not rows:
             return []
-        logits = self._lm.run_whole([row.embedded for row in rows], [1] * len(rows))
-        self._take(rows, torch.cat(list(logits)))
-        self._whole = [row for row in rows if not row.writer.done]
-        for row in self._whole:
-            row.embedded = torch.cat([row.embedded, self._lm.embed([row.token], None)])
+        self._take(rows, self._growing.logits())
+        self._growing.append([row.token for row in rows])
+        self._keep_whole([i for i, row in enumerate(rows) if not row.writer.done])
         return rows
+
+    def _keep_whole(self, places: Sequence[int]) -> None:
+        if len(places) < len(self._whole):
+            self._whole = [self._whole[i] for i in places]
+            self._growing.keep(places)
 
     def _take(self, rows: Sequence[Continuation], logits: torch.Tensor) -> None:
         for row, token in zip(rows, take([row.writer for row in rows], logits), strict=True):

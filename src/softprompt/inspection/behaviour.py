@@ -146,7 +146,7 @@ def _continuation(task: Task, vectors: torch.Tensor, example: Example, k: int) -
     lm = task.model
     listed, logprobs, on_labels, labels = [], [], [], []
     for variant, soft in ((task, vectors), (task.without_soft_prompt(), None)):
-        next_one = _forward(lm, variant.open_request(example, 1), soft)[0]
+        next_one = _next_logprobs(lm, variant.open_request(example, 1), soft)
         best = next_one.topk(k)
         tokens = [lm.tokenizer.decode([token]) for token in best.indices.tolist()]
         listed.append(tuple(zip(tokens, best.values.exp().tolist(), strict=True)))
@@ -169,21 +169,11 @@ def _continuation(task: Task, vectors: torch.Tensor, example: Example, k: int) -
 
 
 @torch.no_grad()
-def _forward(
-    lm: FrozenLM, request: Request, vectors: torch.Tensor | None, *, attention: bool = False
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Log-probabilities float32 ``[V]`` of the next token by the model's own forward, and each layer's attention.
-
-    Returns:
-        With ``attention``, a tensor ``[1, heads, T, T]`` for each layer; else nothing, as for a model that gives none.
-    """
-    at = request.ids.index(SOFT) if vectors is not None else len(request.ids)
-    before, behind = (torch.tensor(ids, dtype=torch.long) for ids in (request.ids[:at], request.ids[at + 1 :]))
-    pieces = [lm.embedding[before.to(lm.device)], lm.embedding[behind.to(lm.device)]]
-    if vectors is not None:
-        pieces.insert(1, vectors.to(lm.device, lm.dtype))
-    out = lm.model(inputs_embeds=torch.cat(pieces)[None], use_cache=False, output_attentions=attention)
-    return out.logits[0, -1].float().log_softmax(dim=-1).cpu(), tuple(getattr(out, "attentions", None) or ())
+def _next_logprobs(lm: FrozenLM, request: Request, vectors: torch.Tensor | None) -> torch.Tensor:
+    """Log-probabilities float32 ``[V]`` of the next token by the model's own forward."""
+    row = lm.whole.growing()
+    row.add([lm.embed(request.ids, vectors)])
+    return row.logits()[0].log_softmax(dim=-1).cpu()
 
 
 # --- attention -----------------------------------------------------------------------------------
@@ -213,7 +203,8 @@ class Attention:
 def attention(
     task: Task, vectors: torch.Tensor, examples: Sequence[Example], *, start: torch.Tensor | None = None
 ) -> Attention | None:
-    """Attention from the last token before the answer to each virtual token, by layer.
+    """Attention from the last token before the answer to each virtual token, by layer; of an encoder–decoder, from the
+    first token of its decoder.
 
     It says where the model looks, not what it makes of it (Jain and Wallace 2019); the first tokens of a sequence are
     paid much attention whatever they are (Xiao et al. 2024, attention sinks), which is why the start is shown beside.
@@ -233,11 +224,12 @@ def attention(
     def paid(soft: torch.Tensor) -> torch.Tensor | None:
         total = None
         for request in requests:
-            layers = _forward(lm, request, soft, attention=True)[1]
-            if not layers or any(layer is None for layer in layers):
+            with torch.no_grad():
+                layers = lm.whole.attention(lm.embed(request.ids, soft))
+            if not layers:
                 return None
             at = request.ids.index(SOFT)
-            found = torch.stack([layer[0, :, -1, at : at + len(soft)].float().mean(dim=0).cpu() for layer in layers])
+            found = torch.stack([layer[:, at : at + len(soft)].float().mean(dim=0).cpu() for layer in layers])
             total = found if total is None else total + found
         return None if total is None else total / len(requests)
 

@@ -216,8 +216,8 @@ class Tuner:
         requests = [self._requests[i] for i in chosen]
         weight, total = self._objective.weight(requests), 0.0
         rows = [Row(request.ids, request.words) for request in requests]
-        if self._no_prefix is None:  # every word is run with a copy of its row
-            lengths = [sum(len(row.ids) + len(word) for word in row.words) for row in rows]
+        if self._no_prefix is None:
+            lengths = [self._lm.tokens_of(request) for request in requests]
         else:
             lengths = [row.length for row in rows]
         for group in micro_batches(lengths, self._lm.tokens_at_once):

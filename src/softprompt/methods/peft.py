@@ -16,11 +16,12 @@ from softprompt.data.example import Example
 from softprompt.errors import ConfigError
 from softprompt.methods.fine_tuning import learn
 from softprompt.methods.problem import Learned, Problem
+from softprompt.model.frozen import FrozenLM
 from softprompt.model.notes import heard, hide_noise
 from softprompt.model.request import Request
 from softprompt.tasks.predict import Prediction, Progress, Query, predict
 from softprompt.tasks.task import Task
-from softprompt.text.tokens import SOFT
+from softprompt.text.tokens import SOFT, Tokens
 from softprompt.tuning.config import TrainConfig, most_steps
 from softprompt.tuning.optimizer import learning_rate
 from softprompt.tuning.rows import RowOrder
@@ -33,7 +34,7 @@ PEFT_LR = 3e-2
 
 
 def lora(problem: Problem) -> Learned:
-    """Low-rank adapters of every linear layer of the decoder (Hu et al. 2022), through ``peft``.
+    """Low-rank adapters of every linear layer, but the head (Hu et al. 2022), through ``peft``.
 
     They are float32, as is PEFT's default, and stay beside the weights (they are not merged).
 
@@ -43,7 +44,7 @@ def lora(problem: Problem) -> Learned:
     peft = _import_peft("LoRA")
     lm = problem.fresh()
     config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=0.0, target_modules="all-linear"
+        task_type=_task_type(lm), r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=0.0, target_modules="all-linear"
     )
     with _seeded(problem.seed):
         peft.get_peft_model(lm.model, config)  # puts the adapters into the model itself
@@ -80,7 +81,11 @@ def peft_prompt_tuning(problem: Problem) -> Learned:
     task = PeftTask(problem.lm, problem.template, problem.verbalizer, problem.num_virtual_tokens, problem.lm.window)
     requests = [task.target_request(example) for example in problem.train.examples]
     with _seeded(problem.seed):
-        settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=problem.num_virtual_tokens)
+        settings = peft.PromptTuningConfig(
+            task_type=_task_type(lm),
+            num_virtual_tokens=problem.num_virtual_tokens,
+            num_transformer_submodules=1,  # of an encoder–decoder, PEFT reads no more of them
+        )
         model = peft.get_peft_model(lm.model, settings).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=PEFT_LR)
     order = RowOrder([None] * len(requests))  # plainly random, as in its example
@@ -90,7 +95,8 @@ def peft_prompt_tuning(problem: Problem) -> Learned:
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step, total)
-        loss = peft_loss(model, [requests[i] for i in order.batch(config.seed, step, config.batch_size)])
+        chosen = order.batch(config.seed, step, config.batch_size)
+        loss = peft_loss(model, [requests[i] for i in chosen], lm.decoder_start)
         if not math.isfinite(float(loss.detach())):
             break
         optimizer.zero_grad()
@@ -111,8 +117,10 @@ def peft_prompt_tuning(problem: Problem) -> Learned:
     return Learned(answer, vectors.numel(), vectors.nbytes, chosen={"steps": step})
 
 
-def peft_loss(model: Any, requests: Sequence[Request]) -> torch.Tensor:
+def peft_loss(model: Any, requests: Sequence[Request], decoder_start: Tokens = ()) -> torch.Tensor:
     """Mean loss of the target tokens by PEFT's forward, a scalar: padded rows, labels of -100 before the target."""
+    if decoder_start:
+        return _decoder_loss(model, requests, decoder_start)
     heads = [[token for token in request.ids if token != SOFT] for request in requests]
     rows = [head + list(request.words[0]) for head, request in zip(heads, requests, strict=True)]
     shape = (len(rows), max(map(len, rows)))
@@ -124,6 +132,31 @@ def peft_loss(model: Any, requests: Sequence[Request]) -> torch.Tensor:
         labels[i, len(head) : len(row)] = ids[i, len(head) : len(row)]
     loss: torch.Tensor = model(input_ids=ids, attention_mask=mask, labels=labels).loss
     return loss
+
+
+def _decoder_loss(model: Any, requests: Sequence[Request], start: Tokens) -> torch.Tensor:
+    """The same of an encoder–decoder, whose targets are no part of the input."""
+    inputs = [[token for token in request.ids if token != SOFT] for request in requests]
+    decoded = [[*start, *request.words[0][:-1]] for request in requests]
+    labels = [[-100] * (len(start) - 1) + list(request.words[0]) for request in requests]
+
+    def beside(rows: Sequence[Sequence[int]], padding: int) -> torch.Tensor:
+        longest = max(map(len, rows))
+        return torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows], device=model.device)
+
+    loss: torch.Tensor = model(
+        input_ids=beside(inputs, 0),
+        attention_mask=beside([[1] * len(row) for row in inputs], 0),
+        decoder_input_ids=beside(decoded, 0),
+        decoder_attention_mask=beside([[1] * len(row) for row in decoded], 0),
+        labels=beside(labels, -100),
+    ).loss
+    return loss
+
+
+def _task_type(lm: FrozenLM) -> str:
+    """What PEFT calls such a base model."""
+    return "SEQ_2_SEQ_LM" if lm.encoder_decoder else "CAUSAL_LM"
 
 
 def _import_peft(purpose: str) -> Any:

@@ -246,6 +246,8 @@ def family_of(config: Any) -> Family | None:
 def why_whole_sequences(config: Any) -> str:
     """Why a model of this configuration cannot share a prefix, in plain words; empty if it can."""
     family = family_of(config)
+    if getattr(config, "is_encoder_decoder", False):
+        return f"it is an encoder-decoder ({config.model_type}), whose encoder reads all of its input at once"
     if family is None:
         return f"it is of type {config.model_type}: {WHOLE.get(config.model_type, 'nothing is known of it')}"
     text = config.get_text_config()
@@ -272,7 +274,9 @@ def embedding_table(model: Any) -> torch.Tensor:
 
 def core_of(model: Any) -> Any:
     """The language model without its head."""
-    core = model.model if model.base_model is model else model.base_model  # Llama 4 calls its own something else
+    core = model.base_model
+    if core is model:  # Llama 4 calls its own something else; an encoder–decoder with a head (T5) has none
+        core = getattr(model, "model", model)
     return getattr(core, "language_model", core)
 
 
@@ -339,13 +343,6 @@ def window_of(config: Any, tokenizer: Any) -> int:
     return next(
         (int(size) for size in said if isinstance(size, int | float) and 0 < size <= LARGEST_WINDOW), USUAL_WINDOW
     )
-
-
-def first_layer_gain(model: Any, embedded: torch.Tensor) -> float:
-    """How many times as large (RMS, median over tokens but the first) as ``[1, T, H]`` the first layer makes it."""
-    states = model(inputs_embeds=embedded, use_cache=False, output_hidden_states=True).hidden_states
-    before, after = (state[0, 1:].float().square().mean(dim=1).sqrt() for state in states[:2])
-    return float((after / before).median())
 
 
 def require_causal(model: Any, name: str, *, rms: float) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from softprompt.errors import ConfigError, DataError
-from softprompt.text.tokens import SOFT
+from softprompt.text.tokens import SOFT, Tokens
 
 
 @dataclass(eq=False, repr=False)
@@ -28,6 +28,8 @@ class Embedder:
         fingerprint, tokenizer_fingerprint: hex digests that a soft prompt remembers.
         settings: the settings of its configuration that change what it computes (``model_settings``).
         generation_config: transformers' own; says which tokens end a text. None where the model has none.
+        decoder_start: of an encoder–decoder, the tokens that its decoder begins with; empty for a causal language
+            model.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Embedder:
     tokenizer_fingerprint: str
     settings: Mapping[str, Any]
     generation_config: Any
+    decoder_start: Tokens = ()
 
     @classmethod
     def of(cls, model: Embedder, *, own_table: bool = False) -> Embedder:
@@ -66,6 +69,11 @@ class Embedder:
     def dtype(self) -> torch.dtype:
         """The model's."""
         return self.embedding.dtype
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether an encoder reads the input, and a decoder writes the target."""
+        return bool(self.decoder_start)
 
     @property
     def end_tokens(self) -> frozenset[int]:

@@ -56,7 +56,8 @@ def model_settings(config: Any) -> dict[str, Any]:
             elif value is None or isinstance(value, str | int | float | list | tuple):
                 found[f"{prefix}{key}"] = _plain(value)
 
-    collect(config.get_text_config().to_dict(), "")
+    whole = config if getattr(config, "is_encoder_decoder", False) else config.get_text_config()
+    collect(whole.to_dict(), "")
     return found
 
 

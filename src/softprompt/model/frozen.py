@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy as copying
-import inspect
+import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -27,7 +27,6 @@ from softprompt.model.architecture import (
     embedding_table,
     family_of,
     feed,
-    first_layer_gain,
     kept_bytes,
     require_causal,
     run_behind,
@@ -35,9 +34,10 @@ from softprompt.model.architecture import (
     window_of,
 )
 from softprompt.model.attention import Masks
-from softprompt.model.batch import Batch, Row, collate, micro_batches
+from softprompt.model.batch import Batch, Row, collate
 from softprompt.model.chains import collate_chains
 from softprompt.model.embedder import Embedder
+from softprompt.model.encoder_decoder import EncoderDecoder, decoder_start, require_embedded
 from softprompt.model.fast.blocks import can_use_blocks
 from softprompt.model.fast.layers import LayerModes
 from softprompt.model.fast.packed import PackedWeights
@@ -45,12 +45,14 @@ from softprompt.model.fingerprint import fingerprint_model, fingerprint_tokenize
 from softprompt.model.loading import DTYPES, lasting, load_base, pick_device, pick_dtype
 from softprompt.model.notes import heard
 from softprompt.model.prefixes import PrefixCache, PrefixOf
-from softprompt.model.reading import greedy_words, summed
+from softprompt.model.reading import summed
 from softprompt.model.request import Request, prompt_of
+from softprompt.model.scoring import scored
 from softprompt.model.state.kv import Kept, PrefixKV
 from softprompt.model.state.prefix import PrefixState
 from softprompt.model.state.recurrent import Pass, RecurrentState, RowStates, Slots
 from softprompt.model.state.slots import RowKV
+from softprompt.model.whole import Whole, WholeSequences
 from softprompt.text.tokens import SOFT, Tokens, frequent_tokens
 
 MAX_TOKENS = 2048
@@ -68,7 +70,7 @@ GAIN_TOKENS = 100
 
 
 class FrozenLM(Embedder):
-    """A frozen causal language model with its tokenizer.
+    """A frozen causal language model, or encoder–decoder, with its tokenizer.
 
     Attributes:
         model: transformers' own; in evaluation mode, no weight requires a gradient.
@@ -77,6 +79,7 @@ class FrozenLM(Embedder):
         why_whole_sequences: why not, in plain words; empty if it does.
         recurrent: whether some layers that prefixes enter have a state of one size for a memory.
         layers: how its decoder layers run in training.
+        whole: how it computes whole sequences, with nothing shared.
         packed: its weights as a CPU's products of few rows want them; for continuing, token by token.
     """
 
@@ -98,8 +101,15 @@ class FrozenLM(Embedder):
             tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
             settings=model_settings(config),
             generation_config=getattr(model, "generation_config", None),
+            decoder_start=decoder_start(model, tokenizer, name) if config.is_encoder_decoder else (),
         )
-        require_causal(self.model, name, rms=self.embedding_rms)
+        self.whole: Whole
+        if self.encoder_decoder:
+            require_embedded(self.model, name, self.decoder_start)
+            self.whole = EncoderDecoder(self.model, self.decoder_start)
+        else:
+            require_causal(self.model, name, rms=self.embedding_rms)
+            self.whole = WholeSequences(self.model)
         # In 16 bits, a CPU rounds the matrix product of one row otherwise than that row's among others: where a row
         # alone is computed twice, its text is the same in any company.
         self._avoids_one_row = self.device.type == "cpu" and self.dtype != torch.float32
@@ -108,7 +118,7 @@ class FrozenLM(Embedder):
         self.layers = LayerModes(self._layers)
         family = family_of(config)
         self.take_up(family, why_whole_sequences(config))
-        if family is None and config.model_type not in WHOLE:
+        if family is None and config.model_type not in WHOLE and not self.encoder_decoder:
             trial.run(self)
 
     def take_up(self, family: Family | None, why_whole_sequences: str) -> None:
@@ -137,7 +147,7 @@ class FrozenLM(Embedder):
             trust_remote_code: run code that comes with the model.
 
         Raises:
-            BaseModelError: it cannot be found or read, or is no causal language model.
+            BaseModelError: it cannot be found or read, or is neither a causal language model nor an encoder–decoder.
             ConfigError: an unknown dtype or device.
         """
         base = os.fspath(base)
@@ -160,7 +170,7 @@ class FrozenLM(Embedder):
         dtype: str = "auto",
         device: str = "auto",
     ) -> FrozenLM:
-        """Freezes a causal language model of transformers that is loaded already.
+        """Freezes a causal language model, or an encoder–decoder, of transformers that is loaded already.
 
         It is frozen in place: it is set to evaluation mode, none of its weights requires a gradient any more, and its
         attention is computed by softprompt, with the same results. Its weights are not changed otherwise.
@@ -174,7 +184,7 @@ class FrozenLM(Embedder):
 
         Raises:
             ConfigError: the model has adapters of PEFT; or an unknown dtype or device.
-            BaseModelError: it is no causal language model.
+            BaseModelError: it is neither of the two.
         """
         if hasattr(model, "peft_config"):
             raise ConfigError(
@@ -198,17 +208,19 @@ class FrozenLM(Embedder):
 
     @property
     def num_layers(self) -> int:
-        """``L``, the number of decoder layers."""
+        """``L``, the number of layers that read the soft prompt: of the decoder, or of an encoder–decoder's encoder."""
         return len(self._layers)
 
     @cached_property
     def first_layer_gain(self) -> float:
-        """How many times as large as what goes in, a frequent token's embedding, is what comes out of the first decoder
-        layer (RMS, median over tokens); at least 1."""
+        """How many times as large as what goes in, a frequent token's embedding, is what comes out of the first layer
+        (RMS, median over tokens); at least 1."""
         ids = frequent_tokens(self.tokenizer, len(self.embedding), 0)[: min(GAIN_TOKENS, self.window)]
-        embedded = self.embed(ids, None)[None]
         with torch.no_grad(), self.eager():
-            return max(1.0, first_layer_gain(self.model, embedded))
+            states = self.whole.layer_states(self.embed(ids, None))
+        before, after = (state[1:].float().square().mean(dim=1).sqrt() for state in states[:2])
+        gain = float((after / before).median())
+        return max(1.0, gain) if math.isfinite(gain) else 1.0
 
     @property
     def compiles(self) -> bool:
@@ -375,7 +387,7 @@ class FrozenLM(Embedder):
             float32 ``[B, W]``, natural logarithm, summed over a word's tokens; ``-inf`` where a row has fewer than
             ``W`` words.
         """
-        return summed(batch, self._read_logits(batch, prefix))
+        return summed(batch, self.read_logits(batch, prefix))
 
     def score_stream(self, batch: Batch, vectors: torch.Tensor) -> torch.Tensor:
         """What ``score_batch`` returns, from a stream that holds its prefixes.
@@ -384,9 +396,9 @@ class FrozenLM(Embedder):
             batch: a stream.
             vectors: float ``[S, H]``, those of its soft prompts one after the other; differentiable.
         """
-        return summed(batch, self._read_logits(batch, None, vectors))
+        return summed(batch, self.read_logits(batch, None, vectors))
 
-    def _read_logits(
+    def read_logits(
         self, batch: Batch, prefix: PrefixState | None, vectors: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Logits float32 ``[M, V]`` at the places that the rows' words are read from."""
@@ -452,7 +464,8 @@ class FrozenLM(Embedder):
     # --- the concatenation path: the reference, and what serves every other architecture ----------
 
     def score_concatenated(self, requests: Sequence[Request], soft_prompts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """What ``score_batch`` computes, by running every word of every request as a whole sequence of its own.
+        """What ``score_batch`` computes, by running every word of every request as a whole sequence of its own, or for
+        an encoder–decoder every request's input once.
 
         Differentiable in ``soft_prompts``.
 
@@ -463,44 +476,21 @@ class FrozenLM(Embedder):
         Returns:
             float32 ``[B, W]``.
         """
-        return self._concatenated(requests, soft_prompts, compare=False)[0]
+        return self.concatenated(requests, soft_prompts, compare=False)[0]
 
-    def _concatenated(
+    def concatenated(
         self, requests: Sequence[Request], soft_prompts: Sequence[torch.Tensor], *, compare: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``score_concatenated``, and with ``compare`` bool ``[B, W]``: whether each token of a word is the most
         probable one."""
-        places = [(r, w, word) for r, request in enumerate(requests) for w, word in enumerate(request.words)]
-        rows = [
-            self.embed((*requests[r].ids, *word[:-1]), prompt_of(requests[r], soft_prompts)) for r, _, word in places
-        ]
-        logits = self.run_whole(rows, [len(word) for _, _, word in places])
-        width = max(len(request.words) for request in requests)
-        scores: list[list[torch.Tensor | float]] = [[-torch.inf] * width for _ in requests]
-        greedy = torch.zeros(len(requests), width, dtype=torch.bool, device=self.device) if compare else None
-        for (r, w, word), part in zip(places, logits, strict=True):
-            read = torch.tensor(word, device=self.device)
-            scores[r][w] = part.log_softmax(dim=-1).gather(1, read[:, None]).sum()
-            if greedy is not None:
-                greedy[r, w] = (part.argmax(dim=-1) == read).all()
-        summed = torch.stack([torch.stack([torch.as_tensor(s, device=self.device) for s in row]) for row in scores])
-        return summed, greedy
-
-    def run_whole(self, rows: Sequence[torch.Tensor], last: Sequence[int]) -> Sequence[torch.Tensor]:
-        """Logits float32 ``[last, V]`` at so many last places of each embedded sequence ``[T, H]``, by the model's own
-        forward. Its head leaves out what lies before them in all rows: over a large vocabulary it would cost more than
-        all layers."""
-        embedded = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-        lengths = torch.tensor([row.shape[0] for row in rows], device=self.device)
-        mask = (torch.arange(embedded.shape[1], device=self.device) < lengths[:, None]).long()
-        first = min(len(row) - count for row, count in zip(rows, last, strict=True))
-        can_leave_out = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        options = {"logits_to_keep": embedded.shape[1] - first} if can_leave_out else {}
+        rows = [self.embed(request.ids, prompt_of(request, soft_prompts)) for request in requests]
         with self.eager():
-            logits = self.model(inputs_embeds=embedded, attention_mask=mask, use_cache=False, **options).logits.float()
-        left_out = embedded.shape[1] - logits.shape[1]
-        ends = [len(row) - left_out for row in rows]
-        return [line[end - count : end] for line, end, count in zip(logits, ends, last, strict=True)]
+            return self.whole.score(rows, [request.words for request in requests], compare=compare)
+
+    def tokens_of(self, request: Request, num_virtual_tokens: int = 0) -> int:
+        """How many tokens ``score_concatenated`` computes for a request."""
+        length = len(request.ids) + (num_virtual_tokens - 1 if SOFT in request.ids else 0)
+        return self.whole.tokens(length, request.words or ((),))
 
     def look_up(self, ids: torch.Tensor) -> torch.Tensor:
         """What tokens feed into the model: ``[…, H]`` of int64 ids ``[…]``, differentiable in the weights."""
@@ -533,7 +523,7 @@ class FrozenLM(Embedder):
         """
         width = max((len(request.words) for request in requests), default=0)
         scores = torch.full((len(requests), width), -torch.inf)
-        for places, part, _ in self._scored(requests, soft_prompts, max_tokens, prefix_of, compare=False):
+        for places, part, _ in scored(self, requests, soft_prompts, max_tokens, prefix_of, compare=False):
             scores[places, : part.shape[1]] = part.cpu()
         return scores
 
@@ -556,74 +546,10 @@ class FrozenLM(Embedder):
         """
         width = max((len(request.words) for request in requests), default=0)
         scores, greedy = torch.full((len(requests), width), -torch.inf), torch.zeros(len(requests), width).bool()
-        for places, part, same in self._scored(requests, soft_prompts, None, prefix_of, compare=True):
+        for places, part, same in scored(self, requests, soft_prompts, None, prefix_of, compare=True):
             assert same is not None
             scores[places, : part.shape[1]], greedy[places, : part.shape[1]] = part.cpu(), same.cpu()
         return scores, greedy
-
-    def _scored(
-        self,
-        requests: Sequence[Request],
-        soft_prompts: Sequence[torch.Tensor],
-        max_tokens: int | None,
-        prefix_of: PrefixOf | None,
-        *,
-        compare: bool,
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-        """The places of the requests of each batch, their words' scores, and with ``compare`` whether greedy decoding
-        would write them."""
-        prefix_of = prefix_of or self.kept_prefixes(max(1, len(soft_prompts)))
-        waiting = list(self._groups(requests, max_tokens or 2 * self.tokens_at_once))[::-1]
-        while waiting:
-            group = waiting.pop()
-            try:
-                part, same = self._scored_group([requests[i] for i in group], soft_prompts, prefix_of, compare=compare)
-            except torch.OutOfMemoryError:
-                if len(group) == 1:
-                    raise
-                self.take_less_at_once()
-                waiting += [group[len(group) // 2 :], group[: len(group) // 2]]
-                continue
-            yield torch.tensor(group), part, same
-
-    def _scored_group(
-        self, members: Sequence[Request], soft_prompts: Sequence[torch.Tensor], prefix_of: PrefixOf, *, compare: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The same for one batch."""
-        with self.eager():
-            if not (self.shares_prefix and members[0].shares_prefix):
-                return self._concatenated(members, soft_prompts, compare=compare)
-            rows, prefix = self._rows(members, soft_prompts, prefix_of)
-            batch = self.collate(rows, prefix.lengths)
-            if not compare:
-                return self.score_batch(batch, prefix), None
-            logits = self._read_logits(batch, prefix)
-            return summed(batch, logits), greedy_words(batch, logits)
-
-    def _groups(self, requests: Sequence[Request], max_tokens: int) -> Iterator[list[int]]:
-        """Batches of requests that one path serves, of similar length."""
-        for shares in (True, False):
-            chosen = [i for i, r in enumerate(requests) if (self.shares_prefix and r.shares_prefix) == shares]
-            if shares:
-                lengths = [Row(requests[i].ids[requests[i].shared :], requests[i].words).length for i in chosen]
-            else:
-                lengths = [sum(len(requests[i].ids) + len(word) for word in requests[i].words or ((),)) for i in chosen]
-            for group in micro_batches(lengths, max_tokens):
-                yield [chosen[i] for i in group]
-
-    def _rows(
-        self, requests: Sequence[Request], soft_prompts: Sequence[torch.Tensor], prefix_of: PrefixOf
-    ) -> tuple[list[Row], PrefixState]:
-        """Rows and the prefixes they point at, each prefix computed once."""
-        index: dict[tuple[Tokens, int | None], int] = {}
-        rows, prefixes = list[Row](), list[PrefixState]()
-        for request in requests:
-            key = (request.ids[: request.shared], request.prompt)
-            if key not in index:
-                index[key] = len(index)
-                prefixes.append(prefix_of(key[0], prompt_of(request, soft_prompts)))
-            rows.append(Row(request.ids[request.shared :], request.words, index[key]))
-        return rows, prefixes[0].stack(prefixes[1:])
 
     # --- how the layers run -------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_base(base: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """Loads a causal language model on the CPU in the dtype it is stored in: its own weights, whatever adapters lie
-    beside them. What transformers says of it that concerns the user becomes a ``SoftPromptWarning``.
+    """Loads a causal language model or an encoder–decoder on the CPU in the dtype it is stored in: its own weights,
+    whatever adapters lie beside them. What transformers says of it that concerns the user becomes a
+    ``SoftPromptWarning``.
 
     Args:
         base: ``smollm2-135m``, a folder with ``config.json`` and safetensors, a GGUF file, or a hub id.
@@ -88,7 +89,7 @@ def load_base(base: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
         The transformers model and tokenizer.
 
     Raises:
-        BaseModelError: it cannot be found or read, lacks weights, or is of a type that is no causal language model.
+        BaseModelError: it cannot be found or read, lacks weights, or is of a type that is neither of the two.
     """
     with heard():
         if base == DEFAULT_BASE:
@@ -103,10 +104,10 @@ def load_base(base: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
 
 
 def _from_pretrained(source: str, base: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     called = f"base model {base!r} could not be loaded"
-    whole = f"the {called} as a causal language model in safetensors or GGUF"
+    whole = f"the {called} as a language model in safetensors or GGUF"
 
     def load(loader: Callable[..., Any], refusal: str = whole, remedy: str = WHAT_TO_GIVE, **options: Any) -> Any:
         try:
@@ -116,10 +117,10 @@ def _from_pretrained(source: str, base: str, trust_remote_code: bool) -> tuple[A
 
     adapter = _adapter_beside(source, base)
     config = load(AutoConfig.from_pretrained)
-    _require_decoder(config, base)
+    _require_language_model(config, base)
     tokenizer = load(AutoTokenizer.from_pretrained, f"the tokenizer of the {called}", WHERE_TO_PUT_A_TOKENIZER)
     _require_vocabulary(tokenizer, base)
-    models: Any = AutoModelForCausalLM
+    models: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model, found = load(
         models.from_pretrained,
         config=config,
@@ -166,18 +167,22 @@ def _adapter_beside(source: str, base: str) -> Path | None:
     return adapter
 
 
-def _require_decoder(config: Any, base: str) -> None:
+def _require_language_model(config: Any, base: str) -> None:
     """What such a model computes is not known yet: an encoder may pass here and be refused by ``require_causal``."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto
 
     kind, own_code = config.model_type, getattr(config, "auto_map", None) or {}
-    if getattr(config, "is_encoder_decoder", False):
-        found = f"an encoder-decoder model ({kind})"
-    elif kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "AutoModelForCausalLM" not in own_code:
-        found = f"of type {kind}, for which transformers has no causal language model (it may be an encoder)"
+    if config.is_encoder_decoder:
+        what, loader = "encoder-decoder of text", "AutoModelForSeq2SeqLM"
+        known: Collection[str] = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
     else:
-        return
-    raise BaseModelError(f"the base model {base!r} is {found}; give a causal language model, such as {DEFAULT_BASE}")
+        what, loader = "causal language model", "AutoModelForCausalLM"
+        known = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if kind not in known and loader not in own_code:
+        raise BaseModelError(
+            f"the base model {base!r} is of type {kind}, for which transformers has no {what} (it may be an encoder); "
+            f"give a causal language model, such as {DEFAULT_BASE}, or an encoder-decoder, such as T5"
+        )
 
 
 def _require_vocabulary(tokenizer: Any, base: str) -> None:
@@ -196,7 +201,7 @@ def _require_all_weights(base: str, found: dict[str, Any]) -> None:
     if missing:
         raise BaseModelError(
             f"the base model {base!r} should hold every weight of its architecture, but {len(missing)} of them, "
-            f"such as {missing[0]}, are not there; give a complete causal language model"
+            f"such as {missing[0]}, are not there; give a complete language model"
         )
     for name, stored, wanted in sorted(found["mismatched_keys"]):
         raise BaseModelError(

@@ -303,7 +303,8 @@ class Model(Entry):
     def _finished(self, task: Task, request: Request, wish: Wish, usual: Sampling) -> Job:
         job = self._job(task, request)
         sampling = wish.sampling(usual)
-        room = task.max_length - job.prompt_tokens
+        # the decoder of an encoder-decoder has places of its own
+        room = task.max_length - (len(self.lm.decoder_start) if self.lm.encoder_decoder else job.prompt_tokens)
         sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
         lead = " " if task.template.text.endswith(" {target}") else ""  # the template's own space, not the answer's
         return replace(job, sampling=sampling, lead=lead, top_logprobs=wish.top_logprobs, stream=wish.stream)

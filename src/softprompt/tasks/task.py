@@ -37,12 +37,12 @@ class Task:
         verbalizer: label → words; None for free-text targets.
         num_virtual_tokens: P; 0 for a template without a soft prompt.
         max_length: the most tokens in a sequence, soft prompt and target included.
-        word_end: whether words have an end where one is the start of another. Soft prompts of earlier releases were
-            tuned without.
+        word_end: whether words have an end where one is the start of another, and always for an encoder–decoder, whose
+            targets end so. Soft prompts of earlier releases were tuned without.
         hard_text: what stands at the start of conversations, where the template has no soft prompt.
         spellings: per label, its words' token ids without an end.
-        ends: where one label's tokens are the start of another's ("1", "10"), what may stand behind a word, as token
-            ids (``Encoder.ends``); else nothing.
+        ends: where one label's tokens are the start of another's ("1", "10"), and for an encoder–decoder, what may
+            stand behind a word, as token ids (``Encoder.ends``); else nothing.
         words: the token ids that are scored, of all labels in order: the spellings, or each once with each of the ends,
             so that every label can be the most probable one.
         label_of_word: the label's index for each of ``words``.
@@ -68,14 +68,15 @@ class Task:
                 f"The sequences may be at most {self.lm.window} tokens long, the window of {self.lm.name}, "
                 f"but max_length is {self.max_length}; give a smaller one."
             )
-        encoder = Encoder(self.template, self.lm.tokenizer)
+        encoder = Encoder(self.template, self.lm.tokenizer, encoder_decoder=self.lm.encoder_decoder)
         spellings = () if self.verbalizer is None else self.verbalizer.token_ids(encoder)
         self.lm.require_embeddings([token for words in spellings for word in words for token in word])
         object.__setattr__(self, "encoder", encoder)
         object.__setattr__(self, "spellings", spellings)
         scored, ends = spellings, tuple[Tokens, ...]()
-        if self.word_end and self.overlapping:
-            ends = tuple(end for end in encoder.ends if max(end) < len(self.lm.embedding))
+        known = tuple(end for end in encoder.ends if max(end) < len(self.lm.embedding))
+        if self.word_end and (self.overlapping or (self.lm.encoder_decoder and spellings and known)):
+            ends = known
             scored = tuple(tuple(word + end for word in words for end in ends) for words in spellings)
             if not ends or overlap(word for words in scored for word in words):
                 raise TemplateError(
@@ -228,7 +229,9 @@ class Task:
         if found is None:
             opening = "{soft_prompt}" if self.template.has_soft_prompt else escaped(self.hard_text)
             try:
-                found = turn_of(self.lm.tokenizer, given.before, given.answer, opening)
+                found = turn_of(
+                    self.lm.tokenizer, given.before, given.answer, opening, encoder_decoder=self.lm.encoder_decoder
+                )
             except TemplateError as error:
                 raise DataError(f"{example.where}: {str(error)[:1].lower()}{str(error)[1:]}") from error
             if len(self._turns) >= MOST_TURNS:

@@ -108,13 +108,21 @@ class Turn:
         return ids
 
 
-def turn_of(tokenizer: PreTrainedTokenizerBase, before: str, answer: str | None, opening: str) -> Turn:
+def turn_of(
+    tokenizer: PreTrainedTokenizerBase,
+    before: str,
+    answer: str | None,
+    opening: str,
+    *,
+    encoder_decoder: bool = False,
+) -> Turn:
     """An answer in a conversation.
 
     Args:
         tokenizer: of the base model.
         before, answer: as of ``Conversation``.
         opening: as for ``conversation_template``.
+        encoder_decoder: whether the base model is an encoder–decoder.
 
     Raises:
         TemplateError: see ``conversation_template``; or the chat template writes calls of tools in no place that can be
@@ -122,7 +130,8 @@ def turn_of(tokenizer: PreTrainedTokenizerBase, before: str, answer: str | None,
     """
     given = json.loads(before)
     messages, tools = given["messages"], given["tools"]
-    encoder = Encoder(conversation_template(tokenizer, messages, tools, opening=opening), tokenizer)
+    form = conversation_template(tokenizer, messages, tools, opening=opening)
+    encoder = Encoder(form, tokenizer, encoder_decoder=encoder_decoder)
     if answer is None:
         return Turn(encoder)
     message = json.loads(answer)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from softprompt.data.example import Example
 from softprompt.errors import TemplateError
 from softprompt.text.template import Part, Template
-from softprompt.text.tokens import SOFT, Tokens, TokenSequence, overlap
+from softprompt.text.tokens import SOFT, Tokens, TokenSequence, around, overlap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,15 +44,23 @@ class Encoder:
     plain text. Where the tokenizer puts a beginning-of-sequence token first, so does the encoder, unless the template's
     own text begins with it, at the start or behind a soft prompt that stands there.
 
+    Of an encoder–decoder, a sequence without its target is the encoder's input. It ends with what the tokenizer puts
+    behind a text, which T5's tokenizer does (``</s>``). The target is the decoder's: it is tokenized as a text of its
+    own, and takes no room from the input.
+
     Attributes:
         template: the template.
         tokenizer: the tokenizer.
+        encoder_decoder: whether it is that of an encoder–decoder.
         num_fixed: tokens besides soft prompt, fields and target.
     """
 
-    def __init__(self, template: Template, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, template: Template, tokenizer: PreTrainedTokenizerBase, *, encoder_decoder: bool = False
+    ) -> None:
         self.template = template
         self.tokenizer = tokenizer
+        self.encoder_decoder = encoder_decoder
         self._special = {
             id for id, token in tokenizer.added_tokens_decoder.items() if token.special and id != tokenizer.unk_token_id
         }
@@ -63,12 +71,13 @@ class Encoder:
         marks = {mark: self._raw(mark, literal=True) for mark in ("\n", ".", "0")}
         self._marks = {mark: ids for mark, ids in marks.items() if ids and tokenizer.unk_token_id not in ids}
 
-        bos = self._bos()
+        bos, end = self._around()
+        self._end_ids = end if encoder_decoder else ()
         self._places = self._placed(template.parts, bos)
         behind = self._places[self._places[0].part.kind == "soft"]  # behind a soft prompt that stands first
         self._bos_ids = () if behind.ids[: len(bos)] == bos else bos
         literal = sum(len(place.ids) for place in self._places if place.part.kind == "text")
-        self.num_fixed = len(self._bos_ids) + literal
+        self.num_fixed = len(self._bos_ids) + literal + len(self._end_ids)
 
     def encode(
         self,
@@ -103,6 +112,9 @@ class Encoder:
         lengths = [len(piece) for piece, of_field in zip(pieces, is_field, strict=True) if of_field]
         fixed = self.num_fixed + num_virtual_tokens * self.template.has_soft_prompt
         num_target = max(len(target_ids), reserve)
+        if self.encoder_decoder:
+            self._require_short(example, num_target, max_length)
+            num_target = 0
         room = max_length - fixed - num_target
         needed = sum(length > 0 for length in lengths)
         if room < needed:
@@ -120,6 +132,7 @@ class Encoder:
                 shared = len(ids)
             ids += piece[: next(kept)] if of_field else piece
         assert shared is not None  # a template has at least one field
+        ids += self._end_ids
         return TokenSequence(tuple(ids), shared, target_ids, truncated=sum(lengths) > room)
 
     @property
@@ -135,7 +148,10 @@ class Encoder:
         Raises:
             TemplateError: ``append_eos`` is asked of a tokenizer without an end-of-sequence token.
         """
-        ids = self._piece(self._places[-1].lead + target, literal=False, starts=False)
+        if self.encoder_decoder:
+            ids = self._piece(target, literal=False, starts=True)
+        else:
+            ids = self._piece(self._places[-1].lead + target, literal=False, starts=False)
         if append_eos:
             eos = self.tokenizer.eos_token_id
             if not isinstance(eos, int):
@@ -154,12 +170,12 @@ class Encoder:
     def ends(self) -> tuple[tuple[int, ...], ...]:
         """What may stand behind a whole answer, as token ids: the end-of-sequence token, a line end, a blank line.
 
-        The first is what training teaches. None of them is the start of another; a tokenizer that has no token for
-        one goes without it.
+        The first is what training teaches, and the only one that an encoder–decoder has learned to write. None of them
+        is the start of another; a tokenizer that has no token for one goes without it.
         """
         eos, unknown = self.tokenizer.eos_token_id, self.tokenizer.unk_token_id
         found: list[tuple[int, ...]] = [(eos,)] if isinstance(eos, int) else []
-        for text in ("\n", "\n\n"):
+        for text in () if self.encoder_decoder else ("\n", "\n\n"):
             ids = tuple(self._piece(text, literal=True, starts=False))
             if ids and unknown not in ids and not overlap([*found, ids]):
                 found.append(ids)
@@ -223,14 +239,17 @@ class Encoder:
                 spelled.append(id)
         return spelled
 
-    def _bos(self) -> tuple[int, ...]:
-        """What the tokenizer puts before a text by itself."""
-        bare = self._raw("a", literal=True)
-        full: list[int] = self.tokenizer("a", verbose=False).input_ids
-        for start in range(len(full) - len(bare) + 1):
-            if full[start : start + len(bare)] == bare:
-                return tuple(full[:start])
-        return ()
+    def _around(self) -> tuple[Tokens, Tokens]:
+        """What the tokenizer puts before a text by itself, and behind it."""
+        return around(self._raw("a", literal=True), self.tokenizer("a", verbose=False).input_ids)
+
+    def _require_short(self, example: Example, num_target: int, max_length: int) -> None:
+        """A decoder has as many places as an encoder, two of which may be taken before the target."""
+        if num_target > max_length - 2:
+            raise TemplateError(
+                f"{_expected_at(example)} a target of at most {max_length - 2} tokens, found {num_target}; "
+                "shorten it or choose a longer window."
+            )
 
 
 _RECIPE = """def tokens({arguments}):
@@ -271,6 +290,9 @@ def recipe(encoder: Encoder) -> str:
         elif place.ids:
             comment = f"  # {place.part.value!r}" if place.part.kind == "text" else ""
             pieces.append(f"        {', '.join(map(str, place.ids))},{comment}")
+    if encoder._end_ids:
+        ending = encoder.tokenizer.decode(list(encoder._end_ids))
+        pieces.append(f"        {', '.join(map(str, encoder._end_ids))},  # {ending!r}")
     body = _WITHOUT_ADDED_SPACE.format(marks=tuple(encoder._marks.items())) if encoder._adds_space else _PLAIN
     return _RECIPE.format(arguments=", ".join(names.values()), pieces="\n".join(pieces), body=body)
 

@@ -47,6 +47,14 @@ class TokenSequence:
     truncated: bool
 
 
+def around(bare: list[int], full: list[int]) -> tuple[Tokens, Tokens]:
+    """What stands before and behind ``bare`` in ``full``, the same text with special tokens around it."""
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return tuple(full[:start]), tuple(full[start + len(bare) :])
+    return (), ()
+
+
 def overlap(words: Iterable[tuple[int, ...]] | Iterable[str]) -> bool:
     """Whether one of the words, as token ids or text, is the start of another: then the longer one can never be the
     more probable of the two, unless both have an end."""

@@ -123,11 +123,7 @@ class Gradients:
         most = self.max_tokens or self.lm.tokens_at_once
         layout = self.layout or self._best(shares, rows, most)
         if layout == "concatenation":
-            lengths = [
-                sum(len(request.ids) - 1 + share.shape[0] + len(word) for word in request.words)
-                for share in shares
-                for request in share.requests
-            ]
+            lengths = [self.lm.tokens_of(request, share.shape[0]) for share in shares for request in share.requests]
             groups, batches = micro_batches(lengths, most), list[Batch]()
         else:
             lengths = [row.length for row in rows]

@@ -451,7 +451,7 @@ class Training:
         # by tokens alone, so that a resumed run has the same; a step runs them twice
         step = 2 * config.batch_size * _tokens(self._requests) / len(self._requests)
         interval = max(1, min(max(EVAL_EVERY, math.ceil(3 * _tokens(checked) / step)), planned // 5))
-        whole = (len(row.ids) - 1 + config.longest + len(word) for row in checked for word in row.words)
+        whole = (lm.tokens_of(row, config.longest) for row in checked)
         tokens = _tokens(checked) if lm.shares_prefix else sum(whole)
         return Schedule(planned, config.eval_every or interval, len(checked), tokens, tries=config.tries)
 

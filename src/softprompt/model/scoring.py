@@ -1,0 +1,91 @@
+"""Scoring any mix of requests: in batches that one path serves, in smaller ones where a batch does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from softprompt.model.batch import Row, micro_batches
+from softprompt.model.prefixes import PrefixOf
+from softprompt.model.reading import greedy_words, summed
+from softprompt.model.request import Request, prompt_of
+from softprompt.model.state.prefix import PrefixState
+from softprompt.text.tokens import Tokens
+
+if TYPE_CHECKING:
+    from softprompt.model.frozen import FrozenLM
+
+
+def scored(
+    lm: FrozenLM,
+    requests: Sequence[Request],
+    soft_prompts: Sequence[torch.Tensor],
+    max_tokens: int | None,
+    prefix_of: PrefixOf | None,
+    *,
+    compare: bool,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """The places of the requests of each batch, their words' scores, and with ``compare`` whether greedy decoding
+    would write them."""
+    prefix_of = prefix_of or lm.kept_prefixes(max(1, len(soft_prompts)))
+    waiting = list(_groups(lm, requests, max_tokens or 2 * lm.tokens_at_once))[::-1]
+    while waiting:
+        group = waiting.pop()
+        try:
+            part, same = _scored_group(lm, [requests[i] for i in group], soft_prompts, prefix_of, compare=compare)
+        except torch.OutOfMemoryError:
+            if len(group) == 1:
+                raise
+            lm.take_less_at_once()
+            waiting += [group[len(group) // 2 :], group[: len(group) // 2]]
+            continue
+        yield torch.tensor(group), part, same
+
+
+def _scored_group(
+    lm: FrozenLM,
+    members: Sequence[Request],
+    soft_prompts: Sequence[torch.Tensor],
+    prefix_of: PrefixOf,
+    *,
+    compare: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The same for one batch."""
+    with lm.eager():
+        if not (lm.shares_prefix and members[0].shares_prefix):
+            return lm.concatenated(members, soft_prompts, compare=compare)
+        rows, prefix = _rows(members, soft_prompts, prefix_of)
+        batch = lm.collate(rows, prefix.lengths)
+        if not compare:
+            return lm.score_batch(batch, prefix), None
+        logits = lm.read_logits(batch, prefix)
+        return summed(batch, logits), greedy_words(batch, logits)
+
+
+def _groups(lm: FrozenLM, requests: Sequence[Request], max_tokens: int) -> Iterator[list[int]]:
+    """Batches of requests that one path serves, of similar length."""
+    for shares in (True, False):
+        chosen = [i for i, r in enumerate(requests) if (lm.shares_prefix and r.shares_prefix) == shares]
+        if shares:
+            lengths = [Row(requests[i].ids[requests[i].shared :], requests[i].words).length for i in chosen]
+        else:
+            lengths = [lm.tokens_of(requests[i], 1) for i in chosen]
+        for group in micro_batches(lengths, max_tokens):
+            yield [chosen[i] for i in group]
+
+
+def _rows(
+    requests: Sequence[Request], soft_prompts: Sequence[torch.Tensor], prefix_of: PrefixOf
+) -> tuple[list[Row], PrefixState]:
+    """Rows and the prefixes they point at, each prefix computed once."""
+    index: dict[tuple[Tokens, int | None], int] = {}
+    rows, prefixes = list[Row](), list[PrefixState]()
+    for request in requests:
+        key = (request.ids[: request.shared], request.prompt)
+        if key not in index:
+            index[key] = len(index)
+            prefixes.append(prefix_of(key[0], prompt_of(request, soft_prompts)))
+        rows.append(Row(request.ids[request.shared :], request.words, index[key]))
+    return rows, prefixes[0].stack(prefixes[1:])
