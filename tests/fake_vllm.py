@@ -40,8 +40,8 @@ class Fake:
         per_chunk: tokens in a chunk of a stream.
         tokenizer: with the chat template that its chat endpoint goes by; None: it takes no embeddings there.
         block: tokens in a block of its prefix cache; 0: it has none.
-        keys_rows: whether a block of token ids and embeddings is known by the embeddings, as vLLM's is. In no case is it
-            known by which of the two counts where (https://github.com/vllm-project/vllm/issues/56655).
+        keys_rows: whether a block of token ids and embeddings is known by the embeddings, as vLLM's is. In no case is
+            it known by which of the two counts where (https://github.com/vllm-project/vllm/issues/56655).
         keys_salt: whether the cache looks at ``cache_salt``.
         bodies: the requests that it got, without embeddings.
         lengths: tokens of each.

@@ -1,5 +1,5 @@
-"""Serving through vLLM's chat endpoint: only the soft prompt is sent as embeddings where that gives the same tokens, and
-no sequence gets the cached prefix of another one."""
+"""Serving through vLLM's chat endpoint: only the soft prompt is sent as embeddings where that gives the same tokens.
+And no sequence gets the cached prefix of another one."""
 
 from __future__ import annotations
 
