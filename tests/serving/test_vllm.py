@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -160,7 +160,9 @@ def test_a_mixed_batch_is_one_request_at_a_time(server: Running) -> None:
     assert len(set(expected)) > len(TEXTS)
 
 
-def test_no_sequence_gets_the_cached_prefix_of_another(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_sequence_gets_the_cached_prefix_of_another(
+    server: Running, vllm: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """Soft prompts, others of the same length, and plain tokens over the same places, again and again."""
     tokenizer = server.lm.tokenizer
     names = ["chats", "chats-too", "zeros", "pads", "writes"]
@@ -176,7 +178,14 @@ def test_no_sequence_gets_the_cached_prefix_of_another(server: Running, caplog: 
     def text_of(body: dict[str, Any]) -> str:
         return str(server.post("/v1/completions", body)["choices"][0]["text"])
 
+    def chats() -> float:
+        lines = httpx.get(f"{vllm}/metrics").text.splitlines()
+        found = (line for line in lines if line.startswith("http_requests_total{") and "/v1/chat/completions" in line)
+        return sum(float(line.rsplit(" ", 1)[1]) for line in found)
+
+    before_all = chats()
     assert [text_of(body) for body in bodies] == expected
+    assert chats() - before_all == 4 * len(TEXTS)  # all but those of "writes" and of the base model
     assert [text_of(body) for body in reversed(bodies)] == expected[::-1]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(text_of, bodies)) == expected
@@ -287,6 +296,13 @@ def test_a_prefix_that_fills_the_blocks_is_cached_there(server: Running) -> None
     assert cached == {"fits": BLOCK, "writes": 0, "behind": 0}
 
 
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
 def test_a_stop_string_or_a_client_that_goes_ends_the_request_there(server: Running, vllm: str) -> None:
     def running() -> float:
         lines = httpx.get(f"{vllm}/metrics").text.splitlines()
@@ -295,11 +311,8 @@ def test_a_stop_string_or_a_client_that_goes_ends_the_request_there(server: Runn
     body = {"model": "writes", "prompt": TEXTS[3], "max_tokens": 500, "temperature": 2.0, "seed": 1}
     with server.http.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
         next(answer.iter_lines())
-        assert running() == 1
-    until = time.monotonic() + 30
-    while running():
-        assert time.monotonic() < until
-        time.sleep(0.1)
+        until(lambda: running() == 1)  # it is told with a delay
+    until(lambda: running() == 0)
     whole = alone(server, "writes", TEXTS[0], 24)
     stop = whole[len(whole) // 2 :][:4]
     stopped = server.post("/v1/completions", {"model": "writes", "prompt": TEXTS[0], "max_tokens": 24, "stop": stop})
