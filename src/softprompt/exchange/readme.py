@@ -65,7 +65,7 @@ def _example(task: Task) -> str:
 
 
 def _in_pipeline(lm: FrozenLM, task: Task) -> list[str]:
-    """How to use the adapter in a pipeline of transformers, which tokenizes all that follows the soft prompt at once."""
+    """How to use it in a pipeline of transformers, which tokenizes all that follows the soft prompt at once."""
     example = Example(dict.fromkeys(task.template.fields, "A text."), None)
     behind = task.template.parts[[part.kind for part in task.template.parts].index("soft") + 1 :]
     text = "".join("A text." if part.kind == "field" else part.value for part in behind).removesuffix(" ")

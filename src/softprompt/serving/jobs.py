@@ -37,7 +37,7 @@ class Job:
         template: what the whole sequence was made of, where it has a soft prompt; None where that is not known, or the
             end of a text was cut.
         fields: the texts in the template.
-        answer: of a job whose words are scored, what its ``Scores`` are told as; None: as they are.
+        answer: of a job whose words are scored, what its ``Scores`` are to a client; None: as they are.
     """
 
     request: Request
@@ -157,8 +157,6 @@ class Ticket:
         """Hands an event over, if anybody waits for it."""
         if self.cancelled:
             return
-        if isinstance(event, Scores) and self.job.answer is not None:
-            event = self.job.answer(event)
         try:
             self.notify(event)
         except Exception as error:  # who asked has gone, which must not harm the others
