@@ -310,8 +310,9 @@ def test_a_stop_string_or_a_client_that_goes_ends_the_request_there(server: Runn
 
     body = {"model": "writes", "prompt": TEXTS[3], "max_tokens": 500, "temperature": 2.0, "seed": 1}
     with server.http.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
-        next(answer.iter_lines())
-        until(lambda: running() == 1)  # it is told with a delay
+        lines = answer.iter_lines()  # which would end the request if nothing held it
+        next(lines)
+        until(lambda: running() == 1)
     until(lambda: running() == 0)
     whole = alone(server, "writes", TEXTS[0], 24)
     stop = whole[len(whole) // 2 :][:4]

@@ -11,6 +11,7 @@ from softprompt.exchange.card import hub_id
 from softprompt.files import local_path
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 
+_SOMEWHERE = "path/to/"
 _HELD_OUT = "held out of "
 _HUB = "hf:"
 _FOLDERS = re.compile(r"(?:~|\.{0,2}|[A-Za-z]:)[\\/]\S")
@@ -28,8 +29,13 @@ def without_folders(soft_prompt: SoftPrompt) -> SoftPrompt:
     """
     base = soft_prompt.base
     if hub_id(base) is None and (re.search(r"[\\/]", base) or local_path(base).exists()):
-        base = f"path/to/{_name(base)}"
+        base = f"{_SOMEWHERE}{_name(base)}"
     return replace(soft_prompt, base=base, data=_plain(soft_prompt.data, ""), training=_plain(soft_prompt.training, ""))
+
+
+def is_somewhere(base: str) -> bool:
+    """Whether the id of a base model is what :func:`without_folders` leaves of a place on another machine."""
+    return base.startswith(_SOMEWHERE) and not local_path(base).exists()
 
 
 def _plain(value: Any, key: str) -> Any:

@@ -24,7 +24,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 
 from softprompt.errors import ArtifactError, ConfigError, HubError, SoftPromptError, SoftPromptWarning
 from softprompt.exchange import exporting, importing, peft_folder
-from softprompt.exchange.anonymous import without_folders
+from softprompt.exchange.anonymous import is_somewhere, without_folders
 from softprompt.exchange.card import card, hub_id
 from softprompt.exchange.check import Checked
 from softprompt.exchange.hub_http import (
@@ -230,7 +230,8 @@ class Foreign:
     """How an adapter of PEFT is taken in, which does not say as much as a soft prompt's own file.
 
     Attributes:
-        load: gives its base model; None: it is refused. A soft prompt's own file is compared with that base model.
+        load: gives its base model; None: it is refused. A soft prompt's own file is compared with that base model, and
+            takes its id if it says only that it was a place on another machine.
         template: what stood around the text; None: nothing.
         verbalizer: label → words; None: free text.
         task: which task of a multitask prompt, from 0.
@@ -283,7 +284,10 @@ def pull(repo: str, *, name: str | None = None, revision: str | None = None, for
                 soft_prompt = replace(SoftPrompt.load(path), name=called)
                 _require_usable(soft_prompt, repo)
                 if foreign.load is not None:
-                    Task.of(foreign.load(), soft_prompt)
+                    lm = foreign.load()
+                    Task.of(lm, soft_prompt)
+                    if is_somewhere(soft_prompt.base):
+                        soft_prompt = replace(soft_prompt, base=lm.name)
                 return Pulled(soft_prompt, found["commit"], "softprompt")
             return _pulled_from_peft(repo, at, Path(folder), sizes, called, found["commit"], foreign)
         except SoftPromptError as error:
