@@ -354,7 +354,7 @@ class Upstreams:
         async def at(node: int) -> dict[int, float]:
             ids = job.request.ids
             if node >= 0:
-                ids += tuple(token for token, above in zip(trie.tokens, trie.sees[node], strict=True) if above)
+                ids += trie.path(node)
             found, cached = await server.next_logprobs(ids, job.vectors, list(wanted[node]))
             if node < 0:
                 self._cached(ticket, cached)
