@@ -68,14 +68,13 @@ def ask(running: Running, name: str, text: str | list[int], **more: Any) -> str:
 
 def alone(running: Running, name: str, text: str | list[int], tokens: int = 8) -> str:
     """The answer by the engine, with nothing else in its cache."""
-    if name == "tiny":
-        assert not isinstance(text, str)
-        request, vectors = Request(tuple(text), 0), ()
-    else:
+    prompts: list[torch.Tensor] = []
+    if isinstance(text, str):
         soft = running.catalog.store.load(name)
-        assert isinstance(text, str)
-        request, vectors = Task.of(running.lm, soft).open_request(Example({"input": text}, None), 8), (soft.vectors,)
-    return generate(running.lm, [request], vectors, Sampling(max_new_tokens=tokens))[0].text
+        request, prompts = Task.of(running.lm, soft).open_request(Example({"input": text}, None), 8), [soft.vectors]
+    else:
+        request = Request(tuple(text), 0)
+    return generate(running.lm, [request], prompts, Sampling(max_new_tokens=tokens))[0].text
 
 
 def plain_ids(running: Running, text: str) -> list[int]:
