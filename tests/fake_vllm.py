@@ -1,10 +1,12 @@
-"""A server that answers as vLLM's completions endpoint does, by transformers' own forward of a tiny model, and fails as
-it is told to."""
+"""A server that answers as vLLM's completions and chat endpoints do, by transformers' own forward of a tiny model, and
+fails as it is told to."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import copy
+import hashlib
 import io
 import json
 import socket
@@ -36,6 +38,11 @@ class Fake:
             ``error``: tells of one after two tokens, ``noise``: sends what is no JSON; empty: not at all.
         seconds: what each token takes.
         per_chunk: tokens in a chunk of a stream.
+        tokenizer: with the chat template that its chat endpoint goes by; None: it takes no embeddings there.
+        block: tokens in a block of its prefix cache; 0: it has none.
+        keys_rows: whether a block of token ids and embeddings is known by the embeddings, as vLLM's is. In no case is
+            it known by which of the two counts where (https://github.com/vllm-project/vllm/issues/56655).
+        keys_salt: whether the cache looks at ``cache_salt``.
         bodies: the requests that it got, without embeddings.
         lengths: tokens of each.
         active: requests that it works on.
@@ -53,6 +60,12 @@ class Fake:
     mode: str = ""
     seconds: float = 0.0
     per_chunk: int = 1
+    tokenizer: Any = None
+    block: int = 0
+    keys_rows: bool = True
+    keys_salt: bool = True
+    blocks: dict[Any, torch.Tensor] = field(default_factory=dict)
+    cached: int = 4
     bodies: list[dict[str, Any]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     active: int = 0
@@ -72,12 +85,51 @@ class Fake:
         assert (embeds is None) != (body.get("prompt") is None)
         if embeds is None:
             found: torch.Tensor = self.model.get_input_embeddings().weight[torch.tensor(body["prompt"])]
-            return found
-        tensor = torch.load(io.BytesIO(base64.b64decode(embeds, validate=True)), weights_only=True)
-        assert isinstance(tensor, torch.Tensor)
-        assert tensor.dim() == 2
-        assert tensor.untyped_storage().nbytes() == tensor.nbytes  # no table behind it
-        return tensor.float()
+            return self._through_cache(found, body["prompt"], None, None)
+        tensor = _tensor(embeds)
+        return self._through_cache(tensor, [0] * len(tensor), tensor, None)
+
+    def _conversation(self, body: dict[str, Any]) -> tuple[torch.Tensor, list[int]]:
+        """``[T, H]``, and the token ids that it tells of them: vLLM's renderer of a chat template that takes texts."""
+        tokenizer = copy.deepcopy(self.tokenizer)
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<prompt_embeds>"]})
+        place = tokenizer.convert_tokens_to_ids("<prompt_embeds>")
+        tensors, conversation = [], []
+        for message in body["messages"]:
+            content = message["content"]
+            if not isinstance(content, str):
+                (part,) = content
+                assert part.keys() == {"type", "data"}
+                tensors.append(_tensor(part.pop("data")))
+                content = "<prompt_embeds>"
+            conversation.append({"role": message["role"], "content": content})
+        ids = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+        (tensor,) = tensors
+        (start,) = (number for number, token in enumerate(ids) if token == place)
+        told = [*ids[:start], *[place] * len(tensor), *ids[start + 1 :]]
+        known = [0 if token == place else token for token in told]
+        rows = torch.zeros(len(told), tensor.shape[1])
+        rows[start : start + len(tensor)] = tensor
+        sequence = self.model.get_input_embeddings().weight[torch.tensor(known)].detach().clone()
+        sequence[start : start + len(tensor)] = tensor
+        return self._through_cache(sequence, known, rows if self.keys_rows else None, body.get("cache_salt")), told
+
+    def _through_cache(
+        self, sequence: torch.Tensor, ids: list[int], rows: torch.Tensor | None, salt: str | None
+    ) -> torch.Tensor:
+        """The sequence whose keys and values are computed with: where the cache finds a block of an earlier one, that
+        block."""
+        if not self.block:
+            return sequence
+        sequence, key, self.cached = sequence.detach().clone(), None, 0
+        for start in range(0, len(ids) - self.block, self.block):
+            end = start + self.block
+            digest = None if rows is None else hashlib.sha256(rows[start:end].numpy().tobytes()).digest()
+            key = (key, tuple(ids[start:end]), digest, salt if start == 0 and self.keys_salt else None)  # type: ignore[assignment]
+            if key in self.blocks:
+                self.cached += self.block
+            sequence[start:end] = self.blocks.setdefault(key, sequence[start:end].clone())
+        return sequence
 
     @torch.no_grad()
     def _logits(self, sequence: torch.Tensor) -> torch.Tensor:
@@ -119,6 +171,27 @@ class Fake:
             return StreamingResponse(self._chunks(steps, len(sequence)), media_type="text/event-stream")
         (choice,) = [choice async for choice in steps]
         return JSONResponse({"choices": [choice], "usage": {"prompt_tokens": len(sequence)}})
+
+    async def chat(self, body: dict[str, Any]) -> Response:
+        """``POST /v1/chat/completions``."""
+        if self.tokenizer is None:
+            return _error(400, "Unsupported chat content part type: 'prompt_embeds'.")
+        if self.mode in ("400", "500", "503"):
+            return _error(int(self.mode), "as it was told")
+        sequence, told = self._conversation(body)
+        self.bodies.append(body)
+        self.lengths.append(len(sequence))
+        assert body["stream"]
+        assert body["return_token_ids"]
+        head = {"prompt_token_ids": told, "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
+        chunks = self._chunks(self._steps(body, sequence), len(sequence))
+
+        async def headed() -> AsyncIterator[str]:
+            yield f"data: {json.dumps(head)}\n\n"
+            async for chunk in chunks:
+                yield chunk.replace('"text": "its own', '"delta": "its own')
+
+        return StreamingResponse(headed(), media_type="text/event-stream")
 
     async def _steps(self, body: dict[str, Any], sequence: torch.Tensor) -> AsyncIterator[dict[str, Any]]:
         """A choice for each token."""
@@ -180,11 +253,20 @@ class Fake:
                 if len(held) == self.per_chunk or choice["finish_reason"]:
                     yield f"data: {json.dumps({'choices': [_joined(held)]})}\n\n"
                     held = []
-            usage = {"prompt_tokens": prompt_tokens, "prompt_tokens_details": {"cached_tokens": 4}}
+            usage = {"prompt_tokens": prompt_tokens, "prompt_tokens_details": {"cached_tokens": self.cached}}
             yield f"data: {json.dumps({'choices': [], 'usage': usage})}\n\n"
             yield "data: [DONE]\n\n"
         finally:
             await steps.aclose()  # type: ignore[attr-defined]
+
+
+def _tensor(data: str) -> torch.Tensor:
+    """``[T, H]`` as it was sent."""
+    tensor = torch.load(io.BytesIO(base64.b64decode(data, validate=True)), weights_only=True)
+    assert isinstance(tensor, torch.Tensor)
+    assert tensor.dim() == 2
+    assert tensor.untyped_storage().nbytes() == tensor.nbytes  # no table behind it
+    return tensor.float()
 
 
 def _joined(held: list[dict[str, Any]]) -> dict[str, Any]:
@@ -216,8 +298,12 @@ def _app(fake: Fake) -> Starlette:
     async def completions(request: Request) -> Response:
         return refused(request) or await fake.complete(await request.json())
 
+    async def chat(request: Request) -> Response:
+        return refused(request) or await fake.chat(await request.json())
+
     return Starlette(
         routes=[
+            Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/models", models),
             Route("/health", health),
             Route("/v1/completions", completions, methods=["POST"]),

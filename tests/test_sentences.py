@@ -17,8 +17,14 @@ from softprompt.cli.main import command_line
 
 GROUP: Any = get_command(command_line())
 SOURCES = sorted(Path(softprompt.__file__).parent.rglob("*.py"))
-OTHERS = {"--enable-prompt-embeds", "--enable-prompt-tokens-details", "--no-deps", "--ignore-requires-python"}
-"""Options of vLLM and pip, which are named as theirs."""
+OTHERS = {
+    "--enable-prompt-embeds",
+    "--enable-prompt-tokens-details",
+    "--no-deps",
+    "--ignore-requires-python",
+    "--chat",
+}
+"""Options of vLLM and pip, and of the code that an export for vLLM writes, which are named as theirs."""
 ARGUMENT = re.compile(r"--[\w:=-]+")
 """What is passed to another program is no sentence."""
 

@@ -52,8 +52,22 @@ def test_a_tuned_soft_prompt_is_pushed_and_pulled(run: Run, train: Run, home: Pa
     assert torch.equal(ours.vectors, again.vectors)
     assert (back.json["kind"], back.json["base"], back.json["commit"]) == ("softprompt", base, ran.json["commit"])
     assert TOKEN not in back.out + back.err
+    assert base.encode() not in hub.repos[REPO].branches["main"][OWN]  # the store knows where this base model is
     answers = [run("predict", name, "a dull film", "--json", *PLACE).json["predictions"] for name in ("films", "again")]
     assert answers[0] == answers[1]
+
+
+def test_a_base_model_at_another_place_is_given_by_hand(
+    run: Run, train: Run, home: Path, hub: FakeHub, base: str
+) -> None:
+    train("train.jsonl", "--name", "films")
+    run("push", "films", REPO, "--no-check", "--json", *PLACE)
+    (home / "films.safetensors").unlink()
+    assert run("pull", REPO, "--json").json["base"] == "path/to/tiny"
+    refused(run("predict", "films", "a dull film", *PLACE), "path/to/tiny")
+    assert run("predict", "films", "a dull film", "--base", base, *PLACE).code == 0
+    assert run("pull", REPO, "--name", "mine", "--base", base, "--json", *PLACE).json["base"] == base
+    assert run("predict", "mine", "a dull film", *PLACE).code == 0
 
 
 @pytest.mark.usefixtures("no_model")

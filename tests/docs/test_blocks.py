@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+import urllib.request
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,10 +20,12 @@ import pytest
 
 import softprompt as sp
 from softprompt.model.frozen import FrozenLM
+from softprompt.model.request import Sampling
 from softprompt.serving.listening import RunningServer
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from tests.conftest import tiny
 from tests.fake_hub import running
+from tests.fake_llama import llama_cpp, sglang
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "index.md", *sorted((ROOT / "docs").glob("[sg][tu]*/*.md"))]
@@ -103,7 +107,11 @@ def test_there_are_pages_with_blocks() -> None:
 @pytest.mark.usefixtures("small", "hub")
 @pytest.mark.filterwarnings("ignore::softprompt.errors.SoftPromptWarning")  # so short a training learns little
 def test_the_blocks_of_a_page_run(
-    page: Path, lm: FrozenLM, servers: list[RunningServer], monkeypatch: pytest.MonkeyPatch
+    page: Path,
+    lm: FrozenLM,
+    servers: list[RunningServer],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     if page.name == "lm_eval.md":
         pytest.importorskip("lm_eval")
@@ -112,9 +120,16 @@ def test_the_blocks_of_a_page_run(
         server = sp.serve(lm, {"e2e_nlg": sp.train(lm, texts, labels="none", num_virtual_tokens=4)})
         client = openai.OpenAI
         monkeypatch.setattr(openai, "OpenAI", lambda **given: client(**{**given, "base_url": f"{server.url}/v1"}))
+    if page.name == "other_servers.md":
+        monkeypatch.setitem(sys.modules, "llama_cpp", llama_cpp(lm))
+        monkeypatch.setattr(urllib.request, "urlopen", lambda request: sglang(lm, request))
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for line, block in blocks(page):
         exec(compile("\n" * (line - 1) + block, str(page), "exec"), namespace)
+    if page.name == "other_servers.md":
+        [ours] = sp.predict(lm, namespace["prompt"], namespace["text"], sampling=Sampling(max_new_tokens=16))
+        assert len(namespace["found"]) > 2
+        assert capsys.readouterr().out.splitlines()[-2:] == [ours.text] * 2
 
 
 def test_the_lines_of_the_front_page_are_ten_at_most() -> None:

@@ -13,9 +13,11 @@ import torch
 
 import softprompt as sp
 from softprompt.errors import ConfigError, DataError
+from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Sampling
 from tests.conftest import make_model, make_tokenizer, tiny
 from tests.exchange.test_peft_folder import FAMILIES, TEXTS, made
+from tests.servers import CHAT
 
 
 @pytest.mark.parametrize("kind", [*FAMILIES, "stablelm"])
@@ -87,7 +89,86 @@ def test_a_request_to_vllm_holds_the_sequence_that_we_compute_with(
     assert torch.equal(tensor(scope["request"]("a dull film")), wanted)
 
 
+SYSTEM = "system:\n{soft_prompt}</s>user:\n{input}</s>assistant:\n{target}"
+
+
+@pytest.mark.parametrize(
+    ("template", "roles"),
+    [
+        (SYSTEM, ["user"]),
+        ("user:\n{soft_prompt}{input}</s>assistant:\n{target}", []),
+        ("system:\nbe{soft_prompt} brief</s>user:\nText: {input}</s>assistant:\n{target}", ["user"]),
+    ],
+)
+def test_a_chat_request_to_vllm_makes_the_sequence_that_we_compute_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, roles: list[str]
+) -> None:
+    lm = chat_base(tmp_path / "base")
+    prompt = made(lm, 2, template)
+    sp.export(lm, prompt, tmp_path / "out", "vllm")
+    body = json.loads((tmp_path / "out" / "chat.json").read_text())
+    assert torch.equal(spliced(lm, body), sp.inputs_for(lm, prompt, TEXT)["inputs_embeds"][0])
+    assert [one["role"] for one in body["messages"] if isinstance(one["content"], str)] == roles
+    page = (tmp_path / "out" / "README.md").read_text()
+    for words in ("/v1/completions", "/v1/chat/completions", "@chat.json", "cache_salt"):
+        assert words in page
+    monkeypatch.chdir(tmp_path / "out")
+    scope: dict[str, Any] = {"__name__": "ask"}
+    exec(Path("ask.py").read_text(), scope)
+    assert scope["chat"](TEXT) == body
+    other = scope["chat"](" dull\n")
+    assert torch.equal(spliced(lm, other), sp.inputs_for(lm, prompt, " dull\n")["inputs_embeds"][0])
+    if roles:
+        assert other["cache_salt"] == body["cache_salt"]  # so that the soft prompt is found in the cache
+        for text in ("</s>", "<prompt_embeds>"):
+            with pytest.raises(SystemExit, match="leave --chat out"):
+                scope["chat"](text)
+    assert torch.equal(tensor(scope["request"]("</s>")), sp.inputs_for(lm, prompt, "</s>")["inputs_embeds"][0])
+
+
+@pytest.mark.parametrize(
+    ("template", "chat", "reason"),
+    [
+        ("{soft_prompt}{input}\nLabel:{target}", CHAT, "does not place the soft prompt within a message"),
+        ("{soft_prompt}user:\n{input}</s>assistant:\n{target}", CHAT, "does not place the soft prompt within"),
+        (SYSTEM, "", "has no chat template"),
+        (SYSTEM, "{{ strftime_now('%d') }}" + CHAT, "writes the day's date"),
+        (SYSTEM, CHAT.replace("['content']", "['content'] | replace('f', 'ff')"), "makes other tokens of this text"),
+        ("system:\n{soft_prompt}{input}</s>user:\n{more}</s>assistant:\n{target}", CHAT, "both in the soft prompt's"),
+    ],
+)
+def test_a_chat_request_that_would_not_be_exact_is_left_out(
+    tmp_path: Path, template: str, chat: str, reason: str
+) -> None:
+    lm = chat_base(tmp_path / "base", chat)
+    sp.export(lm, made(lm, 2, template), tmp_path / "out", "vllm")
+    assert not (tmp_path / "out" / "chat.json").exists()
+    assert reason in (tmp_path / "out" / "README.md").read_text()
+    assert "def chat" not in (tmp_path / "out" / "ask.py").read_text()
+
+
 TEXT = "A fine film, and funny throughout."
+
+
+def chat_base(folder: Path, chat: str = CHAT) -> FrozenLM:
+    """A base model on disk whose tokenizer has a chat template."""
+    make_model("llama").save_pretrained(folder)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = chat or None
+    tokenizer.save_pretrained(folder)
+    return sp.load_model(folder, dtype="fp32", device="cpu")
+
+
+def spliced(lm: FrozenLM, body: dict[str, Any]) -> torch.Tensor:
+    """``[T, H]`` that vLLM computes with: the chat template around a mark, and the embeddings in its place."""
+    [data] = [one["content"][0]["data"] for one in body["messages"] if not isinstance(one["content"], str)]
+    messages = [
+        {"role": one["role"], "content": one["content"] if isinstance(one["content"], str) else "<mark>"}
+        for one in body["messages"]
+    ]
+    text = lm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    before, behind = (lm.tokenizer(piece, add_special_tokens=False).input_ids for piece in text.split("<mark>"))
+    return torch.cat([lm.embed(before, None), tensor({"prompt_embeds": data}), lm.embed(behind, None)])
 
 
 def tensor(body: dict[str, Any]) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from softprompt.data.example import Example
 from softprompt.errors import BaseModelError, HubError, SoftPromptWarning
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request
+from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.task import Task
 from softprompt.text.tokens import SOFT
 from tests.conftest import make_model, make_tokenizer, tiny
@@ -38,6 +40,11 @@ def card_of(hub: FakeHub, repo: str = REPO, branch: str = "main") -> str:
     return hub.repos[repo].branches[branch]["README.md"].decode()
 
 
+def seen(soft_prompt: SoftPrompt) -> SoftPrompt:
+    """A soft prompt of ``made`` as others see it: without the folders of its data."""
+    return replace(soft_prompt, data={"validation": {**soft_prompt.data["validation"], "source": "dev.jsonl"}})
+
+
 # --- there and back ------------------------------------------------------------------------------
 
 
@@ -49,7 +56,7 @@ def test_a_soft_prompt_comes_back_bit_for_bit(hub: FakeHub, lm: FrozenLM) -> Non
     assert done.peft is not None
     assert done.peft.passed
     again = sp.pull(REPO)
-    assert again.encoded() == soft_prompt.encoded()
+    assert again.encoded() == seen(soft_prompt).encoded()
     other = sp.pull(REPO, name="other")
     assert other.name == "other"
     assert torch.equal(other.vectors, soft_prompt.vectors)
@@ -119,7 +126,7 @@ def test_pushed_again_the_new_one_is_there_without_files_of_the_old(hub: FakeHub
     assert hub.repos[REPO].branches["main"].keys() == {OWN, "README.md"}
     assert "no exact form" in card_of(hub)
     assert "PeftModel" not in card_of(hub)
-    assert sp.pull(REPO).encoded() == late.encoded()
+    assert sp.pull(REPO).encoded() == seen(late).encoded()
 
 
 def test_a_trained_prefix_comes_back(hub: FakeHub, lm: FrozenLM) -> None:
@@ -128,7 +135,7 @@ def test_a_trained_prefix_comes_back(hub: FakeHub, lm: FrozenLM) -> None:
     assert done.peft is not None
     assert done.peft.passed
     assert json.loads(hub.repos[REPO].branches["main"]["adapter_config.json"])["peft_type"] == "PREFIX_TUNING"
-    assert sp.pull(REPO, lm=lm).encoded() == soft_prompt.encoded()
+    assert sp.pull(REPO, lm=lm).encoded() == seen(soft_prompt).encoded()
 
 
 def test_another_base_model_is_refused_where_one_is_given(hub: FakeHub, lm: FrozenLM) -> None:
@@ -188,6 +195,45 @@ def test_a_place_on_this_machine_is_no_base_model(
     assert base not in card_of(hub)
     assert lm.fingerprint in card_of(hub)
     assert json.loads(hub.repos[REPO].branches["main"]["adapter_config.json"])["base_model_name_or_path"] is None
+
+
+def test_no_file_names_a_folder_of_this_machine(
+    hub: FakeHub, lm: FrozenLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret").mkdir()
+    sources = {
+        "/home/me/secret/my rows/train.jsonl": "train.jsonl",
+        "held out of ~/secret/train.jsonl": "held out of train.jsonl",
+        "secret/rows.csv": "rows.csv",
+        "C:\\Users\\secret\\rows.csv": "rows.csv",
+        "hf:./secret/rows:train": "hf:rows:train",
+        "hf:someone/data/config:train": "hf:someone/data/config:train",
+        "list in memory": "list in memory",
+    }
+    training = {"lr": 0.3, "init_text": "/either/or", "imported_from": {"folder": "/mnt/secret/adapter", "steps": [1]}}
+    bases = {
+        "/mnt/secret/base": "path/to/base",
+        "~/secret/base.gguf": "path/to/base.gguf",
+        "secret": "path/to/secret",
+        "someone/tiny": "someone/tiny",
+        "smollm2-135m": "smollm2-135m",
+    }
+    for number, (base, written) in enumerate(bases.items()):
+        data = {f"split {i}": {"source": source, "fingerprint": "ab"} for i, source in enumerate(sources)}
+        soft_prompt = made(lm, base=base, data=data, training=training)
+        sp.push(lm, soft_prompt, f"me/n{number}", check=False)
+        found = sp.pull(f"me/n{number}", name="films")
+        assert found.base == written
+        assert [one["source"] for one in found.data.values()] == list(sources.values())
+        assert found.training == {**training, "imported_from": {"folder": "adapter", "steps": [1]}}
+        for name, content in hub.repos[f"me/n{number}"].branches["main"].items():
+            for folder in (b"/mnt", b"/home", b"secret/", b"Users"):
+                assert folder not in content, name
+        assert Task.of(lm, found).num_virtual_tokens == 4  # it is still known by its fingerprint
+        assert (
+            found.encoded() == replace(soft_prompt, base=found.base, data=found.data, training=found.training).encoded()
+        )
 
 
 def test_marks_in_labels_and_template_stay_text(hub: FakeHub, lm: FrozenLM) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import struct
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import get_session
 from peft import PromptTuningConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save
@@ -286,3 +288,24 @@ def test_its_own_file_says_its_template_itself(hub: FakeHub, lm: FrozenLM) -> No
     sp.push(lm, made(lm), REPO, check=False)
     for options in ({"template": TEMPLATE}, {"labels": ["a", "b"]}, {"task": 0}):
         refused("Leave them out", ConfigError, **options)
+
+
+@pytest.mark.parametrize("place", ["/api/repos/create", f"/api/models/{REPO}/commit/main"])
+def test_a_hub_that_says_nothing_while_something_is_written(
+    hub: FakeHub, lm: FrozenLM, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    silent = threading.Event()
+
+    def wait(_: Handler) -> None:
+        silent.wait(20)
+
+    hub.answers[place] = wait
+    monkeypatch.setattr(hub_http, "WRITE_SECONDS", 0.2)
+    began, before = time.monotonic(), get_session().timeout
+    try:
+        with pytest.raises(HubError, match="cannot be reached for me/films"):
+            sp.push(lm, made(lm), REPO, check=False)
+    finally:
+        silent.set()
+    assert time.monotonic() - began < 10
+    assert get_session().timeout == before

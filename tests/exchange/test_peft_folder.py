@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import save_file
+from transformers import pipeline
 
 from softprompt.data.example import Example
 from softprompt.errors import ArtifactError, ConfigError, SoftPromptError, StoreError
 from softprompt.exchange.exporting import export
 from softprompt.exchange.importing import adopt, find
+from softprompt.generation.decoder import generate
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request, Sampling
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
@@ -217,6 +220,49 @@ def test_the_code_of_a_readme_writes_what_we_write(
         capsys.readouterr()
         exec(page.partition("```python\n")[2].partition("```")[0], {})
         assert capsys.readouterr().out.strip() == text.strip()
+
+
+@pytest.mark.parametrize("to", ["prompt-tuning", "cartridge"])
+@pytest.mark.parametrize(
+    ("template", "behind"),
+    [("{soft_prompt}{input} {target}", ""), ("Text: {soft_prompt}{input}\nLabel: {target}", "\nLabel:")],
+)
+def test_a_pipeline_writes_what_we_write(
+    template: str, behind: str, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the folder as PEFT loads it, and with the code of the README."""
+    make_model("llama").save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    lm = FrozenLM.load(str(tmp_path / "base"), dtype="fp32", device="cpu")
+    soft_prompt = made(lm, 4, template)
+    export(lm, soft_prompt, to, tmp_path / "out", checked=False)
+    model: Any = PeftModel.from_pretrained(make_model("llama"), str(tmp_path / "out"))
+    pipe: Any = pipeline("text-generation", model=model, tokenizer=make_tokenizer(), device="cpu")
+    task, sampling = Task.of(lm, soft_prompt), Sampling(max_new_tokens=12)
+    options = {"add_special_tokens": False, "return_full_text": False, "do_sample": False}
+    for text in (*TEXTS, "A text."):
+        request = task.open_request(Example({"input": text}, None), 12)
+        assert tuple(lm.tokenizer(text + behind).input_ids) == request.ids[request.ids.index(SOFT) + 1 :]
+        [written] = pipe(text + behind, max_new_tokens=12, **options)
+        [expected] = generate(lm, [request], [soft_prompt.vectors], sampling)
+        assert written["generated_text"] == expected.text
+        assert len(expected.ids) > 3
+    monkeypatch.chdir(tmp_path / "out")
+    load, use = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+    printed: list[str] = []
+    exec(load + use, {"print": printed.append})
+    assert len(set(printed)) == 1
+    assert printed[0].startswith(expected.text)
+
+
+def test_what_a_pipeline_would_tokenize_in_another_way_is_said(pieces: FrozenLM, tmp_path: Path) -> None:
+    soft_prompt = made(pieces, 1, "{soft_prompt}{input}  \n{target}")
+    ids = Task.of(pieces, soft_prompt).open_request(Example({"input": "A text."}, None), 1).ids
+    assert tuple(pieces.tokenizer("A text.  \n", add_special_tokens=False).input_ids) != ids[ids.index(SOFT) + 1 :]
+    export(pieces, soft_prompt, "peft", tmp_path / "out", checked=False)
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "gives other tokens here" in page
+    assert "pipe(" not in page
 
 
 # --- what is refused -----------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def text_of(choice: Any) -> str:
 
 def streamed(server: Running, path: str, body: dict[str, Any]) -> list[tuple[str, list[str | None]]]:
     """For each choice its text and the reasons to finish that its chunks give."""
-    texts = [""] * body.get("n", 1)
+    texts = [""] * int(body.get("n", 1))
     reasons: list[list[str | None]] = [[] for _ in texts]
     for chunk in server.stream(path, body):
         (choice,) = chunk["choices"]
@@ -170,6 +170,25 @@ def test_choice_i_draws_with_seed_plus_i(server: Running, grades: None) -> None:
     noted = server.post("/v1/completions", {**body, "logprobs": 1})["choices"]
     for choice, label in zip(noted, labels, strict=True):  # the drawn one's own, before temperature
         assert choice["logprobs"]["token_logprobs"] == [pytest.approx(math.log(found[label]), abs=1e-5)]
+
+
+def test_the_choices_of_a_label_are_scored_once(server: Running, grades: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    submitted: list[int] = []
+    submit = server.engine.submit
+
+    def counting(jobs: Any, notify: Any) -> Any:
+        submitted.append(len(jobs))
+        return submit(jobs, notify)
+
+    monkeypatch.setattr(server.engine, "submit", counting)
+    body = {"model": "grades", "prompt": [TEXT, TEXT, TEXTS[2]], "temperature": 5, "n": 6, "seed": 40}
+    labels = [choice["text"] for choice in server.post("/v1/completions", body)["choices"]]
+    assert [text for text, _ in streamed(server, "/v1/completions", {**body, "n": 6, "prompt": TEXT})] == labels[:6]
+    assert labels[:6] == labels[6:12]
+    assert len(set(labels)) > 1
+    server.post("/v1/completions", {**body, "model": "write", "max_tokens": 2})
+    server.post("/v1/classify", {"model": ["grades", "sst2"], "input": [TEXT, TEXT]})
+    assert submitted == [3, 1, 18, 4]
 
 
 def test_an_input_that_does_not_fit_is_refused_or_cut(server: Running, grades: None) -> None:

@@ -164,6 +164,19 @@ def expected_of(running: Running, path: Path) -> str:
     return generate(running.lm, [request], [soft.vectors], Sampling(max_new_tokens=4))[0].text.removeprefix(" ")
 
 
+def test_the_path_of_a_soft_prompt_may_begin_with_the_home_folder(
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "elsewhere.safetensors"
+    soft_prompt(running.lm, "any", "{soft_prompt}{input} {target}", seed=77).save(other)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    running.post("/v1/load_soft_prompt", {"name": "mine", "path": "~/elsewhere.safetensors"})
+    assert answer_of(running, "mine")["choices"][0]["text"] == expected_of(running, other)
+    sentence = running.post("/v1/load_soft_prompt", {"name": "none", "path": "~/none"}, 404)["error"]["message"]
+    assert str(tmp_path / "none") in sentence
+    running.post("/v1/unload_soft_prompt", {"name": "mine"})
+
+
 def test_soft_prompts_are_loaded_unloaded_and_replaced(running: Running, tmp_path: Path) -> None:
     store, lm = running.catalog.store, running.lm
     before = answer_of(running)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,9 @@ import pytest
 import torch
 
 from softprompt.data.example import Example
+from softprompt.exchange.check import TEXTS as CHECKED
+from softprompt.exchange.exporting import export
+from softprompt.exchange.vllm_request import saved
 from softprompt.generation.decoder import generate
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request, Sampling
@@ -25,6 +29,7 @@ from softprompt.serving.jobs import Limits
 from softprompt.soft_prompts.store import Store
 from softprompt.tasks.predict import Query, predict
 from softprompt.tasks.task import Task
+from softprompt.text.spliced import Splicer
 from softprompt.tuning.start import initial_vectors
 from tests.servers import Running, serving, soft_prompt
 
@@ -35,12 +40,19 @@ BLOCK = 32  # the least that vLLM's attention on the CPU takes
 PATIENCE = 900  # seconds for vLLM to start; it compiles nothing, but imports a lot
 TEXTS = ("a stirring , funny and finally transporting film", "dull .", "The capital of France is", "Once upon a time")
 LABELS = {"positive": ("positive", "great"), "negative": ("negative", "bad", "utterly forgettable")}
+ASKED = "<|im_end|>\n<|im_start|>user\n{input}<|im_end|>\n<|im_start|>assistant\n{target}"
 TEMPLATES: dict[str, tuple[str, dict[str, tuple[str, ...]] | None, int]] = {
     "fits": ("{soft_prompt}{input}\nLabel: {target}", LABELS, BLOCK),
     "short": ("Review:{soft_prompt} {input}\nLabel: {target}", {"good": ("good",), "poor": ("poor",)}, 5),
     "behind": ("{input}{soft_prompt} {target}", {"yes": ("yes",), "no": ("no", "never")}, 9),
     "writes": ("{soft_prompt}{input} {target}", None, 20),
+    "chats": (f"<|im_start|>system\n{{soft_prompt}}{ASKED}", None, 40),
+    "chats-too": (f"<|im_start|>system\n{{soft_prompt}}{ASKED}", None, 40),
+    "zeros": (f"<|im_start|>system\n{{soft_prompt}}{ASKED}", None, 40),
+    "pads": (f"<|im_start|>system\n{'<|endoftext|>' * 40}{{input}}{ASKED.replace('input', 'soft_prompt')}", None, 6),
 }
+"""The last four go through the chat endpoint; of these, two have the same token ids, as vLLM caches them, over a block:
+the token 0, and vectors of zeros."""
 
 
 def load() -> FrozenLM:
@@ -96,7 +108,8 @@ def server(vllm: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runn
     store, lm = Store(tmp_path_factory.mktemp("store")), load()
     for number, (name, (template, labels, length)) in enumerate(TEMPLATES.items()):
         made = soft_prompt(lm, name, template, labels, length=length)
-        store.save(replace(made, vectors=initial_vectors(lm, length, init="vocab", seed=number)))
+        vectors = initial_vectors(lm, length, init="vocab", seed=number)
+        store.save(replace(made, vectors=torch.zeros_like(vectors) if name == "zeros" else vectors))
     with serving(store.home, limits=Limits(rows=16, seconds=600), upstreams=[vllm], load=load) as running:
         running.http.timeout = httpx.Timeout(600)
         yield running
@@ -145,6 +158,72 @@ def test_a_mixed_batch_is_one_request_at_a_time(server: Running) -> None:
         assert list(pool.map(whole, asked)) == expected
         assert list(pool.map(streamed, asked)) == expected
     assert len(set(expected)) > len(TEXTS)
+
+
+def test_no_sequence_gets_the_cached_prefix_of_another(
+    server: Running, vllm: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Soft prompts, others of the same length, and plain tokens over the same places, again and again."""
+    tokenizer = server.lm.tokenizer
+    names = ["chats", "chats-too", "zeros", "pads", "writes"]
+    asked = [(name, text) for text in TEXTS for name in names]
+    expected = [alone(server, name, text, 12) for name, text in asked]
+    bodies: list[dict[str, Any]] = [{"model": name, "prompt": text, "max_tokens": 12} for name, text in asked]
+    before, behind = TEMPLATES["zeros"][0].removesuffix("{target}").split("{soft_prompt}")
+    for text in TEXTS:
+        ids = [*tokenizer(before).input_ids, *[0] * 40, *tokenizer(behind.replace("{input}", text)).input_ids]
+        expected.append(bare(server, ids, 12))
+        bodies.append({"model": "smollm2-135m", "prompt": ids, "max_tokens": 12})
+
+    def text_of(body: dict[str, Any]) -> str:
+        return str(server.post("/v1/completions", body)["choices"][0]["text"])
+
+    def chats() -> float:
+        lines = httpx.get(f"{vllm}/metrics").text.splitlines()
+        found = (line for line in lines if line.startswith("http_requests_total{") and "/v1/chat/completions" in line)
+        return sum(float(line.rsplit(" ", 1)[1]) for line in found)
+
+    before_all = chats()
+    assert [text_of(body) for body in bodies] == expected
+    assert chats() - before_all == 4 * len(TEXTS)  # all but those of "writes" and of the base model
+    assert [text_of(body) for body in reversed(bodies)] == expected[::-1]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(text_of, bodies)) == expected
+    assert not [message for message in caplog.messages if "whole sequences instead of messages" in message]
+    answer = server.post("/v1/completions", bodies[0])
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] >= BLOCK
+
+
+def test_without_a_salt_vllm_takes_zeros_for_a_token(server: Running, vllm: str) -> None:
+    """https://github.com/vllm-project/vllm/issues/56655: when this fails, the salt may go."""
+    splicer = Splicer(server.lm.tokenizer)
+
+    def text_of(name: str, salt: dict[str, str]) -> str:
+        soft = server.catalog.store.load(name)
+        task, example = Task.of(server.lm, soft), Example({"input": TEXTS[0]}, None)
+        request = task.open_request(example, 12)
+        splice = splicer.splice(task.template, example.fields, request.ids)
+        data = saved(server.lm.embed(splice.content(request.ids), soft.vectors))
+        body = {"model": "base", "messages": splice.conversation(data), "max_tokens": 12, "temperature": 0, **salt}
+        answer = httpx.post(f"{vllm}/v1/chat/completions", json=body, timeout=600)
+        return str(answer.json()["choices"][0]["message"]["content"])
+
+    ours = {name: alone(server, name, TEXTS[0], 12) for name in ("zeros", "pads")}
+    assert {name: text_of(name, {"cache_salt": name}) for name in ours} == ours
+    assert {name: text_of(name, {}) for name in ours} != ours
+
+
+@pytest.mark.parametrize("template", ["chats", "writes"])
+def test_exported_requests_give_our_answers(server: Running, vllm: str, tmp_path: Path, template: str) -> None:
+    soft = server.catalog.store.load(template)
+    export(server.lm, soft, "vllm", tmp_path / "out", checked=False)
+    for file, path in (("request.json", "completions"), ("chat.json", "chat/completions")):
+        if template == "chats" or file == "request.json":
+            body = json.loads((tmp_path / "out" / file).read_text()) | {"model": "base", "max_tokens": 12}
+            choice = httpx.post(f"{vllm}/v1/{path}", json=body, timeout=600).json()["choices"][0]
+            found = choice["text"] if "text" in choice else choice["message"]["content"]
+            assert found.strip() == alone(server, template, CHECKED[0], 12).strip()
+    assert (tmp_path / "out" / "chat.json").exists() == (template == "chats")
 
 
 @pytest.mark.parametrize("base_only", [False, True])
@@ -217,6 +296,13 @@ def test_a_prefix_that_fills_the_blocks_is_cached_there(server: Running) -> None
     assert cached == {"fits": BLOCK, "writes": 0, "behind": 0}
 
 
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
 def test_a_stop_string_or_a_client_that_goes_ends_the_request_there(server: Running, vllm: str) -> None:
     def running() -> float:
         lines = httpx.get(f"{vllm}/metrics").text.splitlines()
@@ -224,12 +310,10 @@ def test_a_stop_string_or_a_client_that_goes_ends_the_request_there(server: Runn
 
     body = {"model": "writes", "prompt": TEXTS[3], "max_tokens": 500, "temperature": 2.0, "seed": 1}
     with server.http.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
-        next(answer.iter_lines())
-        assert running() == 1
-    until = time.monotonic() + 30
-    while running():
-        assert time.monotonic() < until
-        time.sleep(0.1)
+        lines = answer.iter_lines()  # which would end the request if nothing held it
+        next(lines)
+        until(lambda: running() == 1)
+    until(lambda: running() == 0)
     whole = alone(server, "writes", TEXTS[0], 24)
     stop = whole[len(whole) // 2 :][:4]
     stopped = server.post("/v1/completions", {"model": "writes", "prompt": TEXTS[0], "max_tokens": 24, "stop": stop})

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from softprompt.cli.exchange import said
 from softprompt.cli.options import Loading
 from softprompt.cli.task import template_from
 from softprompt.exchange import hub
+from softprompt.exchange.anonymous import is_somewhere
 from softprompt.exchange.hub_http import require_login, require_repo
+from softprompt.files import local_path
+from softprompt.soft_prompts.metadata import Header
+from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
 from softprompt.terminal.console import print_json, print_rows, stderr
 from softprompt.text.verbalizer import Verbalizer
@@ -99,7 +103,7 @@ def pull(repo: str, wanted: Wanted, base: str | None, loading: Loading, as_json:
     )
     with stderr.status(f"pulling {repo}"):
         found = hub.pull(repo, name=name, revision=wanted.revision, foreign=foreign)
-    soft_prompt = found.soft_prompt
+    soft_prompt = _at_home(found.soft_prompt, store)
     stored = store.save(soft_prompt, overwrite=wanted.overwrite)
     if as_json:
         print_json(
@@ -125,3 +129,12 @@ def pull(repo: str, wanted: Wanted, base: str | None, loading: Loading, as_json:
     if found.kind != "softprompt":
         rows += [("template", soft_prompt.template), ("check", said(found.checked, wanted.check))]
     print_rows(rows)
+
+
+def _at_home(soft_prompt: SoftPrompt, store: Store) -> SoftPrompt:
+    """A soft prompt whose base model was a place on another machine, with the place that one of the store has it at."""
+    if not is_somewhere(soft_prompt.base):
+        return soft_prompt
+    headers = [entry.header for entry in store.entries() if isinstance(entry.header, Header)]
+    same = (one.base for one in headers if one.base_fingerprint == soft_prompt.base_fingerprint)
+    return replace(soft_prompt, base=next((base for base in same if local_path(base).exists()), soft_prompt.base))

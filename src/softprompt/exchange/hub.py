@@ -24,10 +24,12 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 
 from softprompt.errors import ArtifactError, ConfigError, HubError, SoftPromptError, SoftPromptWarning
 from softprompt.exchange import exporting, importing, peft_folder
+from softprompt.exchange.anonymous import is_somewhere, without_folders
 from softprompt.exchange.card import card, hub_id
 from softprompt.exchange.check import Checked
 from softprompt.exchange.hub_http import (
     asking,
+    bounded_writes,
     chunks,
     endpoint,
     listing,
@@ -91,6 +93,8 @@ def push(
 ) -> Pushed:
     """Puts a soft prompt into a repository of the Hub, which is made if there is none, as one commit.
 
+    Its file there names no folders of this machine.
+
     Args:
         lm: its base model.
         soft_prompt: what is pushed.
@@ -114,7 +118,7 @@ def push(
         *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()),
         *(CommitOperationDelete(path_in_repo=name) for name in stale),
     ]
-    with asking(repo), _without_bars(), warnings.catch_warnings(record=True) as said:
+    with asking(repo), bounded_writes(), _without_bars(), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         commit = _api().create_commit(
             repo, operations, commit_message=f"Upload the soft prompt {soft_prompt.name}", revision=revision
@@ -134,7 +138,7 @@ def _files(
 ) -> tuple[dict[str, bytes], Checked | None, str | None]:
     """The files by name, what PEFT computes from its own, or why there are none of it."""
     task = Task.of(lm, soft_prompt)
-    files, peft, without_peft = {FILE: soft_prompt.encoded()}, None, None
+    files, peft, without_peft = {FILE: without_folders(soft_prompt).encoded()}, None, None
     with TemporaryDirectory(prefix="softprompt-") as folder:
         try:
             peft = exporting.export(lm, soft_prompt, "peft", folder, checked=checked)
@@ -156,7 +160,7 @@ def _files(
 
 def _prepared(repo: str, private: bool, revision: str | None) -> dict[str, Any]:
     """Makes the repository and the branch where they are missing; what the Hub says of them."""
-    with asking(repo):
+    with asking(repo), bounded_writes():
         _api().create_repo(repo, private=True if private else None, exist_ok=True)
     found = listing(repo)
     if private and not found["private"]:
@@ -167,7 +171,7 @@ def _prepared(repo: str, private: bool, revision: str | None) -> dict[str, Any]:
     _require_place(repo, found["files"])
     if revision is not None and revision != "main":
         if not revision.startswith("refs/"):
-            with asking(repo):
+            with asking(repo), bounded_writes():
                 _api().create_branch(repo, branch=revision, exist_ok=True)
         found = listing(repo, revision)
         _require_place(repo, found["files"])
@@ -226,7 +230,8 @@ class Foreign:
     """How an adapter of PEFT is taken in, which does not say as much as a soft prompt's own file.
 
     Attributes:
-        load: gives its base model; None: it is refused. A soft prompt's own file is compared with that base model.
+        load: gives its base model; None: it is refused. A soft prompt's own file is compared with that base model, and
+            takes its id if it says only that it was a place on another machine.
         template: what stood around the text; None: nothing.
         verbalizer: label → words; None: free text.
         task: which task of a multitask prompt, from 0.
@@ -279,7 +284,10 @@ def pull(repo: str, *, name: str | None = None, revision: str | None = None, for
                 soft_prompt = replace(SoftPrompt.load(path), name=called)
                 _require_usable(soft_prompt, repo)
                 if foreign.load is not None:
-                    Task.of(foreign.load(), soft_prompt)
+                    lm = foreign.load()
+                    Task.of(lm, soft_prompt)
+                    if is_somewhere(soft_prompt.base):
+                        soft_prompt = replace(soft_prompt, base=lm.name)
                 return Pulled(soft_prompt, found["commit"], "softprompt")
             return _pulled_from_peft(repo, at, Path(folder), sizes, called, found["commit"], foreign)
         except SoftPromptError as error:

@@ -2,7 +2,7 @@
 sentence holds a token.
 
 What is read goes through :func:`chunks` and not through the library's own downloads, which read whatever a server
-sends. What is written goes through the library, inside :func:`asking`.
+sends. What is written goes through the library, inside :func:`asking` and :func:`bounded_writes`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ MAX_LISTING_BYTES = 4 << 20
 
 SECONDS = 30.0
 """How long the Hub may be silent."""
+
+WRITE_SECONDS = 120.0
+"""How long it may be silent while something is written there: it looks at the files before it answers."""
 
 PATIENCE = 60.0
 """How many seconds more than at the slowest speed something may take."""
@@ -114,6 +117,18 @@ def asking(repo: str) -> Iterator[None]:
         raise
     except Exception as error:  # and without the chain of causes, which may hold a token
         raise _sentence(repo, error) from None
+
+
+@contextmanager
+def bounded_writes() -> Iterator[None]:
+    """The library's own requests inside end after ``WRITE_SECONDS`` of silence; by themselves they would wait forever.
+    What it asks elsewhere in the process keeps the timeout that it has."""
+    session: Any = get_session()
+    before, session.timeout = session.timeout, WRITE_SECONDS
+    try:
+        yield
+    finally:
+        session.timeout = before
 
 
 def listing(repo: str, revision: str | None = None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from softprompt.data.example import Example
 from softprompt.exchange.baking import Baked
 from softprompt.exchange.check import Checked
 from softprompt.exchange.peft_folder import HUB_IDS
@@ -9,6 +10,7 @@ from softprompt.model.frozen import FrozenLM
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.task import Task
 from softprompt.text.encoder import recipe
+from softprompt.text.tokens import SOFT
 
 _LOAD = """import torch
 from transformers import {kind}, AutoTokenizer
@@ -30,6 +32,13 @@ ids = torch.tensor([tokens({example})])
 embedded = torch.cat([numbers[None].to(model.dtype), model.get_input_embeddings()(ids)], dim=1)
 answer = model.generate(inputs_embeds=embedded, {options})
 print(tokenizer.decode(answer[0], skip_special_tokens=True))
+"""
+
+_PIPELINE = """from transformers import pipeline
+
+pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
+options = {{"add_special_tokens": False, "return_full_text": False, "do_sample": False, "max_new_tokens": 32}}
+print(pipe({text!r}, **options)[0]["generated_text"])
 """
 
 _READ = {
@@ -68,6 +77,28 @@ def _example(task: Task) -> str:
     return ", ".join(repr("A text.") for _ in task.template.fields)
 
 
+def _in_pipeline(lm: FrozenLM, task: Task) -> list[str]:
+    """How to use it in a pipeline of transformers, which tokenizes all that follows the soft prompt at once."""
+    example = Example(dict.fromkeys(task.template.fields, "A text."), None)
+    behind = task.template.parts[[part.kind for part in task.template.parts].index("soft") + 1 :]
+    text = "".join("A text." if part.kind == "field" else part.value for part in behind).removesuffix(" ")
+    ids = task.open_request(example, 1).ids
+    if tuple(lm.tokenizer(text, add_special_tokens=False).input_ids) != ids[ids.index(SOFT) + 1 :]:
+        return [
+            "A `pipeline` tokenizes all that follows the soft prompt at once, which gives other tokens here: use the",
+            "code above.",
+            "",
+        ]
+    return [
+        "In a `pipeline`, write what follows the soft prompt in the template as one text. Where that gives the tokens",
+        "that the code above gives, so is the answer; `pipeline` cannot load this folder by itself.",
+        "",
+        "```python",
+        _PIPELINE.format(text=text) + "```",
+        "",
+    ]
+
+
 def readme(lm: FrozenLM, soft_prompt: SoftPrompt, baked: Baked, to: str, checked: Checked | None) -> str:
     """The page, as Markdown."""
     base = HUB_IDS.get(soft_prompt.base, soft_prompt.base)
@@ -99,7 +130,7 @@ def readme(lm: FrozenLM, soft_prompt: SoftPrompt, baked: Baked, to: str, checked
         lines += [_load(base, baked.task), recipe(baked.task.encoder), answer + "```", ""]
     else:
         load = 'PeftModel.from_pretrained(model, ".")  # this folder'
-        lines += [peft_code(base, baked.task, load) + "```", ""]
+        lines += [peft_code(base, baked.task, load) + "```", "", *_in_pipeline(lm, baked.task)]
     if soft_prompt.verbalizer is not None:
         labels = ", ".join(f"`{label}`" for label in soft_prompt.verbalizer)
         lines += [f"It answers with one of these labels: {labels}.", ""]

@@ -33,22 +33,26 @@ class Answers:
         Raises:
             ApiError: 503, the engine takes none now; 400, it never takes so many.
         """
-        if len(jobs) > engine.limits.waiting:
+        shared = _shared(jobs)
+        if len(shared) > engine.limits.waiting:
             raise ApiError(
                 400,
-                f"Expected at most {engine.limits.waiting} answers a request, found {len(jobs)}; send more requests.",
+                f"Expected at most {engine.limits.waiting} answers a request, found {len(shared)}; send more requests.",
             )
+        self._jobs = jobs
         self._metrics = metrics
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def notify(index: int, event: Event) -> None:
-            loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+        def notify(number: int, event: Event) -> None:
+            for index in shared[number]:
+                loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
         try:
-            self._tickets = engine.submit(jobs, notify)
+            tickets = engine.submit([jobs[same[0]] for same in shared], notify)
         except Refused as error:
             raise ApiError(503, str(error), code=error.code) from error
+        self._tickets = [ticket for ticket, same in zip(tickets, shared, strict=True) for _ in same]
         self._open = dict(enumerate(self._tickets))
         self._counts = [0] * len(jobs)
 
@@ -61,6 +65,9 @@ class Answers:
         """
         while self._open:
             index, event = await self._events.get()
+            answer = self._jobs[index].answer
+            if isinstance(event, Scores) and answer is not None:
+                event = answer(event)
             if isinstance(event, Failure):
                 self._end(index, event.reason)
                 raise ApiError(_STATUS[event.reason], event.message, code=event.reason)
@@ -94,6 +101,19 @@ class Answers:
 
     def _end(self, index: int, reason: str) -> None:
         self._metrics.finished(self._open.pop(index), self._counts[index], reason)
+
+
+def _shared(jobs: Sequence[Job]) -> list[list[int]]:
+    """The jobs' indices, those together that stand beside each other and are answered by the same scores: the choices
+    of a request for a label."""
+    found: list[list[int]] = []
+    for index, job in enumerate(jobs):
+        before = jobs[index - 1]
+        if index and job.sampling is None and job.request is before.request and job.vectors is before.vectors:
+            found[-1].append(index)
+        else:
+            found.append([index])
+    return found
 
 
 async def chunks(

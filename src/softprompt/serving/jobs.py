@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from softprompt.generation.writer import TokenLogprob, Writer
 from softprompt.model.embedder import Embedder
 from softprompt.model.request import Request, Sampling
 from softprompt.serving.limits import Limits as Limits
+from softprompt.text.template import Template
 
 log = logging.getLogger("softprompt.engine")
 
@@ -33,7 +34,10 @@ class Job:
         lead: left out of the continuation if it begins with it.
         top_logprobs: how many of the most probable tokens to tell beside each token; None: tell nothing.
         stream: tell each piece as it comes, not only the whole at the end.
-        answer: of a job whose words are scored, what its ``Scores`` are told as; None: as they are.
+        template: what the whole sequence was made of, where it has a soft prompt; None where that is not known, or the
+            end of a text was cut.
+        fields: the texts in the template.
+        answer: of a job whose words are scored, what its ``Scores`` are to a client; None: as they are.
     """
 
     request: Request
@@ -45,6 +49,8 @@ class Job:
     lead: str = ""
     top_logprobs: int | None = None
     stream: bool = False
+    template: Template | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
     answer: Callable[[Scores], Piece] | None = None
 
 
@@ -151,8 +157,6 @@ class Ticket:
         """Hands an event over, if anybody waits for it."""
         if self.cancelled:
             return
-        if isinstance(event, Scores) and self.job.answer is not None:
-            event = self.job.answer(event)
         try:
             self.notify(event)
         except Exception as error:  # who asked has gone, which must not harm the others

@@ -292,7 +292,10 @@ class Model(Entry):
         room = task.max_length - task.num_virtual_tokens - task.encoder.num_fixed
         reserve = max(1, min(wish.max_tokens or usual.max_new_tokens, room // 2)) if wish.truncate else 1
         request = _encoded(lambda: task.open_request(Example(fields, None), reserve), task, reserve, wish.truncate)
-        return Order(self._finished(task, request, wish, usual), request.truncated)
+        job = self._finished(task, request, wish, usual)
+        if job.vectors is not None and not request.truncated:
+            job = replace(job, template=task.template, fields=fields)
+        return Order(job, request.truncated)
 
     @cached_property
     def _start(self) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from softprompt.errors import SoftPromptError
+from softprompt.files import local_path
 from softprompt.serving import openai_api as api
 from softprompt.serving.answers import Answers, ClientGone, EventStream, chunks, while_connected
 from softprompt.serving.catalog import Catalog
@@ -316,7 +317,7 @@ class Server:
         try:
             path = catalog.store.path(body.name)  # also refuses what is no name
             if body.path is not None:
-                path = Path(body.path)
+                path = local_path(body.path)
             if not path.is_file():
                 raise ApiError(404, f"There is no soft prompt at {path}; check name and path.", code="not_found")
             return catalog.load(body.name, path)

@@ -20,7 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from softprompt.data.example import Example
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, TemplateError
 from softprompt.model.batch import build_trie
 from softprompt.model.embedder import Embedder
 from softprompt.serving.jobs import (
@@ -40,7 +40,8 @@ from softprompt.serving.jobs import (
     too_long,
     writer_of,
 )
-from softprompt.serving.vllm import Unreachable, UpstreamError, Vllm
+from softprompt.serving.vllm import Chat, Unreachable, UpstreamError, Vllm
+from softprompt.text.spliced import Splicer
 from softprompt.text.tokens import SOFT
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class Upstreams:
         self.limits = limits or Limits()
         self.prefixes = Counts()
         self._embedder = embedder
+        self._splicer = Splicer(embedder.tokenizer)  # of the thread alone
         self._lock = threading.Lock()  # of the line and of closing
         self._line = FairQueue()
         self._turns: dict[Ticket, asyncio.Future[None]] = {}
@@ -303,7 +305,8 @@ class Upstreams:
         assert job.sampling is not None
         writer = writer_of(self._embedder, job)
         self.prefixes.queries += job.prompt_tokens
-        answer = server.write(job.request.ids, job.vectors, job.sampling, sorted(writer.ends), job.top_logprobs)
+        chat = self._chat(job)
+        answer = server.write(job.request.ids, job.vectors, job.sampling, sorted(writer.ends), job.top_logprobs, chat)
         async with contextlib.aclosing(answer) as chunks:
             async for chunk in chunks:
                 self._cached(ticket, chunk.cached)
@@ -323,6 +326,21 @@ class Upstreams:
             raise UpstreamError("An upstream server broke off in the middle of the answer; try again.")
         text, tokens = writer.release()
         return Piece(text, tokens, writer.count, writer.finish)
+
+    def _chat(self, job: Job) -> Chat | None:
+        """A job's sequence as messages, where only the soft prompt, and literal text beside it, is to be embedded then
+        and the tokens are the same."""
+        if job.template is None:
+            return None
+        try:
+            messages = self._splicer.messages(job.template)
+            if any(message.has_soft_prompt and message.fields for message in messages):
+                return None  # its text would have to be embedded, too
+            splice = self._splicer.splice(job.template, job.fields, job.request.ids)
+        except TemplateError:
+            return None
+        place = f"{job.content} {splice.before} {len(splice.content(job.request.ids))}"
+        return Chat(splice, hashlib.sha256(place.encode()).hexdigest())
 
     async def _score(self, ticket: Ticket, server: Vllm) -> Scores:
         """Log-probabilities of the request's words: one request for each place at which they part."""

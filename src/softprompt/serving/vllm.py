@@ -2,6 +2,7 @@
 
 vLLM's completions endpoint takes a sequence that the caller has embedded (``prompt_embeds``, a server started with
 ``--enable-prompt-embeds``), and gives token ids and log-probabilities by token id, so that text is made on our side.
+Its chat endpoint takes embeddings in the place of a message's content, and the other messages as text.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import io
 import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from softprompt.errors import ConfigError
 from softprompt.model.embedder import Embedder
 from softprompt.model.request import Sampling
+from softprompt.text.spliced import Splice
 from softprompt.text.tokens import SOFT
 
 log = logging.getLogger("softprompt.upstream")
@@ -63,6 +65,29 @@ class Unreachable(Exception):
 
 class UpstreamError(Exception):
     """A server failed in what it had begun, or refused it; one sentence for the client."""
+
+
+class RefusedThere(UpstreamError):
+    """A server will not take a request as it is."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A sequence as messages, of which one's content is embedded, and that as a part of what vLLM caches it by.
+
+    Attributes:
+        splice: the messages.
+        salt: what tells the embeddings, and where they stand, from all others. vLLM up to 0.32 caches a prefix by its
+            token ids, with zeros where embeddings stand, and by its embeddings, with zeros where token ids stand, but
+            not by which of them counts (https://github.com/vllm-project/vllm/issues/56655).
+    """
+
+    splice: Splice
+    salt: str
+
+
+class _OtherTokens(Exception):
+    """A server made other tokens of messages than ours."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +134,7 @@ class Vllm:
         self.window: int | None = None
         self._embedder = embedder
         self._checked = ""
+        self._chats = True  # whether its chat endpoint makes our tokens of messages, as far as is known
         # vLLM's first model runner (0.32 takes it where there is no Triton) loses the most probable tokens of a request
         # that shares a pass with one that asks for tokens by id: so the one kind is not sent while the other is there.
         self._noting = 0
@@ -164,7 +190,7 @@ class Vllm:
                     await self._check()
             except TimeoutError as error:
                 raise Unreachable(f"The upstream {self.url} does not answer in time.") from error
-            self._checked = self.model
+            self._checked, self._chats = self.model, True
 
     async def _check(self) -> None:
         """The same tokens as ids and as embeddings must get the same scores."""
@@ -191,6 +217,7 @@ class Vllm:
         sampling: Sampling,
         ends: Sequence[int],
         top_logprobs: int | None,
+        chat: Chat | None = None,
     ) -> AsyncGenerator[Chosen, None]:
         """Continues a sequence; closing the iterator ends the request there.
 
@@ -200,6 +227,8 @@ class Vllm:
             sampling: how to choose; its stop strings are not looked at.
             ends: the end-of-sequence tokens.
             top_logprobs: how many of the most probable tokens to tell beside each token; None: no log-probabilities.
+            chat: the sequence as messages, if it is to be sent so. It is sent whole where the server does not make the
+                same tokens of them.
 
         Raises:
             Unreachable: nothing came back.
@@ -210,24 +239,54 @@ class Vllm:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "seed": sampling.seed,
-            "logprobs": top_logprobs,
             "stop_token_ids": list(ends),
             "ignore_eos": True,  # the ends above are what counts
             "return_token_ids": True,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        if chat is not None and self._chats and top_logprobs is None:
+            try:
+                async with aclosing(self._chat(ids, vectors, wish, chat)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+                return
+            except (RefusedThere, _OtherTokens) as error:  # before anything was told
+                self._chats = False
+                log.warning(
+                    f"the upstream {self.url} gets whole sequences instead of messages: {error.__cause__ or error}"
+                )
         noting = bool(top_logprobs)
         self._noting += noting
         try:
             if noting:
                 await self._none_by_id.wait()
-            async with self._posted(await self._body(ids, vectors, wish)) as response:
-                async for line in response.aiter_lines():
-                    if line.startswith("data: ") and line != "data: [DONE]":
-                        yield _chosen(_document(line[6:]), top_logprobs)
+            body = await self._body(ids, vectors, {**wish, "logprobs": top_logprobs})
+            async with self._posted(body) as response:
+                async for document in _streamed(response):
+                    yield _chosen(document, top_logprobs)
         finally:
             self._noting -= noting
+
+    async def _chat(
+        self, ids: Sequence[int], vectors: torch.Tensor | None, wish: dict[str, Any], chat: Chat
+    ) -> AsyncGenerator[Chosen, None]:
+        """Continues a sequence that is sent as messages.
+
+        Raises:
+            _OtherTokens: the server makes other tokens of them; nothing has been told yet.
+        """
+        splice = chat.splice
+        embedded = self._embedder.embed(splice.content(ids), vectors)
+        data = await asyncio.to_thread(_saved, embedded)
+        body = {"model": self.model, "messages": splice.conversation(data), "cache_salt": chat.salt, **NEUTRAL, **wish}
+        async with self._posted(json.dumps(body).encode(), "/v1/chat/completions") as response:
+            known = False
+            async for document in _streamed(response):
+                if not known and not _same(document.get("prompt_token_ids"), ids, splice, len(embedded)):
+                    raise _OtherTokens("its tokens of them are not ours")
+                known = True
+                yield _chosen(document, None)
 
     async def next_logprobs(
         self, ids: Sequence[int], vectors: torch.Tensor | None, wanted: Sequence[int]
@@ -285,10 +344,10 @@ class Vllm:
         return json.dumps({"model": self.model, **sequence, **NEUTRAL, **wish}).encode()
 
     @asynccontextmanager
-    async def _posted(self, body: bytes) -> AsyncIterator[httpx.Response]:
-        """The answer to a completion request, once its head is there; what goes wrong later is ``UpstreamError``."""
+    async def _posted(self, body: bytes, path: str = "/v1/completions") -> AsyncIterator[httpx.Response]:
+        """The answer to a request, once its head is there; what goes wrong later is ``UpstreamError``."""
         headers = {"Content-Type": "application/json"}
-        request = self._http.build_request("POST", "/v1/completions", content=body, headers=headers)
+        request = self._http.build_request("POST", path, content=body, headers=headers)
         try:
             response = await self._http.send(request, stream=True)
         except httpx.TransportError as error:
@@ -299,7 +358,8 @@ class Vllm:
             if response.status_code != 200:
                 told = _message((await response.aread()).decode(errors="replace"))
                 log.error(f"the upstream {self.url} answered {response.status_code}: {told}")
-                raise UpstreamError(
+                kind = UpstreamError if response.is_server_error else RefusedThere
+                raise kind(
                     f"An upstream server refused or failed the request ({response.status_code}); this server's log "
                     f"says why."
                 ) from _Told(told)
@@ -342,12 +402,30 @@ def _document(text: str) -> dict[str, Any]:
     return document
 
 
+async def _streamed(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    """The documents of a stream of server-sent events."""
+    async for line in response.aiter_lines():
+        if line.startswith("data: ") and line != "data: [DONE]":
+            yield _document(line[6:])
+
+
+def _same(told: Sequence[int] | None, ids: Sequence[int], splice: Splice, length: int) -> bool:
+    """Whether a server's tokens of messages are those of a sequence, with one and the same token in the place of all
+    ``length`` embeddings."""
+    if told is None or len(told) != splice.before + length + splice.behind:
+        return False
+    end = splice.before + length
+    around = [*told[: splice.before], *told[end:]]
+    wanted = [*ids[: splice.before], *ids[len(ids) - splice.behind :]]
+    return around == wanted and len(set(told[splice.before : end])) == 1
+
+
 def _chosen(chunk: dict[str, Any], top_logprobs: int | None) -> Chosen:
-    """A chunk of a stream; the last one, with the usage, has no choice."""
+    """A chunk of a stream; the first one of a chat has no tokens, the last one, with the usage, no choice."""
     ids: list[int] = []
     logprobs: list[tuple[float, list[tuple[int, float]]]] = []
     for choice in chunk["choices"]:
-        ids += choice["token_ids"]
+        ids += choice.get("token_ids", ()) if "delta" in choice else choice["token_ids"]
         if top_logprobs is not None:
             told = choice["logprobs"]
             for value, others in zip(told["token_logprobs"], told["top_logprobs"], strict=True):

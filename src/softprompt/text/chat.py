@@ -47,7 +47,7 @@ def conversation_template(
         TemplateError: there is no chat template, it does not take these messages or leaves one of them out, or tools
             spell a special token.
     """
-    text = _rendered(tokenizer, messages, tools, answer_follows=True)
+    text = rendered(tokenizer, messages, tools, answer_follows=True)
     names = [message["content"][1:-1] for message in messages if message["content"]]
     found = {name for name in _NAMED.findall(text) if name in names}
     if len(found) < len(names):
@@ -135,8 +135,8 @@ def turn_of(
     if answer is None:
         return Turn(encoder)
     message = json.loads(answer)
-    whole = _rendered(tokenizer, [*messages, message], tools, answer_follows=False)
-    start = _rendered(tokenizer, messages, tools, answer_follows=True)
+    whole = rendered(tokenizer, [*messages, message], tools, answer_follows=False)
+    start = rendered(tokenizer, messages, tools, answer_follows=True)
     if "tool_calls" not in message:
         first, found, rest = whole.rpartition(_ANSWER)
         between = first.removeprefix(start)  # other text than blanks, such as an empty thought, is not to be learned
@@ -196,14 +196,18 @@ def _more(problems: Sequence[str]) -> str:
     return f" ({more:,} more {'answers are' if more > 1 else 'answer is'} so)" if more else ""
 
 
-def _rendered(
+def rendered(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Any] | None,
     *,
     answer_follows: bool,
 ) -> str:
-    """The conversation as the chat template writes it."""
+    """The conversation as the base model's chat template writes it, up to the start of an answer if one follows.
+
+    Raises:
+        TemplateError: there is no chat template, it does not take these messages, or they spell a special token.
+    """
     if not tokenizer.chat_template:
         raise TemplateError(
             "Expected a base model with a chat template for conversations, found a tokenizer without one; choose "
