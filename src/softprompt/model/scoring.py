@@ -55,7 +55,8 @@ def _scored_group(
     """The same for one batch."""
     with lm.eager():
         if not (lm.shares_prefix and members[0].shares_prefix):
-            return lm.concatenated(members, soft_prompts, compare=compare)
+            found: tuple[torch.Tensor, torch.Tensor | None] = lm.concatenated(members, soft_prompts, compare=compare)
+            return found
         rows, prefix = _rows(members, soft_prompts, prefix_of)
         batch = lm.collate(rows, prefix.lengths)
         if not compare:
