@@ -38,7 +38,7 @@ def scored(
         except torch.OutOfMemoryError:
             if len(group) == 1:
                 raise
-            lm.take_less_at_once()
+            lm.take_less_at_once(sum(len(requests[i].ids) for i in group))
             waiting += [group[len(group) // 2 :], group[: len(group) // 2]]
             continue
         yield torch.tensor(group), part, same

@@ -115,11 +115,7 @@ class Gradients:
 
     def prepare(self, shares: Sequence[Share]) -> Work:
         """Lays a step out; computes nothing on the device."""
-        rows = [
-            Row(request.ids[request.shared :], request.words, number)
-            for number, share in enumerate(shares)
-            for request in share.requests
-        ]
+        rows = _rows(shares)
         most = self.max_tokens or self.lm.tokens_at_once
         layout = self.layout or self._best(shares, rows, most)
         if layout == "concatenation":
@@ -179,7 +175,8 @@ class Gradients:
     def _smaller(self, work: Work, error: torch.OutOfMemoryError) -> Work:
         """The same step in smaller passes; where each has one row already, with activations that are computed again."""
         if work.layout == "stream" or any(len(group) > 1 for group in work.groups):
-            self.lm.take_less_at_once()
+            lengths = [row.length for row in _rows(work.shares)]
+            self.lm.take_less_at_once(max(sum(lengths[i] for i in group) for group in work.groups))
             self.max_tokens = self.lm.tokens_at_once
             return self.prepare(work.shares)
         if not self.may_recompute or self.lm.layers.recomputed:
@@ -291,6 +288,15 @@ class Gradients:
             parts.append(loss)
         torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
         return losses
+
+
+def _rows(shares: Sequence[Share]) -> list[Row]:
+    """All shares' rows, one after the other."""
+    return [
+        Row(request.ids[request.shared :], request.words, number)
+        for number, share in enumerate(shares)
+        for request in share.requests
+    ]
 
 
 def _by_share(owner: Sequence[int], group: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
