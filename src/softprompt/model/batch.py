@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -26,9 +26,10 @@ class Trie:
     The last token of a word is only predicted, never read, so it is no node; a word of one token adds none.
 
     Attributes:
-        tokens: the token of each node.
+        tokens: the token of each of the ``N`` nodes; an ancestor comes before its descendants.
         depths: how many tokens behind the row's last token each node stands, from 1.
-        sees: bool ``[N, N]``; node ``i`` sees node ``j``, which is an ancestor or itself.
+        orders: the node's number, depth first: its descendants have those directly behind it.
+        sizes: how many nodes its subtree has, itself included.
         steps: ``(node, token, word)``: log P(word) is the sum over its steps of log P(token | node); node -1 is the
             row's last token.
         num_words: how many words there are.
@@ -36,51 +37,81 @@ class Trie:
 
     tokens: Tokens
     depths: tuple[int, ...]
-    sees: np.ndarray
+    orders: tuple[int, ...]
+    sizes: tuple[int, ...]
     steps: tuple[tuple[int, int, int], ...]
     num_words: int
 
+    @property
+    def sees(self) -> np.ndarray:
+        """bool ``[N, N]``; node ``i`` sees node ``j``, which is an ancestor or itself. It is made anew each time, since
+        tries are kept, and those of long texts have millions of such pairs."""
+        orders, sizes = (np.asarray(values, dtype=np.int64) for values in (self.orders, self.sizes))
+        seen: np.ndarray = (orders <= orders[:, None]) & (orders[:, None] < orders + sizes)
+        return seen
 
-@lru_cache(maxsize=4096)
-def build_trie(words: tuple[Tokens, ...]) -> Trie:
-    """Builds the trie of ``words``, each a non-empty tuple of token ids."""
-    node_of: dict[Tokens, int] = {(): -1}
+
+@lru_cache(maxsize=256)  # label sets, which come with row after row
+def build_trie(words: tuple[Tokens, ...], scored_from: tuple[int, ...] = ()) -> Trie:
+    """Builds the trie of ``words``, each a non-empty tuple of token ids.
+
+    Args:
+        words: the words.
+        scored_from: how many of each word's first tokens are given, not scored; fewer than it has. Empty: none.
+    """
+    nodes: dict[tuple[int, int], int] = {}  # of a parent and a token
     tokens: list[int] = []
+    parents: list[int] = []
     depths: list[int] = []
     steps: list[tuple[int, int, int]] = []
     for index, word in enumerate(words):
+        node, given = -1, scored_from[index] if scored_from else 0
         for depth, token in enumerate(word):
-            parent = word[:depth]
-            if parent not in node_of:
-                node_of[parent] = len(tokens)
-                tokens.append(parent[-1])
-                depths.append(depth)
-            steps.append((node_of[parent], token, index))
-    sees = np.zeros((len(tokens), len(tokens)), dtype=bool)
-    for path, node in node_of.items():
-        for depth in range(1, len(path) + 1):
-            sees[node, node_of[path[:depth]]] = True
-    return Trie(tuple(tokens), tuple(depths), sees, tuple(steps), len(words))
+            if depth:
+                parent, node = node, nodes.setdefault((node, word[depth - 1]), len(tokens))
+                if node == len(tokens):
+                    tokens.append(word[depth - 1])
+                    parents.append(parent)
+                    depths.append(depth)
+            if depth >= given:
+                steps.append((node, token, index))
+    sizes, orders = [1] * len(tokens), [0] * len(tokens)
+    for node in reversed(range(len(tokens))):
+        if parents[node] >= 0:
+            sizes[parents[node]] += sizes[node]
+    free = [0] * (len(tokens) + 1)  # the next number in each node's subtree; the last entry is that of node -1
+    for node, parent in enumerate(parents):
+        orders[node] = free[parent]
+        free[parent] += sizes[node]
+        free[node] = orders[node] + 1
+    return Trie(tuple(tokens), tuple(depths), tuple(orders), tuple(sizes), tuple(steps), len(words))
 
 
 @dataclass(frozen=True)
 class Row:
-    """One example on its way into a batch.
+    """One example on its way into a batch, or several with a common beginning.
 
     Attributes:
         ids: the tokens after the shared prefix, at least one.
         words: the continuations to score; ``((),)``-free, may be empty when the row only starts a generation.
         prefix: index of the row's shared prefix.
+        scored_from: how many of each word's first tokens are given and not scored; empty where all are scored.
     """
 
     ids: Tokens
     words: tuple[Tokens, ...] = ()
     prefix: int = 0
+    scored_from: tuple[int, ...] = ()
+
+    @cached_property
+    def trie(self) -> Trie:
+        """What hangs behind the row."""
+        return build_trie(self.words, self.scored_from)
 
     @property
     def length(self) -> int:
         """Tokens that a forward pass computes for this row."""
-        return len(self.ids) + len(build_trie(self.words).tokens)
+        return len(self.ids) + len(self.trie.tokens)
 
 
 LONGEST_LINE = 256
@@ -164,7 +195,8 @@ def collate(rows: Sequence[Row], prefix_lengths: Sequence[int], device: torch.de
         prefix_lengths: tokens in each shared prefix that ``Row.prefix`` may name; ``(0,)`` where there is none.
         device: where the tensors shall lie.
     """
-    tries = [build_trie(row.words) for row in rows]
+    tries = [row.trie for row in rows]
+    seen = {id(trie): trie.sees for trie in {id(trie): trie for trie in tries}.values()}  # label sets: one for all
     width = max(prefix_lengths)
     lines = _pack(rows, width)
     length = max(sum(rows[i].length for i in line) for line in lines)
@@ -186,7 +218,7 @@ def collate(rows: Sequence[Row], prefix_lengths: Sequence[int], device: torch.de
             columns = sees[number, :, width:]
             columns[begin:own, begin:own] = np.tri(len(row.ids), dtype=bool)
             columns[own:end, begin:own] = True
-            columns[own:end, own:end] = trie.sees
+            columns[own:end, own:end] = seen[id(trie)]
             for node, token, word in trie.steps:
                 place = (number, own + node)
                 steps.append((reads.setdefault(place, len(reads)), token, index * num_words + word))

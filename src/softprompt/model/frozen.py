@@ -32,6 +32,7 @@ from softprompt.model.embedder import Embedder
 from softprompt.model.fast.compiled import compiled_if_possible
 from softprompt.model.fast.packed import PackedWeights
 from softprompt.model.fingerprint import fingerprint_model, fingerprint_tokenizer, model_settings, weights_digest
+from softprompt.model.joined import Joined, apart, join, share_beginnings
 from softprompt.model.loading import DTYPES, lasting, load_base, pick_device, pick_dtype
 from softprompt.model.notes import heard
 from softprompt.model.prefixes import PrefixCache, PrefixOf
@@ -482,44 +483,51 @@ class FrozenLM(Embedder):
         """The places of the requests of each batch, their words' scores, and with ``compare`` whether greedy decoding
         would write them."""
         prefix_of = prefix_of or self.kept_prefixes(max(1, len(soft_prompts)))
-        for group in self._groups(requests, max_tokens or 2 * self.tokens_at_once):
-            members = [requests[i] for i in group]
+        for group in self._groups(share_beginnings(requests), max_tokens or 2 * self.tokens_at_once):
+            members = [request for one in group for request in one.requests]
             with self.eager():
                 if self.shares_prefix and members[0].shares_prefix:
-                    rows, prefix = self._rows(members, soft_prompts, prefix_of)
+                    rows, prefix = self._rows(group, soft_prompts, prefix_of)
                     batch = collate(rows, prefix.lengths, self.device)
                     if compare:
                         logits = self._read_logits(batch, prefix)
-                        part, same = _summed(batch, logits), _greedy(batch, logits)
+                        part, same = apart(_summed(batch, logits), group), apart(_greedy(batch, logits), group)
                     else:
-                        part, same = self.score_batch(batch, prefix), None
+                        part, same = apart(self.score_batch(batch, prefix), group), None
                 else:
                     part, same = self._concatenated(members, soft_prompts, compare=compare)
-            yield torch.tensor(group), part, same
+            yield torch.tensor([place for one in group for place in one.places]), part, same
 
-    def _groups(self, requests: Sequence[Request], max_tokens: int) -> Iterator[list[int]]:
-        """Batches of requests that one path serves, of similar length."""
+    def _groups(self, requests: Sequence[Request], max_tokens: int) -> Iterator[list[Joined]]:
+        """Batches of requests that one path serves, of similar length; the answers of a conversation are together where
+        they share what they begin with."""
         for shares in (True, False):
             chosen = [i for i, r in enumerate(requests) if (self.shares_prefix and r.shares_prefix) == shares]
             if shares:
-                lengths = [Row(requests[i].ids[requests[i].shared :], requests[i].words).length for i in chosen]
+                joined = [
+                    Joined(tuple(chosen[place] for place in one.places), one.requests)
+                    for one in join([requests[i] for i in chosen], max_tokens)
+                ]
+                lengths = [one.row().length for one in joined]
             else:
+                joined = [Joined((i,), (requests[i],)) for i in chosen]
                 lengths = [sum(len(requests[i].ids) + len(word) for word in requests[i].words or ((),)) for i in chosen]
             for group in micro_batches(lengths, max_tokens):
-                yield [chosen[i] for i in group]
+                yield [joined[i] for i in group]
 
     def _rows(
-        self, requests: Sequence[Request], soft_prompts: Sequence[torch.Tensor], prefix_of: PrefixOf
+        self, joined: Sequence[Joined], soft_prompts: Sequence[torch.Tensor], prefix_of: PrefixOf
     ) -> tuple[list[Row], PrefixState]:
         """Rows and the prefixes they point at, each prefix computed once."""
         index: dict[tuple[Tokens, int | None], int] = {}
         rows, prefixes = list[Row](), list[PrefixState]()
-        for request in requests:
+        for one in joined:
+            request = one.requests[0]
             key = (request.ids[: request.shared], request.prompt)
             if key not in index:
                 index[key] = len(index)
                 prefixes.append(prefix_of(key[0], prompt_of(request, soft_prompts)))
-            rows.append(Row(request.ids[request.shared :], request.words, index[key]))
+            rows.append(one.row(index[key]))
         return rows, prefixes[0].stack(prefixes[1:])
 
     # --- compilation ------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ from functools import cached_property
 
 import torch
 
-from softprompt.model.batch import Row, collate, micro_batches
+from softprompt.model.batch import collate, micro_batches
 from softprompt.model.frozen import FrozenLM
+from softprompt.model.joined import Joined, apart, join
 from softprompt.model.prefixes import PrefixOf
 from softprompt.model.request import Request
 from softprompt.model.state.prefix import Detached
@@ -24,7 +25,8 @@ class Objective:
     Attributes:
         lm: the frozen base model.
         labels: for the loss over labels, label index of each word; None for the loss of all target tokens.
-        max_tokens: the most tokens, padding included, in one micro-batch; by default ``lm.tokens_at_once``.
+        max_tokens: the most tokens, padding included, in one micro-batch, and in a row of several answers of one
+            conversation; by default ``lm.tokens_at_once``.
     """
 
     lm: FrozenLM
@@ -34,6 +36,24 @@ class Objective:
     def micro_batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """Rows of these lengths, in tokens, in groups that one pass computes: lists of indices."""
         return micro_batches(lengths, self.max_tokens or self.lm.tokens_at_once)
+
+    def shares(self, requests: Sequence[Request]) -> bool:
+        """Whether these requests are computed behind a prefix that runs once."""
+        return self.lm.shares_prefix and all(request.shares_prefix for request in requests)
+
+    def join(self, requests: Sequence[Request]) -> list[Joined]:
+        """The requests as rows: answers of a conversation together, where a prefix runs once."""
+        if not self.shares(requests):
+            return [Joined((place,), (request,)) for place, request in enumerate(requests)]
+        return join(requests, self.max_tokens or self.lm.tokens_at_once)
+
+    def tokens(self, requests: Sequence[Request]) -> int:
+        """Tokens that a forward pass runs behind the shared prefix."""
+        return sum(one.row().length for one in self.join(requests))
+
+    def saved(self, requests: Sequence[Request]) -> int:
+        """Tokens that it does not run, since the answers of a conversation share what they begin with."""
+        return sum(one.saved for one in self.join(requests))
 
     @cached_property
     def _text_before(self) -> PrefixOf:
@@ -59,9 +79,9 @@ class Objective:
         """Adds the gradient of the mean loss to ``vectors.grad``; returns the mean loss and the tokens computed.
 
         With a shared prefix it goes in two stages. The prefix runs once, its text before the soft prompt in the first
-        step only; micro-batches of rows send their gradients into its detached keys and values, where they add up in
-        fp32. One backward pass then carries the sum to ``vectors``; for a KV prefix, through the template's text
-        behind it only.
+        step only; micro-batches of rows, one row for the answers of a conversation, send their gradients into its
+        detached keys and values, where they add up in fp32. One backward pass then carries the sum to ``vectors``; for
+        a KV prefix, through the template's text behind it only.
 
         Args:
             requests: a whole batch, all with the same shared prefix.
@@ -69,19 +89,21 @@ class Objective:
             vectors: float32 ``[P, H]`` or ``[P, L, 2, H_kv, D]``, a leaf.
         """
         weight = self.weight(requests)
-        if not (self.lm.shares_prefix and all(r.shares_prefix for r in requests)):
+        if not self.shares(requests):
             return self._backward_concatenated(requests, gold, vectors, weight)
         shared = requests[0].ids[: requests[0].shared]
         place = shared.index(SOFT)
         before = self._text_before(shared[:place], None) if place else None
         prefix = self.lm.prefix_kv(shared[place:], vectors, before)
         detached = Detached(prefix)
-        rows = [Row(r.ids[r.shared :], r.words) for r in requests]
+        joined = self.join(requests)
+        rows = [one.row() for one in joined]
         losses = []
         for group in self.micro_batches([row.length for row in rows]):
             batch = collate([rows[i] for i in group], prefix.lengths, self.lm.device)
-            scores = self.lm.score_batch(batch, detached.leaves())
-            loss = self.loss(scores, [gold[i] for i in group]) / weight
+            members = [joined[i] for i in group]
+            scores = apart(self.lm.score_batch(batch, detached.leaves()), members)
+            loss = self.loss(scores, [gold[place] for one in members for place in one.places]) / weight
             loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
         detached.backward()
