@@ -15,7 +15,7 @@ from softprompt.data.example import Dataset, Example, check_targets
 from softprompt.errors import ConfigError, TrainingError
 from softprompt.evaluation.validation import validator
 from softprompt.files import StrPath
-from softprompt.model.batch import Row
+from softprompt.model.joined import share_beginnings
 from softprompt.model.loading import DTYPES
 from softprompt.model.request import Request
 from softprompt.soft_prompts.metadata import library_versions
@@ -48,6 +48,7 @@ class Step:
         lr: learning rate in RMS of the start.
         grad_norm: the gradient's norm before clipping, in loss per RMS of the start.
         tokens: tokens computed, the shared prefix counted once.
+        saved: how many more it would be if conversations, and the answers of one, did not share what they begin with.
         seconds: wall time, validation not included.
         validation: metric → value if the step ended with a validation.
         improved: whether that validation was the best so far.
@@ -62,11 +63,7 @@ class Step:
     seconds: float
     validation: dict[str, Any] | None = None
     improved: bool = False
-
-
-def _tokens(requests: Sequence[Request]) -> int:
-    """Tokens that a forward pass runs behind the shared prefix."""
-    return sum(Row(request.ids[request.shared :], request.words).length for request in requests)
+    saved: int = 0
 
 
 class Training:
@@ -142,14 +139,17 @@ class Training:
         if task.verbalizer is not None:
             for rows in filter(None, (train, validation)):
                 check_targets(rows, task.labels)
-        self._order = RowOrder([None if task.verbalizer is None else example.target for example in examples])
+        self._order = RowOrder(
+            [None if task.verbalizer is None else example.target for example in examples],
+            ["" if example.conversation is None else example.conversation.origin for example in examples],
+        )
         self._prepare(examples)
         if self.config.parametrisation == "prefix":
             require_shared_prefix(task.model, task.template, self._requests)
         self.truncated = sum(request.truncated for request in self._requests)
         self._validator = validator(task, held_out)
         checked = [task.label_request(e) if task.words else task.target_request(e) for e in held_out]
-        self.schedule = self._schedule(checked)
+        self.schedule = self._schedule(share_beginnings(checked))
         self._start = start
         self._history = History(self.folder)
         self._state = State.of(Keeper(self.config.patience), self._begin(0), self._should_compile())
@@ -199,7 +199,7 @@ class Training:
 
     def _prepare(self, examples: Sequence[Example]) -> None:
         """What each row asks, and its label's number where the loss is over labels."""
-        task = self.task
+        task, self._common = self.task, 0  # tokens that all conversations begin with
         if self.config.loss == "labels":
             if task.verbalizer is None:
                 raise ConfigError(
@@ -210,7 +210,9 @@ class Training:
             self._gold = [task.labels.index(str(e.target)) for e in examples]
         else:
             self._objective = Objective(task.model)
-            self._requests = [task.target_request(e) for e in examples]
+            alone = [task.target_request(e) for e in examples]
+            self._requests = share_beginnings(alone) if task.model.shares_prefix else alone
+            self._common = self._requests[0].shared - alone[0].shared
             self._gold = [0] * len(examples)
 
     def __iter__(self) -> Iterator[Step]:
@@ -263,10 +265,11 @@ class Training:
         state.good = numbers.detach()  # its loss is finite; what the step makes of it, may not have one
         state.learner.descend(lr, self.config.clip, min(self.config.average, (2 + place) / (11 + place)))
         seconds = time.perf_counter() - began
+        saved = self._objective.saved(requests) + (len(requests) - 1) * self._common
         state.step += 1
         state.seconds += seconds
         state.tokens += tokens
-        step = Step(state.step, self.total, loss, lr, norm, tokens, seconds)
+        step = Step(state.step, self.total, loss, lr, norm, tokens, seconds, saved=saved)
         tried = self.schedule.ends_start(state.step)
         if (place + 1) % self.schedule.every == 0 or state.step == self.total or tried:
             step = self._validate(step)
@@ -399,17 +402,19 @@ class Training:
         else:
             planned = config.steps or DEFAULT_STEPS
         # by tokens alone, so that a resumed run has the same; a step runs them twice
-        step = 2 * config.batch_size * _tokens(self._requests) / len(self._requests)
-        interval = max(1, min(max(EVAL_EVERY, math.ceil(3 * _tokens(checked) / step)), planned // 5))
+        step = 2 * config.batch_size * self._objective.tokens(self._requests) / len(self._requests)
+        checking = self._objective.tokens(checked)
+        interval = max(1, min(max(EVAL_EVERY, math.ceil(3 * checking / step)), planned // 5))
         whole = (len(row.ids) - 1 + config.longest + len(word) for row in checked for word in row.words)
-        tokens = _tokens(checked) if lm.shares_prefix else sum(whole)
+        tokens = checking if lm.shares_prefix else sum(whole)
         return Schedule(planned, config.eval_every or interval, len(checked), tokens, tries=config.tries)
 
     def _should_compile(self) -> bool:
         lm = self.task.model
         if not lm.shares_prefix or self.config.compile == "off":
             return False
-        tokens = _tokens(self._requests) / len(self._requests) * self.config.batch_size + self.config.longest
+        rows = self.config.batch_size / len(self._requests)
+        tokens = self._objective.tokens(self._requests) * rows + self.config.longest
         return self.config.compile == "on" or compilation.pays(lm, self.total, tokens)
 
     def _initial(self, number: int) -> torch.Tensor:
