@@ -10,45 +10,39 @@ would give.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 
-from softprompt.text.tokens import Tokens
+from softprompt.text.tokens import SOFT, Tokens
 
 
 @dataclass(frozen=True)
 class Trie:
-    """Continuations of a row.
+    """Continuations of a row, depth first: each node's descendants follow it.
 
     The last token of a word is only predicted, never read, so it is no node; a word of one token adds none.
 
     Attributes:
-        tokens: the token of each of the ``N`` nodes; an ancestor comes before its descendants.
+        tokens: the token of each node.
         depths: how many tokens behind the row's last token each node stands, from 1.
-        orders: the node's number, depth first: its descendants have those directly behind it.
-        sizes: how many nodes its subtree has, itself included.
+        ends: the number behind each node's last descendant: node ``i`` sees node ``j`` if ``j <= i < ends[j]``.
         steps: ``(node, token, word)``: log P(word) is the sum over its steps of log P(token | node); node -1 is the
-            row's last token.
+            row's last token. Tokens that are given have none.
         num_words: how many words there are.
     """
 
     tokens: Tokens
     depths: tuple[int, ...]
-    orders: tuple[int, ...]
-    sizes: tuple[int, ...]
+    ends: tuple[int, ...]
     steps: tuple[tuple[int, int, int], ...]
     num_words: int
 
-    @property
-    def sees(self) -> np.ndarray:
-        """bool ``[N, N]``; node ``i`` sees node ``j``, which is an ancestor or itself. It is made anew each time, since
-        tries are kept, and those of long texts have millions of such pairs."""
-        orders, sizes = (np.asarray(values, dtype=np.int64) for values in (self.orders, self.sizes))
-        seen: np.ndarray = (orders <= orders[:, None]) & (orders[:, None] < orders + sizes)
-        return seen
+    def path(self, node: int) -> Tokens:
+        """The tokens from behind the row up to a node, its own the last."""
+        return tuple(self.tokens[j] for j in range(node + 1) if node < self.ends[j])
 
 
 @lru_cache(maxsize=256)  # label sets, which come with row after row
@@ -59,32 +53,32 @@ def build_trie(words: tuple[Tokens, ...], scored_from: tuple[int, ...] = ()) -> 
         words: the words.
         scored_from: how many of each word's first tokens are given, not scored; fewer than it has. Empty: none.
     """
-    nodes: dict[tuple[int, int], int] = {}  # of a parent and a token
     tokens: list[int] = []
-    parents: list[int] = []
+    ends: list[int] = []
     depths: list[int] = []
-    steps: list[tuple[int, int, int]] = []
-    for index, word in enumerate(words):
-        node, given = -1, scored_from[index] if scored_from else 0
-        for depth, token in enumerate(word):
-            if depth:
-                parent, node = node, nodes.setdefault((node, word[depth - 1]), len(tokens))
-                if node == len(tokens):
-                    tokens.append(word[depth - 1])
-                    parents.append(parent)
-                    depths.append(depth)
-            if depth >= given:
-                steps.append((node, token, index))
-    sizes, orders = [1] * len(tokens), [0] * len(tokens)
-    for node in reversed(range(len(tokens))):
-        if parents[node] >= 0:
-            sizes[parents[node]] += sizes[node]
-    free = [0] * (len(tokens) + 1)  # the next number in each node's subtree; the last entry is that of node -1
-    for node, parent in enumerate(parents):
-        orders[node] = free[parent]
-        free[parent] += sizes[node]
-        free[node] = orders[node] + 1
-    return Trie(tuple(tokens), tuple(depths), tuple(orders), tuple(sizes), tuple(steps), len(words))
+    steps: list[list[tuple[int, int, int]]] = [[] for _ in words]
+    path: list[int] = []  # the nodes of the latest word
+    before: Tokens = ()
+    for index in sorted(range(len(words)), key=lambda i: words[i]):
+        word = words[index]
+        both = zip(path, before, word, strict=False)
+        common = next((i for i, (_, old, new) in enumerate(both) if old != new), len(path))
+        common = min(common, len(word) - 1)
+        for node in path[common:]:
+            ends[node] = len(tokens)
+        del path[common:]
+        for token in word[common:-1]:
+            path.append(len(tokens))
+            tokens.append(token)
+            depths.append(len(path))
+            ends.append(0)
+        before = word
+        given = scored_from[index] if scored_from else 0
+        steps[index] = [(node, token, index) for node, token in zip((-1, *path), word, strict=True)][given:]
+    for node in path:
+        ends[node] = len(tokens)
+    flat = tuple(step for of_word in steps for step in of_word)
+    return Trie(tuple(tokens), tuple(depths), tuple(ends), flat, len(words))
 
 
 @dataclass(frozen=True)
@@ -117,6 +111,9 @@ class Row:
 LONGEST_LINE = 256
 """Tokens in the longest line that rows are packed into, unless one of them is longer."""
 
+SHORTEST_STREAM, FEWEST_READS = 128, 16
+"""Of padded streams: tokens, and places that are read."""
+
 BESIDES_ATTENTION = 400
 """What a token costs besides its attention, in tokens that it looks at: a round number for SmolLM2-135M on a CPU, where
 200 and 800 give steps as fast."""
@@ -124,37 +121,149 @@ BESIDES_ATTENTION = 400
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows as tensors of ``B`` lines, each holding one row or several that share a prefix, padded on the right.
+    """Rows as integers of ``B`` lines, padded on the right, in one of two layouts.
+
+    *Lines*: each line holds one row or several that share a prefix, and the prefixes have been computed before.
+    *Stream*: one line holds the prefixes too, each before its rows, so that one pass computes all.
+
+    All tensors are int64.
 
     Attributes:
-        ids: int64 ``[B, T]``.
-        positions: int64 ``[B, T]``, counted from the start of a row's whole sequence, prefix included.
-        sees: bool ``[B, T, W + T]``: the token may look at that token of its prefix (padded to width ``W``) or of its
-            line; never at another row's.
-        prefix_rows: int64 ``[B]``, the prefix of each line; None if all lines share prefix 0.
-        read_lines, read_columns: int64 ``[M]``, the places whose hidden states are read.
-        step_read, step_token, step_slot: int64 ``[S]``: step ``s`` reads place ``step_read[s]``, predicts
-            ``step_token[s]`` and counts for word ``step_slot[s] % num_words`` of row ``step_slot[s] // num_words``.
+        ids: ``[B, T]``; any token where a soft prompt's vector stands.
+        positions: ``[B, T]``, counted from the start of a row's whole sequence, prefix included.
+        ends: ``[B, T]``: token ``i`` of a line sees token ``j`` if ``j <= i < ends[j]``. A prefix ends with its last
+            row, a row with its last token, and what a word shares with others with the last of those.
+        prefix_lengths: ``[B]``, tokens in the prefix of each line, all of which its tokens see.
+        prefix_rows: ``[B]``, the prefix of each line; None if all lines share prefix 0.
+        soft: ``[S]``, in a stream the columns of the vectors of its soft prompts, one after the other.
+        read_lines, read_columns: ``[M]``, the places whose hidden states are read.
+        step_read, step_token, step_slot: ``[N]``: step ``s`` reads place ``step_read[s]``, predicts
+            ``step_token[s]`` and counts for word ``step_slot[s] % num_words`` of row ``step_slot[s] // num_words``;
+            what is padded counts for a row behind the last.
+        word_counts: ``[rows]``, how many words each row has.
+        width: tokens in the longest prefix that was computed before.
         num_words: the most words that a row has.
-        word_counts: int64 ``[rows]``, how many words each row has.
     """
 
     ids: torch.Tensor
     positions: torch.Tensor
-    sees: torch.Tensor
+    ends: torch.Tensor
+    prefix_lengths: torch.Tensor
     prefix_rows: torch.Tensor | None
+    soft: torch.Tensor | None
     read_lines: torch.Tensor
     read_columns: torch.Tensor
     step_read: torch.Tensor
     step_token: torch.Tensor
     step_slot: torch.Tensor
-    num_words: int
     word_counts: torch.Tensor
+    width: int
+    num_words: int
 
     @property
     def size(self) -> int:
         """How many rows there are."""
         return len(self.word_counts)
+
+    @property
+    def sees(self) -> torch.Tensor:
+        """bool ``[B, T, W + T]``: the token may look at that token of its prefix (padded to ``width``) or of its line;
+        never at another row's."""
+        places = torch.arange(self.ids.shape[1], device=self.ids.device)
+        own = (places <= places[:, None]) & (places[:, None] < self.ends[:, None])
+        before = torch.arange(self.width, device=self.ids.device) < self.prefix_lengths[:, None]
+        return torch.cat([before[:, None].expand(-1, len(places), -1), own], dim=2)
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those that there are, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on ``device``, by one copy."""
+        if device == self.ids.device:
+            return self
+        flat = torch.cat([tensor.flatten() for tensor in self.tensors.values()])
+        if device.type == "cuda":
+            flat = flat.pin_memory()
+        return self.filled(flat.to(device, non_blocking=True))
+
+    def filled(self, flat: torch.Tensor) -> Batch:
+        """The same with other numbers: those of all ``tensors`` one after the other."""
+        parts = flat.split([tensor.numel() for tensor in self.tensors.values()])
+        new = {name: part.view(old.shape) for (name, old), part in zip(self.tensors.items(), parts, strict=True)}
+        return replace(self, **new)  # type: ignore[arg-type]
+
+
+class _Layout:
+    """Lines of tokens that are being filled."""
+
+    def __init__(self, lines: int, length: int, num_words: int) -> None:
+        self.ids = np.zeros((lines, length), dtype=np.int64)
+        self.positions = np.zeros((lines, length), dtype=np.int64)
+        # Padding sees itself: the softmax of a token that saw nothing would be undefined.
+        self.ends = np.tile(np.arange(1, length + 1), (lines, 1))
+        self._num_words = num_words
+        self._reads: dict[tuple[int, int], int] = {}
+        self._steps: list[tuple[int, int, int]] = []
+        self._counts: dict[int, int] = {}
+
+    def row(self, row: Row, index: int, line: int, begin: int, before: int) -> int:
+        """Lays the row of that index into a line from column ``begin`` on, behind a prefix of ``before`` tokens.
+
+        Returns:
+            The column behind it.
+        """
+        trie = row.trie
+        own, end = begin + len(row.ids), begin + row.length
+        self.ids[line, begin:end] = row.ids + trie.tokens
+        self.positions[line, begin:own] = np.arange(before, before + len(row.ids))
+        self.positions[line, own:end] = np.asarray(trie.depths, dtype=np.int64) + (before + len(row.ids) - 1)
+        self.ends[line, begin:own] = end
+        self.ends[line, own:end] = np.asarray(trie.ends, dtype=np.int64) + own
+        self._counts[index] = trie.num_words
+        for node, token, word in trie.steps:
+            place = self._reads.setdefault((line, own + node), len(self._reads))
+            self._steps.append((place, token, index * self._num_words + word))
+        return end
+
+    def batch(
+        self,
+        lengths: Sequence[int],
+        width: int,
+        chosen: Sequence[int] | None,
+        soft: Sequence[int] | None,
+        *,
+        fixed: bool,
+    ) -> Batch:
+        """All of it on the CPU; ``fixed``: reads and steps are padded to one of a few numbers."""
+        rows = len(self._counts)
+        reads, steps = list(self._reads), self._steps
+        if fixed:
+            reads += [(0, 0)] * (rounded_up(len(reads), FEWEST_READS) - len(reads))
+            steps = steps + [(0, 0, rows * self._num_words)] * (rounded_up(len(steps), FEWEST_READS) - len(steps))
+        read = np.asarray(reads, dtype=np.int64).reshape(-1, 2)
+        step = np.asarray(steps, dtype=np.int64).reshape(-1, 3)
+
+        def tensor(values: object) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))
+
+        return Batch(
+            ids=tensor(self.ids),
+            positions=tensor(self.positions),
+            ends=tensor(self.ends),
+            prefix_lengths=tensor(lengths),
+            prefix_rows=None if chosen is None else tensor(chosen),
+            soft=None if soft is None else tensor(soft),
+            read_lines=tensor(read[:, 0]),
+            read_columns=tensor(read[:, 1]),
+            step_read=tensor(step[:, 0]),
+            step_token=tensor(step[:, 1]),
+            step_slot=tensor(step[:, 2]),
+            word_counts=tensor([self._counts[index] for index in range(rows)]),
+            width=width,
+            num_words=self._num_words,
+        )
 
 
 def _pack(rows: Sequence[Row], width: int) -> list[list[int]]:
@@ -188,62 +297,64 @@ def _first_fit(lengths: Sequence[int], prefixes: Sequence[int], capacity: int) -
 
 
 def collate(rows: Sequence[Row], prefix_lengths: Sequence[int], device: torch.device) -> Batch:
-    """Lays ``rows`` out as one batch.
+    """Lays ``rows`` out as lines.
 
     Args:
         rows: at least one.
         prefix_lengths: tokens in each shared prefix that ``Row.prefix`` may name; ``(0,)`` where there is none.
         device: where the tensors shall lie.
     """
-    tries = [row.trie for row in rows]
-    seen = {id(trie): trie.sees for trie in {id(trie): trie for trie in tries}.values()}  # label sets: one for all
     width = max(prefix_lengths)
     lines = _pack(rows, width)
-    length = max(sum(rows[i].length for i in line) for line in lines)
-    ids = np.zeros((len(lines), length), dtype=np.int64)
-    positions = np.zeros((len(lines), length), dtype=np.int64)
-    sees = np.zeros((len(lines), length, width + length), dtype=bool)
-    num_words = max(trie.num_words for trie in tries)
-    reads: dict[tuple[int, int], int] = {}
-    steps: list[tuple[int, int, int]] = []
+    layout = _Layout(len(lines), max(sum(rows[i].length for i in line) for line in lines), _most_words(rows))
+    lengths = [prefix_lengths[rows[line[0]].prefix] for line in lines]
     for number, line in enumerate(lines):
-        start, begin = prefix_lengths[rows[line[0]].prefix], 0
-        sees[number, :, :start] = True
+        begin = 0
         for index in line:
-            row, trie = rows[index], tries[index]
-            own, end = begin + len(row.ids), begin + row.length
-            ids[number, begin:end] = row.ids + trie.tokens
-            positions[number, begin:own] = np.arange(start, start + len(row.ids))
-            positions[number, own:end] = np.asarray(trie.depths, dtype=np.int64) + (start + len(row.ids) - 1)
-            columns = sees[number, :, width:]
-            columns[begin:own, begin:own] = np.tri(len(row.ids), dtype=bool)
-            columns[own:end, begin:own] = True
-            columns[own:end, own:end] = seen[id(trie)]
-            for node, token, word in trie.steps:
-                place = (number, own + node)
-                steps.append((reads.setdefault(place, len(reads)), token, index * num_words + word))
-            begin = end
-        sees[number, begin:, width] = True  # padding: a token that saw nothing would make its softmax undefined
-
-    def tensor(values: object) -> torch.Tensor:
-        return torch.as_tensor(np.asarray(values, dtype=np.int64), device=device)
-
-    read = np.asarray(list(reads), dtype=np.int64).reshape(-1, 2)
-    step = np.asarray(steps, dtype=np.int64).reshape(-1, 3)
+            begin = layout.row(rows[index], index, number, begin, lengths[number])
     shared = all(row.prefix == 0 for row in rows) and len(prefix_lengths) == 1
-    return Batch(
-        ids=tensor(ids),
-        positions=tensor(positions),
-        sees=torch.from_numpy(sees).to(device),
-        prefix_rows=None if shared else tensor([rows[line[0]].prefix for line in lines]),
-        read_lines=tensor(read[:, 0]),
-        read_columns=tensor(read[:, 1]),
-        step_read=tensor(step[:, 0]),
-        step_token=tensor(step[:, 1]),
-        step_slot=tensor(step[:, 2]),
-        num_words=num_words,
-        word_counts=tensor([trie.num_words for trie in tries]),
-    )
+    chosen = None if shared else [rows[line[0]].prefix for line in lines]
+    return layout.batch(lengths, width, chosen, None, fixed=False).to(device)
+
+
+def stream(rows: Sequence[Row], prefixes: Sequence[tuple[Tokens, int]], *, fixed: bool) -> Batch:
+    """Lays prefixes and rows out as one stream: ``[prefix 0 | its rows | prefix 1 | its rows | …]``.
+
+    Args:
+        rows: at least one.
+        prefixes: of each prefix that ``Row.prefix`` may name, its token ids with one ``SOFT``, and how many vectors
+            stand there.
+        fixed: pad to one of a few shapes, so that few CUDA graphs serve all batches.
+
+    Returns:
+        A batch on the CPU.
+    """
+    starts = [len(ids) - 1 + count for ids, count in prefixes]
+    length = sum(starts) + sum(row.length for row in rows)
+    layout = _Layout(1, rounded_up(length, SHORTEST_STREAM) if fixed else length, _most_words(rows))
+    soft: list[int] = []
+    begin = 0
+    for number, (ids, count) in enumerate(prefixes):
+        place, end = ids.index(SOFT), begin + starts[number]
+        layout.ids[0, begin:end] = (*ids[:place], *[0] * count, *ids[place + 1 :])
+        layout.positions[0, begin:end] = np.arange(end - begin)
+        soft += range(begin + place, begin + place + count)
+        first, begin = begin, end
+        for index, row in enumerate(rows):
+            if row.prefix == number:
+                begin = layout.row(row, index, 0, begin, starts[number])
+        layout.ends[0, first:end] = begin
+    return layout.batch([0], 0, None, soft, fixed=fixed)
+
+
+def _most_words(rows: Sequence[Row]) -> int:
+    return max(len(row.words) for row in rows)
+
+
+def rounded_up(number: int, least: int) -> int:
+    """The next of a few sizes: multiples of ``least``, and further apart the larger they are, at most an eighth."""
+    unit = max(least, 1 << max(0, number.bit_length() - 4))
+    return -(-number // unit) * unit
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

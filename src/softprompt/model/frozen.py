@@ -559,8 +559,9 @@ class FrozenLM(Embedder):
 def _summed(batch: Batch, logits: torch.Tensor) -> torch.Tensor:
     """Log-probabilities float32 ``[B, W]`` of each row's words from logits ``[M, V]`` where they are read."""
     picked = logits.log_softmax(dim=-1)[batch.step_read, batch.step_token]
-    scores = torch.zeros(batch.size * batch.num_words, device=logits.device).index_add(0, batch.step_slot, picked)
-    return scores.view(batch.size, batch.num_words).masked_fill(_absent(batch), -torch.inf)
+    scores = torch.zeros((batch.size + 1) * batch.num_words, device=logits.device)
+    scores = scores.index_add(0, batch.step_slot, picked).view(-1, batch.num_words)
+    return scores[: batch.size].masked_fill(_absent(batch), -torch.inf)
 
 
 def _greedy(batch: Batch, logits: torch.Tensor) -> torch.Tensor:

@@ -328,7 +328,6 @@ class Upstreams:
         """Log-probabilities of the request's words: one request for each place at which they part."""
         job = ticket.job
         trie = build_trie(job.request.words)
-        sees = trie.sees
         wanted: dict[int, dict[int, None]] = {}
         for node, token, _ in trie.steps:
             wanted.setdefault(node, {})[token] = None
@@ -337,7 +336,7 @@ class Upstreams:
         async def at(node: int) -> dict[int, float]:
             ids = job.request.ids
             if node >= 0:
-                ids += tuple(token for token, above in zip(trie.tokens, sees[node], strict=True) if above)
+                ids += trie.path(node)
             found, cached = await server.next_logprobs(ids, job.vectors, list(wanted[node]))
             if node < 0:
                 self._cached(ticket, cached)
