@@ -93,13 +93,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "plain": [one.text for one in sp.predict(lm, plain, [row["input"] for row in test])],
             "chat": [one.text for one in sp.predict(lm, chat, asked)],
         }
-    difference, low, high = paired_bleu(answers["chat"], answers["plain"], references)
+
+    def gap(rows: slice) -> dict[str, float]:
+        several = (answers["chat"][rows], answers["plain"][rows], references[rows])
+        return dict(zip(("bleu", "low", "high"), paired_bleu(*several), strict=True))
+
     return {
         "train_rows": len(train),
         "test_rows": len(test),
         "plain": {"bleu": bleu(answers["plain"], references).as_dict(), **plain_counts},
         "chat": {"bleu": bleu(answers["chat"], references).as_dict(), **chat_counts},
-        "chat_minus_plain": {"bleu": difference, "low": low, "high": high},
+        "chat_minus_plain": {
+            "all answers": gap(slice(None)),
+            "first answers": gap(slice(0, None, 2)),
+            "second answers": gap(slice(1, None, 2)),
+        },
     }
 
 
@@ -131,8 +139,8 @@ def main() -> None:
             f"{name}: BLEU {score['value']:.1f} ± {score['stderr']:.1f} (n = {score['n']}), {of['steps']} steps, "
             f"{of['tokens']:,} tokens computed, {of['tokens_without_sharing']:,} without sharing"
         )
-    gap = found["chat_minus_plain"]
-    print(f"chat minus plain: BLEU {gap['bleu']:+.1f}, 95 % from {gap['low']:+.1f} to {gap['high']:+.1f}")
+    for what, gap in found["chat_minus_plain"].items():
+        print(f"chat minus plain, {what}: BLEU {gap['bleu']:+.1f}, 95 % from {gap['low']:+.1f} to {gap['high']:+.1f}")
 
 
 if __name__ == "__main__":
