@@ -69,7 +69,7 @@ class Learning:
     loss: Annotated[str | None, _learn(f"{', '.join(LOSSES)}.", _D.loss, choices=LOSSES)] = None
     steps: Annotated[int | None, _learn("Optimizer steps.", DEFAULT_STEPS)] = None
     epochs: Annotated[float | None, _learn("Passes over TRAIN, instead of steps.")] = None
-    batch_size: Annotated[int | None, _learn("Examples a step.", _D.batch_size)] = None
+    batch_size: Annotated[int | None, _learn("Examples a step; of conversations, answers.", _D.batch_size)] = None
     lr: Annotated[float | None, _learn("Peak learning rate in RMS of the start.", _D.lr)] = None
     optimizer: Annotated[str | None, _learn(f"{', '.join(OPTIMIZERS)}.", _D.optimizer, choices=OPTIMIZERS)] = None
     schedule: Annotated[str | None, _learn(f"{', '.join(SCHEDULES)}.", _D.schedule, choices=SCHEDULES)] = None

@@ -88,5 +88,7 @@ def _round(gradients: Gradients, trainings: Sequence[Training]) -> tuple[list[St
     seconds = (time.perf_counter() - began) / len(begun)
     steps: list[Step | None] = [None] * len(trainings)
     for place, (number, each, step) in enumerate(begun):
-        steps[number] = each.end_step(step, found[0][place], found[1][place], work.tokens[place], seconds)
+        steps[number] = each.end_step(
+            step, found[0][place], found[1][place], work.tokens[place], seconds, work.saved[place]
+        )
     return steps, [each for _, each, _ in begun]
