@@ -35,6 +35,7 @@ from softprompt.cli.options import (
     option,
 )
 from softprompt.data.packages import DEFAULT_BASE
+from softprompt.errors import ConfigError
 from softprompt.exchange.formats import FORMATS
 from softprompt.tuning.config import TrainConfig
 
@@ -47,7 +48,10 @@ _CHECK = typer.Option("--check/--no-check", help="Compare a few texts with what 
 
 @expanded
 def train_command(
-    train: Annotated[str, typer.Argument(metavar="TRAIN", help=SOURCE)],
+    train: Annotated[
+        list[str],
+        typer.Argument(metavar="TRAIN…", help=f"{SOURCE} Several: a soft prompt of each. Or a plan, YAML or JSON."),
+    ],
     *,
     output: Output,
     validation: Annotated[str | None, data_option("Rows to choose the best step by.", "a tenth of TRAIN")] = None,
@@ -63,8 +67,8 @@ def train_command(
     columns: Columns,
     learning: Learning,
     base: Annotated[
-        str, model_option("The frozen model: alias, hub id, folder or .gguf file.", DEFAULT_BASE)
-    ] = DEFAULT_BASE,
+        str | None, model_option("The frozen model: alias, hub id, folder or .gguf file.", DEFAULT_BASE)
+    ] = None,
     loading: Loading,
     as_json: Json = False,
 ) -> None:
@@ -77,11 +81,26 @@ def train_command(
     softprompt train train.jsonl --name sst2 --init-text "Good or bad?" --epochs 2
     softprompt train qa.csv --name qa --template "{soft_prompt}{question} {target}"
     softprompt train hf:ag_news --input-field text --target-field label --name news
+    softprompt train sst2.jsonl trec.jsonl --name "{file}-v2"
+    softprompt train plan.yaml
     """
+    from softprompt.cli.many import tune_files, tune_plan
+    from softprompt.cli.plan_file import is_plan
     from softprompt.cli.task import Sources
     from softprompt.cli.train import tune
 
-    tune(Sources(train, validation, labels, columns), template, output, learning, base, loading, as_json)
+    plans = [source for source in train if is_plan(source)]
+    if plans and len(train) > 1:
+        raise ConfigError(
+            f"Expected the plan {plans[0]} alone, found {len(train)} files; give one plan, or data files."
+        )
+    sources = Sources(train[0], validation, labels, columns)
+    if plans:
+        tune_plan(train[0], sources, template, output, learning, base, loading, as_json)
+    elif len(train) > 1:
+        tune_files(train, sources, template, output, learning, base, loading, as_json)
+    else:
+        tune(sources, template, output, learning, base, loading, as_json)
 
 
 # --- compare --------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from softprompt.cli.options import SEED_RANGE, completed, flag, option
+from softprompt.errors import ConfigError
 from softprompt.methods.registry import METHODS
 from softprompt.serving.limits import Limits
 from softprompt.tuning.config import (
@@ -36,11 +37,25 @@ _upstream = partial(option, panel="Servers elsewhere")
 class Output:
     """Where a tuned soft prompt goes."""
 
-    name: Annotated[str | None, _run("What to call the soft prompt.")] = None
+    name: Annotated[
+        list[str] | None,
+        _run("What to call the soft prompt; of several, a name each, or {file} in one.", "each as its file"),
+    ] = None
     out: Annotated[Path | None, _run("Write to this .safetensors file instead of the store.")] = None
     resume: Annotated[bool, flag("--resume", "Go on with a run that was stopped.", panel="The run")] = False
     overwrite: Annotated[bool, flag("--overwrite", "Replace an earlier one of that name.", panel="The run")] = False
     track: Annotated[str | None, _run(f"Hand each step to a tracker: {', '.join(TRACKERS)}.", choices=TRACKERS)] = None
+
+    @property
+    def one_name(self) -> str | None:
+        """The name of a single soft prompt.
+
+        Raises:
+            ConfigError: there are several.
+        """
+        if self.name is not None and len(self.name) > 1:
+            raise ConfigError(f"Expected one --name for one data file, found {', '.join(self.name)}; give one of them.")
+        return None if self.name is None else self.name[0]
 
 
 @dataclass(frozen=True)
