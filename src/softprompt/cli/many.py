@@ -330,14 +330,14 @@ def _document(asked: Sequence[_Asked], base: str, seconds: float) -> dict[str, A
 
 
 def _print(asked: Sequence[_Asked], seconds: float) -> None:
-    table = simple_table("name", ">steps", ">best", "validation", "state", "file")
+    table = simple_table("name", ">steps", ">best", "validation", "state")
     for each in asked:
         found = each.document
         if not found:
-            table.add_row(each.job.name, "0", "–", "–", "failed" if each.fault else "stopped", "–")
+            table.add_row(each.job.name, "0", "–", "–", "failed" if each.fault else "stopped")
             continue
         metric = plain_metric(found["metrics"][0]) if found["metrics"] else "–"
         steps, best = f"{found['steps']:,}", f"{found['best_step']:,}"
-        table.add_row(each.job.name, steps, best, metric, WORDS[found["stopped"]], str(each.path))
+        table.add_row(each.job.name, steps, best, metric, WORDS[found["stopped"]])
     stdout.print(table)
-    stdout.print(f"{duration(seconds)} in all")
+    stdout.print(f"stored in {asked[0].path.parent}, {duration(seconds)} in all")

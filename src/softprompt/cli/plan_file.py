@@ -143,16 +143,9 @@ def _parsed(path: Path) -> Any:
             return json.loads(text, object_pairs_hook=_once)
         import yaml
 
-        class Loader(yaml.SafeLoader):
-            """Without aliases into a mapping of its own, and each key once."""
-
-        Loader.add_constructor(
-            yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
-            lambda loader, node: _once(
-                [(loader.construct_object(key), loader.construct_object(value, deep=True)) for key, value in node.value]
-            ),
-        )
-        return yaml.load(text, Loader)  # a safe loader
+        loader: Any = type("Loader", (yaml.SafeLoader,), {})  # a copy, which may have a constructor of its own
+        loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+        return yaml.load(text, loader)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     except ValueError as error:
@@ -164,6 +157,10 @@ def _parsed(path: Path) -> Any:
         where = f", line {place.line + 1}" if place is not None else ""
         said = getattr(error, "problem", None) or first_line(error)
         raise ConfigError(f"{path}{where} is not YAML ({said}); correct it.") from error
+
+
+def _mapping(loader: Any, node: Any) -> dict[Any, Any]:
+    return _once([(loader.construct_object(k, deep=True), loader.construct_object(v, deep=True)) for k, v in node.value])
 
 
 def _once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
