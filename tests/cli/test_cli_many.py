@@ -187,7 +187,11 @@ def test_ctrl_c_keeps_the_best_of_each_and_can_be_resumed(
     run: Run, home: Path, files: Path, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def jobs(suffix: str) -> str:
-        own = ({"train": "films.jsonl", "steps": 3}, {"train": "stars.jsonl"}, {"train": "films.jsonl", "seed": 1})
+        own: tuple[dict[str, Any], ...] = (
+            {"train": "films.jsonl", "steps": 3},
+            {"train": "stars.jsonl"},
+            {"train": "films.jsonl", "seed": 1},
+        )
         named = [{"name": f"{name}{suffix}", **each} for name, each in zip("abc", own, strict=True)]
         settings = {"steps": 8, "eval_every": 2, "num_virtual_tokens": 4, "checkpoint_every": 2}
         top = {"base": base, "dtype": "fp32", "device": "cpu", "defaults": settings}

@@ -66,13 +66,13 @@ class Place:
         return place
 
     @classmethod
-    def at(cls, name: str, store: Store, *, overwrite: bool, resume: bool) -> Place:
+    def at(cls, name: str, store: Store, *, overwrite: bool, resume: bool, kind: str = "training") -> Place:
         """The place of a name in the store, whatever is there.
 
         Raises:
             StoreError: the name is none.
         """
-        run = RunFolder(store.run_folder(name), name)
+        run = RunFolder(store.run_folder(name), name, kind)
         return cls(name, store.path(name), run, store, name, overwrite=overwrite, resume=resume)
 
     def check(self) -> None:
@@ -84,15 +84,20 @@ class Place:
         stopped = self.run.stopped
         if self.overwrite:
             return
+        if other := self.run.stopped_other:
+            raise StoreError(
+                f"A {other} of {self.path.stem!r} was stopped before its end, see {self.run.path}; go on with it by "
+                f"its own command and --resume, or add --overwrite to start anew."
+            )
         if stopped and not self.resume:
             raise StoreError(
-                f"A training of {self.path.stem!r} was stopped before its end, see {self.run.path}; "
+                f"A {self.run.kind} of {self.path.stem!r} was stopped before its end, see {self.run.path}; "
                 f"add --resume to go on with it, or --overwrite to start anew."
             )
         if stopped:
             if self._taken():
                 raise StoreError(
-                    f"The soft prompt {self.path} is not of the training that was stopped, see {self.run.path}; "
+                    f"The soft prompt {self.path} is not of the {self.run.kind} that was stopped, see {self.run.path}; "
                     f"move it away, or add --overwrite to --resume to replace it."
                 )
         elif self.stored_as is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -160,10 +160,12 @@ def _parsed(path: Path) -> Any:
 
 
 def _mapping(loader: Any, node: Any) -> dict[Any, Any]:
-    return _once([(loader.construct_object(k, deep=True), loader.construct_object(v, deep=True)) for k, v in node.value])
+    return _once(
+        [(loader.construct_object(k, deep=True), loader.construct_object(v, deep=True)) for k, v in node.value]
+    )
 
 
-def _once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+def _once(pairs: Sequence[tuple[Any, ...]]) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for key, value in pairs:
         if not isinstance(key, str):

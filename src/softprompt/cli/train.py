@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from softprompt.cli.groups import Learning, Output
+from softprompt.cli.groups import Learning, LearningOnce, Output
 from softprompt.cli.options import Loading, in_utf8
 from softprompt.cli.place import Place
 from softprompt.cli.task import Sources, template_from
@@ -57,7 +57,7 @@ def tune(
             _train_and_store(training, place, job.reading, began, track, as_json)
 
 
-def job_of(name: str, sources: Sources, template: str, learning: Learning, store: Store) -> Job:
+def job_of(name: str, sources: Sources, template: str, learning: LearningOnce, store: Store) -> Job:
     """What the options ask for, checked, its rows read.
 
     Raises:
@@ -88,7 +88,7 @@ def prepared(job: Job, place: Place, lm: FrozenLM) -> tuple[Job, Training]:
         return job, job.training(lm, folder=place.run, resume=place.resume)
 
 
-def _configuration(learning: Learning, store: Store) -> tuple[TrainConfig, SoftPrompt | None]:
+def _configuration(learning: LearningOnce, store: Store) -> tuple[TrainConfig, SoftPrompt | None]:
     """The run's settings, and the soft prompt to start from if ``--init`` names one."""
     options = {field.name: getattr(learning, field.name) for field in fields(learning)}
     recipe = options.pop("preset")

@@ -93,6 +93,7 @@ def watch_together(
     *,
     until: int | None = None,
     ended: Callable[[Training], None] = lambda training: None,
+    planned: bool = True,
 ) -> None:
     """Trains all to their ends, or to the step ``until``, and shows one table of them, or a line a minute where stderr
     is no terminal.
@@ -102,6 +103,7 @@ def watch_together(
         clock: tells the time.
         until: see ``train_together``.
         ended: is told of each training as soon as it has ended, also of those that had ended before.
+        planned: say first what is planned.
 
     Raises:
         KeyboardInterrupt: the user pressed Ctrl-C; ``result()`` of each is its best so far.
@@ -109,7 +111,7 @@ def watch_together(
     board, minute = _Board(trainings), Minute(clock)
     began, first = clock(), sum(training.step for training in trainings)
     goals = [training.total if until is None else min(until, training.total) for training in trainings]
-    if until is None:
+    if planned:
         stderr.print(_planned(trainings))
     with Live(console=stderr, auto_refresh=False, transient=True) as live, heard_ctrl_c() as pressed:
 
