@@ -87,7 +87,7 @@ def split_rows(
             f"{train.source} has {len(pool)} row, but training needs at least 2 when no validation data is given; "
             "add rows or give --validation"
         )
-    held = set(_held(pool, order, min(config.validation_rows, max(1, len(pool) // 10))))
+    held = set(held_rows(pool, order, min(config.validation_rows, max(1, len(pool) // 10))))
     if len(held) == len(pool):
         raise DataError(
             f"{train.source} has one conversation, but training needs at least 2 when no validation data is given; "
@@ -96,7 +96,7 @@ def split_rows(
     return [e for i, e in enumerate(pool) if i not in held], [pool[i] for i in sorted(held)]
 
 
-def _held(pool: Sequence[Example], order: Sequence[int], number: int) -> list[int]:
+def held_rows(pool: Sequence[Example], order: Sequence[int], number: int) -> list[int]:
     """The first ``number`` rows of an order; of conversations, all answers of the first, until they are so many."""
     of_conversation: dict[str, list[int]] = {}
     for index in order:

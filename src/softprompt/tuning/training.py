@@ -160,6 +160,17 @@ class Training:
         return self._state.stopped
 
     @property
+    def score(self) -> float:
+        """What its best soft prompt is compared by (``keeping.py``): a mean probability of the right label, or minus a
+        loss; minus infinity before the first validation."""
+        return self._state.keeper.score
+
+    @property
+    def validations(self) -> list[dict[str, Any]]:
+        """All validations so far, without their rows."""
+        return list(self._state.validations)
+
+    @property
     def ended(self) -> bool:
         """Whether no step is left to do."""
         return bool(self.stopped) or self.step >= self.total
@@ -255,7 +266,7 @@ class Training:
     def begin_step(self) -> Begun | None:
         """The next step before its gradient; None when there is none, with the reason in ``stopped``."""
         state = self._state
-        if not state.stopped and state.step >= self.total:
+        if not state.stopped and state.step >= self.total:  # in a checkpoint of an earlier release
             state.stopped = "steps"
         if state.stopped:
             return None
@@ -323,6 +334,8 @@ class Training:
             step = self._validate(step)
         if tried:
             self._compare_starts(step.validation)
+        if state.step >= self.total:
+            state.stopped = "steps"
         self._log(step)
         return step
 
