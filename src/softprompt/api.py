@@ -38,6 +38,7 @@ from softprompt.text.chat import with_answers
 from softprompt.text.template import Template, chat_template
 from softprompt.text.verbalizer import Verbalizer
 from softprompt.tuning.config import TrainConfig
+from softprompt.tuning.step import Alarm
 from softprompt.tuning.tracking import Track, tracking
 from softprompt.tuning.training import Training
 
@@ -453,6 +454,8 @@ def _run(training: Training, reading: Reading, track: Track, progress: bool) -> 
             warnings.warn(doubt, SoftPromptWarning, stacklevel=3)
         for step in training:
             track(step)
+            _warn_of(step.alarms)
+    _warn_of(training.alarms)
     _warn_truncated(training.truncated, training.task.max_length)
     if training.stopped == "not finite":
         warnings.warn(
@@ -461,6 +464,11 @@ def _run(training: Training, reading: Reading, track: Track, progress: bool) -> 
             SoftPromptWarning,
             stacklevel=3,
         )
+
+
+def _warn_of(alarms: Sequence[Alarm]) -> None:
+    for alarm in alarms:
+        warnings.warn(alarm.sentence, SoftPromptWarning, stacklevel=4)
 
 
 def _bar(what: str, progress: bool) -> AbstractContextManager[Progress | None]:

@@ -22,7 +22,7 @@ from softprompt.tasks.length import default_num_virtual_tokens
 from softprompt.tasks.reading import form_of, require_no_chat
 from softprompt.tasks.task import Task
 from softprompt.terminal.console import print_rows, say_reading, stderr, warn_truncated
-from softprompt.terminal.training import watch
+from softprompt.terminal.training import say_alarms, watch
 from softprompt.text.chat import with_answers
 from softprompt.text.template import chat_template
 from softprompt.tuning import checkpoint
@@ -70,6 +70,7 @@ def tune(
         taken = sources.taken_for(rows, held_out, None, verbalizer)
         say_reading(taken)
         warn_truncated(training.truncated, task.max_length)
+        say_alarms(training.watch.before)
         with tracking(output.track, training, place.run.path / "tensorboard") as track:
             _train_and_store(training, place, taken, began, track, as_json)
 
@@ -124,6 +125,8 @@ def _train_and_store(
     place.save(soft_prompt)
     if not interrupted:
         (place.run.path / checkpoint.FILE).unlink(missing_ok=True)  # what has ended cannot be resumed
+    training.watch.require_same_answers(place.path, soft_prompt)
+    say_alarms(training.alarms[len(training.watch.before) :])
     _report(training, soft_prompt, place.path, taken, time.perf_counter() - began, as_json)
     after = f"after step {training.step:,} of {training.total:,}"
     if interrupted:
@@ -152,6 +155,7 @@ def _report(
             "metrics": list(soft_prompt.metrics),
             "steps": record["steps_done"],
             "truncated": training.truncated,
+            "alarms": [alarm.as_dict() for alarm in training.alarms],
             "seconds": round(seconds, 3),
             "graphs": training.graphs,
             **{key: record[key] for key in ("best_step", "stopped", "loss", "tokens", "train_seconds")},
