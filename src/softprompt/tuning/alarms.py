@@ -126,12 +126,9 @@ def _of_template(task: Task, train: Sequence[Example]) -> list[Alarm]:
         return []
     before = parts[-2].value if parts[-2].kind == "text" else "x" if parts[-2].kind == "field" else ""
     target = task.verbalizer.words[task.labels[0]][0] if task.verbalizer else str(train[0].target)
-    ends = before[-1:]
-    if not (ends.isascii() and (ends.isalnum() or ends in ":?!.,;=")) or not (
-        target[:1].isascii() and target[:1].isalpha()
-    ):
-        return []
-    if _joins(task, before, target):
+    ends, begins = before[-1:], target[:1]
+    goes_on = ends.isascii() and (ends.isalnum() or ends in ":?!.,;=") and begins.isascii() and begins.isalpha()
+    if not ends or not goes_on or _joins(task, before, target):
         return []
     cue = f"the text {quoted(before[-20:])}" if parts[-2].kind == "text" else f"the field {{{parts[-2].value}}}"
     return [
@@ -164,8 +161,13 @@ def one_answer(validations: Sequence[Mapping[str, Any]]) -> list[Alarm]:
     return [Alarm("one_answer", _one_answer(validations[-1]["one_answer"]))]
 
 
-def _one_answer(found: Mapping[str, Any]) -> str:
+def _one_answer(found: Mapping[str, Any], *, ended: bool = False) -> str:
     said = OneAnswer(found["label"], found["share"], found["gold_share"])
+    if ended:
+        return (
+            f"the soft prompt {said}: it does not tell the labels apart; try more steps or --parametrisation prefix, "
+            f"and look at full fine-tuning with `softprompt compare`"
+        )
     return (
         f"the soft prompt {said}: it does not tell the labels apart so far. If that stays so, try more steps or "
         f"--parametrisation prefix, and look at full fine-tuning with `softprompt compare`."
@@ -260,12 +262,7 @@ def of_answers(scores: Sequence[float], value: float, gold: Sequence[str], last:
         last: the validation.
     """
     if last.get("one_answer"):
-        return [
-            Alarm(
-                "one_answer",
-                _one_answer(last["one_answer"]).replace(" so far. If that stays so, try", "; try").rstrip("."),
-            )
-        ]
+        return [Alarm("one_answer", _one_answer(last["one_answer"], ended=True))]
     rows, shares = len(gold), {label: gold.count(label) / len(gold) for label in set(gold)}
     if len(shares) < 2 or rows < FEW_ROWS:
         return []
