@@ -41,6 +41,8 @@ TINY = 1e-7
 CLIPPED, OFTEN = 30.0, 0.95
 """How many times ``clip`` the gradient is in the median, and the share of the steps it is clipped in, from which on the
 clip is too low."""
+HIGH = 3
+"""Times the default from which on a learning rate is the first to be doubted."""
 FEW_ROWS = 10
 """Rows below which a training, or a validation, says next to nothing."""
 RELOADED = 4
@@ -252,7 +254,9 @@ def of_vectors(vectors: torch.Tensor, start: torch.Tensor, config: TrainConfig, 
     return []
 
 
-def of_answers(scores: Sequence[float], value: float, gold: Sequence[str], last: Mapping[str, Any]) -> list[Alarm]:
+def of_answers(
+    scores: Sequence[float], value: float, gold: Sequence[str], last: Mapping[str, Any], lr: float = TrainConfig.lr
+) -> list[Alarm]:
     """Whether labels are told apart: one answer to nearly all rows, or no better than by the labels' shares.
 
     Args:
@@ -260,6 +264,7 @@ def of_answers(scores: Sequence[float], value: float, gold: Sequence[str], last:
         value: the accuracy on them.
         gold: their labels.
         last: the validation.
+        lr: the peak learning rate.
     """
     if last.get("one_answer"):
         return [Alarm("one_answer", _one_answer(last["one_answer"], ended=True))]
@@ -273,12 +278,17 @@ def of_answers(scores: Sequence[float], value: float, gold: Sequence[str], last:
     by_accuracy = value - most > BEYOND * math.sqrt(most * (1 - most) / rows)
     if by_loss or by_accuracy:
         return []
+    remedy = (
+        f"give a lower --lr than {lr:g} (the default is {TrainConfig.lr:g})"
+        if lr > HIGH * TrainConfig.lr
+        else "check that inputs and labels belong together, then try more --steps or --parametrisation prefix, or "
+        "another base model"
+    )
     return [
         Alarm(
             "chance",
             f"the validation accuracy of {value:.3f} on {counted(rows, 'row')} is no better than that of the most "
-            f"frequent label, {most:.3f}, by more than chance; check that inputs and labels belong together, then try "
-            f"more --steps or --parametrisation prefix, or another base model",
+            f"frequent label, {most:.3f}, by more than chance; {remedy}",
         )
     ]
 
@@ -371,7 +381,7 @@ class Watch:
             return tuple(found)
         labelled = task.verbalizer is not None
         if labelled:
-            found += of_answers(scores, best["value"], [str(row.target) for row in self._rows], best)
+            found += of_answers(scores, best["value"], [str(row.target) for row in self._rows], best, config.lr)
         return (*found, *of_comparison(trend, scores, base_scores(task, self._rows), labelled=labelled))
 
     def require_same_answers(self, path: Path, made: SoftPrompt) -> None:
