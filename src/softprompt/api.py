@@ -446,6 +446,8 @@ def _example(template: Template, given: Input, number: int) -> Example:
 
 def _run(training: Training, reading: Reading, track: Track, progress: bool) -> None:
     """Trains to the end, and warns of what the user should know."""
+    before = training.watch.before
+    _warn_of(before)
     if progress:
         say_reading(reading)
         watch(training, track=track)
@@ -455,7 +457,7 @@ def _run(training: Training, reading: Reading, track: Track, progress: bool) -> 
         for step in training:
             track(step)
             _warn_of(step.alarms)
-    _warn_of(training.alarms)
+    _warn_of(training.alarms[len(before) :])
     _warn_truncated(training.truncated, training.task.max_length)
     if training.stopped == "not finite":
         warnings.warn(

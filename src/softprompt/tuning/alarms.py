@@ -198,7 +198,7 @@ def of_steps(trend: Trend, config: TrainConfig, parameters: int) -> list[Alarm]:
             )
     norm = statistics.median(trend.norms) if trend.norms else math.inf
     seen = min(norm, config.clip) if config.clip else norm
-    if seen / math.sqrt(parameters) < TINY:
+    if config.optimizer == "adamw" and seen / math.sqrt(parameters) < TINY:
         what = f"clipped to a norm of {config.clip:g}" if seen < norm else f"of a norm of {norm:.1e} in the median"
         remedy = f"give a higher --clip; its default is {TrainConfig.clip:g}" if seen < norm else "try --dtype fp32"
         found.append(Alarm("tiny_gradient", f"the gradient is {what}, too small for the optimizer to see; {remedy}"))
@@ -369,13 +369,13 @@ class Watch:
 
         Args:
             state: what it has come to.
-            start: what its best vectors began with, of the same shape; None where it went on from another soft prompt.
+            start: what its vectors began with, of the same shape; None where it went on from another soft prompt.
             config: its settings.
         """
         best, scores, trend, task = state.keeper.best, state.keeper.scores, state.trend, self._task
         found = [*self.before]
         if start is not None:
-            found += of_vectors(state.best, start, config, state.step)
+            found += of_vectors(state.learner.numbers(), start, config, state.step)
         found += of_steps(trend, config, state.parameters)
         if best is None or len(scores) != len(self._rows):  # never finite, or kept by an earlier release
             return tuple(found)

@@ -191,8 +191,7 @@ class Training:
         if not self.ended or self.stopped not in ("", "steps", "early"):
             return self.watch.before
         if self._at_end is None:
-            best = self._state.keeper.best
-            start = None if self._start is not None or best is None else self._learner(best["start"]).numbers()
+            start = None if self._start is not None else self._learner(self._state.learner.number).numbers()
             self._at_end = self.watch.at_end(self._state, start, self.config)
         return self._at_end
 
