@@ -167,7 +167,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, script: Sequence[tuple[float, floa
             value, loss = script[len(seen)]
             seen.append(vectors.clone())
             metrics = [{"metric": "scripted", "value": value}]
-            rows = {"loss": [-math.log(value)] * 9, "correct": [1] * 9}
+            rows = {"loss": [-math.log(value)] * len(examples), "correct": [1] * len(examples)}
             return {"value": value, "score": value, "loss": loss, "metrics": metrics, "rows": rows}
 
         return validate

@@ -40,6 +40,7 @@ from softprompt.text.template import Template
 from softprompt.tuning.config import TrainConfig
 from softprompt.tuning.job import Job, of_job, require_known, with_settings
 from softprompt.tuning.many import train_together
+from softprompt.tuning.step import Alarm
 from softprompt.tuning.tracking import Track, tracking
 from softprompt.tuning.training import Training
 
@@ -489,6 +490,8 @@ def _example(template: Template, given: Input, number: int) -> Example:
 
 def _run(training: Training, reading: Reading, track: Track, progress: bool) -> None:
     """Trains to the end, and warns of what the user should know."""
+    before = training.watch.before
+    _warn_of(before)
     if progress:
         say_reading(reading)
         watch(training, track=track)
@@ -497,6 +500,8 @@ def _run(training: Training, reading: Reading, track: Track, progress: bool) -> 
             warnings.warn(doubt, SoftPromptWarning, stacklevel=3)
         for step in training:
             track(step)
+            _warn_of(step.alarms)
+    _warn_of(training.alarms[len(before) :])
     _warn_truncated(training.truncated, training.task.max_length)
     if training.stopped == "not finite":
         warnings.warn(_not_finite(training), SoftPromptWarning, stacklevel=3)
@@ -509,6 +514,11 @@ def _not_finite(training: Training) -> str:
         f"the loss is not finite any more after step {training.step:,} of {training.total:,}; the soft prompt is "
         f"the last good one; train again with an lr below {training.config.lr}, or with dtype fp32"
     )
+
+
+def _warn_of(alarms: Sequence[Alarm]) -> None:
+    for alarm in alarms:
+        warnings.warn(alarm.sentence, SoftPromptWarning, stacklevel=4)
 
 
 def _bar(what: str, progress: bool) -> AbstractContextManager[Progress | None]:

@@ -22,7 +22,7 @@ from softprompt.model.frozen import FrozenLM
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
 from softprompt.terminal.console import print_rows, say_reading, stderr, warn_truncated
-from softprompt.terminal.training import watch
+from softprompt.terminal.training import say_alarms, watch
 from softprompt.tuning import checkpoint
 from softprompt.tuning.config import INITS, TrainConfig
 from softprompt.tuning.config import preset as published
@@ -53,6 +53,7 @@ def tune(
         job, training = prepared(job, place, loading.load(base or DEFAULT_BASE))
         say_reading(job.reading)
         warn_truncated(training.truncated, training.task.max_length)
+        say_alarms(training.watch.before)
         with tracking(output.track, training, place.run.path / "tensorboard") as track:
             _train_and_store(training, place, job.reading, began, track, as_json)
 
@@ -138,6 +139,8 @@ def _train_and_store(
     place.save(soft_prompt)
     if not interrupted:
         (place.run.path / checkpoint.FILE).unlink(missing_ok=True)  # what has ended cannot be resumed
+    training.watch.require_same_answers(place.path, soft_prompt)
+    say_alarms(training.alarms[len(training.watch.before) :])
     _report(training, soft_prompt, place.path, taken, time.perf_counter() - began, as_json)
     after = f"after step {training.step:,} of {training.total:,}"
     if interrupted:
@@ -178,6 +181,7 @@ def document_of(
         "base_unchanged": training.base_unchanged,
         "data": taken.as_dict(),
         "truncated": training.truncated,
+        "alarms": [alarm.as_dict() for alarm in training.alarms],
         "seconds": round(seconds, 3),
         "graphs": training.graphs,
     }

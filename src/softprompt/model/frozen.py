@@ -28,6 +28,7 @@ from softprompt.model.architecture import (
     family_of,
     feed,
     kept_bytes,
+    leave_out_images,
     require_causal,
     run_behind,
     why_whole_sequences,
@@ -70,7 +71,8 @@ GAIN_TOKENS = 100
 
 
 class FrozenLM(Embedder):
-    """A frozen causal language model, or encoder–decoder, with its tokenizer.
+    """A frozen causal language model, or encoder–decoder, with its tokenizer. Of a model of images and text, the
+    language model: ``text_only`` takes out what reads images.
 
     Attributes:
         model: transformers' own; in evaluation mode, no weight requires a gradient.
@@ -83,8 +85,19 @@ class FrozenLM(Embedder):
         packed: its weights as a CPU's products of few rows want them; for continuing, token by token.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, name: str, dtype: str = "auto", device: str = "auto") -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        name: str,
+        dtype: str = "auto",
+        device: str = "auto",
+        text_only: bool = False,
+    ) -> None:
         fingerprint = fingerprint_model(model)  # of the weights as they are stored
+        if text_only:
+            leave_out_images(model)
         self.device, config = pick_device(device), model.config
         found = pick_dtype(dtype, self.device)
         # Not ``model.to(dtype)``: it would round the rotary frequencies too, which in bf16 is a radian at 1000 tokens.
@@ -157,7 +170,7 @@ class FrozenLM(Embedder):
         pick_dtype(dtype, device_found)
         with heard():
             model, tokenizer = load_base(base, trust_remote_code=trust_remote_code)
-            return cls(model, tokenizer, name=base, dtype=dtype, device=device)
+            return cls(model, tokenizer, name=base, dtype=dtype, device=device, text_only=True)
 
     @classmethod
     def wrap(

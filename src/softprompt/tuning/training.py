@@ -25,6 +25,7 @@ from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.task import Task
 from softprompt.text.tokens import SOFT
 from softprompt.tuning import checkpoint, compilation
+from softprompt.tuning.alarms import Watch
 from softprompt.tuning.config import DEFAULT_STEPS, EVAL_EVERY, INITS, TrainConfig
 from softprompt.tuning.gradients import Gradients, Share, Work
 from softprompt.tuning.history import History
@@ -37,7 +38,7 @@ from softprompt.tuning.rows import RowOrder, describe_rows, split_rows
 from softprompt.tuning.run_folder import Hold, RunFolder
 from softprompt.tuning.start import first_vectors, init_scale
 from softprompt.tuning.state import State
-from softprompt.tuning.step import Begun, Step
+from softprompt.tuning.step import Alarm, Begun, Step
 from softprompt.tuning.training_time import Schedule
 
 
@@ -55,6 +56,7 @@ class Training:
         task: template and verbalizer, bound to the base model.
         schedule: its steps and validations.
         truncated: how many inputs were cut.
+        watch: looks whether it learns; its ``before`` is what was to be seen before the first step.
         base_unchanged: whether every bit of the base model's weights is as it was before any training, as the latest
             ``result`` found; None before that.
     """
@@ -126,6 +128,8 @@ class Training:
             require_shared_prefix(task.model, task.template, self._requests)
         self.truncated = sum(request.truncated for request in self._requests)
         self._validator = validator(task, held_out)
+        self.watch = Watch(task, examples, held_out)
+        self._at_end: tuple[Alarm, ...] | None = None
         checked = [task.label_request(e) if task.words else task.target_request(e) for e in held_out]
         self.schedule = self._schedule(share_beginnings(checked))
         self._start = start
@@ -188,6 +192,17 @@ class Training:
             "compiled": graphs_compiled() - self._compiled_before,
             "captured": self._gradients.graphs.captured,
         }
+
+    @property
+    def alarms(self) -> tuple[Alarm, ...]:
+        """What gives reason to doubt what is learned: before its end, what was to be seen before the first step; at its
+        end all that was found, for which the base model answers some validation rows alone."""
+        if not self.ended or self.stopped not in ("", "steps", "early"):
+            return self.watch.before
+        if self._at_end is None:
+            start = None if self._start is not None else self._learner(self._state.learner.number).numbers()
+            self._at_end = self.watch.at_end(self._state, start, self.config)
+        return self._at_end
 
     @property
     def learned(self) -> dict[str, torch.Tensor]:
@@ -332,6 +347,7 @@ class Training:
         tried = self.schedule.ends_start(state.step)
         if (begun.place + 1) % self.schedule.every == 0 or state.step == self.total or tried:
             step = self._validate(step)
+        step = self.watch.saw(step, state, self.config)
         if tried:
             self._compare_starts(step.validation)
         if state.step >= self.total:
@@ -370,6 +386,11 @@ class Training:
 
     def _begin(self, number: int) -> Learner:
         """The start of that number, before its first step."""
+        learner = self._learner(number)
+        self._history.add(number, number * self.schedule.probe, learner.numbers())
+        return learner
+
+    def _learner(self, number: int) -> Learner:
         first = self._requests[0].ids
         form = parametrise(
             self.task.model,
@@ -381,7 +402,6 @@ class Training:
         )
         learner = Learner(number, form, make_optimizer(self.config, *form.tensors.values()), None)
         learner.average = learner.numbers() if self.config.average else None
-        self._history.add(number, number * self.schedule.probe, learner.numbers())
         return learner
 
     def _compare_starts(self, found: dict[str, Any] | None) -> None:
@@ -450,6 +470,7 @@ class Training:
                 **state.summary(),
                 "dtype": str(lm.dtype).removeprefix("torch."),
                 "device": lm.device.type,
+                "alarms": [alarm.kind for alarm in self.alarms],
             },
             data=self._data,
             metrics=() if best is None else tuple({"split": "validation", **metric} for metric in best["metrics"]),
@@ -589,7 +610,7 @@ class Training:
         if self._run is None:
             return
         try:
-            self._run.log({key: value for key, value in step.__dict__.items() if value is not None})
+            self._run.log(step.as_dict())
             if step.validation is not None:
                 self._history.write(self._state.validations, self._state.keeper.best)
         except OSError as error:
