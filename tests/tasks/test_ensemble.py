@@ -28,13 +28,11 @@ ROWS = tuple(Example({"input": text}, None) for text in ("a stirring film", "the
 
 
 def members(lm: FrozenLM, count: int = 3) -> list[SoftPrompt]:
-    """Soft prompts of different lengths, templates and orders of the labels."""
-    turned = dict(reversed(WORDS.items()))
+    """Soft prompts of different lengths, templates, words and orders of the labels; the second one answers otherwise
+    than the others."""
     forms = (FORM, "Is it good? {soft_prompt}{input} {target}", FORM)
-    return [
-        soft_prompt(lm, f"seed{i}", forms[i % 3], turned if i % 2 else WORDS, length=3 + i, seed=10 + i)
-        for i in range(count)
-    ]
+    words = (WORDS, {"bad": ("film",), "good": ("the",)}, WORDS)
+    return [soft_prompt(lm, f"seed{i}", forms[i % 3], words[i % 3], length=3 + i, seed=10 + i) for i in range(count)]
 
 
 def alone(lm: FrozenLM, one: SoftPrompt) -> list[Prediction]:
@@ -52,7 +50,7 @@ def test_the_mean_is_of_what_each_gives_alone_by_label(llama: FrozenLM) -> None:
         assert answer.text == max(mean, key=mean.__getitem__)
         assert [one.text for one in answer.members] == [one[row].text for one in each]
         assert answer.disagreement == sum(one[row].text != answer.text for one in each) / 3
-        assert answer.differ == (len({one[row].text for one in each}) > 1)
+        assert answer.differ
 
 
 @given(
