@@ -1,5 +1,6 @@
 """Every command: its options and its help. What it does is in the module of its name, which is imported when it runs,
-so that help and completion need no torch."""
+so that help and completion need no torch. Those that bring a soft prompt to another task or base model are declared in
+``transfer_commands``."""
 
 from __future__ import annotations
 
@@ -34,6 +35,7 @@ from softprompt.cli.options import (
     model_option,
     option,
 )
+from softprompt.cli.transfer_commands import recycle_command, transfer_command
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.exchange.formats import FORMATS
 from softprompt.tuning.config import TrainConfig
@@ -568,6 +570,8 @@ def demo_command(
 
 COMMANDS: dict[str, Any] = {
     "train": train_command,
+    "transfer": transfer_command,
+    "recycle": recycle_command,
     "compare": compare_command,
     "inspect": inspect_command,
     "harden": harden_command,

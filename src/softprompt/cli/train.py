@@ -12,6 +12,7 @@ from softprompt.cli.groups import Learning, Output
 from softprompt.cli.options import Loading, in_utf8
 from softprompt.cli.place import Place
 from softprompt.cli.task import Sources, template_from
+from softprompt.cli.transfer import Search
 from softprompt.data.checks import Reading
 from softprompt.drawing.words import duration, plain_metric
 from softprompt.errors import ConfigError, StoreError, TrainingError
@@ -30,12 +31,20 @@ from softprompt.tuning.config import INITS, TrainConfig
 from softprompt.tuning.config import preset as published
 from softprompt.tuning.tracking import Track, tracking
 from softprompt.tuning.training import Training
+from softprompt.tuning.transfer import Trial
 
 
 def tune(
-    sources: Sources, template: str, output: Output, learning: Learning, base: str, loading: Loading, as_json: bool
+    sources: Sources,
+    template: str,
+    output: Output,
+    learning: Learning,
+    base: str,
+    loading: Loading,
+    as_json: bool,
+    search: Search | None = None,
 ) -> None:
-    """Tunes a soft prompt, stores it, and says what came of it.
+    """Tunes a soft prompt, stores it, and says what came of it. With ``search``, it looks for a start first.
 
     Raises:
         SoftPromptError: a mistake of the user's, see each step.
@@ -44,6 +53,8 @@ def tune(
     began = time.perf_counter()
     place = Place.of(output.name, output.out, overwrite=output.overwrite, resume=output.resume)
     config, start = _configuration(learning, place.store)
+    if search is not None:
+        _require_no_other_start(config, learning)
     form = None if template in ("default", "chat") else template_from(template)
     if form is not None:  # who writes a template names the columns
         rows, held_out, verbalizer = sources.read(form.fields, "none")
@@ -58,6 +69,10 @@ def tune(
         if form is None and template == "chat" and not rows.is_chat:
             form = chat_template(lm.tokenizer)
         form = form or form_of(rows, lm.tokenizer, verbalizer is not None)
+        trial = None if search is None else search.find(lm, form, verbalizer, rows, held_out, config)
+        if trial is not None:
+            start, length = trial.start, trial.num_virtual_tokens
+            config = replace(config, num_virtual_tokens=length)
         if config.num_virtual_tokens is None:
             length = default_num_virtual_tokens(lm, () if verbalizer is None else verbalizer.labels)
             config = replace(config, num_virtual_tokens=length)
@@ -71,7 +86,17 @@ def tune(
         say_reading(taken)
         warn_truncated(training.truncated, task.max_length)
         with tracking(output.track, training, place.run.path / "tensorboard") as track:
-            _train_and_store(training, place, taken, began, track, as_json)
+            _train_and_store(training, place, taken, began, track, as_json, trial)
+
+
+def _require_no_other_start(config: TrainConfig, learning: Learning) -> None:
+    """Refuses options that say what a trial is to find."""
+    if learning.init is not None and learning.init not in INITS:
+        raise ConfigError(
+            f"--init {learning.init} names the start that transfer looks for; leave it out, or use `softprompt train`."
+        )
+    if config.tries > 1:
+        raise ConfigError("--starts and --lengths are tries of their own beside the trial of transfer; leave them out.")
 
 
 def _configuration(learning: Learning, store: Store) -> tuple[TrainConfig, SoftPrompt | None]:
@@ -110,7 +135,7 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 
 def _train_and_store(
-    training: Training, place: Place, taken: Reading, began: float, track: Track, as_json: bool
+    training: Training, place: Place, taken: Reading, began: float, track: Track, as_json: bool, trial: Trial | None
 ) -> None:
     interrupted = False
     try:
@@ -124,7 +149,7 @@ def _train_and_store(
     place.save(soft_prompt)
     if not interrupted:
         (place.run.path / checkpoint.FILE).unlink(missing_ok=True)  # what has ended cannot be resumed
-    _report(training, soft_prompt, place.path, taken, time.perf_counter() - began, as_json)
+    _report(training, soft_prompt, place.path, taken, time.perf_counter() - began, as_json, trial)
     after = f"after step {training.step:,} of {training.total:,}"
     if interrupted:
         stderr.print(f"interrupted {after}; the best so far is stored; to go on, give the same command with --resume")
@@ -137,7 +162,13 @@ def _train_and_store(
 
 
 def _report(
-    training: Training, soft_prompt: SoftPrompt, path: Path, taken: Reading, seconds: float, as_json: bool
+    training: Training,
+    soft_prompt: SoftPrompt,
+    path: Path,
+    taken: Reading,
+    seconds: float,
+    as_json: bool,
+    trial: Trial | None,
 ) -> None:
     record, size = soft_prompt.training, path.stat().st_size
     if as_json:
@@ -155,6 +186,7 @@ def _report(
             "seconds": round(seconds, 3),
             "graphs": training.graphs,
             **{key: record[key] for key in ("best_step", "stopped", "loss", "tokens", "train_seconds")},
+            **({} if trial is None else {"transfer": trial.as_dict()}),
         }
         print(strict_json(document))
         return
@@ -164,6 +196,7 @@ def _report(
             ("file", f"{path} ({size:,} bytes)"),
             ("base model", f"{soft_prompt.base}" + ", unchanged, bit for bit" * bool(training.base_unchanged)),
             *(("validation", plain_metric(metric)) for metric in soft_prompt.metrics),
+            *(() if trial is None else (("start", trial.candidates[0].name),)),
             ("steps", f"{record['steps_done']:,}, the best of them {record['best_step']:,}"),
             ("time", duration(seconds)),
         ]
