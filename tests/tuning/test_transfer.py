@@ -55,10 +55,10 @@ def test_the_trial_is_that_of_trainings_alone(llama: FrozenLM) -> None:
 def test_a_source_that_knows_the_task_is_chosen(llama: FrozenLM) -> None:
     rows = toy(60, 1)
     task = toy_task(llama, rows)
-    taught = Training(task, rows, toy(20, 3), train_settings(steps=60, eval_every=20))
+    taught = Training(task, rows, toy(20, 3), train_settings(steps=60, eval_every=60, batch_size=16))
     list(taught)
     sources = {"taught": taught.result(), "noise": soft_prompt(llama, "noise", FORM, length=6, seed=9)}
-    found = find_start(task, rows, toy(40, 2), train_settings(seed=5), sources, steps=3)
+    found = find_start(task, rows, toy(40, 2), train_settings(seed=5, lr=0.03), sources, steps=3)
     assert found.candidates[0].name == "taught"
     assert found.start is sources["taught"]
 
