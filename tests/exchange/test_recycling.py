@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +75,8 @@ class Other:
 
     def __init__(self, vocabulary: dict[str, int], rows: int) -> None:
         tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+        fast: Any = PreTrainedTokenizerFast
+        self.tokenizer = fast(tokenizer_object=tokenizer, unk_token="<unk>")
         self.embedding = torch.zeros(rows, 2)
 
 

@@ -48,8 +48,8 @@ def test_the_trial_is_that_of_trainings_alone(llama: FrozenLM) -> None:
         assert one.gain is not None
         assert one.gain[0] == pytest.approx(values[one.name] - values[DEFAULT_START], abs=1e-6)
         assert one.gain[1] <= one.gain[0] <= one.gain[2]
-        means = [each.mean(dim=0) for each in (sources[one.name].vectors, vectors[DEFAULT_START])]
-        assert one.similarity == pytest.approx(float(torch.cosine_similarity(*means, dim=0)), abs=1e-4)
+        mean, own = sources[one.name].vectors.mean(dim=0), vectors[DEFAULT_START].mean(dim=0)
+        assert one.similarity == pytest.approx(float(torch.cosine_similarity(mean, own, dim=0)), abs=1e-4)
 
 
 def test_a_source_that_knows_the_task_is_chosen(llama: FrozenLM) -> None:

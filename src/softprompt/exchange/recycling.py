@@ -123,7 +123,8 @@ def carried(vectors: torch.Tensor, ours: torch.Tensor, theirs: torch.Tensor, met
         else:
             found = torch.stack([_combined(v, ours[i], theirs[i]) for v, i in zip(vectors, near, strict=True)])
     lengths = vectors.norm(dim=1) / ours.norm(dim=1).mean() * theirs.norm(dim=1).mean()
-    return torch.nn.functional.normalize(found, dim=1) * lengths[:, None]
+    made: torch.Tensor = torch.nn.functional.normalize(found, dim=1) * lengths[:, None]
+    return made
 
 
 def _combined(vector: torch.Tensor, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
@@ -131,7 +132,8 @@ def _combined(vector: torch.Tensor, ours: torch.Tensor, theirs: torch.Tensor) ->
     gram = (ours @ ours.T).double()
     gram += _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
     weights = torch.linalg.solve(gram, (ours @ vector).double())
-    return weights.float() @ theirs
+    found: torch.Tensor = weights.float() @ theirs
+    return found
 
 
 def common_tokens(source: FrozenLM, target: FrozenLM) -> list[tuple[int, int]]:
