@@ -16,6 +16,7 @@ from softprompt.data.checks import Reading
 from softprompt.drawing.words import duration, plain_metric
 from softprompt.errors import ConfigError, StoreError, TrainingError
 from softprompt.files import strict_json
+from softprompt.model.distributed import is_first
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
 from softprompt.tasks.length import default_num_virtual_tokens
@@ -70,7 +71,7 @@ def tune(
         taken = sources.taken_for(rows, held_out, None, verbalizer)
         say_reading(taken)
         warn_truncated(training.truncated, task.max_length)
-        with tracking(output.track, training, place.run.path / "tensorboard") as track:
+        with tracking(output.track if is_first() else None, training, place.run.path / "tensorboard") as track:
             _train_and_store(training, place, taken, began, track, as_json)
 
 
@@ -122,6 +123,8 @@ def _train_and_store(
         raise typer.Exit(130)
     soft_prompt = training.result()
     place.save(soft_prompt)
+    if not is_first():  # which writes and reports
+        raise typer.Exit(130 if interrupted else 2 if training.stopped == "not finite" else 0)
     if not interrupted:
         (place.run.path / checkpoint.FILE).unlink(missing_ok=True)  # what has ended cannot be resumed
     _report(training, soft_prompt, place.path, taken, time.perf_counter() - began, as_json)

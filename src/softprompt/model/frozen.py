@@ -36,6 +36,7 @@ from softprompt.model.architecture import (
 from softprompt.model.attention import Masks
 from softprompt.model.batch import Batch, Row, collate
 from softprompt.model.chains import collate_chains
+from softprompt.model.distributed import ALONE, World
 from softprompt.model.embedder import Embedder
 from softprompt.model.encoder_decoder import EncoderDecoder, decoder_start, require_embedded
 from softprompt.model.fast.blocks import can_use_blocks
@@ -81,10 +82,21 @@ class FrozenLM(Embedder):
         layers: how its decoder layers run in training.
         whole: how it computes whole sequences, with nothing shared.
         packed: its weights as a CPU's products of few rows want them; for continuing, token by token.
+        world: the processes that share the work. All of them must ask for the same, in the same order.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, name: str, dtype: str = "auto", device: str = "auto") -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        name: str,
+        dtype: str = "auto",
+        device: str = "auto",
+        world: World = ALONE,
+    ) -> None:
         fingerprint = fingerprint_model(model)  # of the weights as they are stored
+        self.world = world
         self.device, config = pick_device(device), model.config
         found = pick_dtype(dtype, self.device)
         # Not ``model.to(dtype)``: it would round the rotary frequencies too, which in bf16 is a radian at 1000 tokens.
@@ -136,7 +148,13 @@ class FrozenLM(Embedder):
 
     @classmethod
     def load(
-        cls, base: StrPath = DEFAULT_BASE, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+        cls,
+        base: StrPath = DEFAULT_BASE,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        trust_remote_code: bool = False,
+        world: World = ALONE,
     ) -> FrozenLM:
         """Loads and freezes a base model.
 
@@ -145,6 +163,7 @@ class FrozenLM(Embedder):
             dtype: ``fp32``, ``bf16``, ``fp16``, or ``auto``: bf16 where the processor computes it natively, else fp32.
             device: ``auto``, ``cpu``, ``cuda``, ``mps`` …
             trust_remote_code: run code that comes with the model.
+            world: the processes that share the work, see ``World.join``.
 
         Raises:
             BaseModelError: it cannot be found or read, or is neither a causal language model nor an encoder–decoder.
@@ -157,7 +176,7 @@ class FrozenLM(Embedder):
         pick_dtype(dtype, device_found)
         with heard():
             model, tokenizer = load_base(base, trust_remote_code=trust_remote_code)
-            return cls(model, tokenizer, name=base, dtype=dtype, device=device)
+            return cls(model, tokenizer, name=base, dtype=dtype, device=device, world=world)
 
     @classmethod
     def wrap(
@@ -522,9 +541,16 @@ class FrozenLM(Embedder):
             own words.
         """
         width = max((len(request.words) for request in requests), default=0)
-        scores = torch.full((len(requests), width), -torch.inf)
-        for places, part, _ in scored(self, requests, soft_prompts, max_tokens, prefix_of, compare=False):
-            scores[places, : part.shape[1]] = part.cpu()
+        own: Sequence[int] = range(len(requests))
+        if self.world.divides_scoring:
+            own = self.world.deal([len(r.ids) + sum(map(len, r.words)) for r in requests])[self.world.rank]
+        scores = torch.zeros(len(requests), width)
+        scores[list(own)] = -torch.inf
+        mine = [requests[i] for i in own]
+        for places, part, _ in scored(self, mine, soft_prompts, max_tokens, prefix_of, compare=False):
+            scores[[own[place] for place in places.tolist()], : part.shape[1]] = part.cpu()
+        if self.world.divides_scoring:
+            self.world.add_up(scores)  # the others' rows are zeros here
         return scores
 
     @torch.no_grad()

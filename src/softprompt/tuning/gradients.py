@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from softprompt.errors import SoftPromptWarning, TrainingError
+from softprompt.errors import ConfigError, SoftPromptWarning, TrainingError
 from softprompt.model.batch import Batch, Row, micro_batches, stream
 from softprompt.model.fast.graphs import Graphs
 from softprompt.model.frozen import FrozenLM
@@ -46,12 +46,24 @@ class Share:
         requests: all with the same shared part.
         gold: index of each row's word or label, as ``Objective.loss`` takes it.
         shape: of the soft prompt's numbers, ``(P, H)`` or ``(P, L, 2, H_kv, D)``.
+        whole: by what the summed loss is divided, where these are some of a step's rows; None: they are all of them.
     """
 
     objective: Objective
     requests: Sequence[Request]
     gold: Sequence[int]
     shape: tuple[int, ...]
+    whole: int | None = None
+
+    @property
+    def weight(self) -> int:
+        """By what the summed loss is divided."""
+        return self.objective.weight(self.requests) if self.whole is None else self.whole
+
+    def part(self, rows: Sequence[int]) -> Share:
+        """Some of the rows; their losses add up to the mean loss of all."""
+        chosen = [self.requests[row] for row in rows], [self.gold[row] for row in rows]
+        return Share(self.objective, *chosen, self.shape, self.weight)
 
     @property
     def shared(self) -> Tokens:
@@ -69,17 +81,23 @@ class Work:
     """A step that is laid out, on the CPU.
 
     Attributes:
-        shares: what is learned from.
+        whole: what is learned from.
+        places: which of it this process has rows of.
+        shares: those rows.
         layout: which way it takes.
         groups: what each pass computes: indices of rows, all shares' one after the other.
         batches: the same as tensors; none for the concatenation.
-        tokens: that each share computes.
+        idle: so many of the last passes count for nothing: other processes have rows in them.
+        tokens: that each of ``whole`` computes, in all processes, the shared prefix counted once.
     """
 
+    whole: Sequence[Share]
+    places: Sequence[int]
     shares: Sequence[Share]
     layout: Layout
     groups: Sequence[Sequence[int]]
     batches: Sequence[Batch]
+    idle: int
     tokens: tuple[int, ...]
 
 
@@ -114,43 +132,79 @@ class Gradients:
         self._text_before: PrefixOf = lm.kept_prefixes(1)
 
     def prepare(self, shares: Sequence[Share]) -> Work:
-        """Lays a step out; computes nothing on the device."""
+        """Lays a step out; computes nothing on the device. Of several processes, each takes some of every share's rows.
+
+        Raises:
+            ConfigError: several soft prompts, and a base model whose weights are in parts (FSDP2).
+        """
+        world = self.lm.world
+        shared = self.lm.shares_prefix and all(r.shares_prefix for share in shares for r in share.requests)
+        shared = shared and self.layout != "concatenation"
+        lengths = [self._lengths(share, shared) for share in shares]
+        tokens = tuple(
+            sum(own) + (share.prefix_length if shared else 0) for share, own in zip(shares, lengths, strict=True)
+        )
+        if not world.divides_steps:
+            return self._laid_out(shares, range(len(shares)), shares, shared, tokens)
+        dealt = [world.deal(own) for own in lengths]
+        if world.shard == "none":
+            places = [place for place, rows in enumerate(dealt) if rows[world.rank]]
+            own = [shares[place].part(dealt[place][world.rank]) for place in places]
+            return self._laid_out(shares, places, own, shared, tokens)
+        if len(shares) > 1:
+            raise ConfigError("With --shard fsdp, soft prompts are trained one at a time; train each by itself.")
+        # all processes put the layers' weights together at once, so each runs as many passes as any other
+        most = self.max_tokens or self.lm.tokens_at_once
+        passes = max(len(micro_batches([lengths[0][row] for row in rows], most)) for rows in dealt[0])
+        return self._laid_out(shares, [0], [shares[0].part(dealt[0][world.rank] or [0])], shared, tokens, passes)
+
+    def _lengths(self, share: Share, shared: bool) -> list[int]:
+        """The tokens of each row that it alone needs."""
+        if shared:
+            return [Row(request.ids[request.shared :], request.words).length for request in share.requests]
+        return [self.lm.tokens_of(request, share.shape[0]) for request in share.requests]
+
+    def _laid_out(
+        self,
+        whole: Sequence[Share],
+        places: Sequence[int],
+        shares: Sequence[Share],
+        shared: bool,
+        tokens: tuple[int, ...],
+        passes: int = 0,
+    ) -> Work:
+        """The rows of this process, in at least so many passes."""
         rows = [
             Row(request.ids[request.shared :], request.words, number)
             for number, share in enumerate(shares)
             for request in share.requests
         ]
         most = self.max_tokens or self.lm.tokens_at_once
-        layout = self.layout or self._best(shares, rows, most)
-        if layout == "concatenation":
-            lengths = [self.lm.tokens_of(request, share.shape[0]) for share in shares for request in share.requests]
-            groups, batches = micro_batches(lengths, most), list[Batch]()
+        layout = (self.layout or self._best(shares, rows, most)) if shared else "concatenation"
+        lengths = [length for share in shares for length in self._lengths(share, layout != "concatenation")]
+        batches = list[Batch]()
+        if layout == "stream" and rows:
+            groups = [list(range(len(rows)))]
+            prefixes = [(share.shared, share.shape[0]) for share in shares]
+            batches = [stream(rows, prefixes, fixed=self.fixed)]
         else:
-            lengths = [row.length for row in rows]
-            starts = [share.prefix_length for share in shares]
-            if layout == "stream":
-                groups = [list(range(len(rows)))]
-                prefixes = [(share.shared, share.shape[0]) for share in shares]
-                batches = [stream(rows, prefixes, fixed=self.fixed)]
-            else:
-                groups = micro_batches(lengths, most)
-                cpu = torch.device("cpu")
-                batches = [self.lm.collate([rows[i] for i in group], starts, cpu) for group in groups]
-        tokens, first = [], 0
-        for share in shares:
-            own = sum(lengths[first : first + len(share.requests)])
-            tokens.append(own + (0 if layout == "concatenation" else share.prefix_length))
-            first += len(share.requests)
-        return Work(shares, layout, groups, batches, tuple(tokens))
+            groups = micro_batches(lengths, most)
+        own = len(groups)
+        if passes:
+            own = len(groups) if self.lm.world.rank < len(whole[0].requests) else 0
+            groups = [*groups, *[[0]] * (passes - len(groups))]
+        if layout == "two stages":
+            starts, cpu = [share.prefix_length for share in shares], torch.device("cpu")
+            batches = [self.lm.collate([rows[i] for i in group], starts, cpu) for group in groups]
+        return Work(whole, places, shares, layout, groups, batches, len(groups) - own, tokens)
 
     def _best(self, shares: Sequence[Share], rows: Sequence[Row], most: int) -> Layout:
-        if not (self.lm.shares_prefix and all(r.shares_prefix for share in shares for r in share.requests)):
-            return "concatenation"
         total = sum(share.prefix_length for share in shares) + sum(row.length for row in rows)
         if self.lm.device.type != "cuda":
             most = min(most, STREAM_TOKENS)
         plain = all(len(share.shape) == 2 and share.shared.index(SOFT) <= SHORT_TEXT for share in shares)
-        return "stream" if plain and not self.lm.recurrent and total <= most else "two stages"
+        may_stream = plain and not self.lm.recurrent and self.lm.world.shard != "fsdp"
+        return "stream" if may_stream and total <= most else "two stages"
 
     def add(self, work: Work, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Adds the gradient of each share's mean loss to the ``grad`` of its soft prompt's numbers.
@@ -162,6 +216,28 @@ class Gradients:
         Returns:
             float32 ``[K]`` on the device, each share's mean loss. Nothing waits for it.
         """
+        world = self.lm.world
+        if world.size == 1:
+            return self._add_here(work, vectors)
+        before = [own.grad for own in vectors]
+        for own in vectors:
+            own.grad = None
+        losses = torch.zeros(len(vectors), device=self.lm.device)
+        if work.shares:
+            losses[list(work.places)] = self._add_here(work, [vectors[place] for place in work.places])
+        found = [torch.zeros_like(own) if own.grad is None else own.grad for own in vectors]
+        numbers = torch.cat([losses, *(gradient.flatten() for gradient in found)])
+        if world.divides_steps:
+            world.add_up(numbers)
+        else:
+            world.follow_first(numbers)
+        losses, *sums = torch.split(numbers, [len(vectors), *(own.numel() for own in vectors)])
+        for own, earlier, gradient in zip(vectors, before, sums, strict=True):
+            own.grad = gradient.view_as(own) if earlier is None else earlier + gradient.view_as(own)
+        return losses
+
+    def _add_here(self, work: Work, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The same for the rows of this process."""
         ways = {
             "stream": self._add_by_stream,
             "two stages": self._add_by_stages,
@@ -172,6 +248,11 @@ class Gradients:
             try:
                 return ways[work.layout](work, vectors)
             except torch.OutOfMemoryError as error:
+                if self.lm.world.shard != "none":  # the others are in the middle of the same layer
+                    raise TrainingError(
+                        f"A pass does not fit into the memory of {self.lm.device}; take --activation-checkpointing on, "
+                        "more processes, shorter rows (--max-length), fewer virtual tokens, or --dtype bf16."
+                    ) from error
                 for own, gradient in zip(vectors, before, strict=True):
                     own.grad = gradient
                 work = self._smaller(work, error)
@@ -181,7 +262,7 @@ class Gradients:
         if work.layout == "stream" or any(len(group) > 1 for group in work.groups):
             self.lm.take_less_at_once()
             self.max_tokens = self.lm.tokens_at_once
-            return self.prepare(work.shares)
+            return self.prepare(work.whole)
         if not self.may_recompute or self.lm.layers.recomputed:
             raise TrainingError(
                 f"A single row does not fit into the memory of {self.lm.device} with what the backward pass needs; "
@@ -212,7 +293,7 @@ class Gradients:
     def _add_by_stream(self, work: Work, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
         laid, shares = work.batches[0], work.shares
         gold = [index for share in shares for index in share.gold]
-        weights = [share.objective.weight(share.requests) for share in shares]
+        weights = [share.weight for share in shares]
         counts, lengths = [len(share.requests) for share in shares], [share.shape[0] for share in shares]
         rows = sum(counts)
         objectives = [share.objective for share in shares]
@@ -249,9 +330,9 @@ class Gradients:
         prefix = self._prefixes(work.shares, vectors)
         detached = Detached(prefix)
         losses = torch.zeros(len(work.shares), device=device)
-        for group, batch in zip(work.groups, work.batches, strict=True):
+        for number, (group, batch) in enumerate(zip(work.groups, work.batches, strict=True)):
             scores = lm.score_batch(batch.to(device), detached.leaves())
-            losses = losses + self._backward(work, group, scores)
+            losses = losses + self._backward(work, group, scores, idle=number >= len(work.groups) - work.idle)
         detached.backward()
         return losses
 
@@ -269,14 +350,16 @@ class Gradients:
         requests = [request for share in work.shares for request in share.requests]
         owner = [number for number, share in enumerate(work.shares) for _ in share.requests]
         losses = torch.zeros(len(work.shares), device=self.lm.device)
-        for group in work.groups:
+        for place, group in enumerate(work.groups):
             for number, members in _by_share(owner, group):  # each has its soft prompt
                 scores = self.lm.score_concatenated([requests[i] for i in members], [vectors[number]])
-                losses = losses + self._backward(work, members, scores)
+                idle = place >= len(work.groups) - work.idle
+                losses = losses + self._backward(work, members, scores, idle=idle)
         return losses
 
-    def _backward(self, work: Work, group: Sequence[int], scores: torch.Tensor) -> torch.Tensor:
-        """Backward from the mean losses of some rows, float32 ``[K]``, which it returns without their graph."""
+    def _backward(self, work: Work, group: Sequence[int], scores: torch.Tensor, *, idle: bool) -> torch.Tensor:
+        """Backward from the mean losses of some rows, float32 ``[K]``, which it returns without their graph; ``idle``
+        rows count for nothing."""
         gold = torch.tensor([index for share in work.shares for index in share.gold], device=scores.device)
         owner = [number for number, share in enumerate(work.shares) for _ in share.requests]
         place = {index: line for line, index in enumerate(group)}
@@ -286,7 +369,7 @@ class Gradients:
             share = work.shares[number]
             words = max(len(request.words) for request in share.requests)
             own = scores[[place[i] for i in members], :words]
-            loss = share.objective.loss(own, gold[members]) / share.objective.weight(share.requests)
+            loss = share.objective.loss(own, gold[members]) / share.weight * (0 if idle else 1)
             losses[number] = loss.detach()
             parts.append(loss)
         torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
