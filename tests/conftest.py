@@ -73,9 +73,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-def make_model(kind: str) -> Any:
+def make_model(kind: str, **sizes: Any) -> Any:
     """A tiny model of an architecture with seeded random weights, large enough that attention is far from uniform."""
-    options = dict(SIZES)
+    options = SIZES | sizes
     model_type = kind.removesuffix("-sliding")
     if kind == "gpt2":
         options = {"vocab_size": 320, "n_embd": 32, "n_inner": 48, "n_layer": 3, "n_head": 4, "n_positions": 128}

@@ -26,6 +26,7 @@ from softprompt.cli.options import (
     Name,
     Normalise,
     OneTargetColumns,
+    SharedLoading,
     TextOptions,
     completed,
     data_option,
@@ -65,7 +66,7 @@ def train_command(
     base: Annotated[
         str, model_option("The frozen model: alias, hub id, folder or .gguf file.", DEFAULT_BASE)
     ] = DEFAULT_BASE,
-    loading: Loading,
+    loading: SharedLoading,
     as_json: Json = False,
 ) -> None:
     """Tune a soft prompt on labelled or free-text examples and store it.
@@ -248,7 +249,7 @@ def evaluate_command(
     generated: TextOptions,
     columns: Columns,
     base: Base = None,
-    loading: Loading,
+    loading: SharedLoading,
     as_json: Json = False,
 ) -> None:
     """Measure a soft prompt on rows with targets.
@@ -292,7 +293,7 @@ def predict_command(
     encoding: Encoding = None,
     format: Format = None,
     base: Base = None,
-    loading: Loading,
+    loading: SharedLoading,
     as_json: Json = False,
 ) -> None:
     """Answer input texts: a label with probabilities, or generated text.

@@ -48,7 +48,8 @@ from softprompt.model.notes import heard
 from softprompt.model.prefixes import PrefixCache, PrefixOf
 from softprompt.model.reading import summed
 from softprompt.model.request import Request, prompt_of
-from softprompt.model.scoring import scored
+from softprompt.model.scoring import own_rows, scored
+from softprompt.model.sharding import divide
 from softprompt.model.state.kv import Kept, PrefixKV
 from softprompt.model.state.prefix import PrefixState
 from softprompt.model.state.recurrent import Pass, RecurrentState, RowStates, Slots
@@ -96,14 +97,17 @@ class FrozenLM(Embedder):
         world: World = ALONE,
     ) -> None:
         fingerprint = fingerprint_model(model)  # of the weights as they are stored
-        self.world = world
-        self.device, config = pick_device(device), model.config
+        self.world, self.device, config = world, pick_device(device), model.config
         found = pick_dtype(dtype, self.device)
         # Not ``model.to(dtype)``: it would round the rotary frequencies too, which in bf16 is a radian at 1000 tokens.
         for weight in model.parameters():
             if weight.is_floating_point():
                 weight.data = weight.data.to(found)
-        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
+        self._layers, self._core = decoder_layers(model), core_of(model)
+        if world.shard != "none":
+            divide(model, self._layers, world, self.device, name)
+        self.model.to(self.device)
         super().__init__(
             name=name,
             tokenizer=tokenizer,
@@ -126,7 +130,6 @@ class FrozenLM(Embedder):
         # alone is computed twice, its text is the same in any company.
         self._avoids_one_row = self.device.type == "cpu" and self.dtype != torch.float32
         self.packed = PackedWeights(self.model)
-        self._layers, self._core = decoder_layers(model), core_of(model)
         self.layers = LayerModes(self._layers)
         family = family_of(config)
         self.take_up(family, why_whole_sequences(config))
@@ -245,11 +248,14 @@ class FrozenLM(Embedder):
     def compiles(self) -> bool:
         """Whether all layers can share compiled graphs: those that ask a cache by number, or choose experts, cannot."""
         experts = any("experts" in name for name, _ in self._layers.named_parameters())
-        return self.shares_prefix and not (self.recurrent or self._keeps_latents or experts)
+        whole = self.world.shard == "none"
+        return whole and self.shares_prefix and not (self.recurrent or self._keeps_latents or experts)
 
     @cached_property
     def why_no_kv(self) -> str:
         """Why keys and values of this model cannot be a trained prefix, in plain words; empty if they can."""
+        if self.world.shard == "tp":
+            return "its heads are divided over several processes"
         if not self.shares_prefix or self.recurrent or self._keeps_latents:
             return self.why_whole_sequences or "not all of its layers keep keys and values, but a state or latents"
         with torch.no_grad(), self.eager():
@@ -541,9 +547,7 @@ class FrozenLM(Embedder):
             own words.
         """
         width = max((len(request.words) for request in requests), default=0)
-        own: Sequence[int] = range(len(requests))
-        if self.world.divides_scoring:
-            own = self.world.deal([len(r.ids) + sum(map(len, r.words)) for r in requests])[self.world.rank]
+        own = own_rows(self, requests)
         scores = torch.zeros(len(requests), width)
         scores[list(own)] = -torch.inf
         mine = [requests[i] for i in own]

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from softprompt.model.frozen import FrozenLM
 
 
+def own_rows(lm: FrozenLM, requests: Sequence[Request]) -> Sequence[int]:
+    """The places of the requests that this process scores."""
+    if not lm.world.divides_scoring:
+        return range(len(requests))
+    return lm.world.deal([len(r.ids) + sum(map(len, r.words)) for r in requests])[lm.world.rank]
+
+
 def scored(
     lm: FrozenLM,
     requests: Sequence[Request],
