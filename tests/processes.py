@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ def become(rank: int, size: int, port: int) -> None:
     os.environ.update({name: str(value) for name, value in given.items()})
 
 
-def _one(rank: int, size: int, port: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _one(
+    rank: int, size: int, port: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     become(rank, size, port)
     import torch
 
@@ -38,13 +41,19 @@ def _one(rank: int, size: int, port: int, folder: str, function: Callable[..., A
         raise
     finally:
         Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(found))
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def together(
-    spawn: Callable[..., Any], size: int, folder: Path, function: Callable[..., Any], *arguments: Any
+    spawn: Callable[..., Any],
+    size: int,
+    folder: Path,
+    function: Callable[..., Any],
+    *arguments: Any,
+    killed: Collection[int] = (),
 ) -> list[Any]:
-    """What a test module's function returns in each of ``size`` processes."""
+    """What a test module's function returns in each of ``size`` processes; None for those that are killed."""
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     started = [spawn(_one, rank, size, port, str(folder), function, arguments) for rank in range(size)]
@@ -54,6 +63,10 @@ def together(
     for rank, process in enumerate(started):
         if process.exitcode is None:
             process.kill()
+        if rank in killed:
+            assert process.exitcode == -signal.SIGKILL
+            found.append(None)
+            continue
         path = folder / f"{rank}.pickle"
         value = pickle.loads(path.read_bytes()) if path.exists() else "nothing"
         assert process.exitcode == 0, f"process {rank}: {value}"

@@ -333,6 +333,7 @@ class Gradients:
         for number, (group, batch) in enumerate(zip(work.groups, work.batches, strict=True)):
             scores = lm.score_batch(batch.to(device), detached.leaves())
             losses = losses + self._backward(work, group, scores, idle=number >= len(work.groups) - work.idle)
+        lm.layers.make_ready()
         detached.backward()
         return losses
 
