@@ -213,7 +213,7 @@ def spawn() -> Iterator[Callable[..., Any]]:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["tests.conftest", "softprompt.tuning.training", "transformers.models.llama.modeling_llama"]
+        ["tests.conftest", "softprompt.cli.train", "transformers.models.llama.modeling_llama"]
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
