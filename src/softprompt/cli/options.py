@@ -158,14 +158,14 @@ class Loading:
 
     def load_quietly(self, base: str) -> FrozenLM:
         """As :meth:`load`, without a word."""
-        from softprompt.model.distributed import World, own_device
+        from softprompt.model.distributed import World
         from softprompt.model.frozen import FrozenLM
         from softprompt.model.loading import lasting
 
         return FrozenLM.load(
             lasting(base),
             dtype=self.dtype,
-            device=own_device(self.device),
+            device=self.device,
             trust_remote_code=self.trust_remote_code,
             world=World.join(self._shard),
         )

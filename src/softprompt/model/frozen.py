@@ -36,7 +36,7 @@ from softprompt.model.architecture import (
 from softprompt.model.attention import Masks
 from softprompt.model.batch import Batch, Row, collate
 from softprompt.model.chains import collate_chains
-from softprompt.model.distributed import ALONE, World
+from softprompt.model.distributed import ALONE, World, own_device
 from softprompt.model.embedder import Embedder
 from softprompt.model.encoder_decoder import EncoderDecoder, decoder_start, require_embedded
 from softprompt.model.fast.blocks import can_use_blocks
@@ -175,8 +175,8 @@ class FrozenLM(Embedder):
         base = os.fspath(base)
         if base.startswith("~"):
             base = str(local_path(base))
-        device_found = pick_device(device)
-        pick_dtype(dtype, device_found)
+        device = own_device(device) if world.size > 1 else device
+        pick_dtype(dtype, pick_device(device))
         with heard():
             model, tokenizer = load_base(base, trust_remote_code=trust_remote_code)
             return cls(model, tokenizer, name=base, dtype=dtype, device=device, world=world)
