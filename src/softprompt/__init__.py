@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from softprompt.text.verbalizer import Verbalizer
     from softprompt.tuning.config import TrainConfig, preset
     from softprompt.tuning.step import Step
-from softprompt.tuning.training import Training
+    from softprompt.tuning.training import Training
 
 __version__ = version("softprompt")
 

@@ -20,7 +20,7 @@ from softprompt.cli.arguments import spread
 from softprompt.cli.commands import COMMANDS
 from softprompt.cli.processes import Stopped, join_for, one_of_several
 from softprompt.errors import SoftPromptError
-from softprompt.model.distributed import is_first, is_to_say, leave
+from softprompt.model.distributed import is_first, is_to_say, leave, noticing_loss
 from softprompt.model.notes import as_note, hear_warnings
 from softprompt.terminal.console import stderr
 
@@ -61,7 +61,8 @@ def _run(arguments: list[str]) -> int:
         with warnings.catch_warnings():
             hear_warnings()
             warnings.showwarning = lambda message, *_: print(f"Note: {as_note(str(message))}.", file=sys.stderr)
-            command_line()(arguments, prog_name="softprompt")
+            with noticing_loss():
+                command_line()(arguments, prog_name="softprompt")
         code = 0
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else 1

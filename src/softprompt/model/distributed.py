@@ -10,6 +10,7 @@ Importing this module loads no torch.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ class World:
         if self.size > 1:
             from torch import distributed
 
-            with _together():
+            with noticing_loss():
                 distributed.all_reduce(tensor)
 
     def follow_first(self, tensor: torch.Tensor) -> None:
@@ -118,7 +119,7 @@ class World:
         if self.size > 1:
             from torch import distributed
 
-            with _together():
+            with noticing_loss():
                 distributed.broadcast(tensor, src=0)
 
     def each(self, find: Callable[[], T]) -> list[T]:
@@ -132,7 +133,7 @@ class World:
         from torch import distributed
 
         found: list[Any] = [None] * self.size
-        with _together():
+        with noticing_loss():
             distributed.all_gather_object(found, _tried(find))
         for _, error in found:
             if error is not None:
@@ -150,7 +151,7 @@ class World:
         from torch import distributed
 
         found: list[Any] = [_tried(find) if self.rank == 0 else None]
-        with _together():
+        with noticing_loss():
             distributed.broadcast_object_list(found, src=0)
         value, error = found[0]
         if error is not None:
@@ -253,15 +254,19 @@ def _connect() -> None:
 
 
 @contextmanager
-def _together() -> Iterator[None]:
-    """What all processes do at once; it fails in each of them when one is lost."""
+def noticing_loss() -> Iterator[None]:
+    """Inside, that another process is lost is a ``ProcessError``: what all processes do at once fails in each then."""
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, SoftPromptError):
+        if not (launched() and _LOST.search(str(error))):
             raise
         reason = str(error).splitlines()[0].split("] ")[-1].split(". ")[0][:160]
         raise ProcessError(
             f"Another process of this run was lost ({reason}), so it ends here; what a training has kept stays: "
             "give the same command with --resume, with as many processes as you like."
         ) from error
+
+
+_LOST = re.compile(r"\bgloo\b|\bNCCL\b|TCPStore|Connection (closed|reset|refused)|Broken pipe|Socket", re.IGNORECASE)
+"""What gloo, NCCL and the store of the processes' addresses say then."""

@@ -1,9 +1,12 @@
-"""Scoring any mix of requests: in batches that one path serves, in smaller ones where a batch does not fit."""
+"""Scoring any mix of requests: in batches that one path serves, in smaller ones where a batch does not fit.
+
+Here, ``lm`` is a ``FrozenLM``, whose module imports this one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -14,19 +17,17 @@ from softprompt.model.request import Request, prompt_of
 from softprompt.model.state.prefix import PrefixState
 from softprompt.text.tokens import Tokens
 
-if TYPE_CHECKING:
-    from softprompt.model.frozen import FrozenLM
 
-
-def own_rows(lm: FrozenLM, requests: Sequence[Request]) -> Sequence[int]:
+def own_rows(lm: Any, requests: Sequence[Request]) -> Sequence[int]:
     """The places of the requests that this process scores."""
     if not lm.world.divides_scoring:
         return range(len(requests))
-    return lm.world.deal([len(r.ids) + sum(map(len, r.words)) for r in requests])[lm.world.rank]
+    dealt: list[list[int]] = lm.world.deal([len(r.ids) + sum(map(len, r.words)) for r in requests])
+    return dealt[lm.world.rank]
 
 
 def scored(
-    lm: FrozenLM,
+    lm: Any,
     requests: Sequence[Request],
     soft_prompts: Sequence[torch.Tensor],
     max_tokens: int | None,
@@ -45,14 +46,14 @@ def scored(
         except torch.OutOfMemoryError:
             if len(group) == 1:
                 raise
-            lm.take_less_at_once()
+            lm.take_less_at_once(sum(len(requests[i].ids) for i in group))
             waiting += [group[len(group) // 2 :], group[: len(group) // 2]]
             continue
         yield torch.tensor(group), part, same
 
 
 def _scored_group(
-    lm: FrozenLM,
+    lm: Any,
     members: Sequence[Request],
     soft_prompts: Sequence[torch.Tensor],
     prefix_of: PrefixOf,
@@ -62,7 +63,8 @@ def _scored_group(
     """The same for one batch."""
     with lm.eager():
         if not (lm.shares_prefix and members[0].shares_prefix):
-            return lm.concatenated(members, soft_prompts, compare=compare)
+            found: tuple[torch.Tensor, torch.Tensor | None] = lm.concatenated(members, soft_prompts, compare=compare)
+            return found
         rows, prefix = _rows(members, soft_prompts, prefix_of)
         batch = lm.collate(rows, prefix.lengths)
         if not compare:
@@ -71,7 +73,7 @@ def _scored_group(
         return summed(batch, logits), greedy_words(batch, logits)
 
 
-def _groups(lm: FrozenLM, requests: Sequence[Request], max_tokens: int) -> Iterator[list[int]]:
+def _groups(lm: Any, requests: Sequence[Request], max_tokens: int) -> Iterator[list[int]]:
     """Batches of requests that one path serves, of similar length."""
     for shares in (True, False):
         chosen = [i for i, r in enumerate(requests) if (lm.shares_prefix and r.shares_prefix) == shares]

@@ -19,6 +19,7 @@ import torch
 
 from softprompt.errors import ConfigError, SoftPromptWarning, TrainingError
 from softprompt.model.batch import Batch, Row, micro_batches, stream
+from softprompt.model.distributed import noticing_loss
 from softprompt.model.fast.graphs import Graphs
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.prefixes import PrefixOf
@@ -174,11 +175,7 @@ class Gradients:
         passes: int = 0,
     ) -> Work:
         """The rows of this process, in at least so many passes."""
-        rows = [
-            Row(request.ids[request.shared :], request.words, number)
-            for number, share in enumerate(shares)
-            for request in share.requests
-        ]
+        rows = _rows(shares)
         most = self.max_tokens or self.lm.tokens_at_once
         layout = (self.layout or self._best(shares, rows, most)) if shared else "concatenation"
         lengths = [length for share in shares for length in self._lengths(share, layout != "concatenation")]
@@ -215,10 +212,19 @@ class Gradients:
 
         Returns:
             float32 ``[K]`` on the device, each share's mean loss. Nothing waits for it.
+
+        Raises:
+            TrainingError: a single row does not fit into memory.
+            ProcessError: another of several processes is lost.
         """
-        world = self.lm.world
-        if world.size == 1:
+        if self.lm.world.size == 1:
             return self._add_here(work, vectors)
+        with noticing_loss():
+            return self._add_of_all(work, vectors)
+
+    def _add_of_all(self, work: Work, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The same of several processes: each computes its rows', and all get the sum."""
+        world = self.lm.world
         before = [own.grad for own in vectors]
         for own in vectors:
             own.grad = None
@@ -260,7 +266,8 @@ class Gradients:
     def _smaller(self, work: Work, error: torch.OutOfMemoryError) -> Work:
         """The same step in smaller passes; where each has one row already, with activations that are computed again."""
         if work.layout == "stream" or any(len(group) > 1 for group in work.groups):
-            self.lm.take_less_at_once()
+            lengths = [row.length for row in _rows(work.shares)]
+            self.lm.take_less_at_once(max(sum(lengths[i] for i in group) for group in work.groups))
             self.max_tokens = self.lm.tokens_at_once
             return self.prepare(work.whole)
         if not self.may_recompute or self.lm.layers.recomputed:
@@ -375,6 +382,15 @@ class Gradients:
             parts.append(loss)
         torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
         return losses
+
+
+def _rows(shares: Sequence[Share]) -> list[Row]:
+    """All shares' rows, one after the other."""
+    return [
+        Row(request.ids[request.shared :], request.words, number)
+        for number, share in enumerate(shares)
+        for request in share.requests
+    ]
 
 
 def _by_share(owner: Sequence[int], group: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
