@@ -59,7 +59,7 @@ def together(
     started = [spawn(_one, rank, size, port, str(folder), function, arguments) for rank in range(size)]
     for process in started:
         process.join(SECONDS)
-    found = []
+    found: list[Any] = []
     for rank, process in enumerate(started):
         if process.exitcode is None:
             process.kill()

@@ -39,7 +39,7 @@ def command(home: str, arguments: Sequence[str], dies_at: int) -> tuple[int, str
             os.kill(os.getpid(), signal.SIGKILL)
         return add(gradients, work, vectors)
 
-    Gradients.add = dying  # type: ignore[method-assign]
+    setattr(Gradients, "add", dying)  # noqa: B010 (an assignment would be refused by mypy)
     rank = os.environ["RANK"]
     with open(f"out-{rank}", "w+") as out, open(f"err-{rank}", "w+") as err:
         with redirect_stdout(out), redirect_stderr(err):
