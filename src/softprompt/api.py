@@ -25,6 +25,7 @@ from softprompt.evaluation import evaluate as evaluation
 from softprompt.evaluation.ensemble import evaluate_ensemble
 from softprompt.evaluation.evaluate import Evaluation
 from softprompt.files import StrPath, local_path
+from softprompt.model.distributed import ALONE, World
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.loading import lasting
 from softprompt.model.request import Sampling
@@ -66,6 +67,7 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    world: World = ALONE,
 ) -> FrozenLM:
     """A frozen base model, which all that follows shares.
 
@@ -82,6 +84,8 @@ def load_model(
             it natively, and fp32 elsewhere.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` …; ``auto`` is that of a loaded model, else the best there is.
         trust_remote_code: run code that comes with the model.
+        world: ``World.join()`` in a script that ``torchrun`` starts: the processes that share the work; not for a model
+            that is loaded already.
 
     Raises:
         BaseModelError: the model cannot be found or read, or is no causal language model.
@@ -90,7 +94,7 @@ def load_model(
     if isinstance(base, str | os.PathLike):
         if tokenizer is not None or copy:
             raise ConfigError("tokenizer and copy are for a model that is loaded already; leave them out, or give one.")
-        lm = FrozenLM.load(lasting(base), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        lm = FrozenLM.load(lasting(base), dtype=dtype, device=device, trust_remote_code=trust_remote_code, world=world)
         lm.name = name or lm.name
         return lm
     if tokenizer is None or not hasattr(base, "get_input_embeddings"):
@@ -172,8 +176,9 @@ def train(
         config=with_settings(config, settings),
     ).on(lm)
     training = job.training(lm, folder=folder, resume=resume)
-    with tracking(track, training, Path(folder or "runs") / "tensorboard") as report:
-        _run(training, job.reading, report, progress)
+    writes = lm.world.writes
+    with tracking(track if writes else None, training, Path(folder or "runs") / "tensorboard") as report:
+        _run(training, job.reading, report, progress and writes)
     return training.result()
 
 

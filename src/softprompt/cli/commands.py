@@ -38,6 +38,7 @@ from softprompt.cli.options import (
     Name,
     Names,
     OneTargetColumns,
+    SharedLoading,
     TextOptions,
     completed,
     data_option,
@@ -75,7 +76,7 @@ def train_command(
     base: Annotated[
         str | None, model_option("The frozen model: alias, hub id, folder or .gguf file.", DEFAULT_BASE)
     ] = None,
-    loading: Loading,
+    loading: SharedLoading,
     as_json: Json = False,
 ) -> None:
     """Tune a soft prompt on labelled or free-text examples and store it.
@@ -319,7 +320,7 @@ def evaluate_command(
     generated: TextOptions,
     columns: Columns,
     base: Base = None,
-    loading: Loading,
+    loading: SharedLoading,
     as_json: Json = False,
 ) -> None:
     """Measure a soft prompt on rows with targets, or several that answer together.
@@ -364,7 +365,7 @@ def predict_command(
     encoding: Encoding = None,
     format: Format = None,
     base: Base = None,
-    loading: Loading,
+    loading: SharedLoading,
     as_json: Json = False,
 ) -> None:
     """Answer input texts: a label with probabilities, or generated text.
