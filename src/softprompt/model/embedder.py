@@ -28,6 +28,7 @@ class Embedder:
         fingerprint, tokenizer_fingerprint: hex digests that a soft prompt remembers.
         settings: the settings of its configuration that change what it computes (``model_settings``).
         generation_config: transformers' own; says which tokens end a text. None where the model has none.
+        quantized: what its linear layers are quantised to; empty: they are not.
         decoder_start: of an encoder–decoder, the tokens that its decoder begins with; empty for a causal language
             model.
     """
@@ -41,6 +42,7 @@ class Embedder:
     settings: Mapping[str, Any]
     generation_config: Any
     decoder_start: Tokens = ()
+    quantized: str = ""
 
     @classmethod
     def of(cls, model: Embedder, *, own_table: bool = False) -> Embedder:

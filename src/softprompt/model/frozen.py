@@ -41,10 +41,24 @@ from softprompt.model.encoder_decoder import EncoderDecoder, decoder_start, requ
 from softprompt.model.fast.blocks import can_use_blocks
 from softprompt.model.fast.layers import LayerModes
 from softprompt.model.fast.packed import PackedWeights
-from softprompt.model.fingerprint import fingerprint_model, fingerprint_tokenizer, model_settings, weights_digest
-from softprompt.model.loading import DTYPES, lasting, load_base, pick_device, pick_dtype
+from softprompt.model.fingerprint import (
+    fingerprint_model,
+    fingerprint_tokenizer,
+    model_settings,
+    stored_tensors,
+    weights_digest,
+)
+from softprompt.model.loading import DTYPES, lasting, load_base, own_dtype, pick_device, pick_dtype
 from softprompt.model.notes import heard
 from softprompt.model.prefixes import PrefixCache, PrefixOf
+from softprompt.model.quantized import (
+    count_weights,
+    placed,
+    quantize_layers,
+    require_input_gradient,
+    require_precision,
+    stored_precision,
+)
 from softprompt.model.reading import summed
 from softprompt.model.request import Request, prompt_of
 from softprompt.model.scoring import scored
@@ -81,17 +95,29 @@ class FrozenLM(Embedder):
         layers: how its decoder layers run in training.
         whole: how it computes whole sequences, with nothing shared.
         packed: its weights as a CPU's products of few rows want them; for continuing, token by token.
+        num_parameters: how many weights the base model has, shared ones counted once.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, name: str, dtype: str = "auto", device: str = "auto") -> None:
-        fingerprint = fingerprint_model(model)  # of the weights as they are stored
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        name: str,
+        dtype: str = "auto",
+        device: str = "auto",
+        quantize: str | None = None,
+    ) -> None:
+        # of the weights as they are stored, before they are cast or quantised
+        fingerprint = getattr(model, "stored_fingerprint", None) or fingerprint_model(model)
         self.device, config = pick_device(device), model.config
-        found = pick_dtype(dtype, self.device)
-        # Not ``model.to(dtype)``: it would round the rotary frequencies too, which in bf16 is a radian at 1000 tokens.
-        for weight in model.parameters():
-            if weight.is_floating_point():
-                weight.data = weight.data.to(found)
-        self.model = model.to(self.device).eval().requires_grad_(False)
+        stored, found = stored_precision(config), pick_dtype(dtype, self.device)
+        self.num_parameters = count_weights(model)
+        self.quantized = stored or quantize or ""
+        if quantize not in (None, stored):
+            require_precision(quantize, self.device)
+            quantize_layers(model, quantize, self.device, name)
+        self.model = placed(model, found, self.device).eval().requires_grad_(False)
         super().__init__(
             name=name,
             tokenizer=tokenizer,
@@ -100,9 +126,12 @@ class FrozenLM(Embedder):
             fingerprint=fingerprint,
             tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
             settings=model_settings(config),
+            quantized=self.quantized,
             generation_config=getattr(model, "generation_config", None),
             decoder_start=decoder_start(model, tokenizer, name) if config.is_encoder_decoder else (),
         )
+        if self.quantized:
+            require_input_gradient(self.model, name)
         self.whole: Whole
         if self.encoder_decoder:
             require_embedded(self.model, name, self.decoder_start)
@@ -136,7 +165,13 @@ class FrozenLM(Embedder):
 
     @classmethod
     def load(
-        cls, base: StrPath = DEFAULT_BASE, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+        cls,
+        base: StrPath = DEFAULT_BASE,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        trust_remote_code: bool = False,
+        quantize: str | None = None,
     ) -> FrozenLM:
         """Loads and freezes a base model.
 
@@ -145,19 +180,27 @@ class FrozenLM(Embedder):
             dtype: ``fp32``, ``bf16``, ``fp16``, or ``auto``: bf16 where the processor computes it natively, else fp32.
             device: ``auto``, ``cpu``, ``cuda``, ``mps`` …
             trust_remote_code: run code that comes with the model.
+            quantize: ``nf4``, ``int8``, ``int4`` or ``fp8``: what its linear layers are stored in; None: as they are.
 
         Raises:
-            BaseModelError: it cannot be found or read, or is neither a causal language model nor an encoder–decoder.
-            ConfigError: an unknown dtype or device.
+            BaseModelError: it cannot be found or read, or is neither a causal language model nor an encoder–decoder; or
+                it is stored quantised already, otherwise than ``quantize`` says, or by what this machine cannot compute.
+            ConfigError: an unknown dtype or device, or a precision that this machine cannot compute with.
         """
         base = os.fspath(base)
         if base.startswith("~"):
             base = str(local_path(base))
         device_found = pick_device(device)
         pick_dtype(dtype, device_found)
+        if quantize is not None:
+            require_precision(quantize, device_found)
         with heard():
-            model, tokenizer = load_base(base, trust_remote_code=trust_remote_code)
-            return cls(model, tokenizer, name=base, dtype=dtype, device=device)
+            model, tokenizer = load_base(
+                base, trust_remote_code=trust_remote_code, device=device_found, quantize=quantize
+            )
+            if stored_precision(model.config) and dtype == "auto":
+                dtype = own_dtype(model)
+            return cls(model, tokenizer, name=base, dtype=dtype, device=device, quantize=quantize)
 
     @classmethod
     def wrap(
@@ -169,18 +212,21 @@ class FrozenLM(Embedder):
         copy: bool = False,
         dtype: str = "auto",
         device: str = "auto",
+        quantize: str | None = None,
     ) -> FrozenLM:
         """Freezes a causal language model, or an encoder–decoder, of transformers that is loaded already.
 
         It is frozen in place: it is set to evaluation mode, none of its weights requires a gradient any more, and its
-        attention is computed by softprompt, with the same results. Its weights are not changed otherwise.
+        attention is computed by softprompt, with the same results. Its weights are not changed otherwise, unless it is
+        to be quantised.
 
         Args:
-            model: the model, without adapters.
+            model: the model, without adapters; it may be quantised already.
             tokenizer: its tokenizer.
             name: what soft prompts remember as their base model; by default where it was loaded from.
             copy: freeze a copy, which takes its memory a second time, and leave the model as it is.
             dtype, device: as for :meth:`load`; ``auto``: the model's own.
+            quantize: as for :meth:`load`.
 
         Raises:
             ConfigError: the model has adapters of PEFT; or an unknown dtype or device.
@@ -193,18 +239,19 @@ class FrozenLM(Embedder):
             )
         model = copying.deepcopy(model) if copy else model
         weight = model.get_input_embeddings().weight
-        own = next((known for known, torch_dtype in DTYPES.items() if torch_dtype == weight.dtype), "auto")
         return cls(
             model,
             tokenizer,
             name=name or lasting(model.config._name_or_path or type(model).__name__),
-            dtype=own if dtype == "auto" else dtype,
+            dtype=own_dtype(model) if dtype == "auto" else dtype,
             device=str(weight.device) if device == "auto" else device,
+            quantize=quantize,
         )
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"<FrozenLM {self.name}: {self.num_parameters:,} weights, {dtype}, {self.device}>"
+        precision = f"{self.quantized}, computed in {dtype}" if self.quantized else dtype
+        return f"<FrozenLM {self.name}: {self.num_parameters:,} weights, {precision}, {self.device}>"
 
     @property
     def num_layers(self) -> int:
@@ -224,9 +271,10 @@ class FrozenLM(Embedder):
 
     @property
     def compiles(self) -> bool:
-        """Whether all layers can share compiled graphs: those that ask a cache by number, or choose experts, cannot."""
+        """Whether all layers can share compiled graphs: those that ask a cache by number, choose experts, or are quantised
+        cannot."""
         experts = any("experts" in name for name, _ in self._layers.named_parameters())
-        return self.shares_prefix and not (self.recurrent or self._keeps_latents or experts)
+        return self.shares_prefix and not (self.recurrent or self._keeps_latents or experts or self.quantized)
 
     @cached_property
     def why_no_kv(self) -> str:
@@ -256,9 +304,14 @@ class FrozenLM(Embedder):
         return min(max(MAX_TOKENS, fitting), MOST_TOKENS)
 
     @property
-    def num_parameters(self) -> int:
-        """How many weights the base model has, shared ones counted once."""
-        return sum(p.numel() for p in self.model.parameters())
+    def precision(self) -> str:
+        """What its linear layers are stored in: ``nf4``, ``int8`` …, or ``fp32``, ``bf16``, ``fp16``."""
+        return self.quantized or next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all its weights in memory, scales of quantised ones included."""
+        return sum(tensor.nbytes for _, tensor in stored_tensors(self.model))
 
     def weights_digest(self) -> str:
         """Hex digest of every bit of every weight in memory; no training may change it."""
