@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from softprompt.cli.groups import Bounds, Comparing, Door, Elsewhere, Learning, Output
+from softprompt.cli.groups import Bounds, Comparing, Door, Elsewhere, Learning, Measured, Output
 from softprompt.cli.options import (
     SEED_RANGE,
     SOURCE,
@@ -26,6 +26,7 @@ from softprompt.cli.options import (
     Name,
     Normalise,
     OneTargetColumns,
+    Quantize,
     TextOptions,
     completed,
     data_option,
@@ -241,10 +242,8 @@ def serve_command(
 def evaluate_command(
     name: Name,
     test: Annotated[str, typer.Argument(metavar="TEST", help=SOURCE)],
-    base_only: BaseOnly = False,
-    metric: Annotated[list[str] | None, option("Only these metrics, the first is the headline.", "all")] = None,
-    normalise_length: Normalise = False,
     *,
+    measured: Measured,
     generated: TextOptions,
     columns: Columns,
     base: Base = None,
@@ -259,6 +258,7 @@ def evaluate_command(
     softprompt evaluate sst2 test.jsonl
     softprompt evaluate sst2 test.jsonl --base-only --json
     softprompt evaluate qa test.csv --metric token_f1 --stop "\\n"
+    softprompt evaluate sst2 test.jsonl --on nf4 int8
     """
     from softprompt.cli.evaluate import measure
 
@@ -266,9 +266,7 @@ def evaluate_command(
         name,
         test,
         columns,
-        base_only=base_only,
-        metrics=metric,
-        normalise=normalise_length,
+        measured,
         sampling=generated.given(),
         base=base,
         loading=loading,
@@ -561,6 +559,7 @@ def demo_command(
     out: Annotated[Path | None, option("Copy data, soft prompt and results.json into this folder, too.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    quantize: Quantize = None,
     as_json: Json = False,
 ) -> None:
     """The whole way on real data: tune, measure, keep and swap, in minutes on two cores.
@@ -573,7 +572,7 @@ def demo_command(
     """
     from softprompt.cli.demo import demo
 
-    demo(seed, steps, out, Loading(dtype, device), as_json)
+    demo(seed, steps, out, Loading(dtype, device, quantize=quantize), as_json)
 
 
 COMMANDS: dict[str, Any] = {

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from softprompt.cli.options import SEED_RANGE, completed, flag, option
+from softprompt.cli.options import PRECISIONS, SEED_RANGE, BaseOnly, Normalise, completed, flag, option
 from softprompt.methods.registry import METHODS
 from softprompt.serving.limits import Limits
 from softprompt.tuning.config import (
@@ -23,6 +23,8 @@ from softprompt.tuning.config import (
 )
 
 _D, _L = TrainConfig(), Limits()
+
+DTYPES = ("fp32", "bf16", "fp16")
 
 _run = partial(option, panel="The run")
 _learn = partial(option, panel="Learning")
@@ -41,6 +43,23 @@ class Output:
     resume: Annotated[bool, flag("--resume", "Go on with a run that was stopped.", panel="The run")] = False
     overwrite: Annotated[bool, flag("--overwrite", "Replace an earlier one of that name.", panel="The run")] = False
     track: Annotated[str | None, _run(f"Hand each step to a tracker: {', '.join(TRACKERS)}.", choices=TRACKERS)] = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What ``softprompt evaluate`` measures, and on what."""
+
+    base_only: BaseOnly = False
+    metric: Annotated[list[str] | None, option("Only these metrics, the first is the headline.", "all")] = None
+    normalise_length: Normalise = False
+    on: Annotated[
+        list[str] | None,
+        option(
+            f"Measure with the base model in these precisions as well: {', '.join((*PRECISIONS, *DTYPES))}.",
+            panel="Base model",
+            choices=(*PRECISIONS, *DTYPES),
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)

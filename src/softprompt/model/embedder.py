@@ -15,6 +15,9 @@ from torch import nn
 from softprompt.errors import ConfigError, DataError
 from softprompt.text.tokens import SOFT, Tokens
 
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+"""What the types that models compute in are called."""
+
 
 @dataclass(eq=False, repr=False)
 class Embedder:
@@ -71,6 +74,11 @@ class Embedder:
     def dtype(self) -> torch.dtype:
         """The model's."""
         return self.embedding.dtype
+
+    @property
+    def precision(self) -> str:
+        """What the model's linear layers are stored in: ``nf4``, ``int8`` …, or its dtype, such as ``bf16``."""
+        return self.quantized or DTYPE_NAMES[self.dtype]
 
     @property
     def encoder_decoder(self) -> bool:

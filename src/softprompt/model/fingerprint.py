@@ -122,7 +122,8 @@ def fingerprint_tokenizer(tokenizer: Any) -> str:
 
 
 def weights_digest(model: Any) -> str:
-    """Hex digest of every bit of every weight, of codes and their scales, as it stands in memory: equal before and after a training (oracle 3).
+    """Hex digest of every bit of every weight, of codes and their scales, as it stands in memory: equal before and
+    after a training (oracle 3).
 
     Weights on a CUDA device are hashed there, by ``device_hash``, and not copied; their digest is another than on the
     CPU.

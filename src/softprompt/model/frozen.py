@@ -17,7 +17,7 @@ from torch import nn
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.errors import ConfigError, SoftPromptWarning
 from softprompt.files import StrPath, local_path
-from softprompt.model import attention, trial
+from softprompt.model import attention, quantized, trial
 from softprompt.model.architecture import (
     WHOLE,
     Family,
@@ -41,24 +41,10 @@ from softprompt.model.encoder_decoder import EncoderDecoder, decoder_start, requ
 from softprompt.model.fast.blocks import can_use_blocks
 from softprompt.model.fast.layers import LayerModes
 from softprompt.model.fast.packed import PackedWeights
-from softprompt.model.fingerprint import (
-    fingerprint_model,
-    fingerprint_tokenizer,
-    model_settings,
-    stored_tensors,
-    weights_digest,
-)
-from softprompt.model.loading import DTYPES, lasting, load_base, own_dtype, pick_device, pick_dtype
+from softprompt.model.fingerprint import fingerprint_model, fingerprint_tokenizer, model_settings, weights_digest
+from softprompt.model.loading import lasting, load_base, own_dtype, pick_device, pick_dtype
 from softprompt.model.notes import heard
 from softprompt.model.prefixes import PrefixCache, PrefixOf
-from softprompt.model.quantized import (
-    count_weights,
-    placed,
-    quantize_layers,
-    require_input_gradient,
-    require_precision,
-    stored_precision,
-)
 from softprompt.model.reading import summed
 from softprompt.model.request import Request, prompt_of
 from softprompt.model.scoring import scored
@@ -108,16 +94,14 @@ class FrozenLM(Embedder):
         device: str = "auto",
         quantize: str | None = None,
     ) -> None:
-        # of the weights as they are stored, before they are cast or quantised
-        fingerprint = getattr(model, "stored_fingerprint", None) or fingerprint_model(model)
+        fingerprint = getattr(model, "stored_fingerprint", None) or fingerprint_model(model)  # as they are stored
         self.device, config = pick_device(device), model.config
-        stored, found = stored_precision(config), pick_dtype(dtype, self.device)
-        self.num_parameters = count_weights(model)
+        stored, found = quantized.stored_precision(config), pick_dtype(dtype, self.device)
+        self.num_parameters = quantized.count_weights(model)
         self.quantized = stored or quantize or ""
         if quantize not in (None, stored):
-            require_precision(quantize, self.device)
-            quantize_layers(model, quantize, self.device, name)
-        self.model = placed(model, found, self.device).eval().requires_grad_(False)
+            quantized.quantize_layers(model, quantize, self.device, name)
+        self.model = quantized.placed(model, found, self.device, name).eval().requires_grad_(False)
         super().__init__(
             name=name,
             tokenizer=tokenizer,
@@ -130,8 +114,6 @@ class FrozenLM(Embedder):
             generation_config=getattr(model, "generation_config", None),
             decoder_start=decoder_start(model, tokenizer, name) if config.is_encoder_decoder else (),
         )
-        if self.quantized:
-            require_input_gradient(self.model, name)
         self.whole: Whole
         if self.encoder_decoder:
             require_embedded(self.model, name, self.decoder_start)
@@ -184,7 +166,7 @@ class FrozenLM(Embedder):
 
         Raises:
             BaseModelError: it cannot be found or read, or is neither a causal language model nor an encoder–decoder; or
-                it is stored quantised already, otherwise than ``quantize`` says, or by what this machine cannot compute.
+                it is stored quantised already, as another than ``quantize``, or so that this machine cannot compute it.
             ConfigError: an unknown dtype or device, or a precision that this machine cannot compute with.
         """
         base = os.fspath(base)
@@ -193,12 +175,12 @@ class FrozenLM(Embedder):
         device_found = pick_device(device)
         pick_dtype(dtype, device_found)
         if quantize is not None:
-            require_precision(quantize, device_found)
+            quantized.require_precision(quantize, device_found)
         with heard():
             model, tokenizer = load_base(
                 base, trust_remote_code=trust_remote_code, device=device_found, quantize=quantize
             )
-            if stored_precision(model.config) and dtype == "auto":
+            if quantized.stored_precision(model.config) and dtype == "auto":
                 dtype = own_dtype(model)
             return cls(model, tokenizer, name=base, dtype=dtype, device=device, quantize=quantize)
 
@@ -271,8 +253,8 @@ class FrozenLM(Embedder):
 
     @property
     def compiles(self) -> bool:
-        """Whether all layers can share compiled graphs: those that ask a cache by number, choose experts, or are quantised
-        cannot."""
+        """Whether all layers can share compiled graphs: those that ask a cache by number, choose experts, or are
+        quantised, cannot."""
         experts = any("experts" in name for name, _ in self._layers.named_parameters())
         return self.shares_prefix and not (self.recurrent or self._keeps_latents or experts or self.quantized)
 
@@ -302,16 +284,6 @@ class FrozenLM(Embedder):
         memory = GPU_SHARE * torch.cuda.get_device_properties(self.device).total_memory
         fitting = int(memory / kept_bytes(self._layers, self.model.config, self.dtype, self.embedding.shape[0]))
         return min(max(MAX_TOKENS, fitting), MOST_TOKENS)
-
-    @property
-    def precision(self) -> str:
-        """What its linear layers are stored in: ``nf4``, ``int8`` …, or ``fp32``, ``bf16``, ``fp16``."""
-        return self.quantized or next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all its weights in memory, scales of quantised ones included."""
-        return sum(tensor.nbytes for _, tensor in stored_tensors(self.model))
 
     def weights_digest(self) -> str:
         """Hex digest of every bit of every weight in memory; no training may change it."""

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from torch import nn
 
 from softprompt.errors import BaseModelError, ConfigError
-from softprompt.model.fingerprint import sampled
-from softprompt.model.notes import say
+from softprompt.model.fingerprint import sampled, stored_tensors
+from softprompt.model.notes import quieten_bitsandbytes, say
 
 PRECISIONS = ("nf4", "int8", "int4", "fp8")
 """What linear layers can be quantised to."""
@@ -91,7 +91,7 @@ class CodedLinear(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """``[…, out]`` of ``[…, in]``."""
-        product: torch.Tensor = _Product.apply(inputs, self)
+        product: torch.Tensor = _Product.apply(inputs, self)  # type: ignore[no-untyped-call]
         return product if self.bias is None else product + self.bias.to(product.dtype)
 
     def extra_repr(self) -> str:
@@ -108,7 +108,7 @@ class _Product(torch.autograd.Function):
         return nn.functional.linear(inputs, layer.decoded(inputs.dtype))
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient @ ctx.layer.decoded(gradient.dtype), None
 
 
@@ -177,10 +177,12 @@ def quantize_layers(model: Any, precision: str, device: torch.device, name: str)
 
     Raises:
         BaseModelError: it has no such layers, or is stored quantised.
+        ConfigError: as ``require_precision``.
     """
     from transformers.pytorch_utils import Conv1D
 
     require_plain(stored_precision(model.config), precision, name)
+    require_precision(precision, device)
     head = model.get_output_embeddings()
     whole = _numbers(model) - model.get_input_embeddings().weight.numel()
     done = 0
@@ -203,8 +205,12 @@ def quantize_layers(model: Any, precision: str, device: torch.device, name: str)
         )
 
 
-def placed(model: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model on the device, computing in ``dtype``; codes and their scales stay as they are."""
+def placed(model: Any, dtype: torch.dtype, device: torch.device, name: str) -> Any:
+    """The model on the device, computing in ``dtype``; codes and their scales stay as they are.
+
+    Raises:
+        BaseModelError: quantised layers of it compute no gradient.
+    """
     coded = codes_of(model)
     # Not ``model.to(dtype)``: it would round the rotary frequencies too, which in bf16 is a radian at 1000 tokens.
     for weight in model.parameters():
@@ -212,19 +218,27 @@ def placed(model: Any, dtype: torch.dtype, device: torch.device) -> Any:
             weight.data = weight.data.to(dtype)
     keep_as_stored(model)
     places = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    if all(place.type == device.type and device.index in (None, place.index) for place in places):
-        return model  # transformers refuses to move some kinds, even to where they are
-    return model.to(device)
+    # transformers refuses to move some kinds, even to where they are
+    if not all(place.type == device.type and device.index in (None, place.index) for place in places):
+        model = model.to(device)
+    _require_input_gradient(model, name)
+    return model
 
 
-def _nf4(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+def bytes_of(model: nn.Module) -> int:
+    """Bytes of all weights in memory, codes and their scales included."""
+    return sum(tensor.nbytes for _, tensor in stored_tensors(model))
+
+
+def _nf4(weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
     """A layer of bitsandbytes, with the scales of its blocks quantised as well (QLoRA, Dettmers et al. 2023, section
     3)."""
+    quieten_bitsandbytes()
     import bitsandbytes as untyped
 
     library: Any = untyped
     rows, columns = weight.shape
-    layer: nn.Module = library.nn.Linear4bit(columns, rows, bias=False, quant_type="nf4", device="meta")
+    layer: Any = library.nn.Linear4bit(columns, rows, bias=False, quant_type="nf4", device="meta")
     layer.weight = library.nn.Params4bit(weight.float().contiguous(), requires_grad=False, quant_type="nf4").to(
         weight.device
     )
@@ -237,7 +251,7 @@ def keep_as_stored(model: nn.Module) -> None:
     and the weights are not what they were."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 # --- what is quantised already --------------------------------------------------------------------
@@ -270,8 +284,10 @@ def method_of(config: Any) -> str:
 
 
 def require_method(config: Any, base: str) -> None:
-    """Refuses a stored format that transformers does not know: it would take the codes for weights."""
+    """Makes ready for what a model is stored in. Refuses a stored format that transformers does not know: it would take the codes for weights."""
     method = method_of(config)
+    if method == "bitsandbytes":
+        quieten_bitsandbytes()
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as KNOWN
 
     if method and not any(name.startswith(method) for name in KNOWN):
@@ -304,14 +320,20 @@ def codes_of(model: nn.Module) -> set[int]:
     }
 
 
+def _shape(module: Any) -> tuple[int, int] | None:
+    """``(out, in)`` of a quantised linear layer; None for any other module."""
+    has = hasattr(module, "out_features") and hasattr(module, "in_features")
+    return (int(module.out_features), int(module.in_features)) if has and is_quantized(module) else None
+
+
 def sizes_of(module: nn.Module) -> Iterator[tuple[str, Sequence[int]]]:
     """Each weight's name and shape; of a quantised linear layer, those of the weight that it stands for."""
     for name, part in module.named_modules():
-        prefix = f"{name}." if name else ""
-        if is_quantized(part) and hasattr(part, "in_features"):
-            yield f"{prefix}weight", (int(part.out_features), int(part.in_features))  # type: ignore[arg-type]
+        prefix, shape = f"{name}." if name else "", _shape(part)
+        if shape is not None:
+            yield f"{prefix}weight", shape
             if getattr(part, "bias", None) is not None:
-                yield f"{prefix}bias", (int(part.out_features),)  # type: ignore[arg-type]
+                yield f"{prefix}bias", shape[:1]
         else:
             yield from ((f"{prefix}{own}", tuple(w.shape)) for own, w in part.named_parameters(recurse=False))
 
@@ -322,14 +344,15 @@ def _numbers(model: nn.Module) -> int:
 
 def count_weights(model: nn.Module) -> int:
     """How many weights a model has, shared ones counted once, and codes as the weights that they stand for."""
-    coded = [module for module in model.modules() if is_quantized(module) and hasattr(module, "in_features")]
-    inside = {id(weight) for module in coded for weight in module.parameters(recurse=False)}
-    plain = sum(weight.numel() for weight in model.parameters() if id(weight) not in inside)
-    biases = sum(getattr(module, "bias", None) is not None and int(module.out_features) for module in coded)
-    return plain + biases + sum(int(module.in_features) * int(module.out_features) for module in coded)
+    shapes = {module: shape for module in model.modules() if (shape := _shape(module)) is not None}
+    coded = {
+        id(weight) for module in shapes for name, weight in module.named_parameters(recurse=False) if name != "bias"
+    }
+    plain = sum(weight.numel() for weight in model.parameters() if id(weight) not in coded)
+    return plain + sum(rows * columns for rows, columns in shapes.values())
 
 
-def require_input_gradient(model: nn.Module, name: str) -> None:
+def _require_input_gradient(model: nn.Module, name: str) -> None:
     """Refuses layers that compute no gradient in their inputs, or another one than that of what they compute: the
     gradient would go around them, along the residual stream, and nothing would be said.
 
@@ -338,12 +361,13 @@ def require_input_gradient(model: nn.Module, name: str) -> None:
     """
     tried = set[type]()
     for module in model.modules():
-        if type(module) in tried or not (is_quantized(module) and hasattr(module, "in_features")):
+        shape = _shape(module)
+        if type(module) in tried or shape is None:
             continue
         tried.add(type(module))
         own = next(iter([*module.parameters(recurse=False), *module.buffers(recurse=False)]))
         dtype = next((w.dtype for w in model.parameters() if w.dtype in (torch.bfloat16, torch.float16)), torch.float32)
-        noise = torch.randn(4, int(module.in_features), generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(4, shape[1], generator=torch.Generator().manual_seed(0))
         inputs = noise.to(own.device, dtype).requires_grad_()
         with torch.enable_grad():
             try:
@@ -360,7 +384,8 @@ def require_input_gradient(model: nn.Module, name: str) -> None:
 def _no_gradient(name: str, module: nn.Module, reason: str) -> BaseModelError:
     return BaseModelError(
         f"the quantised layers of the base model {name!r} ({type(module).__name__}) have no gradient in their inputs "
-        f"here ({reason}), which a soft prompt learns by; give the model that it was made of, and --quantize"
+        f"here ({reason}), which a soft prompt learns by; leave --dtype out, or give the model that it was made of, and "
+        "--quantize"
     )
 
 
