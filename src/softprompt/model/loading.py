@@ -21,7 +21,14 @@ from softprompt.errors import BaseModelError, ConfigError
 from softprompt.files import StrPath, cache_folder, local_path
 from softprompt.model.files import ADAPTER, INDEX, WEIGHTS, adapter_alone, adapts, locate
 from softprompt.model.notes import heard, say
-from softprompt.model.quantized import fingerprint_files, remedy_for, require_method, require_plain, stored_precision
+from softprompt.model.quantized import (
+    fingerprint_files,
+    loading_options,
+    remedy_for,
+    require_method,
+    require_plain,
+    stored_precision,
+)
 
 BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 """Ends of names of what older releases of transformers stored, and is computed anew."""
@@ -137,8 +144,8 @@ def _from_pretrained(
     if stored:
         require_method(config, base)
         require_plain(stored, quantize, base)
-        options, remedy = {"device_map": {"": str(device)}}, remedy_for(config)
-        whole = f"the {called}, which is stored in {stored}"
+        options, remedy = loading_options(config, device, base), remedy_for(config)
+        whole = f"the base model {base!r} is stored in {stored} and could not be loaded"
     tokenizer = load(AutoTokenizer.from_pretrained, f"the tokenizer of the {called}", WHERE_TO_PUT_A_TOKENIZER)
     _require_vocabulary(tokenizer, base)
     models: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM

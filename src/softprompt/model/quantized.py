@@ -284,10 +284,8 @@ def method_of(config: Any) -> str:
 
 
 def require_method(config: Any, base: str) -> None:
-    """Makes ready for what a model is stored in. Refuses a stored format that transformers does not know: it would take the codes for weights."""
+    """Refuses a stored format that transformers does not know: it would take the codes for weights."""
     method = method_of(config)
-    if method == "bitsandbytes":
-        quieten_bitsandbytes()
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as KNOWN
 
     if method and not any(name.startswith(method) for name in KNOWN):
@@ -295,6 +293,18 @@ def require_method(config: Any, base: str) -> None:
             f"the base model {base!r} is quantised by {method!r}, which this release of transformers does not know; "
             "give the model that it was made of, and --quantize"
         )
+
+
+def loading_options(config: Any, device: torch.device, base: str) -> dict[str, Any]:
+    """With what transformers loads a model that is stored quantised."""
+    method = method_of(config)
+    if method == "bitsandbytes":
+        quieten_bitsandbytes()
+    if method == "compressed-tensors" and find_spec("compressed_tensors") is not None:
+        # Its layers have no product of their own: the first pass of the whole model would unpack them all.
+        config.quantization_config["dequantize"] = True
+        say(f"the weights of {base} are unpacked: compressed-tensors stores in few bits, and computes with all")
+    return {"device_map": {"": str(device)}}
 
 
 def remedy_for(config: Any) -> str:
@@ -384,8 +394,8 @@ def _require_input_gradient(model: nn.Module, name: str) -> None:
 def _no_gradient(name: str, module: nn.Module, reason: str) -> BaseModelError:
     return BaseModelError(
         f"the quantised layers of the base model {name!r} ({type(module).__name__}) have no gradient in their inputs "
-        f"here ({reason}), which a soft prompt learns by; leave --dtype out, or give the model that it was made of, and "
-        "--quantize"
+        f"here ({reason}), which a soft prompt learns by; leave --dtype out, or give the model that it was made "
+        "of, and --quantize"
     )
 
 
