@@ -181,18 +181,16 @@ def _difference(run: _Run, first: _Run) -> dict[str, Any] | None:
 
 
 def _show(runs: Sequence[_Run]) -> None:
-    """A row a precision: its metrics, and the difference to the first with its 95 % interval."""
-    names = [metric.name for metric in runs[0].found.metrics]
-    compared = COMPARED_BY[runs[0].sampling is not None]
-    table = simple_table("base model", ">MB", *(f">{name}" for name in names), f">{compared} above the first", ">same")
+    """A row a precision: the headline, and the difference to the first row with its 95 % interval."""
+    name, compared = runs[0].found.headline.name, COMPARED_BY[runs[0].sampling is not None]
+    table = simple_table("base model", ">MB", f">{name}", f">{compared}: difference", ">95 % interval", ">same answers")
     for run in runs:
-        values = [number(metric.name, metric.value) for metric in run.found.metrics]
+        cells = ["", "", ""]
         difference = None if run is runs[0] else _difference(run, runs[0])
-        cells = ("", "")
         if difference is not None:
             value, low, high = (f"{difference[key]:+.3f}" for key in ("value", "low", "high"))
-            cells = (f"{value} ({low} to {high})", f"{100 * difference['same_answers']:.1f} %")
-        table.add_row(run.precision, f"{run.base_bytes / 1e6:,.0f}", *values, *cells)
+            cells = [value, f"{low} to {high}", f"{100 * difference['same_answers']:.1f} %"]
+        table.add_row(run.precision, f"{run.base_bytes / 1e6:,.0f}", number(name, run.found.headline.value), *cells)
     stdout.print(table)
 
 

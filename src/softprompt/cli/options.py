@@ -134,7 +134,7 @@ Quantize = Annotated[
         choices=PRECISIONS,
     ),
 ]
-BaseDtype = Annotated[str | None, typer.Option(hidden=True, help="fp8: another spelling of --quantize fp8.")]
+BaseDtype = Annotated[str | None, model_option("fp8: another spelling of --quantize fp8.", choices=("fp8",))]
 Trust = Annotated[bool, flag("--trust-remote-code", "Run code that comes with the model.", panel="Base model")]
 
 
