@@ -1,7 +1,7 @@
 """What a quantised base model takes and costs: bytes of its weights, memory of a process, time of a training step and
 of a written token, each precision in processes of its own that take turns.
 
-    python benchmarks/quantised.py --base smollm2-135m --data sst2/train.jsonl --precisions bf16 nf4 int8 fp8 int4 --json
+    python benchmarks/quantised.py --data sst2/train.jsonl --precisions bf16 nf4 int8 fp8 int4 --json
 
 Times are medians over all rounds; ``step_ratio`` and ``token_ratio`` are over the first precision, above 1 is slower.
 Memory is above that of a process that has imported the same libraries and loaded nothing, after loading

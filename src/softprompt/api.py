@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -28,22 +29,21 @@ from softprompt.model.loading import lasting
 from softprompt.model.request import Sampling
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks import predict as answering
-from softprompt.tasks.length import default_num_virtual_tokens
 from softprompt.tasks.predict import Predictions, Progress, Query
-from softprompt.tasks.reading import Labels, form_of, read_for, read_task, require_no_chat, taken_for
+from softprompt.tasks.reading import Labels, read_for
 from softprompt.tasks.task import Task
 from softprompt.terminal.console import rows_bar, say_reading, stderr, were_cut
+from softprompt.terminal.many import watch_together
 from softprompt.terminal.training import watch
 from softprompt.text.chat import with_answers
-from softprompt.text.template import Template, chat_template
-from softprompt.text.verbalizer import Verbalizer
+from softprompt.text.template import Template
 from softprompt.tuning.config import TrainConfig
+from softprompt.tuning.job import Job, of_job, require_known, with_settings
+from softprompt.tuning.many import train_together
 from softprompt.tuning.tracking import Track, tracking
 from softprompt.tuning.training import Training
 
 if TYPE_CHECKING:
-    import torch
-
     from softprompt.serving.jobs import Limits
     from softprompt.serving.listening import RunningServer
 
@@ -159,32 +159,84 @@ def train(
         ConfigError, BaseModelError: settings that contradict each other; ``start`` is of another base model.
         StoreError, TrainingError: ``folder`` cannot be written or is held by another training; nothing was learned.
     """
-    config = _settings(config, settings, start)
-    form, own = _template(lm, template), not isinstance(template, str) or template not in ("default", "chat")
-    rows, held_out, verbalizer = read_task(
+    require_model(lm)
+    job = Job.read(
         data,
         validation,
-        labels,
-        None if form is None else form.fields,
+        name=name,
+        template=template,
+        labels=labels,
         input_field=input_field,
         target_field=target_field,
         references_field=references_field,
         encoding=encoding,
-        format="none" if own and format is None else format,
-    )
-    if own:
-        require_no_chat(rows, "A template of your own")
-    rows, held_out = with_answers(rows, lm.tokenizer), held_out and with_answers(held_out, lm.tokenizer)
-    if form is None or rows.is_chat:
-        form = form_of(rows, lm.tokenizer, verbalizer is not None)
-    config = _with_length(lm, config, verbalizer)
-    task = Task(lm, form, verbalizer, config.longest, config.max_length or lm.window)
-    first = _vectors_of(lm, start)
-    training = Training(task, rows, held_out, config, name=name, start=first, folder=folder, resume=resume)
-    reading = taken_for(rows, held_out, None, verbalizer, labels, references_field)
+        format=format,
+        start=start,
+        config=with_settings(config, settings),
+    ).on(lm)
+    training = job.training(lm, folder=folder, resume=resume)
     with tracking(track, training, Path(folder or "runs") / "tensorboard") as report:
-        _run(training, reading, report, progress)
+        _run(training, job.reading, report, progress)
     return training.result()
+
+
+def fit_many(
+    lm: FrozenLM,
+    jobs: Sequence[Mapping[str, Any] | Training],
+    *,
+    folder: StrPath | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    **defaults: Any,
+) -> list[SoftPrompt | None]:
+    """Tunes several soft prompts on one base model in shared passes, each as it would be tuned alone.
+
+    One that ends early, or whose loss is not finite, leaves the others as they are.
+
+    Args:
+        lm: the frozen base model of all of them.
+        jobs: of each soft prompt the arguments of :func:`train` by name: ``data`` and whatever else; or a
+            :class:`Training` on this base model, before its first step.
+        folder: holds a folder a name with checkpoint, log and history; None keeps none. Names must differ then.
+        resume: go on from the checkpoints there.
+        progress: show what the data were taken for, and a table of all on stderr.
+        defaults: arguments of :func:`train` for every job that does not say its own: ``steps=600``.
+
+    Returns:
+        The best soft prompt of each by validation, in order. Where the loss stopped being finite, the last good one,
+        with a warning; None, with a warning, where that happened at the very first step.
+
+    Raises:
+        ConfigError: there is no job, an argument is unknown, two jobs share a name and ``folder`` is given, or as for
+            :func:`train`; the sentence names the job.
+        DataError, TemplateError, BaseModelError, StoreError: as for :func:`train`.
+    """
+    require_model(lm)
+    if not jobs:
+        raise ConfigError("Expected at least one job to train, found none; give a list of dicts, each with its data.")
+    trainings: list[Training] = []
+    for number, given in enumerate(jobs, start=1):
+        if isinstance(given, Training):
+            trainings.append(given)
+            continue
+        job = _job({**defaults, **given}, number)
+        own = None if folder is None else Path(folder) / job.name
+        if own is not None and any(each.folder == local_path(own) for each in trainings):
+            raise ConfigError(f"Two jobs are called {job.name!r}; give each a name of its own.")
+        with of_job(job.name):
+            job = job.on(lm)
+            trainings.append(job.training(lm, folder=own, resume=resume))
+        if progress:
+            say_reading(job.reading, job.name)
+        else:
+            for doubt in job.reading.doubts:
+                warnings.warn(f"{job.name}: {doubt}", SoftPromptWarning, stacklevel=2)
+    if progress:
+        watch_together(trainings)
+    else:
+        for _ in train_together(trainings):
+            pass
+    return [_result(training) for training in trainings]
 
 
 def evaluate(
@@ -383,40 +435,32 @@ def require_model(lm: object) -> None:
         )
 
 
-def _settings(config: TrainConfig | None, settings: Mapping[str, Any], start: SoftPrompt | None) -> TrainConfig:
-    """The settings, with the length of the soft prompt to start from where nobody says another."""
-    known = [field.name for field in fields(TrainConfig)]
-    unknown = [name for name in settings if name not in known]
-    if unknown:
-        raise ConfigError(f"There is no setting {unknown[0]!r}; TrainConfig has {', '.join(known)}.")
-    config = replace(config or TrainConfig(), **settings)
-    if start is not None and config.num_virtual_tokens is None:
-        config = replace(config, num_virtual_tokens=start.num_virtual_tokens)
-    return config
+def _job(given: Mapping[str, Any], number: int) -> Job:
+    """A job of :func:`fit_many`, number ``number``, read."""
+    name = given.get("name", f"soft-prompt-{number}")
+    with of_job(name):
+        taken = [each for each in signature(train).parameters if each not in _OF_ONE]
+        settings = [field.name for field in fields(TrainConfig)]
+        require_known(given, [*taken, *settings], "argument", "a job has")
+        if "data" not in given:
+            raise ConfigError("expected data to train on, found none; give a path or rows as data.")
+        options = {key: value for key, value in given.items() if key not in settings}
+        chosen = {key: value for key, value in given.items() if key in settings}
+        options["config"] = with_settings(options.get("config"), chosen)
+        return Job.read(**{**options, "name": name})
 
 
-def _vectors_of(lm: FrozenLM, start: SoftPrompt | None) -> torch.Tensor | None:
-    """The numbers to start from; those of another base model mean nothing here, and are refused."""
-    if start is None:
-        return None
-    Task.of(lm, start)
-    return start.vectors
+_OF_ONE = ("lm", "folder", "resume", "track", "progress", "settings")
+"""Arguments of :func:`train` that are not a job's."""
 
 
-def _with_length(lm: FrozenLM, config: TrainConfig, verbalizer: Verbalizer | None) -> TrainConfig:
-    """The settings with a number of virtual tokens."""
-    if config.num_virtual_tokens is not None:
-        return config
-    length = default_num_virtual_tokens(lm, () if verbalizer is None else verbalizer.labels)
-    return replace(config, num_virtual_tokens=length)
-
-
-def _template(lm: FrozenLM, template: str | Template) -> Template | None:
-    """The template; None for the default one, which depends on whether there are labels."""
-    require_model(lm)
-    if isinstance(template, Template) or template == "default":
-        return template if isinstance(template, Template) else None
-    return chat_template(lm.tokenizer) if template == "chat" else Template(template)
+def _result(training: Training) -> SoftPrompt | None:
+    """What came of one of several; None if nothing was learned."""
+    if training.stopped == "not finite":
+        warnings.warn(f"{training.name}: {_not_finite(training)}", SoftPromptWarning, stacklevel=3)
+        if not training.tokens:
+            return None
+    return training.result()
 
 
 def examples_of(soft_prompt: SoftPrompt, inputs: Input | Iterable[Input] | Path) -> list[Example]:
@@ -461,12 +505,16 @@ def _run(training: Training, reading: Reading, track: Track, progress: bool) -> 
             track(step)
     _warn_truncated(training.truncated, training.task.max_length)
     if training.stopped == "not finite":
-        warnings.warn(
-            f"the loss is not finite any more after step {training.step:,} of {training.total:,}; the soft prompt is "
-            f"the last good one; train again with an lr below {training.config.lr}, or with dtype fp32",
-            SoftPromptWarning,
-            stacklevel=3,
-        )
+        warnings.warn(_not_finite(training), SoftPromptWarning, stacklevel=3)
+
+
+def _not_finite(training: Training) -> str:
+    if not training.tokens:
+        return "the loss is not finite at the very first step, so nothing was learned; try dtype fp32"
+    return (
+        f"the loss is not finite any more after step {training.step:,} of {training.total:,}; the soft prompt is "
+        f"the last good one; train again with an lr below {training.config.lr}, or with dtype fp32"
+    )
 
 
 def _bar(what: str, progress: bool) -> AbstractContextManager[Progress | None]:

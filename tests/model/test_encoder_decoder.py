@@ -252,7 +252,7 @@ def test_a_decoder_without_a_first_token_is_refused() -> None:
 
 def test_a_kv_prefix_is_refused_with_its_reason() -> None:
     data: Dataset = toy(12, 0)
-    with pytest.raises(ConfigError, match=r"cannot: it is an encoder-decoder \(t5\), whose encoder reads all"):
+    with pytest.raises(ConfigError, match=r"has none: it is an encoder-decoder \(t5\), whose encoder reads all"):
         Training(toy_task(encoder_decoder("t5"), data), data, None, train_settings(parametrisation="prefix"))
 
 

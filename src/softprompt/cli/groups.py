@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from softprompt.cli.options import PRECISIONS, SEED_RANGE, BaseOnly, Normalise, completed, flag, option
+from softprompt.errors import ConfigError
 from softprompt.methods.registry import METHODS
 from softprompt.serving.limits import Limits
 from softprompt.tuning.config import (
@@ -28,6 +29,7 @@ DTYPES = ("fp32", "bf16", "fp16")
 
 _run = partial(option, panel="The run")
 _learn = partial(option, panel="Learning")
+_sweep = partial(option, panel="What is tried")
 _compare = partial(option, panel="The comparison")
 _door = partial(option, panel="Who may ask")
 _limit = partial(option, panel="Limits")
@@ -38,11 +40,25 @@ _upstream = partial(option, panel="Servers elsewhere")
 class Output:
     """Where a tuned soft prompt goes."""
 
-    name: Annotated[str | None, _run("What to call the soft prompt.")] = None
+    name: Annotated[
+        list[str] | None,
+        _run("What to call the soft prompt; of several, a name each, or {file} in one.", "each as its file"),
+    ] = None
     out: Annotated[Path | None, _run("Write to this .safetensors file instead of the store.")] = None
     resume: Annotated[bool, flag("--resume", "Go on with a run that was stopped.", panel="The run")] = False
     overwrite: Annotated[bool, flag("--overwrite", "Replace an earlier one of that name.", panel="The run")] = False
     track: Annotated[str | None, _run(f"Hand each step to a tracker: {', '.join(TRACKERS)}.", choices=TRACKERS)] = None
+
+    @property
+    def one_name(self) -> str | None:
+        """The name of a single soft prompt.
+
+        Raises:
+            ConfigError: there are several.
+        """
+        if self.name is not None and len(self.name) > 1:
+            raise ConfigError(f"Expected one --name for one data file, found {', '.join(self.name)}; give one of them.")
+        return None if self.name is None else self.name[0]
 
 
 @dataclass(frozen=True)
@@ -63,8 +79,8 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Learning:
-    """What was given of a ``TrainConfig``, and the recipe to start from."""
+class LearningOnce:
+    """What was given of a ``TrainConfig`` of one start, and the recipe to start from."""
 
     preset: Annotated[
         str | None, _learn(f"A published recipe as start: {', '.join(PRESETS)}.", choices=tuple(PRESETS))
@@ -83,12 +99,10 @@ class Learning:
     parametrisation: Annotated[
         str | None, _learn(f"{', '.join(PARAMETRISATIONS)}.", _D.parametrisation, choices=PARAMETRISATIONS)
     ] = None
-    starts: Annotated[int | None, _learn("Short runs of which the best goes on.", _D.starts)] = None
-    lengths: Annotated[str | None, _learn("Other numbers of virtual tokens to try so, a,b,c.")] = None
     loss: Annotated[str | None, _learn(f"{', '.join(LOSSES)}.", _D.loss, choices=LOSSES)] = None
     steps: Annotated[int | None, _learn("Optimizer steps.", DEFAULT_STEPS)] = None
     epochs: Annotated[float | None, _learn("Passes over TRAIN, instead of steps.")] = None
-    batch_size: Annotated[int | None, _learn("Examples a step.", _D.batch_size)] = None
+    batch_size: Annotated[int | None, _learn("Examples a step; of conversations, answers.", _D.batch_size)] = None
     lr: Annotated[float | None, _learn("Peak learning rate in RMS of the start.", _D.lr)] = None
     optimizer: Annotated[str | None, _learn(f"{', '.join(OPTIMIZERS)}.", _D.optimizer, choices=OPTIMIZERS)] = None
     schedule: Annotated[str | None, _learn(f"{', '.join(SCHEDULES)}.", _D.schedule, choices=SCHEDULES)] = None
@@ -117,6 +131,32 @@ class Learning:
             choices=("auto", "on", "off"),
         ),
     ] = None
+
+
+@dataclass(frozen=True)
+class Learning(LearningOnce):
+    """What was given of a ``TrainConfig``, and the recipe to start from."""
+
+    starts: Annotated[int | None, _learn("Short runs of which the best goes on.", _D.starts)] = None
+    lengths: Annotated[str | None, _learn("Other numbers of virtual tokens to try so, a,b,c.")] = None
+
+
+@dataclass(frozen=True)
+class Sweeping:
+    """Which settings are tried, and where the best goes."""
+
+    name: Annotated[str, _run("What to call the best soft prompt.")]
+    seeds: Annotated[int, _sweep("How many seeds, from --seed on.", 1)] = 1
+    lrs: Annotated[str | None, _sweep("Learning rates, a,b,c.", "that of --lr")] = None
+    lengths: Annotated[str | None, _sweep("Numbers of virtual tokens, a,b,c.", "that of --num-virtual-tokens")] = None
+    inits: Annotated[str | None, _sweep(f"Some of {', '.join(INITS)}, with commas.", "that of --init")] = None
+    parametrisations: Annotated[
+        str | None, _sweep(f"Some of {', '.join(PARAMETRISATIONS)}, with commas.", "that of --parametrisation")
+    ] = None
+    keep: Annotated[str, _sweep("The share that goes on at each of two rungs; 1: all do.", "1/3")] = "1/3"
+    out: Annotated[Path | None, _run("The folder for results.json and the plot.", "the run folder in the store")] = None
+    resume: Annotated[bool, flag("--resume", "Go on with a sweep that was stopped.", panel="The run")] = False
+    overwrite: Annotated[bool, flag("--overwrite", "Replace an earlier one of that name.", panel="The run")] = False
 
 
 @dataclass(frozen=True)

@@ -79,8 +79,9 @@ def answers(lm: Any) -> torch.Tensor:
         scores = lm.score_batch(lm.collate(rows, prefix.lengths), prefix)
         continued = _continued(lm, last, vectors)[:, asked]
     else:
-        whole = lm.run_whole([lm.embed(request.ids, vectors) for request in requests], [1] * len(requests))
-        scores = torch.cat(list(whole)).log_softmax(dim=-1)[:, asked]
+        whole = lm.whole.growing()
+        whole.add([lm.embed(request.ids, vectors) for request in requests])
+        scores = whole.logits().log_softmax(dim=-1)[:, asked]
         continued = scores[-1:].detach()
     weights = torch.linspace(-1, 1, len(asked), device=lm.device)
     (gradient,) = torch.autograd.grad((scores * weights).sum(), vectors)

@@ -63,6 +63,11 @@ class Keeper:
         self._latest, self.worse = [], 0
 
     @property
+    def score(self) -> float:
+        """The highest mean score of validations in a row; minus infinity before the first."""
+        return float(np.mean(self._best_scores)) if self._best_scores else -math.inf
+
+    @property
     def over(self) -> bool:
         """Whether the run should end."""
         return 0 < self.patience <= self.worse
