@@ -60,3 +60,7 @@ class ProcessError(SoftPromptError):
 
 class SoftPromptWarning(UserWarning):
     """Something is not as it should be, and the run goes on without it; the command line prints it on stderr."""
+
+
+class PrecisionWarning(SoftPromptWarning):
+    """A soft prompt is used on its base model in another precision than it was trained in."""

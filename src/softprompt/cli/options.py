@@ -143,6 +143,17 @@ Sharding = Annotated[
         choices=SHARDS,
     ),
 ]
+PRECISIONS = ("nf4", "int8", "int4", "fp8")
+Quantize = Annotated[
+    str | None,
+    model_option(
+        "nf4, int8, int4 or fp8: what the linear layers of the base model are stored in. nf4 needs the library "
+        "bitsandbytes.",
+        "as they are",
+        choices=PRECISIONS,
+    ),
+]
+BaseDtype = Annotated[str | None, model_option("fp8: another spelling of --quantize fp8.", choices=("fp8",))]
 Trust = Annotated[bool, flag("--trust-remote-code", "Run code that comes with the model.", panel="Base model")]
 
 
@@ -153,13 +164,29 @@ class Loading:
     dtype: Dtype = "auto"
     device: Device = "auto"
     trust_remote_code: Trust = False
+    quantize: Quantize = None
+    base_dtype: BaseDtype = None
+
+    @property
+    def precision(self) -> str | None:
+        """What the base model is to be quantised to.
+
+        Raises:
+            ConfigError: ``--base-dtype`` is something else than fp8, or contradicts ``--quantize``.
+        """
+        if self.base_dtype not in (None, "fp8") or (self.base_dtype and self.quantize not in (None, "fp8")):
+            raise ConfigError(
+                f"--base-dtype can only be fp8, which is --quantize fp8, not {self.base_dtype!r} with --quantize "
+                f"{self.quantize}; give one of --quantize {', '.join(PRECISIONS)}, or --dtype."
+            )
+        return self.quantize or self.base_dtype
 
     def load(self, base: str) -> FrozenLM:
         """Loads a base model, which is said on stderr.
 
         Raises:
             BaseModelError: it cannot be found or read.
-            ConfigError: an unknown dtype or device.
+            ConfigError: an unknown dtype, device or precision, or one that this machine cannot compute with.
         """
         with stderr.status(f"loading {base}"):
             return self.load_quietly(base)
@@ -176,6 +203,7 @@ class Loading:
             device=self.device,
             trust_remote_code=self.trust_remote_code,
             world=World.join(self._shard),
+            quantize=self.precision,
         )
 
     @property

@@ -488,6 +488,7 @@ class Training:
             versions=library_versions(),
             created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             base_settings=lm.settings,
+            quantized=lm.quantized,
         )
 
     # --- preparation ------------------------------------------------------------------------------
@@ -555,6 +556,7 @@ class Training:
             "base model": task.model.fingerprint,
             "base settings": dict(task.model.settings),
             "dtype": next(name for name, dtype in DTYPES.items() if dtype == task.model.dtype),
+            "quantized": task.model.quantized,
             "training data": [data["train"]["fingerprint"], data["train"]["rows"]],
             "validation data": [data["validation"]["fingerprint"], data["validation"]["rows"]],
         }
