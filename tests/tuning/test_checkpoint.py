@@ -352,7 +352,7 @@ def test_the_log_has_a_line_for_every_step(tmp_path: Path) -> None:
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["number"] for line in logged] == list(range(1, 13))
     for line, step in zip(logged, steps, strict=True):
-        assert line == {name: value for name, value in step.__dict__.items() if value is not None}
+        assert line == {name: value for name, value in step.__dict__.items() if value not in (None, ())}
     assert isinstance(steps[0], Step)
     assert [step.number for step in steps if step.validation] == [5, 10, 12]
 
