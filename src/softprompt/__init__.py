@@ -5,7 +5,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from softprompt.api import evaluate, load_model, predict, serve, train
+    from softprompt.api import evaluate, fit_many, load_model, predict, serve, train
     from softprompt.data.example import Dataset, Example
     from softprompt.data.reading import read_dataset
     from softprompt.errors import (
@@ -68,6 +68,7 @@ __all__ = [
     "default_template",
     "evaluate",
     "export",
+    "fit_many",
     "from_peft",
     "inputs_for",
     "load",
@@ -83,7 +84,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "softprompt.api": ("evaluate", "load_model", "predict", "serve", "train"),
+    "softprompt.api": ("evaluate", "fit_many", "load_model", "predict", "serve", "train"),
     "softprompt.sharing": ("export", "from_peft", "inputs_for", "pull", "push"),
     "softprompt.data.example": ("Dataset", "Example"),
     "softprompt.data.reading": ("read_dataset",),

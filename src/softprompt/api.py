@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from softprompt.data.packages import DEFAULT_BASE
 from softprompt.data.sources import Source
 from softprompt.errors import ConfigError, DataError, SoftPromptWarning
 from softprompt.evaluation import evaluate as evaluation
+from softprompt.evaluation.ensemble import evaluate_ensemble
 from softprompt.evaluation.evaluate import Evaluation
 from softprompt.files import StrPath, local_path
 from softprompt.model.frozen import FrozenLM
@@ -28,23 +30,23 @@ from softprompt.model.loading import lasting
 from softprompt.model.request import Sampling
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks import predict as answering
-from softprompt.tasks.length import default_num_virtual_tokens
+from softprompt.tasks.ensemble import Ensemble
 from softprompt.tasks.predict import Predictions, Progress, Query
-from softprompt.tasks.reading import Labels, form_of, read_for, read_task, require_no_chat, taken_for
+from softprompt.tasks.reading import Labels, read_for
 from softprompt.tasks.task import Task
 from softprompt.terminal.console import rows_bar, say_reading, stderr, were_cut
+from softprompt.terminal.many import watch_together
 from softprompt.terminal.training import watch
 from softprompt.text.chat import with_answers
-from softprompt.text.template import Template, chat_template
-from softprompt.text.verbalizer import Verbalizer
+from softprompt.text.template import Template
 from softprompt.tuning.config import TrainConfig
+from softprompt.tuning.job import Job, of_job, require_known, with_settings
+from softprompt.tuning.many import train_together
 from softprompt.tuning.step import Alarm
 from softprompt.tuning.tracking import Track, tracking
 from softprompt.tuning.training import Training
 
 if TYPE_CHECKING:
-    import torch
-
     from softprompt.serving.jobs import Limits
     from softprompt.serving.listening import RunningServer
 
@@ -154,39 +156,92 @@ def train(
         ConfigError, BaseModelError: settings that contradict each other; ``start`` is of another base model.
         StoreError, TrainingError: ``folder`` cannot be written or is held by another training; nothing was learned.
     """
-    config = _settings(config, settings, start)
-    form, own = _template(lm, template), not isinstance(template, str) or template not in ("default", "chat")
-    rows, held_out, verbalizer = read_task(
+    require_model(lm)
+    job = Job.read(
         data,
         validation,
-        labels,
-        None if form is None else form.fields,
+        name=name,
+        template=template,
+        labels=labels,
         input_field=input_field,
         target_field=target_field,
         references_field=references_field,
         encoding=encoding,
-        format="none" if own and format is None else format,
-    )
-    if own:
-        require_no_chat(rows, "A template of your own")
-    rows, held_out = with_answers(rows, lm.tokenizer), held_out and with_answers(held_out, lm.tokenizer)
-    if form is None or rows.is_chat:
-        form = form_of(rows, lm.tokenizer, verbalizer is not None)
-    config = _with_length(lm, config, verbalizer)
-    task = Task(lm, form, verbalizer, config.longest, config.max_length or lm.window)
-    first = _vectors_of(lm, start)
-    training = Training(task, rows, held_out, config, name=name, start=first, folder=folder, resume=resume)
-    reading = taken_for(rows, held_out, None, verbalizer, labels, references_field)
+        format=format,
+        start=start,
+        config=with_settings(config, settings),
+    ).on(lm)
+    training = job.training(lm, folder=folder, resume=resume)
     with tracking(track, training, Path(folder or "runs") / "tensorboard") as report:
-        _run(training, reading, report, progress)
+        _run(training, job.reading, report, progress)
     return training.result()
+
+
+def fit_many(
+    lm: FrozenLM,
+    jobs: Sequence[Mapping[str, Any] | Training],
+    *,
+    folder: StrPath | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    **defaults: Any,
+) -> list[SoftPrompt | None]:
+    """Tunes several soft prompts on one base model in shared passes, each as it would be tuned alone.
+
+    One that ends early, or whose loss is not finite, leaves the others as they are.
+
+    Args:
+        lm: the frozen base model of all of them.
+        jobs: of each soft prompt the arguments of :func:`train` by name: ``data`` and whatever else; or a
+            :class:`Training` on this base model, before its first step.
+        folder: holds a folder a name with checkpoint, log and history; None keeps none. Names must differ then.
+        resume: go on from the checkpoints there.
+        progress: show what the data were taken for, and a table of all on stderr.
+        defaults: arguments of :func:`train` for every job that does not say its own: ``steps=600``.
+
+    Returns:
+        The best soft prompt of each by validation, in order. Where the loss stopped being finite, the last good one,
+        with a warning; None, with a warning, where that happened at the very first step.
+
+    Raises:
+        ConfigError: there is no job, an argument is unknown, two jobs share a name and ``folder`` is given, or as for
+            :func:`train`; the sentence names the job.
+        DataError, TemplateError, BaseModelError, StoreError: as for :func:`train`.
+    """
+    require_model(lm)
+    if not jobs:
+        raise ConfigError("Expected at least one job to train, found none; give a list of dicts, each with its data.")
+    trainings: list[Training] = []
+    for number, given in enumerate(jobs, start=1):
+        if isinstance(given, Training):
+            trainings.append(given)
+            continue
+        job = _job({**defaults, **given}, number)
+        own = None if folder is None else Path(folder) / job.name
+        if own is not None and any(each.folder == local_path(own) for each in trainings):
+            raise ConfigError(f"Two jobs are called {job.name!r}; give each a name of its own.")
+        with of_job(job.name):
+            job = job.on(lm)
+            trainings.append(job.training(lm, folder=own, resume=resume))
+        if progress:
+            say_reading(job.reading, job.name)
+        else:
+            for doubt in job.reading.doubts:
+                warnings.warn(f"{job.name}: {doubt}", SoftPromptWarning, stacklevel=2)
+    if progress:
+        watch_together(trainings)
+    else:
+        for _ in train_together(trainings):
+            pass
+    return [_result(training) for training in trainings]
 
 
 def evaluate(
     lm: FrozenLM,
-    soft_prompt: SoftPrompt,
+    soft_prompt: SoftPrompt | Sequence[SoftPrompt],
     data: Source | Dataset,
     *,
+    vote: str | None = None,
     base_only: bool = False,
     metrics: Sequence[str] | None = None,
     input_field: str | None = None,
@@ -198,29 +253,36 @@ def evaluate(
     normalise: bool = False,
     progress: bool = True,
 ) -> Evaluation:
-    """Measures a soft prompt on rows with targets.
+    """Measures a soft prompt on rows with targets, or several that answer together.
 
     Args:
         lm: the base model that it was tuned on.
-        soft_prompt: what to measure.
+        soft_prompt: what to measure; a list of several of one task: their joint answers, and each of them.
         data: as for :func:`train`.
+        vote: how several vote, ``mean`` (of the labels' probabilities) or ``majority``; None: the mean, for free text
+            the majority.
         base_only: leave the soft prompt out and keep its template: what the base model does alone.
-        metrics: names, the first is the headline; of labels ``accuracy``, ``macro_f1``, ``mcc``, ``log_loss``, of free
-            text ``bleu``, ``rouge_l``, ``exact_match``, ``token_f1``, ``perplexity``; None: all of them.
+        metrics: names, the first is the headline; of labels ``accuracy``, ``macro_f1``, ``mcc``, ``log_loss``,
+            ``calibration_error``, of free text ``bleu``, ``rouge_l``, ``exact_match``, ``token_f1``, ``perplexity``;
+            None: all of them.
         input_field, target_field, references_field, encoding, format: as for :func:`train`.
         sampling: how free text is generated; None: greedily.
         normalise: divide the log-probability of a label's word by its number of tokens.
         progress: show a progress bar on stderr.
 
     Returns:
-        Its metrics, each with standard error and 95 % interval, and the answers.
+        Its metrics, each with standard error and 95 % interval, and the answers; of several a ``JointEvaluation``.
 
     Raises:
         DataError: data that cannot be read, or a target that is not one of the labels.
-        ConfigError: a metric that this kind of task does not have.
+        ConfigError: a metric that this kind of task does not have, or soft prompts that cannot answer together.
         BaseModelError: the soft prompt is of another base model.
     """
     require_model(lm)
+    together = _together(lm, soft_prompt, vote)
+    if together is not None and base_only:
+        raise ConfigError("base_only leaves the soft prompt out, of which there are several; give one of them.")
+    soft_prompt = soft_prompt if isinstance(soft_prompt, SoftPrompt) else soft_prompt[0]
     task = Task.of(lm, soft_prompt)
     rows = data
     if not isinstance(rows, Dataset):
@@ -239,48 +301,64 @@ def evaluate(
     vectors = None if base_only else soft_prompt.vectors
     task = task.without_soft_prompt() if base_only else task
     with _bar("evaluating", progress) as report:
-        found = evaluation.evaluate(
-            task, vectors, rows, metrics=metrics, normalise=normalise, sampling=sampling, progress=report
-        )
+        if together is not None:
+            found: Evaluation = evaluate_ensemble(
+                together, rows, metrics=metrics, normalise=normalise, sampling=sampling, progress=report
+            )
+        else:
+            found = evaluation.evaluate(
+                task, vectors, rows, metrics=metrics, normalise=normalise, sampling=sampling, progress=report
+            )
     _warn_truncated(found.truncated, task.max_length)
     if found.most_frequent is not None and found.most_frequent.is_telling:
-        what = f"{lm.name} without a soft prompt" if base_only else soft_prompt.name
+        name = soft_prompt.name if together is None else ", ".join(together.names)
+        what = f"{lm.name} without a soft prompt" if base_only else name
         warnings.warn(f"{what} {found.most_frequent}", SoftPromptWarning, stacklevel=2)
     return found
 
 
 def predict(
     lm: FrozenLM,
-    soft_prompt: SoftPrompt | Iterable[tuple[SoftPrompt, Input]],
+    soft_prompt: SoftPrompt | Sequence[SoftPrompt] | Iterable[tuple[SoftPrompt, Input]],
     inputs: Input | Iterable[Input] | Path | None = None,
     *,
+    vote: str | None = None,
     sampling: Sampling | None = None,
     normalise: bool = False,
     progress: bool = False,
 ) -> Predictions:
     """Answers input texts: a label with probabilities, or generated text.
 
-    ``predict(lm, soft_prompt, inputs)`` answers with one soft prompt, ``predict(lm, pairs)`` each input with its own:
-    all in shared batches of the one base model.
+    ``predict(lm, soft_prompt, inputs)`` answers with one soft prompt, ``predict(lm, [a, b, c], inputs)`` with several
+    together, ``predict(lm, pairs)`` each input with its own: all in shared batches of the one base model.
 
     Args:
         lm: the base model of all soft prompts.
-        soft_prompt: a soft prompt, or pairs of a soft prompt and an input.
+        soft_prompt: a soft prompt, a list of several of one task, or pairs of a soft prompt and an input.
         inputs: texts, or for a template with several fields dicts of them by name; a single one is a list of one. A
             ``pathlib.Path`` is a data file.
+        vote: as for :func:`evaluate`.
         sampling: how free text is generated; None: greedily.
         normalise: divide the log-probability of a label's word by its number of tokens.
         progress: show a progress bar on stderr.
 
     Returns:
-        One prediction an input, in order.
+        One prediction an input, in order; of several soft prompts together a ``JointPrediction``.
 
     Raises:
         DataError: an input without the template's fields, or blank, or a file that cannot be read.
         BaseModelError: a soft prompt of another base model.
-        ConfigError: the numbers of the base model overflow in its dtype.
+        ConfigError: the numbers of the base model overflow in its dtype, or soft prompts cannot answer together.
     """
     require_model(lm)
+    if inputs is not None and (together := _together(lm, soft_prompt, vote)) is not None:
+        examples = examples_of(together.soft_prompts[0], inputs)
+        with _bar("predicting", progress) as report:
+            joint = together.predict(examples, sampling=sampling, normalise=normalise, progress=report)
+        _warn_truncated(sum(one.truncated for one in joint), together.tasks[0].max_length)
+        return Predictions(joint)
+    if vote is not None:
+        raise ConfigError("A vote is for several soft prompts together, predict(lm, [a, b, c], inputs); leave it out.")
     if isinstance(soft_prompt, SoftPrompt):
         if inputs is None:
             raise ConfigError("predict(lm, soft_prompt, inputs) needs inputs; give a list of texts.")
@@ -288,7 +366,7 @@ def predict(
             (soft_prompt, one) for one in examples_of(soft_prompt, inputs)
         ]
     elif inputs is None:
-        pairs = list(soft_prompt)
+        pairs = list(_pairs(soft_prompt))
     else:
         raise ConfigError(
             f"Expected a soft prompt before the inputs, found a {type(soft_prompt).__name__}; load it with "
@@ -313,6 +391,8 @@ def serve(
     lm: FrozenLM,
     soft_prompts: Mapping[str, SoftPrompt | StrPath],
     *,
+    ensembles: Mapping[str, Sequence[str]] | None = None,
+    vote: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: str | None = None,
@@ -324,6 +404,8 @@ def serve(
     Args:
         lm: the base model; while it is served, leave it to the server.
         soft_prompts: name in requests → soft prompt, or its file.
+        ensembles: name in requests → the names of soft prompts with labels that answer together.
+        vote: as for :func:`evaluate`.
         host: the address to listen on.
         port: 0: any that is free.
         api_key: what clients must send as Bearer token; None: anyone may ask.
@@ -358,6 +440,8 @@ def serve(
         for name, one in soft_prompts.items():
             stored = catalog.store.save(replace(one, name=name)) if isinstance(one, SoftPrompt) else local_path(one)
             catalog.load(name, stored)
+        for name, members in (ensembles or {}).items():
+            catalog.join(name, members, vote)
         app = server.create_app(Engine(lm, limits), catalog, api_key=api_key)
         running = listening.RunningServer(app, listener, host, limits.seconds, files)
     except BaseException:
@@ -378,40 +462,32 @@ def require_model(lm: object) -> None:
         )
 
 
-def _settings(config: TrainConfig | None, settings: Mapping[str, Any], start: SoftPrompt | None) -> TrainConfig:
-    """The settings, with the length of the soft prompt to start from where nobody says another."""
-    known = [field.name for field in fields(TrainConfig)]
-    unknown = [name for name in settings if name not in known]
-    if unknown:
-        raise ConfigError(f"There is no setting {unknown[0]!r}; TrainConfig has {', '.join(known)}.")
-    config = replace(config or TrainConfig(), **settings)
-    if start is not None and config.num_virtual_tokens is None:
-        config = replace(config, num_virtual_tokens=start.num_virtual_tokens)
-    return config
+def _job(given: Mapping[str, Any], number: int) -> Job:
+    """A job of :func:`fit_many`, number ``number``, read."""
+    name = given.get("name", f"soft-prompt-{number}")
+    with of_job(name):
+        taken = [each for each in signature(train).parameters if each not in _OF_ONE]
+        settings = [field.name for field in fields(TrainConfig)]
+        require_known(given, [*taken, *settings], "argument", "a job has")
+        if "data" not in given:
+            raise ConfigError("expected data to train on, found none; give a path or rows as data.")
+        options = {key: value for key, value in given.items() if key not in settings}
+        chosen = {key: value for key, value in given.items() if key in settings}
+        options["config"] = with_settings(options.get("config"), chosen)
+        return Job.read(**{**options, "name": name})
 
 
-def _vectors_of(lm: FrozenLM, start: SoftPrompt | None) -> torch.Tensor | None:
-    """The numbers to start from; those of another base model mean nothing here, and are refused."""
-    if start is None:
-        return None
-    Task.of(lm, start)
-    return start.vectors
+_OF_ONE = ("lm", "folder", "resume", "track", "progress", "settings")
+"""Arguments of :func:`train` that are not a job's."""
 
 
-def _with_length(lm: FrozenLM, config: TrainConfig, verbalizer: Verbalizer | None) -> TrainConfig:
-    """The settings with a number of virtual tokens."""
-    if config.num_virtual_tokens is not None:
-        return config
-    length = default_num_virtual_tokens(lm, () if verbalizer is None else verbalizer.labels)
-    return replace(config, num_virtual_tokens=length)
-
-
-def _template(lm: FrozenLM, template: str | Template) -> Template | None:
-    """The template; None for the default one, which depends on whether there are labels."""
-    require_model(lm)
-    if isinstance(template, Template) or template == "default":
-        return template if isinstance(template, Template) else None
-    return chat_template(lm.tokenizer) if template == "chat" else Template(template)
+def _result(training: Training) -> SoftPrompt | None:
+    """What came of one of several; None if nothing was learned."""
+    if training.stopped == "not finite":
+        warnings.warn(f"{training.name}: {_not_finite(training)}", SoftPromptWarning, stacklevel=3)
+        if not training.tokens:
+            return None
+    return training.result()
 
 
 def examples_of(soft_prompt: SoftPrompt, inputs: Input | Iterable[Input] | Path) -> list[Example]:
@@ -460,17 +536,41 @@ def _run(training: Training, reading: Reading, track: Track, progress: bool) -> 
     _warn_of(training.alarms[len(before) :])
     _warn_truncated(training.truncated, training.task.max_length)
     if training.stopped == "not finite":
-        warnings.warn(
-            f"the loss is not finite any more after step {training.step:,} of {training.total:,}; the soft prompt is "
-            f"the last good one; train again with an lr below {training.config.lr}, or with dtype fp32",
-            SoftPromptWarning,
-            stacklevel=3,
-        )
+        warnings.warn(_not_finite(training), SoftPromptWarning, stacklevel=3)
+
+
+def _not_finite(training: Training) -> str:
+    if not training.tokens:
+        return "the loss is not finite at the very first step, so nothing was learned; try dtype fp32"
+    return (
+        f"the loss is not finite any more after step {training.step:,} of {training.total:,}; the soft prompt is "
+        f"the last good one; train again with an lr below {training.config.lr}, or with dtype fp32"
+    )
 
 
 def _warn_of(alarms: Sequence[Alarm]) -> None:
     for alarm in alarms:
         warnings.warn(alarm.sentence, SoftPromptWarning, stacklevel=4)
+
+
+def _together(lm: FrozenLM, soft_prompt: object, vote: str | None) -> Ensemble | None:
+    """Several soft prompts as an ensemble; None for anything else.
+
+    Raises:
+        ConfigError: they cannot answer together, or one is to vote.
+    """
+    if isinstance(soft_prompt, list | tuple) and all(isinstance(one, SoftPrompt) for one in soft_prompt):
+        return Ensemble.of(lm, soft_prompt, vote)
+    if vote is not None and isinstance(soft_prompt, SoftPrompt):
+        raise ConfigError("A vote is for several soft prompts; give a list of them, or leave it out.")
+    return None
+
+
+def _pairs(given: Sequence[SoftPrompt] | Iterable[tuple[SoftPrompt, Input]]) -> Iterator[tuple[SoftPrompt, Input]]:
+    for one in given:
+        if isinstance(one, SoftPrompt):
+            raise ConfigError("predict(lm, [a, b, c], inputs) needs inputs; give a list of texts.")
+        yield one
 
 
 def _bar(what: str, progress: bool) -> AbstractContextManager[Progress | None]:

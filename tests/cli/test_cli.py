@@ -71,7 +71,8 @@ def test_the_whole_way(run: Run, train: Run, home: Path, base: str) -> None:
     assert evaluated["value"] == sum(map(str.__eq__, answers, gold)) / len(gold)
     assert evaluated["value"] == document["metrics"][0]["value"]
     assert evaluated["low"] <= evaluated["value"] <= evaluated["high"]
-    assert [metric["metric"] for metric in evaluated["metrics"]] == ["accuracy", "macro_f1", "mcc", "log_loss"]
+    names = ["accuracy", "macro_f1", "mcc", "log_loss", "calibration_error"]
+    assert [metric["metric"] for metric in evaluated["metrics"]] == names
     for prediction in predicted["predictions"]:
         probabilities = prediction["probabilities"]
         assert sum(probabilities.values()) == pytest.approx(1)

@@ -19,6 +19,8 @@ import openai
 import pytest
 
 import softprompt as sp
+from softprompt.cli.plan_file import read_plan
+from softprompt.cli.train import job_of
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Sampling
 from softprompt.serving.listening import RunningServer
@@ -93,7 +95,11 @@ def small(lm: FrozenLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         return train(lm, data, **{**options, "progress": False})
 
     monkeypatch.setattr(sp, "load_model", lambda base, **_: lm if base == "smollm2-135m" else pytest.fail(base))
+    fit_many = sp.fit_many
     monkeypatch.setattr(sp, "train", shortly)
+    monkeypatch.setattr(
+        sp, "fit_many", lambda lm, jobs, **options: fit_many(lm, jobs, **{**options, "steps": STEPS, "progress": False})
+    )
     news = [{"input": f"{('oil', 'the team')[i % 2]} {i}", "target": ("business", "sports")[i % 2]} for i in range(20)]
     shortly(lm, news, name="news").save("news.safetensors")
 
@@ -130,6 +136,17 @@ def test_the_blocks_of_a_page_run(
         [ours] = sp.predict(lm, namespace["prompt"], namespace["text"], sampling=Sampling(max_new_tokens=16))
         assert len(namespace["found"]) > 2
         assert capsys.readouterr().out.splitlines()[-2:] == [ours.text] * 2
+
+
+def test_the_plan_of_the_guide_is_understood(small: None) -> None:
+    text = (ROOT / "docs" / "guides" / "many.md").read_text(encoding="utf-8")
+    [plan] = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    Path("plan.yaml").write_text(plan)
+    found = read_plan("plan.yaml", {})
+    assert (found.base, [job.name for job in found.jobs]) == ("smollm2-135m", ["films", "films-slow", "films-prefix"])
+    assert [job.learning.steps for job in found.jobs] == [600] * 3
+    for job in found.jobs:
+        job_of(job.name, job.sources, job.template, job.learning, sp.Store())
 
 
 def test_the_lines_of_the_front_page_are_ten_at_most() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +19,10 @@ from softprompt.tasks.task import Task
 from softprompt.text.chat import user_template, with_answers
 from softprompt.text.tokens import SOFT
 from softprompt.tuning.config import TrainConfig
+from softprompt.tuning.gradients import Gradients, Share
+from softprompt.tuning.objective import Objective
 from softprompt.tuning.rows import split_rows
+from softprompt.tuning.training import Training
 from tests.conftest import make_model, make_tokenizer
 
 CHATML = (
@@ -170,6 +175,73 @@ def test_the_loss_is_that_of_the_answers_alone(chatty: FrozenLM) -> None:
     first = 3 + len(request.ids) - 1
     wanted = sum(float(logprobs[first + i - 1, token]) for i, token in enumerate(request.words[0]))
     assert score == pytest.approx(wanted, abs=1e-4)
+
+
+THOUGHTS = CHATML.replace("{{ m['content'] }}", "{{ m['content'].split('</think>')[-1] }}") + (
+    "{% if add_generation_prompt %}<think>\n{% endif %}"
+)
+"""As several chat templates do: the answer begins with a thought, which later turns do not see."""
+
+
+@pytest.mark.parametrize(("chat_template", "window"), [(CHATML, 1024), (THOUGHTS, 1024), (CHATML, 130)])
+def test_answers_of_a_conversation_share_what_they_begin_with(chat_template: str, window: int) -> None:
+    """Each step's loss and gradient are those of the answers one by one, and it computes the distinct beginnings of
+    their sequences, each once; also where texts are cut."""
+    lm = base(chat_template)
+    talks = [[{**TALK[0], "content": f"is film {n} good , or a dull , badly written mess ?"}, *TALK[1:]] for n in "ab"]
+    data = conversations(*talks, [*TALK, *talks[0]], TALK[:2])
+    task = Task(lm, user_template(lm.tokenizer), None, 3, window)
+    requests = [task.target_request(example) for example in data.examples]
+    assert any(request.truncated for request in requests) == (window == 130)
+    ways, gradients = Gradients(lm), []
+    vectors = torch.randn(3, 32, generator=torch.Generator().manual_seed(1)) / 8
+    for several in (requests, [replace(request, conversation="") for request in requests]):
+        leaf = vectors.clone().requires_grad_()
+        counted = ways.backward(Objective(), several, [0] * len(several), leaf)
+        assert leaf.grad is not None
+        gradients.append((*counted, leaf.grad))
+    (loss, tokens, found), (alone, most, wanted) = gradients
+    assert loss == pytest.approx(alone, rel=1e-6)
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+    read = [(r.conversation, *r.ids[1:], *r.words[0][:-1]) for r in requests]
+    assert tokens == 3 + len({ids[:end] for ids in read for end in range(2, len(ids) + 1)})
+    work = ways.prepare([Share(Objective(), requests, [0] * len(requests), (3, 32))])
+    assert work.saved[0] == most - tokens == sum(len(ids) - 1 for ids in read) + 3 - tokens
+
+
+def test_a_step_says_how_many_tokens_it_saves(chatty: FrozenLM, tmp_path: Any) -> None:
+    rows = [{"messages": [{**TALK[0], "content": f"film {n} ?"}, *TALK[1:]]} for n in range(8)]
+    sp.train(chatty, rows, num_virtual_tokens=3, steps=4, batch_size=4, folder=tmp_path, progress=False)
+    requests = [task_of(chatty).target_request(e) for e in conversations(*(row["messages"] for row in rows)).examples]
+    read = [(*request.ids[1:], *request.words[0][:-1]) for request in requests]
+    first, second = read[:2]
+    assert second[: len(first)] == first
+    common = next(n for n in range(len(first)) if len({ids[: n + 1] for ids in read}) > 1)
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    for line in logged:  # two whole conversations, and what all conversations begin with once
+        assert line["tokens"] == 3 + common + 2 * (len(second) - common)
+        assert line["tokens"] + line["saved"] == 3 + 2 * (len(first) + len(second))
+
+
+def test_a_training_on_conversations_that_was_stopped_goes_on_bit_for_bit(chatty: FrozenLM, tmp_path: Any) -> None:
+    """Conversations of 1 to 5 answers, four answers a step: steps end inside conversations, and epochs inside steps."""
+    talks = [[{**TALK[0], "content": f"film {n} ?"}, TALK[1], *TALK * 2][: 2 * n] for n in range(1, 6)]
+    data, task = conversations(*talks), task_of(chatty)
+    config = TrainConfig(num_virtual_tokens=3, steps=9, batch_size=4, eval_every=3, checkpoint_every=1)
+
+    def training(folder: str, resume: bool = False) -> Training:
+        return Training(task, data, conversations(TALK), config, folder=tmp_path / folder, resume=resume)
+
+    whole = training("whole")
+    steps = [(step.loss, step.tokens, step.saved) for step in whole]
+    first = training("stopped")
+    for step in first:
+        if step.number == 4:
+            break
+    again = training("stopped", resume=True)
+    assert again.step == 4
+    assert [(step.loss, step.tokens, step.saved) for step in again] == steps[4:]
+    assert torch.equal(again.result().vectors, whole.result().vectors)
 
 
 def test_answers_of_a_conversation_are_never_on_both_sides_of_the_split() -> None:

@@ -26,7 +26,14 @@ from softprompt.tuning.training import Training
 from softprompt.tuning.trend import Trend
 from tests.conftest import FILLERS, TOY_LABELS, TOY_TEMPLATE, Run, tiny, toy, write_labels
 
-RIGHT: dict[str, Any] = {"num_virtual_tokens": 8, "batch_size": 16, "steps": 40, "eval_every": 20, "lr": 0.3, "init_scale": 1.0}
+RIGHT: dict[str, Any] = {
+    "num_virtual_tokens": 8,
+    "batch_size": 16,
+    "steps": 40,
+    "eval_every": 20,
+    "lr": 0.3,
+    "init_scale": 1.0,
+}
 """A training of ``toy``'s rows that learns them; the base model has random weights."""
 
 

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,6 +26,36 @@ def test_each_row_comes_once_an_epoch_whatever_the_size_of_a_step(kinds: list[st
         rows = drawn[number * len(kinds) : (number + 1) * len(kinds)]
         assert sorted(rows) == list(range(len(kinds)))
         assert rows == epoch(RowOrder(kinds), len(kinds), seed, number)
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(["", "x", "y", "z"])), min_size=1, max_size=40))
+def test_the_answers_of_a_conversation_follow_each_other(rows: list[tuple[str, str]]) -> None:
+    kinds, conversations = [kind for kind, _ in rows], [of for _, of in rows]
+    order = RowOrder(kinds, conversations)
+    for number in range(2):
+        drawn = epoch(order, len(rows), 3, number)
+        assert sorted(drawn) == list(range(len(rows)))
+        for of in {"x", "y", "z"} & set(conversations):
+            places = [place for place, row in enumerate(drawn) if conversations[row] == of]
+            assert places == list(range(places[0], places[0] + len(places)))
+            assert [drawn[place] for place in places] == [row for row, one in enumerate(conversations) if one == of]
+        assert drawn == [row for step in range(len(rows)) for row in order.batch(3, number * len(rows) + step, 1)]
+
+
+@given(KINDS, st.integers(0, 5))
+def test_rows_of_no_conversation_keep_the_order_that_checkpoints_go_on_with(kinds: list[str], seed: int) -> None:
+    """The recipe of the order, written down apart: places in even parts of the epoch, from torch's generator."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + 1)
+    shuffled = torch.randperm(len(kinds), generator=generator).tolist()
+    chance = torch.rand(len(kinds), generator=generator, dtype=torch.float64).tolist()
+    seen, places = Counter[str](), list[float]()
+    for row, drawn in zip(shuffled, chance, strict=True):
+        places.append((seen[kinds[row]] + drawn) / kinds.count(kinds[row]))
+        seen[kinds[row]] += 1
+    expected = [shuffled[place] for place in sorted(range(len(kinds)), key=places.__getitem__)]
+    alone = [f"conversation {row}" for row in range(len(kinds))]
+    for order in (RowOrder(kinds), RowOrder(kinds, [""] * len(kinds)), RowOrder(kinds, alone)):
+        assert epoch(order, len(kinds), seed, 1) == expected
 
 
 @given(KINDS, st.integers(0, 5))

@@ -1,5 +1,6 @@
 """Every command: its options and its help. What it does is in the module of its name, which is imported when it runs,
-so that help and completion need no torch."""
+so that help and completion need no torch. Those that bring a soft prompt to another task or base model are declared in
+``transfer_commands``."""
 
 from __future__ import annotations
 
@@ -8,23 +9,34 @@ from typing import Annotated, Any
 
 import typer
 
-from softprompt.cli.groups import Bounds, Comparing, Door, Elsewhere, Learning, Output
+from softprompt.cli.groups import (
+    Answering,
+    Bounds,
+    Comparing,
+    Door,
+    Elsewhere,
+    Learning,
+    LearningOnce,
+    Output,
+    Sweeping,
+    Vote,
+)
 from softprompt.cli.options import (
     SEED_RANGE,
     SOURCE,
     Base,
-    BaseOnly,
     Columns,
     Device,
     Dtype,
     Encoding,
+    Form,
     Format,
     InputField,
     Json,
     Labels,
     Loading,
     Name,
-    Normalise,
+    Names,
     OneTargetColumns,
     TextOptions,
     completed,
@@ -34,7 +46,9 @@ from softprompt.cli.options import (
     model_option,
     option,
 )
+from softprompt.cli.transfer_commands import recycle_command, transfer_command
 from softprompt.data.packages import DEFAULT_BASE
+from softprompt.errors import ConfigError
 from softprompt.exchange.formats import FORMATS
 from softprompt.tuning.config import TrainConfig
 
@@ -47,24 +61,20 @@ _CHECK = typer.Option("--check/--no-check", help="Compare a few texts with what 
 
 @expanded
 def train_command(
-    train: Annotated[str, typer.Argument(metavar="TRAIN", help=SOURCE)],
+    train: Annotated[
+        list[str],
+        typer.Argument(metavar="TRAIN…", help=f"{SOURCE} Several: a soft prompt of each. Or a plan, YAML or JSON."),
+    ],
     *,
     output: Output,
     validation: Annotated[str | None, data_option("Rows to choose the best step by.", "a tenth of TRAIN")] = None,
-    template: Annotated[
-        str,
-        data_option(
-            "default, chat, or text with {soft_prompt}, fields and {target}; \\n: line end.",
-            "default",
-            choices=("default", "chat"),
-        ),
-    ] = "default",
+    template: Form = "default",
     labels: Labels = None,
     columns: Columns,
     learning: Learning,
     base: Annotated[
-        str, model_option("The frozen model: alias, hub id, folder or .gguf file.", DEFAULT_BASE)
-    ] = DEFAULT_BASE,
+        str | None, model_option("The frozen model: alias, hub id, folder or .gguf file.", DEFAULT_BASE)
+    ] = None,
     loading: Loading,
     as_json: Json = False,
 ) -> None:
@@ -77,11 +87,69 @@ def train_command(
     softprompt train train.jsonl --name sst2 --init-text "Good or bad?" --epochs 2
     softprompt train qa.csv --name qa --template "{soft_prompt}{question} {target}"
     softprompt train hf:ag_news --input-field text --target-field label --name news
+    softprompt train sst2.jsonl trec.jsonl --name "{file}-v2"
+    softprompt train plan.yaml
     """
+    from softprompt.cli.many import tune_files, tune_plan
+    from softprompt.cli.plan_file import is_plan
     from softprompt.cli.task import Sources
     from softprompt.cli.train import tune
 
-    tune(Sources(train, validation, labels, columns), template, output, learning, base, loading, as_json)
+    plans = [source for source in train if is_plan(source)]
+    if plans and len(train) > 1:
+        raise ConfigError(
+            f"Expected the plan {plans[0]} alone, found {len(train)} files; give one plan, or data files."
+        )
+    sources = Sources(train[0], validation, labels, columns)
+    if plans:
+        tune_plan(train[0], sources, template, output, learning, base, loading, as_json)
+    elif len(train) > 1:
+        tune_files(train, sources, template, output, learning, base, loading, as_json)
+    else:
+        tune(sources, template, output, learning, base, loading, as_json)
+
+
+# --- sweep ----------------------------------------------------------------------------------------
+
+
+@expanded
+def sweep_command(
+    train: Annotated[str, typer.Argument(metavar="TRAIN", help=SOURCE)],
+    *,
+    sweeping: Sweeping,
+    validation: Annotated[
+        str | None, data_option("Rows of which half choose and half tell what the chosen is worth.", "a tenth of TRAIN")
+    ] = None,
+    template: Annotated[
+        str,
+        data_option(
+            "default, chat, or text with {soft_prompt}, fields and {target}; \\n: line end.",
+            "default",
+            choices=("default", "chat"),
+        ),
+    ] = "default",
+    labels: Labels = None,
+    columns: Columns,
+    learning: LearningOnce,
+    base: Annotated[
+        str | None, model_option("The frozen model: alias, hub id, folder or .gguf file.", DEFAULT_BASE)
+    ] = None,
+    loading: Loading,
+    as_json: Json = False,
+) -> None:
+    """Find the best of many settings by successive halving, and say how much of its gain is luck.
+
+    Every combination is trained, all in shared passes. At a ninth and a third of the steps a third goes on; the default
+    setting always does. The best is stored.
+
+    \b
+    softprompt sweep train.jsonl --validation dev.jsonl --name sst2 --lrs 0.1,0.3,1 --lengths 20,50
+    softprompt sweep train.jsonl --name sst2 --seeds 3 --inits auto,vocab --parametrisations plain,residual --steps 600
+    """
+    from softprompt.cli.sweep import sweep
+    from softprompt.cli.task import Sources
+
+    sweep(Sources(train, validation, labels, columns), template, sweeping, learning, base, loading, as_json)
 
 
 # --- compare --------------------------------------------------------------------------------------
@@ -209,6 +277,8 @@ def serve_command(
         ),
     ] = None,
     watch: Annotated[bool, flag("--watch", "Follow the files that are served, and with all the whole store.")] = False,
+    ensemble: Annotated[list[str] | None, option("NAME=A,B,C: a model NAME that A, B and C answer together.")] = None,
+    vote: Vote = None,
     *,
     door: Door,
     bounds: Bounds,
@@ -225,13 +295,14 @@ def serve_command(
     \b
     softprompt serve
     softprompt serve --prompts sst2 news --port 8080 --watch
+    softprompt serve --ensemble films=sst2-0,sst2-1,sst2-2
     softprompt serve --backend vllm --upstream http://gpu1:8000 http://gpu2:8000
     curl localhost:8000/v1/classify -H 'Content-Type: application/json' \\
         -d '{"model": "sst2", "input": "a stirring film"}'
     """
-    from softprompt.cli.serve import serve
+    from softprompt.cli.serve import Together, serve
 
-    serve(prompts, watch, door, bounds.limits(), base, elsewhere, loading)
+    serve(prompts, Together(ensemble or (), vote), watch, door, bounds.limits(), base, elsewhere, loading)
 
 
 # --- evaluate and predict -------------------------------------------------------------------------
@@ -239,25 +310,27 @@ def serve_command(
 
 @expanded
 def evaluate_command(
-    name: Name,
+    name: Names,
     test: Annotated[str, typer.Argument(metavar="TEST", help=SOURCE)],
-    base_only: BaseOnly = False,
     metric: Annotated[list[str] | None, option("Only these metrics, the first is the headline.", "all")] = None,
-    normalise_length: Normalise = False,
+    plot: Annotated[Path | None, option("Draw accuracy over confidence to this .png or .svg file.")] = None,
     *,
+    answering: Answering,
     generated: TextOptions,
     columns: Columns,
     base: Base = None,
     loading: Loading,
     as_json: Json = False,
 ) -> None:
-    """Measure a soft prompt on rows with targets.
+    """Measure a soft prompt on rows with targets, or several that answer together.
 
-    Labels: accuracy, macro_f1, mcc, log_loss. Free text: bleu, rouge_l, exact_match, token_f1, perplexity.
+    Labels: accuracy, macro_f1, mcc, log_loss, calibration_error.
+    Free text: bleu, rouge_l, exact_match, token_f1, perplexity.
 
     \b
     softprompt evaluate sst2 test.jsonl
     softprompt evaluate sst2 test.jsonl --base-only --json
+    softprompt evaluate sst2-0,sst2-1,sst2-2 test.jsonl --plot reliability.png
     softprompt evaluate qa test.csv --metric token_f1 --stop "\\n"
     """
     from softprompt.cli.evaluate import measure
@@ -266,9 +339,9 @@ def evaluate_command(
         name,
         test,
         columns,
-        base_only=base_only,
+        answering,
         metrics=metric,
-        normalise=normalise_length,
+        plot=plot,
         sampling=generated.given(),
         base=base,
         loading=loading,
@@ -278,15 +351,14 @@ def evaluate_command(
 
 @expanded
 def predict_command(
-    name: Name,
+    name: Names,
     text: Annotated[
         list[str] | None,
         typer.Argument(metavar="[TEXT…|-]", help="Input texts; - reads one a line from stdin.", show_default=False),
     ] = None,
     file: Annotated[str | None, data_option(f"Rows to answer: {SOURCE}")] = None,
-    base_only: BaseOnly = False,
-    normalise_length: Normalise = False,
     *,
+    answering: Answering,
     generated: TextOptions,
     input_field: InputField = None,
     encoding: Encoding = None,
@@ -301,6 +373,7 @@ def predict_command(
 
     \b
     softprompt predict sst2 "a stirring film" "a dull mess"
+    softprompt predict sst2-0,sst2-1,sst2-2 "a stirring film"
     softprompt predict nli '{"premise": "It rains.", "hypothesis": "It is dry."}'
     softprompt predict sst2 --file reviews.csv --input-field review --json
     """
@@ -309,8 +382,7 @@ def predict_command(
     answer(
         name,
         Inputs(text or [], file, input_field, encoding, format),
-        base_only=base_only,
-        normalise=normalise_length,
+        answering,
         sampling=generated.given(),
         base=base,
         loading=loading,
@@ -326,14 +398,7 @@ def judge_command(
     train: Annotated[str, typer.Argument(metavar="TRAIN", help=SOURCE)],
     test: Annotated[str, typer.Argument(metavar="TEST", help=SOURCE)],
     validation: Annotated[str | None, data_option("Rows to choose the best step by.", "a tenth of TRAIN")] = None,
-    template: Annotated[
-        str,
-        data_option(
-            "default, chat, or text with {soft_prompt}, fields and {target}; \\n: line end.",
-            "default",
-            choices=("default", "chat"),
-        ),
-    ] = "default",
+    template: Form = "default",
     num_virtual_tokens: Annotated[int, option("How many vectors to learn.", 10)] = 10,
     steps: Annotated[int, option("Optimizer steps.", 80)] = 80,
     seed: Annotated[int, option("Seeds start, order and held-out rows.", 0, **SEED_RANGE)] = 0,
@@ -578,6 +643,9 @@ def demo_command(
 
 COMMANDS: dict[str, Any] = {
     "train": train_command,
+    "sweep": sweep_command,
+    "transfer": transfer_command,
+    "recycle": recycle_command,
     "compare": compare_command,
     "inspect": inspect_command,
     "harden": harden_command,

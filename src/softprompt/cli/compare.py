@@ -11,7 +11,7 @@ from typing import Any
 
 from softprompt.cli.groups import Comparing
 from softprompt.cli.options import Loading, seconds, with_line_ends
-from softprompt.cli.task import Sources, template_from
+from softprompt.cli.task import Sources, task_name, template_from
 from softprompt.compare import report
 from softprompt.compare.comparison import Comparison
 from softprompt.compare.comparison_time import ComparisonTime, Parts
@@ -76,7 +76,7 @@ def _planned(
     tested = sources.read_test(test, rows, verbalizer)
     texts = () if comparing.instructions is None else read_instructions(comparing.instructions)
     plan = Plan(
-        task=comparing.task or _task_name(sources.train),
+        task=comparing.task or task_name(sources.train),
         train=rows,
         validation=held_out,
         test=cut(tested, comparing.test_rows),
@@ -208,9 +208,3 @@ def read_instructions(path: Path) -> list[str]:
 def _sound(text: str) -> bool:
     """Whether it is text that a tokenizer takes, and not only blanks."""
     return bool(text.strip()) and not any("\ud800" <= letter <= "\udfff" for letter in text)
-
-
-def _task_name(train: str) -> str:
-    """The file's name, or its folder's where the file is called after its split."""
-    path = Path(train.removeprefix("hf:"))
-    return path.parent.name if path.stem.startswith("train") and path.parent.name else path.stem

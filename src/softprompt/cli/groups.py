@@ -7,9 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from softprompt.cli.options import SEED_RANGE, completed, flag, option
+from softprompt.cli.options import SEED_RANGE, BaseOnly, Normalise, completed, flag, option
+from softprompt.errors import ConfigError
 from softprompt.methods.registry import METHODS
 from softprompt.serving.limits import Limits
+from softprompt.tasks.votes import VOTES
 from softprompt.tuning.config import (
     DEFAULT_STEPS,
     INITS,
@@ -24,8 +26,18 @@ from softprompt.tuning.config import (
 
 _D, _L = TrainConfig(), Limits()
 
+Vote = Annotated[
+    str | None,
+    option(
+        f"How several soft prompts answer together: {' or '.join(VOTES)}.",
+        "mean of labels, majority of texts",
+        choices=VOTES,
+    ),
+]
+
 _run = partial(option, panel="The run")
 _learn = partial(option, panel="Learning")
+_sweep = partial(option, panel="What is tried")
 _compare = partial(option, panel="The comparison")
 _door = partial(option, panel="Who may ask")
 _limit = partial(option, panel="Limits")
@@ -36,16 +48,30 @@ _upstream = partial(option, panel="Servers elsewhere")
 class Output:
     """Where a tuned soft prompt goes."""
 
-    name: Annotated[str | None, _run("What to call the soft prompt.")] = None
+    name: Annotated[
+        list[str] | None,
+        _run("What to call the soft prompt; of several, a name each, or {file} in one.", "each as its file"),
+    ] = None
     out: Annotated[Path | None, _run("Write to this .safetensors file instead of the store.")] = None
     resume: Annotated[bool, flag("--resume", "Go on with a run that was stopped.", panel="The run")] = False
     overwrite: Annotated[bool, flag("--overwrite", "Replace an earlier one of that name.", panel="The run")] = False
     track: Annotated[str | None, _run(f"Hand each step to a tracker: {', '.join(TRACKERS)}.", choices=TRACKERS)] = None
 
+    @property
+    def one_name(self) -> str | None:
+        """The name of a single soft prompt.
+
+        Raises:
+            ConfigError: there are several.
+        """
+        if self.name is not None and len(self.name) > 1:
+            raise ConfigError(f"Expected one --name for one data file, found {', '.join(self.name)}; give one of them.")
+        return None if self.name is None else self.name[0]
+
 
 @dataclass(frozen=True)
-class Learning:
-    """What was given of a ``TrainConfig``, and the recipe to start from."""
+class LearningOnce:
+    """What was given of a ``TrainConfig`` of one start, and the recipe to start from."""
 
     preset: Annotated[
         str | None, _learn(f"A published recipe as start: {', '.join(PRESETS)}.", choices=tuple(PRESETS))
@@ -64,12 +90,10 @@ class Learning:
     parametrisation: Annotated[
         str | None, _learn(f"{', '.join(PARAMETRISATIONS)}.", _D.parametrisation, choices=PARAMETRISATIONS)
     ] = None
-    starts: Annotated[int | None, _learn("Short runs of which the best goes on.", _D.starts)] = None
-    lengths: Annotated[str | None, _learn("Other numbers of virtual tokens to try so, a,b,c.")] = None
     loss: Annotated[str | None, _learn(f"{', '.join(LOSSES)}.", _D.loss, choices=LOSSES)] = None
     steps: Annotated[int | None, _learn("Optimizer steps.", DEFAULT_STEPS)] = None
     epochs: Annotated[float | None, _learn("Passes over TRAIN, instead of steps.")] = None
-    batch_size: Annotated[int | None, _learn("Examples a step.", _D.batch_size)] = None
+    batch_size: Annotated[int | None, _learn("Examples a step; of conversations, answers.", _D.batch_size)] = None
     lr: Annotated[float | None, _learn("Peak learning rate in RMS of the start.", _D.lr)] = None
     optimizer: Annotated[str | None, _learn(f"{', '.join(OPTIMIZERS)}.", _D.optimizer, choices=OPTIMIZERS)] = None
     schedule: Annotated[str | None, _learn(f"{', '.join(SCHEDULES)}.", _D.schedule, choices=SCHEDULES)] = None
@@ -101,6 +125,32 @@ class Learning:
 
 
 @dataclass(frozen=True)
+class Learning(LearningOnce):
+    """What was given of a ``TrainConfig``, and the recipe to start from."""
+
+    starts: Annotated[int | None, _learn("Short runs of which the best goes on.", _D.starts)] = None
+    lengths: Annotated[str | None, _learn("Other numbers of virtual tokens to try so, a,b,c.")] = None
+
+
+@dataclass(frozen=True)
+class Sweeping:
+    """Which settings are tried, and where the best goes."""
+
+    name: Annotated[str, _run("What to call the best soft prompt.")]
+    seeds: Annotated[int, _sweep("How many seeds, from --seed on.", 1)] = 1
+    lrs: Annotated[str | None, _sweep("Learning rates, a,b,c.", "that of --lr")] = None
+    lengths: Annotated[str | None, _sweep("Numbers of virtual tokens, a,b,c.", "that of --num-virtual-tokens")] = None
+    inits: Annotated[str | None, _sweep(f"Some of {', '.join(INITS)}, with commas.", "that of --init")] = None
+    parametrisations: Annotated[
+        str | None, _sweep(f"Some of {', '.join(PARAMETRISATIONS)}, with commas.", "that of --parametrisation")
+    ] = None
+    keep: Annotated[str, _sweep("The share that goes on at each of two rungs; 1: all do.", "1/3")] = "1/3"
+    out: Annotated[Path | None, _run("The folder for results.json and the plot.", "the run folder in the store")] = None
+    resume: Annotated[bool, flag("--resume", "Go on with a sweep that was stopped.", panel="The run")] = False
+    overwrite: Annotated[bool, flag("--overwrite", "Replace an earlier one of that name.", panel="The run")] = False
+
+
+@dataclass(frozen=True)
 class Comparing:
     """What is compared, and for how long."""
 
@@ -114,6 +164,15 @@ class Comparing:
     budget: Annotated[str, _compare("Time to learn for each cell: 90s, 10m, 1h.", "10m")] = "10m"
     test_rows: Annotated[int | None, _compare("The most test rows, a seeded choice.", "all")] = None
     task: Annotated[str | None, _compare("The task's name in the results.", "as TRAIN")] = None
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How soft prompts answer."""
+
+    base_only: BaseOnly = False
+    normalise_length: Normalise = False
+    vote: Vote = None
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,14 @@ Name = Annotated[
         autocompletion=completed((), stored=True),
     ),
 ]
+Names = Annotated[
+    str,
+    typer.Argument(
+        metavar="N[,N…]",
+        help="A soft prompt: its name in the store, or a path. Several, with commas, answer together.",
+        autocompletion=completed((), stored=True),
+    ),
+]
 BaseOnly = Annotated[bool, flag("--base-only", "Leave the soft prompt out, keep the template.")]
 Normalise = Annotated[bool, flag("--normalise-length", "Divide a label's log-probability by its tokens.")]
 
@@ -180,6 +188,16 @@ Format = Annotated[
         f"{', '.join(FORMATS[1:])}, or none: columns as named above.",
         "as the columns look, where they are not input and target",
         choices=FORMATS,
+    ),
+]
+
+
+Form = Annotated[
+    str,
+    data_option(
+        "default, chat, or text with {soft_prompt}, fields and {target}; \\n: line end.",
+        "default",
+        choices=("default", "chat"),
     ),
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from softprompt.errors import ConfigError, StoreError
@@ -55,13 +55,25 @@ class Place:
             raise ConfigError("A soft prompt needs a name to be stored under; give --name, or --out with a path.")
         else:
             path, stored_as = store.path(name), name
-        folder = Path(f"{path}.run") if stored_as is None else store.run_folder(stored_as)
-        place = cls(
-            name or path.stem, path, RunFolder(folder, path.stem), store, stored_as, overwrite=overwrite, resume=resume
-        )
+        if stored_as is not None:
+            place = cls.at(stored_as, store, overwrite=overwrite, resume=resume)
+            place = replace(place, name=name or place.name, path=path)
+        else:
+            run = RunFolder(Path(f"{path}.run"), path.stem)
+            place = cls(name or path.stem, path, run, store, None, overwrite=overwrite, resume=resume)
         place.run.require_free()
         place.check()
         return place
+
+    @classmethod
+    def at(cls, name: str, store: Store, *, overwrite: bool, resume: bool, kind: str = "training") -> Place:
+        """The place of a name in the store, whatever is there.
+
+        Raises:
+            StoreError: the name is none.
+        """
+        run = RunFolder(store.run_folder(name), name, kind)
+        return cls(name, store.path(name), run, store, name, overwrite=overwrite, resume=resume)
 
     def check(self) -> None:
         """Refuses a place that a training must not write to.
@@ -72,15 +84,20 @@ class Place:
         stopped = self.run.stopped
         if self.overwrite:
             return
+        if other := self.run.stopped_other:
+            raise StoreError(
+                f"A {other} of {self.path.stem!r} was stopped before its end, see {self.run.path}; go on with it by "
+                f"its own command and --resume, or add --overwrite to start anew."
+            )
         if stopped and not self.resume:
             raise StoreError(
-                f"A training of {self.path.stem!r} was stopped before its end, see {self.run.path}; "
+                f"A {self.run.kind} of {self.path.stem!r} was stopped before its end, see {self.run.path}; "
                 f"add --resume to go on with it, or --overwrite to start anew."
             )
         if stopped:
             if self._taken():
                 raise StoreError(
-                    f"The soft prompt {self.path} is not of the training that was stopped, see {self.run.path}; "
+                    f"The soft prompt {self.path} is not of the {self.run.kind} that was stopped, see {self.run.path}; "
                     f"move it away, or add --overwrite to --resume to replace it."
                 )
         elif self.stored_as is not None:

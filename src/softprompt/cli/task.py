@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from softprompt.cli.options import Columns, with_line_ends
 from softprompt.data.checks import Reading
 from softprompt.data.example import Dataset
 from softprompt.data.reading import read_dataset
 from softprompt.errors import TemplateError
-from softprompt.tasks.reading import numbers_of, read_task, references_column, taken_for
+from softprompt.tasks.reading import Labels, numbers_of, read_task, references_column, taken_for
 from softprompt.text.template import Template
 from softprompt.text.verbalizer import Verbalizer
 
@@ -37,13 +38,13 @@ class Sources:
     Attributes:
         train: a file or data set.
         validation: another; None: there is none.
-        labels: ``--labels``.
+        labels: ``--labels``, or what a plan says.
         columns: what is where in them.
     """
 
     train: str
     validation: str | None
-    labels: str | None
+    labels: Labels | None
     columns: Columns
 
     def read(
@@ -96,3 +97,9 @@ class Sources:
     ) -> Reading:
         """What the data were taken for."""
         return taken_for(train, validation, test, verbalizer, self.labels, self.columns.references_field)
+
+
+def task_name(train: str) -> str:
+    """The file's name, or its folder's where the file is called after its split."""
+    path = Path(train.removeprefix("hf:"))
+    return path.parent.name if path.stem.startswith("train") and path.parent.name else path.stem

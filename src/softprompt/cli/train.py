@@ -5,77 +5,112 @@ from __future__ import annotations
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import typer
 
-from softprompt.cli.groups import Learning, Output
+from softprompt.cli.groups import Learning, LearningOnce, Output
 from softprompt.cli.options import Loading, in_utf8
 from softprompt.cli.place import Place
 from softprompt.cli.task import Sources, template_from
+from softprompt.cli.transfer import Search
 from softprompt.data.checks import Reading
+from softprompt.data.packages import DEFAULT_BASE
 from softprompt.drawing.words import duration, plain_metric
 from softprompt.errors import ConfigError, StoreError, TrainingError
 from softprompt.files import strict_json
+from softprompt.model.frozen import FrozenLM
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
-from softprompt.tasks.length import default_num_virtual_tokens
-from softprompt.tasks.reading import form_of, require_no_chat
-from softprompt.tasks.task import Task
 from softprompt.terminal.console import print_rows, say_reading, stderr, warn_truncated
 from softprompt.terminal.training import say_alarms, watch
-from softprompt.text.chat import with_answers
-from softprompt.text.template import chat_template
 from softprompt.tuning import checkpoint
 from softprompt.tuning.config import INITS, TrainConfig
 from softprompt.tuning.config import preset as published
+from softprompt.tuning.job import Job
 from softprompt.tuning.tracking import Track, tracking
 from softprompt.tuning.training import Training
+from softprompt.tuning.transfer import Trial
 
 
 def tune(
-    sources: Sources, template: str, output: Output, learning: Learning, base: str, loading: Loading, as_json: bool
+    sources: Sources,
+    template: str,
+    output: Output,
+    learning: Learning,
+    base: str | None,
+    loading: Loading,
+    as_json: bool,
+    search: Search | None = None,
 ) -> None:
-    """Tunes a soft prompt, stores it, and says what came of it.
+    """Tunes a soft prompt, stores it, and says what came of it. With ``search``, it looks for a start first.
 
     Raises:
         SoftPromptError: a mistake of the user's, see each step.
         typer.Exit: the user pressed Ctrl-C.
     """
     began = time.perf_counter()
-    place = Place.of(output.name, output.out, overwrite=output.overwrite, resume=output.resume)
-    config, start = _configuration(learning, place.store)
-    form = None if template in ("default", "chat") else template_from(template)
-    if form is not None:  # who writes a template names the columns
-        rows, held_out, verbalizer = sources.read(form.fields, "none")
-        require_no_chat(rows, "A template of your own")
-    else:
-        rows, held_out, verbalizer = sources.read(("input",) if template == "chat" else None)
+    place = Place.of(output.one_name, output.out, overwrite=output.overwrite, resume=output.resume)
+    job, trial = job_of(place.name, sources, template, learning, place.store), None
+    if search is not None:
+        _require_no_other_start(job.config, learning)
     with place.claimed():
-        lm = loading.load(base)
-        if start is not None:
-            Task.of(lm, start)  # refuses vectors of another base model: they mean nothing here
-        rows, held_out = with_answers(rows, lm.tokenizer), held_out and with_answers(held_out, lm.tokenizer)
-        if form is None and template == "chat" and not rows.is_chat:
-            form = chat_template(lm.tokenizer)
-        form = form or form_of(rows, lm.tokenizer, verbalizer is not None)
-        if config.num_virtual_tokens is None:
-            length = default_num_virtual_tokens(lm, () if verbalizer is None else verbalizer.labels)
-            config = replace(config, num_virtual_tokens=length)
-        task = Task(lm, form, verbalizer, config.longest, config.max_length or lm.window)
-        vectors = None if start is None else start.vectors
-        with stderr.status("preparing"):
-            training = Training(
-                task, rows, held_out, config, name=place.name, start=vectors, folder=place.run, resume=place.resume
+        lm = loading.load(base or DEFAULT_BASE)
+        if search is not None:
+            trial = search.find(lm, job.on(lm), job.config)
+            job = replace(
+                job, start=trial.start, config=replace(job.config, num_virtual_tokens=trial.num_virtual_tokens)
             )
-        taken = sources.taken_for(rows, held_out, None, verbalizer)
-        say_reading(taken)
-        warn_truncated(training.truncated, task.max_length)
+        job, training = prepared(job, place, lm)
+        say_reading(job.reading)
+        warn_truncated(training.truncated, training.task.max_length)
         say_alarms(training.watch.before)
         with tracking(output.track, training, place.run.path / "tensorboard") as track:
-            _train_and_store(training, place, taken, began, track, as_json)
+            _train_and_store(training, place, job.reading, began, track, as_json, trial)
 
 
-def _configuration(learning: Learning, store: Store) -> tuple[TrainConfig, SoftPrompt | None]:
+def _require_no_other_start(config: TrainConfig, learning: LearningOnce) -> None:
+    """Refuses options that say what a trial is to find."""
+    if learning.init is not None and learning.init not in INITS:
+        raise ConfigError(
+            f"--init {learning.init} names the start that transfer looks for; leave it out, or use `softprompt train`."
+        )
+    if config.tries > 1:
+        raise ConfigError("--starts and --lengths are tries of their own beside the trial of transfer; leave them out.")
+
+
+def job_of(name: str, sources: Sources, template: str, learning: LearningOnce, store: Store) -> Job:
+    """What the options ask for, checked, its rows read.
+
+    Raises:
+        SoftPromptError: a mistake of the user's.
+    """
+    config, start = _configuration(learning, store)
+    columns = sources.columns
+    return Job.read(
+        sources.train,
+        sources.validation,
+        name=name,
+        template=template if template in ("default", "chat") else template_from(template),
+        labels=sources.labels,
+        input_field=columns.input_field,
+        target_field=columns.target_field,
+        references_field=columns.references_field,
+        encoding=columns.encoding,
+        format=columns.format,
+        start=start,
+        config=config,
+    )
+
+
+def prepared(job: Job, place: Place, lm: FrozenLM) -> tuple[Job, Training]:
+    """The job on its base model, and its training in a place that is claimed."""
+    with stderr.status("preparing"):
+        job = job.on(lm)
+        return job, job.training(lm, folder=place.run, resume=place.resume)
+
+
+def _configuration(learning: LearningOnce, store: Store) -> tuple[TrainConfig, SoftPrompt | None]:
     """The run's settings, and the soft prompt to start from if ``--init`` names one."""
     options = {field.name: getattr(learning, field.name) for field in fields(learning)}
     recipe = options.pop("preset")
@@ -111,7 +146,7 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 
 def _train_and_store(
-    training: Training, place: Place, taken: Reading, began: float, track: Track, as_json: bool
+    training: Training, place: Place, taken: Reading, began: float, track: Track, as_json: bool, trial: Trial | None
 ) -> None:
     interrupted = False
     try:
@@ -127,7 +162,7 @@ def _train_and_store(
         (place.run.path / checkpoint.FILE).unlink(missing_ok=True)  # what has ended cannot be resumed
     training.watch.require_same_answers(place.path, soft_prompt)
     say_alarms(training.alarms[len(training.watch.before) :])
-    _report(training, soft_prompt, place.path, taken, time.perf_counter() - began, as_json)
+    _report(training, soft_prompt, place.path, taken, time.perf_counter() - began, as_json, trial)
     after = f"after step {training.step:,} of {training.total:,}"
     if interrupted:
         stderr.print(f"interrupted {after}; the best so far is stored; to go on, give the same command with --resume")
@@ -140,35 +175,57 @@ def _train_and_store(
 
 
 def _report(
-    training: Training, soft_prompt: SoftPrompt, path: Path, taken: Reading, seconds: float, as_json: bool
+    training: Training,
+    soft_prompt: SoftPrompt,
+    path: Path,
+    taken: Reading,
+    seconds: float,
+    as_json: bool,
+    trial: Trial | None,
 ) -> None:
-    record, size = soft_prompt.training, path.stat().st_size
     if as_json:
-        document = {
-            "name": soft_prompt.name,
-            "path": str(path),
-            "bytes": size,
-            "base": soft_prompt.base,
-            "base_unchanged": training.base_unchanged,
-            "num_virtual_tokens": soft_prompt.num_virtual_tokens,
-            "data": taken.as_dict(),
-            "metrics": list(soft_prompt.metrics),
-            "steps": record["steps_done"],
-            "truncated": training.truncated,
-            "alarms": [alarm.as_dict() for alarm in training.alarms],
-            "seconds": round(seconds, 3),
-            "graphs": training.graphs,
-            **{key: record[key] for key in ("best_step", "stopped", "loss", "tokens", "train_seconds")},
-        }
-        print(strict_json(document))
+        found = {} if trial is None else {"transfer": trial.as_dict()}
+        print(strict_json({**document_of(training, soft_prompt, path, taken, seconds), **found}))
         return
+    record, size = soft_prompt.training, path.stat().st_size
     print_rows(
         [
             ("soft prompt", f"{soft_prompt.name}, {soft_prompt.num_virtual_tokens} virtual tokens"),
             ("file", f"{path} ({size:,} bytes)"),
             ("base model", f"{soft_prompt.base}" + ", unchanged, bit for bit" * bool(training.base_unchanged)),
             *(("validation", plain_metric(metric)) for metric in soft_prompt.metrics),
+            *(() if trial is None else (("start", trial.candidates[0].name),)),
             ("steps", f"{record['steps_done']:,}, the best of them {record['best_step']:,}"),
             ("time", duration(seconds)),
         ]
     )
+
+
+def document_of(
+    training: Training, soft_prompt: SoftPrompt, path: Path, taken: Reading, seconds: float
+) -> dict[str, Any]:
+    """What came of a training, for programs."""
+    return {
+        **described(soft_prompt, path),
+        "base_unchanged": training.base_unchanged,
+        "data": taken.as_dict(),
+        "truncated": training.truncated,
+        "alarms": [alarm.as_dict() for alarm in training.alarms],
+        "seconds": round(seconds, 3),
+        "graphs": training.graphs,
+    }
+
+
+def described(soft_prompt: SoftPrompt, path: Path) -> dict[str, Any]:
+    """What a stored soft prompt says of itself and its training, for programs."""
+    record = soft_prompt.training
+    return {
+        "name": soft_prompt.name,
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        "base": soft_prompt.base,
+        "num_virtual_tokens": soft_prompt.num_virtual_tokens,
+        "metrics": list(soft_prompt.metrics),
+        "steps": record["steps_done"],
+        **{key: record[key] for key in ("best_step", "stopped", "loss", "tokens", "train_seconds")},
+    }

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ class Trie:
         depths: how many tokens behind the row's last token each node stands, from 1.
         ends: the number behind each node's last descendant: node ``i`` sees node ``j`` if ``j <= i < ends[j]``.
         steps: ``(node, token, word)``: log P(word) is the sum over its steps of log P(token | node); node -1 is the
-            row's last token.
+            row's last token. Tokens that are given have none.
         num_words: how many words there are.
     """
 
@@ -46,9 +46,14 @@ class Trie:
         return tuple(self.tokens[j] for j in range(node + 1) if node < self.ends[j])
 
 
-@lru_cache(maxsize=4096)
-def build_trie(words: tuple[Tokens, ...]) -> Trie:
-    """Builds the trie of ``words``, each a non-empty tuple of token ids."""
+@lru_cache(maxsize=256)  # label sets, which come with row after row
+def build_trie(words: tuple[Tokens, ...], scored_from: tuple[int, ...] = ()) -> Trie:
+    """Builds the trie of ``words``, each a non-empty tuple of token ids.
+
+    Args:
+        words: the words.
+        scored_from: how many of each word's first tokens are given, not scored; fewer than it has. Empty: none.
+    """
     tokens: list[int] = []
     ends: list[int] = []
     depths: list[int] = []
@@ -69,7 +74,8 @@ def build_trie(words: tuple[Tokens, ...]) -> Trie:
             depths.append(len(path))
             ends.append(0)
         before = word
-        steps[index] = [(node, token, index) for node, token in zip((-1, *path), word, strict=True)]
+        given = scored_from[index] if scored_from else 0
+        steps[index] = [(node, token, index) for node, token in zip((-1, *path), word, strict=True)][given:]
     for node in path:
         ends[node] = len(tokens)
     flat = tuple(step for of_word in steps for step in of_word)
@@ -78,22 +84,29 @@ def build_trie(words: tuple[Tokens, ...]) -> Trie:
 
 @dataclass(frozen=True)
 class Row:
-    """One example on its way into a batch.
+    """One example on its way into a batch, or several with a common beginning.
 
     Attributes:
         ids: the tokens after the shared prefix, at least one.
         words: the continuations to score; ``((),)``-free, may be empty when the row only starts a generation.
         prefix: index of the row's shared prefix.
+        scored_from: how many of each word's first tokens are given and not scored; empty where all are scored.
     """
 
     ids: Tokens
     words: tuple[Tokens, ...] = ()
     prefix: int = 0
+    scored_from: tuple[int, ...] = ()
+
+    @cached_property
+    def trie(self) -> Trie:
+        """What hangs behind the row."""
+        return build_trie(self.words, self.scored_from)
 
     @property
     def length(self) -> int:
         """Tokens that a forward pass computes for this row."""
-        return len(self.ids) + len(build_trie(self.words).tokens)
+        return len(self.ids) + len(self.trie.tokens)
 
 
 LONGEST_LINE = 256
@@ -204,7 +217,7 @@ class _Layout:
         Returns:
             The column behind it.
         """
-        trie = build_trie(row.words)
+        trie = row.trie
         own, end = begin + len(row.ids), begin + row.length
         self.ids[line, begin:end] = row.ids + trie.tokens
         self.positions[line, begin:own] = np.arange(before, before + len(row.ids))

@@ -570,9 +570,10 @@ class FrozenLM(Embedder):
         """Inside, layers run as they are, compiled or not; all that is not training does."""
         return self.layers.eager()
 
-    def take_less_at_once(self) -> None:
-        """After a pass did not fit into memory: halves ``tokens_at_once``, with a ``SoftPromptWarning``."""
-        self.tokens_at_once = max(1, self.tokens_at_once // 2)
+    def take_less_at_once(self, tokens: int) -> None:
+        """After a pass of so many tokens did not fit into memory: ``tokens_at_once`` becomes half of them at most, with
+        a ``SoftPromptWarning``."""
+        self.tokens_at_once = max(1, min(self.tokens_at_once, tokens) // 2)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         warnings.warn(

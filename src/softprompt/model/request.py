@@ -21,6 +21,7 @@ class Request:
         words: continuations to score, as token ids.
         prompt: index of the request's soft prompt among those handed over with it; None for the bare base model.
         truncated: whether input text was cut to fit the window.
+        conversation: which conversation it is an answer of, whose answers share what they begin with; empty for none.
     """
 
     ids: Tokens
@@ -28,6 +29,7 @@ class Request:
     words: tuple[Tokens, ...] = ()
     prompt: int | None = None
     truncated: bool = False
+    conversation: str = ""
 
     @property
     def shares_prefix(self) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from softprompt.model.batch import Row, micro_batches
+from softprompt.model.joined import Joined, apart, join, share_beginnings
 from softprompt.model.prefixes import PrefixOf
 from softprompt.model.reading import greedy_words, summed
 from softprompt.model.request import Request, prompt_of
@@ -30,63 +31,71 @@ def scored(
     """The places of the requests of each batch, their words' scores, and with ``compare`` whether greedy decoding
     would write them."""
     prefix_of = prefix_of or lm.kept_prefixes(max(1, len(soft_prompts)))
-    waiting = list(_groups(lm, requests, max_tokens or 2 * lm.tokens_at_once))[::-1]
+    waiting = list(_groups(lm, share_beginnings(requests), max_tokens or 2 * lm.tokens_at_once))[::-1]
     while waiting:
         group = waiting.pop()
         try:
-            part, same = _scored_group(lm, [requests[i] for i in group], soft_prompts, prefix_of, compare=compare)
+            part, same = _scored_group(lm, group, soft_prompts, prefix_of, compare=compare)
         except torch.OutOfMemoryError:
             if len(group) == 1:
                 raise
-            lm.take_less_at_once()
+            lm.take_less_at_once(sum(len(request.ids) for one in group for request in one.requests))
             waiting += [group[len(group) // 2 :], group[: len(group) // 2]]
             continue
-        yield torch.tensor(group), part, same
+        yield torch.tensor([place for one in group for place in one.places]), part, same
 
 
 def _scored_group(
     lm: Any,
-    members: Sequence[Request],
+    group: Sequence[Joined],
     soft_prompts: Sequence[torch.Tensor],
     prefix_of: PrefixOf,
     *,
     compare: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The same for one batch."""
+    members = [request for one in group for request in one.requests]
     with lm.eager():
         if not (lm.shares_prefix and members[0].shares_prefix):
             found: tuple[torch.Tensor, torch.Tensor | None] = lm.concatenated(members, soft_prompts, compare=compare)
             return found
-        rows, prefix = _rows(members, soft_prompts, prefix_of)
+        rows, prefix = _rows(group, soft_prompts, prefix_of)
         batch = lm.collate(rows, prefix.lengths)
         if not compare:
-            return lm.score_batch(batch, prefix), None
+            return apart(lm.score_batch(batch, prefix), group), None
         logits = lm.read_logits(batch, prefix)
-        return summed(batch, logits), greedy_words(batch, logits)
+        return apart(summed(batch, logits), group), apart(greedy_words(batch, logits), group)
 
 
-def _groups(lm: Any, requests: Sequence[Request], max_tokens: int) -> Iterator[list[int]]:
-    """Batches of requests that one path serves, of similar length."""
+def _groups(lm: Any, requests: Sequence[Request], max_tokens: int) -> Iterator[list[Joined]]:
+    """Batches of requests that one path serves, of similar length; the answers of a conversation are together where
+    they share what they begin with."""
     for shares in (True, False):
         chosen = [i for i, r in enumerate(requests) if (lm.shares_prefix and r.shares_prefix) == shares]
         if shares:
-            lengths = [Row(requests[i].ids[requests[i].shared :], requests[i].words).length for i in chosen]
+            joined = [
+                Joined(tuple(chosen[place] for place in one.places), one.requests)
+                for one in join([requests[i] for i in chosen], max_tokens)
+            ]
+            lengths = [one.row().length for one in joined]
         else:
+            joined = [Joined((i,), (requests[i],)) for i in chosen]
             lengths = [lm.tokens_of(requests[i], 1) for i in chosen]
         for group in micro_batches(lengths, max_tokens):
-            yield [chosen[i] for i in group]
+            yield [joined[i] for i in group]
 
 
 def _rows(
-    requests: Sequence[Request], soft_prompts: Sequence[torch.Tensor], prefix_of: PrefixOf
+    joined: Sequence[Joined], soft_prompts: Sequence[torch.Tensor], prefix_of: PrefixOf
 ) -> tuple[list[Row], PrefixState]:
     """Rows and the prefixes they point at, each prefix computed once."""
     index: dict[tuple[Tokens, int | None], int] = {}
     rows, prefixes = list[Row](), list[PrefixState]()
-    for request in requests:
+    for one in joined:
+        request = one.requests[0]
         key = (request.ids[: request.shared], request.prompt)
         if key not in index:
             index[key] = len(index)
             prefixes.append(prefix_of(key[0], prompt_of(request, soft_prompts)))
-        rows.append(Row(request.ids[request.shared :], request.words, index[key]))
+        rows.append(one.row(index[key]))
     return rows, prefixes[0].stack(prefixes[1:])

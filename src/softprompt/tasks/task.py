@@ -216,10 +216,11 @@ class Task:
         self.lm.require_embeddings((*encoded.ids, *encoded.target_ids), example.where)
         chosen = (encoded.target_ids,) if words is None else words
         place = prompt if self.template.has_soft_prompt else None
-        shared = encoded.shared
+        shared, origin = encoded.shared, ""
         if example.conversation is not None:  # what follows differs from one conversation to the next
+            origin = example.conversation.origin
             shared = encoded.ids.index(SOFT) + 1 if self.template.has_soft_prompt else 0
-        return Request(encoded.ids, shared, chosen, place, encoded.truncated)
+        return Request(encoded.ids, shared, chosen, place, encoded.truncated, origin)
 
     def _turn(self, example: Example) -> Turn:
         """What stands around the fields of an answer in a conversation."""

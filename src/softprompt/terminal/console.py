@@ -93,11 +93,12 @@ def progress_bar(extra: ProgressColumn, time_left: ProgressColumn) -> Progress:
     return Progress(*columns, console=stderr, transient=True, disable=not can_redraw())
 
 
-def say_reading(reading: Reading) -> None:
-    """Says on stderr what the data were taken for, and what in them is probably a mistake."""
-    stderr.print(str(reading))
+def say_reading(reading: Reading, job: str = "") -> None:
+    """Says on stderr what the data were taken for, and what in them is probably a mistake; of several, with the name of
+    the job."""
+    stderr.print(f"{job}: {reading}" if job else str(reading))
     for doubt in reading.doubts:
-        stderr.print(f"warning: {doubt}")
+        stderr.print(f"warning: {job}: {doubt}" if job else f"warning: {doubt}")
 
 
 def warn_truncated(truncated: int, max_length: int) -> None:

@@ -31,7 +31,7 @@ def watch(training: Training, clock: Clock = time.monotonic, *, track: Track = l
         stderr.print(_planned(training))
     expected, first, told = TrainingTime(training.schedule), training.step, False
     unit = TextColumn("loss {task.fields[loss]}  {task.fields[metric]}  {task.fields[speed]}")
-    with progress_bar(unit, TextColumn("{task.fields[left]}")) as bar, _ctrl_c() as pressed:
+    with progress_bar(unit, TextColumn("{task.fields[left]}")) as bar, heard_ctrl_c() as pressed:
         row = bar.add_task("step", total=training.total, completed=first, loss="–", metric="", speed="", left="")
         mean, metric, left = 0.0, "", ""
         minute = Minute(clock)
@@ -105,7 +105,7 @@ def _estimated(expected: TrainingTime, seconds: float, done: int, patience: int)
 
 
 @contextmanager
-def _ctrl_c() -> Iterator[list[int]]:
+def heard_ctrl_c() -> Iterator[list[int]]:
     """A list that is no longer empty once Ctrl-C was pressed. Python drops the exception itself where it comes up in a
     finalizer or in a callback of a library."""
     pressed: list[int] = []

@@ -53,7 +53,7 @@ class TrainConfig:
         average: decay of an exponential moving average of the soft prompt over the steps, in [0, 1). The average is
             validated and kept (Polyak and Juditsky 1992). At step ``t`` it is ``min(average, (1 + t) / (10 + t))``, so
             that the start is soon forgotten. 0: no average.
-        batch_size: examples a step.
+        batch_size: examples a step; of conversations, answers.
         steps: optimizer steps. None: ``epochs``, or 1,600 if that is None too.
         epochs: passes over the training data, instead of ``steps``.
         eval_every: steps between validations. None: 100, or more if a validation is slow, as with many labels, so that

@@ -21,6 +21,7 @@ from softprompt.errors import SoftPromptWarning, TrainingError
 from softprompt.model.batch import Batch, Row, micro_batches, stream
 from softprompt.model.fast.graphs import Graphs
 from softprompt.model.frozen import FrozenLM
+from softprompt.model.joined import Joined, apart, join
 from softprompt.model.prefixes import PrefixOf
 from softprompt.model.request import Request
 from softprompt.model.state.prefix import Detached, PrefixState
@@ -71,16 +72,21 @@ class Work:
     Attributes:
         shares: what is learned from.
         layout: which way it takes.
-        groups: what each pass computes: indices of rows, all shares' one after the other.
+        rows: what the rows hold, all shares' one after the other: the share, and of its requests one, or the answers of
+            a conversation.
+        groups: what each pass computes: indices of rows.
         batches: the same as tensors; none for the concatenation.
         tokens: that each share computes.
+        saved: that each share does not compute, since answers of a conversation share what they begin with.
     """
 
     shares: Sequence[Share]
     layout: Layout
+    rows: Sequence[tuple[int, Joined]]
     groups: Sequence[Sequence[int]]
     batches: Sequence[Batch]
     tokens: tuple[int, ...]
+    saved: tuple[int, ...]
 
 
 class Gradients:
@@ -115,41 +121,57 @@ class Gradients:
 
     def prepare(self, shares: Sequence[Share]) -> Work:
         """Lays a step out; computes nothing on the device."""
-        rows = [
-            Row(request.ids[request.shared :], request.words, number)
-            for number, share in enumerate(shares)
-            for request in share.requests
-        ]
         most = self.max_tokens or self.lm.tokens_at_once
-        layout = self.layout or self._best(shares, rows, most)
+        joined = [(number, one) for number, share in enumerate(shares) for one in self._joined(share.requests, most)]
+        rows = [one.row(number) for number, one in joined]
+        layout = self.layout or self._best(shares, joined, rows, most)
+        batches = list[Batch]()
         if layout == "concatenation":
-            lengths = [self.lm.tokens_of(request, share.shape[0]) for share in shares for request in share.requests]
-            groups, batches = micro_batches(lengths, most), list[Batch]()
+            joined = [
+                (number, Joined((place,), (request,)))
+                for number, share in enumerate(shares)
+                for place, request in enumerate(share.requests)
+            ]
+            lengths = [self.lm.tokens_of(one.requests[0], shares[number].shape[0]) for number, one in joined]
+            groups = micro_batches(lengths, most)
         else:
             lengths = [row.length for row in rows]
-            starts = [share.prefix_length for share in shares]
             if layout == "stream":
                 groups = [list(range(len(rows)))]
                 prefixes = [(share.shared, share.shape[0]) for share in shares]
                 batches = [stream(rows, prefixes, fixed=self.fixed)]
             else:
                 groups = micro_batches(lengths, most)
-                cpu = torch.device("cpu")
+                starts, cpu = [share.prefix_length for share in shares], torch.device("cpu")
                 batches = [self.lm.collate([rows[i] for i in group], starts, cpu) for group in groups]
-        tokens, first = [], 0
-        for share in shares:
-            own = sum(lengths[first : first + len(share.requests)])
-            tokens.append(own + (0 if layout == "concatenation" else share.prefix_length))
-            first += len(share.requests)
-        return Work(shares, layout, groups, batches, tuple(tokens))
+        tokens = [0 if layout == "concatenation" else share.prefix_length for share in shares]
+        saved = [0] * len(shares)
+        for (number, one), length in zip(joined, lengths, strict=True):
+            tokens[number] += length
+            saved[number] += one.saved
+        return Work(shares, layout, joined, groups, batches, tuple(tokens), tuple(saved))
 
-    def _best(self, shares: Sequence[Share], rows: Sequence[Row], most: int) -> Layout:
+    def tokens(self, requests: Sequence[Request]) -> int:
+        """Tokens that a forward pass runs behind the shared prefix."""
+        return sum(one.row().length for one in self._joined(requests, self.max_tokens or self.lm.tokens_at_once))
+
+    def _joined(self, requests: Sequence[Request], most: int) -> list[Joined]:
+        """The requests as rows: answers of a conversation together, where a prefix runs once."""
+        if self.lm.shares_prefix and all(request.shares_prefix for request in requests):
+            return join(requests, most)
+        return [Joined((place,), (request,)) for place, request in enumerate(requests)]
+
+    def _best(
+        self, shares: Sequence[Share], joined: Sequence[tuple[int, Joined]], rows: Sequence[Row], most: int
+    ) -> Layout:
         if not (self.lm.shares_prefix and all(r.shares_prefix for share in shares for r in share.requests)):
             return "concatenation"
         total = sum(share.prefix_length for share in shares) + sum(row.length for row in rows)
         if self.lm.device.type != "cuda":
             most = min(most, STREAM_TOKENS)
         plain = all(len(share.shape) == 2 and share.shared.index(SOFT) <= SHORT_TEXT for share in shares)
+        # How conversations are taken apart again is another index for each batch, which a graph cannot hold.
+        plain = plain and not (self.fixed and any(len(one.requests) > 1 for _, one in joined))
         return "stream" if plain and not self.lm.recurrent and total <= most else "two stages"
 
     def add(self, work: Work, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -179,7 +201,8 @@ class Gradients:
     def _smaller(self, work: Work, error: torch.OutOfMemoryError) -> Work:
         """The same step in smaller passes; where each has one row already, with activations that are computed again."""
         if work.layout == "stream" or any(len(group) > 1 for group in work.groups):
-            self.lm.take_less_at_once()
+            lengths = [one.row().length for _, one in work.rows]
+            self.lm.take_less_at_once(max(sum(lengths[i] for i in group) for group in work.groups))
             self.max_tokens = self.lm.tokens_at_once
             return self.prepare(work.shares)
         if not self.may_recompute or self.lm.layers.recomputed:
@@ -211,7 +234,8 @@ class Gradients:
 
     def _add_by_stream(self, work: Work, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
         laid, shares = work.batches[0], work.shares
-        gold = [index for share in shares for index in share.gold]
+        joined = [one for _, one in work.rows]
+        gold = [shares[number].gold[place] for number, one in work.rows for place in one.places]
         weights = [share.objective.weight(share.requests) for share in shares]
         counts, lengths = [len(share.requests) for share in shares], [share.shape[0] for share in shares]
         rows = sum(counts)
@@ -224,7 +248,7 @@ class Gradients:
         def run(integers: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, ...]:
             leaf = numbers.detach().requires_grad_()
             inside, right, divisors = torch.split(integers, [len(integers) - rows - len(counts), rows, len(counts)])
-            scores = self.lm.score_stream(laid.filled(inside), leaf)
+            scores = apart(self.lm.score_stream(laid.filled(inside), leaf), joined)
             parts = zip(objectives, torch.split(scores, counts), torch.split(right, counts), words, strict=True)
             losses = torch.stack([each.loss(own[:, :width], gold) for each, own, gold, width in parts]) / divisors
             (gradient,) = torch.autograd.grad(losses.sum(), leaf)
@@ -251,6 +275,7 @@ class Gradients:
         losses = torch.zeros(len(work.shares), device=device)
         for group, batch in zip(work.groups, work.batches, strict=True):
             scores = lm.score_batch(batch.to(device), detached.leaves())
+            scores = apart(scores, [work.rows[i][1] for i in group])
             losses = losses + self._backward(work, group, scores)
         detached.backward()
         return losses
@@ -266,34 +291,43 @@ class Gradients:
         return self.lm.prefix_kv(shared[place:], vectors[0], before)
 
     def _add_by_concatenation(self, work: Work, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
-        requests = [request for share in work.shares for request in share.requests]
-        owner = [number for number, share in enumerate(work.shares) for _ in share.requests]
         losses = torch.zeros(len(work.shares), device=self.lm.device)
         for group in work.groups:
-            for number, members in _by_share(owner, group):  # each has its soft prompt
-                scores = self.lm.score_concatenated([requests[i] for i in members], [vectors[number]])
+            for number, members in _by_share(work, group):  # each has its soft prompt
+                requests = [work.rows[i][1].requests[0] for i in members]
+                scores = self.lm.score_concatenated(requests, [vectors[number]])
                 losses = losses + self._backward(work, members, scores)
         return losses
 
     def _backward(self, work: Work, group: Sequence[int], scores: torch.Tensor) -> torch.Tensor:
-        """Backward from the mean losses of some rows, float32 ``[K]``, which it returns without their graph."""
-        gold = torch.tensor([index for share in work.shares for index in share.gold], device=scores.device)
-        owner = [number for number, share in enumerate(work.shares) for _ in share.requests]
-        place = {index: line for line, index in enumerate(group)}
+        """Backward from the mean losses of some rows, float32 ``[K]``, which it returns without their graph.
+
+        Args:
+            work: the step.
+            group: the rows.
+            scores: of each of their requests, row after row.
+        """
         losses = torch.zeros(len(work.shares), device=scores.device)
-        parts = []
-        for number, members in _by_share(owner, group):
+        first, parts = dict[int, int](), []
+        begin = 0
+        for row in group:
+            first[row] = begin
+            begin += len(work.rows[row][1].requests)
+        for number, members in _by_share(work, group):
             share = work.shares[number]
+            lines = [first[i] + k for i in members for k in range(len(work.rows[i][1].requests))]
+            gold = [share.gold[place] for i in members for place in work.rows[i][1].places]
             words = max(len(request.words) for request in share.requests)
-            own = scores[[place[i] for i in members], :words]
-            loss = share.objective.loss(own, gold[members]) / share.objective.weight(share.requests)
+            own = scores[lines, :words]
+            right = torch.tensor(gold, device=scores.device)
+            loss = share.objective.loss(own, right) / share.objective.weight(share.requests)
             losses[number] = loss.detach()
             parts.append(loss)
         torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
         return losses
 
 
-def _by_share(owner: Sequence[int], group: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+def _by_share(work: Work, group: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
     """The rows of a group, share by share."""
-    for number in dict.fromkeys(owner[i] for i in group):
-        yield number, [i for i in group if owner[i] == number]
+    for number in dict.fromkeys(work.rows[i][0] for i in group):
+        yield number, [i for i in group if work.rows[i][0] == number]

@@ -63,6 +63,11 @@ class Keeper:
         self._latest, self.worse = [], 0
 
     @property
+    def score(self) -> float:
+        """The highest mean score of validations in a row; minus infinity before the first."""
+        return float(np.mean(self._best_scores)) if self._best_scores else -math.inf
+
+    @property
     def scores(self) -> list[float]:
         """Of each row, the mean score over the validations in a row that ``best`` ends; empty before the first."""
         return self._best_scores

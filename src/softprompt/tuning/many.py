@@ -14,7 +14,7 @@ from softprompt.tuning.step import Step
 from softprompt.tuning.training import Training
 
 
-def train_together(trainings: Sequence[Training]) -> Iterator[list[Step | None]]:
+def train_together(trainings: Sequence[Training], *, until: int | None = None) -> Iterator[list[Step | None]]:
     """Trains several soft prompts, each with the rows, optimizer, validations and end that it would have alone.
 
     A round computes one step of each training that has not ended, all of them in shared passes. Gradients are those of
@@ -26,6 +26,7 @@ def train_together(trainings: Sequence[Training]) -> Iterator[list[Step | None]]
     Args:
         trainings: at least one, all on one base model, with folders of their own or none; with ``resume``, where they
             are to go on.
+        until: pause once each has done so many steps or has ended; None: go on until all have ended.
 
     Yields:
         After each round, the step of each training; None for those that did none.
@@ -54,7 +55,7 @@ def train_together(trainings: Sequence[Training]) -> Iterator[list[Step | None]]
         for each in trainings:
             if not each.rounds:
                 each.save()  # to go back to, where the first checkpoints behind it are not written by all
-        while True:
+        while until is None or any(each.step < until and not each.ended for each in trainings):
             round_ = _round(gradients, trainings)
             if round_ is None:
                 return
@@ -88,5 +89,7 @@ def _round(gradients: Gradients, trainings: Sequence[Training]) -> tuple[list[St
     seconds = (time.perf_counter() - began) / len(begun)
     steps: list[Step | None] = [None] * len(trainings)
     for place, (number, each, step) in enumerate(begun):
-        steps[number] = each.end_step(step, found[0][place], found[1][place], work.tokens[place], seconds)
+        steps[number] = each.end_step(
+            step, found[0][place], found[1][place], work.tokens[place], seconds, work.saved[place]
+        )
     return steps, [each for _, each, _ in begun]

@@ -20,15 +20,25 @@ class RowOrder:
     chance mix of them: stratified batches (after Zhao and Zhang 2014, arXiv:1405.3080, who make strata by clustering
     and also choose how many rows to draw of each; ours are the labels, in proportion to their size). Where all rows
     are of one kind, the order is random.
+
+    The answers of a conversation follow each other, so that a step can share what they begin with. The order is then
+    one of conversations. A conversation that reaches beyond the end of a step goes on in the next one.
     """
 
-    def __init__(self, kinds: Sequence[Hashable]) -> None:
+    def __init__(self, kinds: Sequence[Hashable], conversations: Sequence[str] | None = None) -> None:
         """
         Args:
             kinds: what kind each row is, its label for instance; at least one row.
+            conversations: which conversation each row is an answer of, empty for none; None where there are none. One
+                is of the kind of its first row.
         """
+        together: dict[str | int, list[int]] = {}
+        for row in range(len(kinds)):
+            together.setdefault((conversations[row] if conversations else "") or row, []).append(row)
+        self._together = list(together.values())
         numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
-        self._kinds = torch.tensor([numbers[kind] for kind in kinds])
+        self._kinds = torch.tensor([numbers[kinds[rows[0]]] for rows in self._together])
+        self._rows = len(kinds)
         self._kept: tuple[tuple[int, int], list[int]] | None = None
 
     def batch(self, seed: int, step: int, size: int) -> list[int]:
@@ -41,7 +51,7 @@ class RowOrder:
         """
         chosen: list[int] = []
         while len(chosen) < size:
-            epoch, offset = divmod(step * size + len(chosen), len(self._kinds))
+            epoch, offset = divmod(step * size + len(chosen), self._rows)
             chosen += self._epoch(seed, epoch)[offset : offset + size - len(chosen)]
         return chosen
 
@@ -57,7 +67,8 @@ class RowOrder:
             rank[grouped] = torch.arange(len(kinds)) - (sizes.cumsum(0) - sizes)[kinds[grouped]]
             chance = torch.rand(len(kinds), generator=generator, dtype=torch.float64)
             places = (rank + chance) / sizes[kinds]
-            self._kept = (seed, epoch), shuffled[places.argsort(stable=True)].tolist()
+            order = shuffled[places.argsort(stable=True)].tolist()
+            self._kept = (seed, epoch), [row for number in order for row in self._together[number]]
         return self._kept[1]
 
 
@@ -76,7 +87,7 @@ def split_rows(
             f"{train.source} has {len(pool)} row, but training needs at least 2 when no validation data is given; "
             "add rows or give --validation"
         )
-    held = set(_held(pool, order, min(config.validation_rows, max(1, len(pool) // 10))))
+    held = set(held_rows(pool, order, min(config.validation_rows, max(1, len(pool) // 10))))
     if len(held) == len(pool):
         raise DataError(
             f"{train.source} has one conversation, but training needs at least 2 when no validation data is given; "
@@ -85,7 +96,7 @@ def split_rows(
     return [e for i, e in enumerate(pool) if i not in held], [pool[i] for i in sorted(held)]
 
 
-def _held(pool: Sequence[Example], order: Sequence[int], number: int) -> list[int]:
+def held_rows(pool: Sequence[Example], order: Sequence[int], number: int) -> list[int]:
     """The first ``number`` rows of an order; of conversations, all answers of the first, until they are so many."""
     of_conversation: dict[str, list[int]] = {}
     for index in order:

@@ -26,6 +26,8 @@ from softprompt.files import StrPath, atomic_writer, local_path, strict_json
 from softprompt.tuning import checkpoint, history
 
 STORED = "stored.json"
+SWEEP = "sweep.json"
+"""What a sweep goes on from, see ``sweep.py``."""
 _LOCK, _PROCESS = ".lock", ".process"
 
 
@@ -35,6 +37,7 @@ class RunFolder:
     Attributes:
         path: the folder; it is made when it is held.
         name: what runs there is called.
+        kind: what runs there: ``training``, ``sweep`` or ``comparison``.
     """
 
     def __init__(self, path: StrPath, name: str, kind: str = "training") -> None:
@@ -43,10 +46,10 @@ class RunFolder:
         Args:
             path: the folder.
             name: of the soft prompt or task.
-            kind: ``training`` or ``comparison``.
+            kind: ``training``, ``sweep`` or ``comparison``.
         """
         self._held, self._made = 0, False
-        self.path, self.name, self._kind = local_path(path), name, kind
+        self.path, self.name, self.kind = local_path(path), name, kind
         self._lock = FileLock(self.path / _LOCK, thread_local=False)
 
     def hold(self) -> None:
@@ -75,7 +78,7 @@ class RunFolder:
                 self._lock.acquire(blocking=False)
             except Timeout:
                 raise StoreError(
-                    f"A {self._kind} of {self.name!r} is running ({self._holder()}), see {self.path}; "
+                    f"A {self.kind} of {self.name!r} is running ({self._holder()}), see {self.path}; "
                     f"wait until it has ended, or stop it, or choose another name or folder."
                 ) from None
 
@@ -124,8 +127,14 @@ class RunFolder:
 
     @property
     def stopped(self) -> bool:
-        """Whether there is a checkpoint to go on from."""
-        return (self.path / checkpoint.FILE).exists()
+        """Whether there is a checkpoint to go on from, or what is left of a sweep."""
+        return (self.path / (SWEEP if self.kind == "sweep" else checkpoint.FILE)).exists()
+
+    @property
+    def stopped_other(self) -> str:
+        """``training`` or ``sweep`` where one of the other kind was stopped; else empty."""
+        other, name = ("training", checkpoint.FILE) if self.kind == "sweep" else ("sweep", SWEEP)
+        return other if (self.path / name).exists() else ""
 
     def stamp(self) -> tuple[int, int] | None:
         """Changes whenever a checkpoint is written or removed."""
@@ -142,7 +151,7 @@ class RunFolder:
             StoreError: the folder cannot be written.
         """
         try:
-            for name in (checkpoint.FILE, checkpoint.EARLIER, checkpoint.LOG, history.FILE):
+            for name in (checkpoint.FILE, checkpoint.EARLIER, checkpoint.LOG, history.FILE, SWEEP):
                 (self.path / name).unlink(missing_ok=True)
             (self.path / checkpoint.LOG).touch()
         except OSError as error:
@@ -196,7 +205,7 @@ class RunFolder:
     def unwritable(self, error: OSError) -> StoreError:
         """What to tell the user of an error in writing here."""
         return StoreError(
-            f"the {self._kind}'s folder {self.path} cannot be written: {error.strerror or error}; "
+            f"the {self.kind}'s folder {self.path} cannot be written: {error.strerror or error}; "
             "free some space there, or set SOFTPROMPT_HOME to a folder that can"
         )
 

@@ -38,6 +38,7 @@ class Step:
         lr: learning rate in RMS of the start.
         grad_norm: the gradient's norm before clipping, in loss per RMS of the start.
         tokens: tokens computed, the shared prefix counted once.
+        saved: how many more it would be if conversations, and the answers of one, did not share what they begin with.
         seconds: wall time, validation not included.
         validation: metric → value if the step ended with a validation.
         improved: whether that validation was the best so far.
@@ -53,6 +54,7 @@ class Step:
     seconds: float
     validation: dict[str, Any] | None = None
     improved: bool = False
+    saved: int = 0
     alarms: tuple[Alarm, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from softprompt.data.example import Dataset, Example, check_targets
 from softprompt.errors import ConfigError, StoreError, TrainingError
 from softprompt.evaluation.validation import validator
 from softprompt.files import StrPath
-from softprompt.model.batch import Row
 from softprompt.model.fast.compiled import graphs_compiled
+from softprompt.model.joined import share_beginnings
 from softprompt.model.loading import DTYPES
 from softprompt.model.request import Request
 from softprompt.soft_prompts.metadata import library_versions
@@ -40,11 +40,6 @@ from softprompt.tuning.start import first_vectors, init_scale
 from softprompt.tuning.state import State
 from softprompt.tuning.step import Alarm, Begun, Step
 from softprompt.tuning.training_time import Schedule
-
-
-def _tokens(requests: Sequence[Request]) -> int:
-    """Tokens that a forward pass runs behind the shared prefix."""
-    return sum(Row(request.ids[request.shared :], request.words).length for request in requests)
 
 
 class Training:
@@ -121,7 +116,10 @@ class Training:
         if task.verbalizer is not None:
             for rows in filter(None, (train, validation)):
                 check_targets(rows, task.labels)
-        self._order = RowOrder([None if task.verbalizer is None else example.target for example in examples])
+        self._order = RowOrder(
+            [None if task.verbalizer is None else example.target for example in examples],
+            ["" if example.conversation is None else example.conversation.origin for example in examples],
+        )
         self._gradients = Gradients(task.model, may_recompute=self.config.activation_checkpointing != "off")
         self._compiled_before = graphs_compiled()
         self._works: dict[tuple[int, int], Work] = {}
@@ -133,7 +131,7 @@ class Training:
         self.watch = Watch(task, examples, held_out)
         self._at_end: tuple[Alarm, ...] | None = None
         checked = [task.label_request(e) if task.words else task.target_request(e) for e in held_out]
-        self.schedule = self._schedule(checked)
+        self.schedule = self._schedule(share_beginnings(checked))
         self._start = start
         self._history = History(self.folder)
         self._state = State.of(Keeper(self.config.patience), self._begin(0), self._should_compile())
@@ -164,6 +162,17 @@ class Training:
     def stopped(self) -> str:
         """Why it ended: ``steps``, ``early``, ``interrupted``, ``not finite``; empty while it runs."""
         return self._state.stopped
+
+    @property
+    def score(self) -> float:
+        """What its best soft prompt is compared by (``keeping.py``): a mean probability of the right label, or minus a
+        loss; minus infinity before the first validation."""
+        return self._state.keeper.score
+
+    @property
+    def validations(self) -> list[dict[str, Any]]:
+        """All validations so far, without their rows."""
+        return list(self._state.validations)
 
     @property
     def ended(self) -> bool:
@@ -208,7 +217,7 @@ class Training:
 
     def _prepare(self, examples: Sequence[Example]) -> None:
         """What each row asks, and its label's number where the loss is over labels."""
-        task = self.task
+        task, self._common = self.task, 0  # tokens that all conversations begin with
         if self.config.loss == "labels":
             if task.verbalizer is None:
                 raise ConfigError(
@@ -219,7 +228,9 @@ class Training:
             self._gold = [task.labels.index(str(e.target)) for e in examples]
         else:
             self._objective = Objective()
-            self._requests = [task.target_request(e) for e in examples]
+            alone = [task.target_request(e) for e in examples]
+            self._requests = share_beginnings(alone) if task.model.shares_prefix else alone
+            self._common = self._requests[0].shared - alone[0].shared
             self._gold = [0] * len(examples)
 
     def __iter__(self) -> Iterator[Step]:
@@ -240,7 +251,9 @@ class Training:
                 if following is not None:
                     self._laid_out(following)  # while the device computes
                 loss, norm_found = torch.stack([losses[0], norm]).tolist()
-                step = self.end_step(begun, loss, norm_found, work.tokens[0], time.perf_counter() - started)
+                step = self.end_step(
+                    begun, loss, norm_found, work.tokens[0], time.perf_counter() - started, work.saved[0]
+                )
                 if step is None:
                     continue
                 if self.wants_save(step):
@@ -268,7 +281,7 @@ class Training:
     def begin_step(self) -> Begun | None:
         """The next step before its gradient; None when there is none, with the reason in ``stopped``."""
         state = self._state
-        if not state.stopped and state.step >= self.total:
+        if not state.stopped and state.step >= self.total:  # in a checkpoint of an earlier release
             state.stopped = "steps"
         if state.stopped:
             return None
@@ -299,13 +312,16 @@ class Training:
             self._works[key] = self._gradients.prepare([self.share(begun)])
         return self._works[key]
 
-    def end_step(self, begun: Begun, loss: float, norm: float, tokens: int, seconds: float) -> Step | None:
+    def end_step(
+        self, begun: Begun, loss: float, norm: float, tokens: int, seconds: float, saved: int = 0
+    ) -> Step | None:
         """What follows on a step's gradient: the optimizer, a validation when it is due, and a line in the log.
 
         Args:
             begun: the step; its gradient was taken back to what is learned.
             loss, norm: of the step.
             tokens, seconds: that it took.
+            saved: tokens that were not computed since the answers of a conversation share what they begin with.
 
         Returns:
             What was done; None if loss or norm are not finite: nothing is learned then, and the run goes on with
@@ -323,16 +339,19 @@ class Training:
         state.good = begun.numbers.detach()  # its loss is finite; what the step makes of it, may not have one
         state.learner.descend(lr, self.config.clip, min(self.config.average, (2 + begun.place) / (11 + begun.place)))
         seconds += time.perf_counter() - began
+        saved += (self.config.batch_size - 1) * self._common
         state.step += 1
         state.seconds += seconds
         state.tokens += tokens
-        step = Step(state.step, self.total, loss, lr, norm, tokens, seconds)
+        step = Step(state.step, self.total, loss, lr, norm, tokens, seconds, saved=saved)
         tried = self.schedule.ends_start(state.step)
         if (begun.place + 1) % self.schedule.every == 0 or state.step == self.total or tried:
             step = self._validate(step)
         step = self.watch.saw(step, state, self.config)
         if tried:
             self._compare_starts(step.validation)
+        if state.step >= self.total:
+            state.stopped = "steps"
         self._log(step)
         return step
 
@@ -470,17 +489,19 @@ class Training:
         else:
             planned = config.steps or DEFAULT_STEPS
         # by tokens alone, so that a resumed run has the same; a step runs them twice
-        step = 2 * config.batch_size * _tokens(self._requests) / len(self._requests)
-        interval = max(1, min(max(EVAL_EVERY, math.ceil(3 * _tokens(checked) / step)), planned // 5))
+        step = 2 * config.batch_size * self._gradients.tokens(self._requests) / len(self._requests)
+        checking = self._gradients.tokens(checked)
+        interval = max(1, min(max(EVAL_EVERY, math.ceil(3 * checking / step)), planned // 5))
         whole = (lm.tokens_of(row, config.longest) for row in checked)
-        tokens = _tokens(checked) if lm.shares_prefix else sum(whole)
+        tokens = checking if lm.shares_prefix else sum(whole)
         return Schedule(planned, config.eval_every or interval, len(checked), tokens, tries=config.tries)
 
     def _should_compile(self) -> bool:
         lm = self.task.model
         if not lm.compiles or self.config.compile == "off":
             return False
-        tokens = _tokens(self._requests) / len(self._requests) * self.config.batch_size + self.config.longest
+        rows = self.config.batch_size / len(self._requests)
+        tokens = self._gradients.tokens(self._requests) * rows + self.config.longest
         return self.config.compile == "on" or compilation.pays(lm, self.total, tokens)
 
     def _initial(self, number: int) -> torch.Tensor:

@@ -1,0 +1,176 @@
+"""What is to be learned, read and checked before there is a base model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any
+
+from softprompt.data.checks import Reading
+from softprompt.data.example import Dataset
+from softprompt.data.sources import Source
+from softprompt.errors import ConfigError, SoftPromptError
+from softprompt.files import StrPath
+from softprompt.model.frozen import FrozenLM
+from softprompt.soft_prompts.soft_prompt import SoftPrompt
+from softprompt.tasks.length import default_num_virtual_tokens
+from softprompt.tasks.reading import Labels, form_of, read_task, require_no_chat, taken_for
+from softprompt.tasks.task import Task
+from softprompt.text.chat import with_answers
+from softprompt.text.template import Template, chat_template
+from softprompt.text.verbalizer import Verbalizer
+from softprompt.tuning.config import TrainConfig
+from softprompt.tuning.run_folder import RunFolder
+from softprompt.tuning.training import Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One soft prompt to be trained.
+
+    Attributes:
+        name: what the soft prompt is called.
+        rows: what it learns from.
+        validation: what the best step is chosen by; None: a tenth of ``rows``.
+        verbalizer: the labels; None: free text.
+        template: ``"default"``, ``"chat"`` or one of the user's own.
+        config: settings.
+        start: a soft prompt to start from.
+        labels, references_field: what the user said of the targets.
+    """
+
+    name: str
+    rows: Dataset
+    validation: Dataset | None
+    verbalizer: Verbalizer | None
+    template: str | Template = "default"
+    config: TrainConfig
+    start: SoftPrompt | None = None
+    labels: Labels | None = None
+    references_field: str | None = None
+
+    @classmethod
+    def read(
+        cls,
+        data: Source | Dataset,
+        validation: Source | Dataset | None = None,
+        *,
+        name: str = "soft-prompt",
+        template: str | Template = "default",
+        labels: Labels | None = None,
+        input_field: str | None = None,
+        target_field: str = "target",
+        references_field: str | None = None,
+        encoding: str | None = None,
+        format: str | None = None,
+        start: SoftPrompt | None = None,
+        config: TrainConfig | None = None,
+    ) -> Job:
+        """Reads its rows; the arguments are those of :func:`softprompt.train`.
+
+        Raises:
+            DataError, TemplateError: data or a template that cannot be meant.
+            ConfigError: settings that contradict each other.
+        """
+        form = Template(template) if template not in ("default", "chat") and isinstance(template, str) else template
+        own = isinstance(form, Template)
+        rows, held_out, verbalizer = read_task(
+            data,
+            validation,
+            labels,
+            form.fields if isinstance(form, Template) else ("input",) if form == "chat" else None,
+            input_field=input_field,
+            target_field=target_field,
+            references_field=references_field,
+            encoding=encoding,
+            format="none" if own and format is None else format,
+        )
+        if own:
+            require_no_chat(rows, "A template of your own")
+        return cls(
+            name=name,
+            rows=rows,
+            validation=held_out,
+            verbalizer=verbalizer,
+            template=form,
+            config=config or TrainConfig(),
+            start=start,
+            labels=labels,
+            references_field=references_field,
+        )
+
+    def on(self, lm: FrozenLM) -> Job:
+        """The same with all that depends on the base model: its template, how answers are written, the length.
+
+        Raises:
+            BaseModelError: ``start`` is of another base model.
+            DataError, TemplateError: conversations that the base model's chat template does not take.
+        """
+        if self.start is not None:
+            Task.of(lm, self.start)  # refuses vectors of another base model: they mean nothing here
+        rows = with_answers(self.rows, lm.tokenizer)
+        held_out = None if self.validation is None else with_answers(self.validation, lm.tokenizer)
+        form = self.template
+        if form == "chat" and not rows.is_chat:
+            form = chat_template(lm.tokenizer)
+        if not isinstance(form, Template):
+            form = form_of(rows, lm.tokenizer, self.verbalizer is not None)
+        config = self.config
+        if config.num_virtual_tokens is None and self.start is not None:
+            config = replace(config, num_virtual_tokens=self.start.num_virtual_tokens)
+        if config.num_virtual_tokens is None:
+            length = default_num_virtual_tokens(lm, () if self.verbalizer is None else self.verbalizer.labels)
+            config = replace(config, num_virtual_tokens=length)
+        return replace(self, rows=rows, validation=held_out, template=form, config=config)
+
+    @property
+    def reading(self) -> Reading:
+        """What the data were taken for."""
+        return taken_for(self.rows, self.validation, None, self.verbalizer, self.labels, self.references_field)
+
+    def training(self, lm: FrozenLM, *, folder: StrPath | RunFolder | None = None, resume: bool = False) -> Training:
+        """The training of a job that is :meth:`on` this base model.
+
+        Raises:
+            SoftPromptError: as for ``Training``.
+        """
+        assert isinstance(self.template, Template), "on() comes first"
+        task = Task(lm, self.template, self.verbalizer, self.config.longest, self.config.max_length or lm.window)
+        vectors = None if self.start is None else self.start.vectors
+        return Training(
+            task, self.rows, self.validation, self.config, name=self.name, start=vectors, folder=folder, resume=resume
+        )
+
+
+def with_settings(config: TrainConfig | None, settings: Mapping[str, Any]) -> TrainConfig:
+    """The settings with those changed that are given by name.
+
+    Raises:
+        ConfigError: there is no setting of that name, or it has no such value.
+    """
+    require_known(settings, [field.name for field in fields(TrainConfig)], "setting", "TrainConfig has")
+    return replace(config or TrainConfig(), **settings)
+
+
+def require_known(given: Mapping[str, Any], known: list[str], what: str, has: str) -> None:
+    """Refuses a name that is none of those known, with the nearest of them.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for name in given:
+        if name not in known:
+            near = get_close_matches(str(name), known, n=1)
+            meant = f"did you mean {near[0]!r}?" if near else f"{has} {', '.join(known)}."
+            raise ConfigError(f"There is no {what} {name!r}; {meant}")
+
+
+@contextmanager
+def of_job(name: str) -> Iterator[None]:
+    """Puts a job's name before what a mistake in it says."""
+    try:
+        yield
+    except SoftPromptError as error:
+        raise type(error)(f"job {name!r}: {error}") from error
