@@ -47,9 +47,10 @@ def dense(module: Any) -> torch.Tensor:
         both = torch.empty(rows, 2 * codes.shape[1], dtype=torch.long)
         both[:, 0::2], both[:, 1::2] = codes % 16, codes // 16
         groups = both.reshape(rows, -1, 64).float()
-        weight = groups * module.scales.float() + module.offsets.float()
-        return weight.reshape(rows, -1)[:, : module.in_features]
-    return torch.as_tensor(module.codes.float() * module.scales)
+        grouped: torch.Tensor = groups * module.scales.float() + module.offsets.float()
+        return grouped.reshape(rows, -1)[:, : module.in_features]
+    plain: torch.Tensor = module.codes.float() * module.scales
+    return plain
 
 
 def with_dense_weights(lm: FrozenLM, kind: str = "llama") -> FrozenLM:
@@ -222,10 +223,11 @@ def stored(folder: Path, **options: Any) -> Path:
     """The tiny model as bitsandbytes saves it."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    plain, models = folder / "plain", AutoModelForCausalLM
+    plain = folder / "plain"
+    make: Any = BitsAndBytesConfig
+    models: Any = AutoModelForCausalLM
     make_model("llama").save_pretrained(plain)
-    given: Any = BitsAndBytesConfig(**options)
-    model = models.from_pretrained(plain, quantization_config=given, device_map={"": "cpu"})
+    model = models.from_pretrained(plain, quantization_config=make(**options), device_map={"": "cpu"})
     model.save_pretrained(folder / "stored")
     make_tokenizer().save_pretrained(folder / "stored")
     return folder / "stored"
