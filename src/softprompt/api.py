@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from inspect import signature
@@ -22,14 +22,17 @@ from softprompt.data.packages import DEFAULT_BASE
 from softprompt.data.sources import Source
 from softprompt.errors import ConfigError, DataError, SoftPromptWarning
 from softprompt.evaluation import evaluate as evaluation
+from softprompt.evaluation.ensemble import evaluate_ensemble
 from softprompt.evaluation.evaluate import Evaluation
 from softprompt.files import StrPath, local_path
+from softprompt.model.distributed import ALONE, World
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.loading import lasting
 from softprompt.model.request import Sampling
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import is_name
 from softprompt.tasks import predict as answering
+from softprompt.tasks.ensemble import Ensemble
 from softprompt.tasks.predict import Predictions, Progress, Query
 from softprompt.tasks.reading import Labels, read_for
 from softprompt.tasks.task import Task
@@ -41,6 +44,7 @@ from softprompt.text.template import Template
 from softprompt.tuning.config import TrainConfig
 from softprompt.tuning.job import Job, of_job, require_known, with_settings
 from softprompt.tuning.many import train_together
+from softprompt.tuning.step import Alarm
 from softprompt.tuning.tracking import Track, tracking
 from softprompt.tuning.training import Training
 
@@ -64,6 +68,7 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    world: World = ALONE,
 ) -> FrozenLM:
     """A frozen base model, which all that follows shares.
 
@@ -80,6 +85,8 @@ def load_model(
             it natively, and fp32 elsewhere.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` …; ``auto`` is that of a loaded model, else the best there is.
         trust_remote_code: run code that comes with the model.
+        world: ``World.join()`` in a script that ``torchrun`` starts: the processes that share the work; not for a model
+            that is loaded already.
 
     Raises:
         BaseModelError: the model cannot be found or read, or is no causal language model.
@@ -88,7 +95,7 @@ def load_model(
     if isinstance(base, str | os.PathLike):
         if tokenizer is not None or copy:
             raise ConfigError("tokenizer and copy are for a model that is loaded already; leave them out, or give one.")
-        lm = FrozenLM.load(lasting(base), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        lm = FrozenLM.load(lasting(base), dtype=dtype, device=device, trust_remote_code=trust_remote_code, world=world)
         lm.name = name or lm.name
         return lm
     if tokenizer is None or not hasattr(base, "get_input_embeddings"):
@@ -170,8 +177,9 @@ def train(
         config=with_settings(config, settings),
     ).on(lm)
     training = job.training(lm, folder=folder, resume=resume)
-    with tracking(track, training, Path(folder or "runs") / "tensorboard") as report:
-        _run(training, job.reading, report, progress)
+    writes = lm.world.writes
+    with tracking(track if writes else None, training, Path(folder or "runs") / "tensorboard") as report:
+        _run(training, job.reading, report, progress and writes)
     return training.result()
 
 
@@ -240,9 +248,10 @@ def fit_many(
 
 def evaluate(
     lm: FrozenLM,
-    soft_prompt: SoftPrompt,
+    soft_prompt: SoftPrompt | Sequence[SoftPrompt],
     data: Source | Dataset,
     *,
+    vote: str | None = None,
     base_only: bool = False,
     metrics: Sequence[str] | None = None,
     input_field: str | None = None,
@@ -254,29 +263,36 @@ def evaluate(
     normalise: bool = False,
     progress: bool = True,
 ) -> Evaluation:
-    """Measures a soft prompt on rows with targets.
+    """Measures a soft prompt on rows with targets, or several that answer together.
 
     Args:
         lm: the base model that it was tuned on.
-        soft_prompt: what to measure.
+        soft_prompt: what to measure; a list of several of one task: their joint answers, and each of them.
         data: as for :func:`train`.
+        vote: how several vote, ``mean`` (of the labels' probabilities) or ``majority``; None: the mean, for free text
+            the majority.
         base_only: leave the soft prompt out and keep its template: what the base model does alone.
-        metrics: names, the first is the headline; of labels ``accuracy``, ``macro_f1``, ``mcc``, ``log_loss``, of free
-            text ``bleu``, ``rouge_l``, ``exact_match``, ``token_f1``, ``perplexity``; None: all of them.
+        metrics: names, the first is the headline; of labels ``accuracy``, ``macro_f1``, ``mcc``, ``log_loss``,
+            ``calibration_error``, of free text ``bleu``, ``rouge_l``, ``exact_match``, ``token_f1``, ``perplexity``;
+            None: all of them.
         input_field, target_field, references_field, encoding, format: as for :func:`train`.
         sampling: how free text is generated; None: greedily.
         normalise: divide the log-probability of a label's word by its number of tokens.
         progress: show a progress bar on stderr.
 
     Returns:
-        Its metrics, each with standard error and 95 % interval, and the answers.
+        Its metrics, each with standard error and 95 % interval, and the answers; of several a ``JointEvaluation``.
 
     Raises:
         DataError: data that cannot be read, or a target that is not one of the labels.
-        ConfigError: a metric that this kind of task does not have.
+        ConfigError: a metric that this kind of task does not have, or soft prompts that cannot answer together.
         BaseModelError: the soft prompt is of another base model.
     """
     require_model(lm)
+    together = _together(lm, soft_prompt, vote)
+    if together is not None and base_only:
+        raise ConfigError("base_only leaves the soft prompt out, of which there are several; give one of them.")
+    soft_prompt = soft_prompt if isinstance(soft_prompt, SoftPrompt) else soft_prompt[0]
     task = Task.of(lm, soft_prompt)
     rows = data
     if not isinstance(rows, Dataset):
@@ -295,48 +311,64 @@ def evaluate(
     vectors = None if base_only else soft_prompt.vectors
     task = task.without_soft_prompt() if base_only else task
     with _bar("evaluating", progress) as report:
-        found = evaluation.evaluate(
-            task, vectors, rows, metrics=metrics, normalise=normalise, sampling=sampling, progress=report
-        )
+        if together is not None:
+            found: Evaluation = evaluate_ensemble(
+                together, rows, metrics=metrics, normalise=normalise, sampling=sampling, progress=report
+            )
+        else:
+            found = evaluation.evaluate(
+                task, vectors, rows, metrics=metrics, normalise=normalise, sampling=sampling, progress=report
+            )
     _warn_truncated(found.truncated, task.max_length)
     if found.most_frequent is not None and found.most_frequent.is_telling:
-        what = f"{lm.name} without a soft prompt" if base_only else soft_prompt.name
+        name = soft_prompt.name if together is None else ", ".join(together.names)
+        what = f"{lm.name} without a soft prompt" if base_only else name
         warnings.warn(f"{what} {found.most_frequent}", SoftPromptWarning, stacklevel=2)
     return found
 
 
 def predict(
     lm: FrozenLM,
-    soft_prompt: SoftPrompt | Iterable[tuple[SoftPrompt, Input]],
+    soft_prompt: SoftPrompt | Sequence[SoftPrompt] | Iterable[tuple[SoftPrompt, Input]],
     inputs: Input | Iterable[Input] | Path | None = None,
     *,
+    vote: str | None = None,
     sampling: Sampling | None = None,
     normalise: bool = False,
     progress: bool = False,
 ) -> Predictions:
     """Answers input texts: a label with probabilities, or generated text.
 
-    ``predict(lm, soft_prompt, inputs)`` answers with one soft prompt, ``predict(lm, pairs)`` each input with its own:
-    all in shared batches of the one base model.
+    ``predict(lm, soft_prompt, inputs)`` answers with one soft prompt, ``predict(lm, [a, b, c], inputs)`` with several
+    together, ``predict(lm, pairs)`` each input with its own: all in shared batches of the one base model.
 
     Args:
         lm: the base model of all soft prompts.
-        soft_prompt: a soft prompt, or pairs of a soft prompt and an input.
+        soft_prompt: a soft prompt, a list of several of one task, or pairs of a soft prompt and an input.
         inputs: texts, or for a template with several fields dicts of them by name; a single one is a list of one. A
             ``pathlib.Path`` is a data file.
+        vote: as for :func:`evaluate`.
         sampling: how free text is generated; None: greedily.
         normalise: divide the log-probability of a label's word by its number of tokens.
         progress: show a progress bar on stderr.
 
     Returns:
-        One prediction an input, in order.
+        One prediction an input, in order; of several soft prompts together a ``JointPrediction``.
 
     Raises:
         DataError: an input without the template's fields, or blank, or a file that cannot be read.
         BaseModelError: a soft prompt of another base model.
-        ConfigError: the numbers of the base model overflow in its dtype.
+        ConfigError: the numbers of the base model overflow in its dtype, or soft prompts cannot answer together.
     """
     require_model(lm)
+    if inputs is not None and (together := _together(lm, soft_prompt, vote)) is not None:
+        examples = examples_of(together.soft_prompts[0], inputs)
+        with _bar("predicting", progress) as report:
+            joint = together.predict(examples, sampling=sampling, normalise=normalise, progress=report)
+        _warn_truncated(sum(one.truncated for one in joint), together.tasks[0].max_length)
+        return Predictions(joint)
+    if vote is not None:
+        raise ConfigError("A vote is for several soft prompts together, predict(lm, [a, b, c], inputs); leave it out.")
     if isinstance(soft_prompt, SoftPrompt):
         if inputs is None:
             raise ConfigError("predict(lm, soft_prompt, inputs) needs inputs; give a list of texts.")
@@ -344,7 +376,7 @@ def predict(
             (soft_prompt, one) for one in examples_of(soft_prompt, inputs)
         ]
     elif inputs is None:
-        pairs = list(soft_prompt)
+        pairs = list(_pairs(soft_prompt))
     else:
         raise ConfigError(
             f"Expected a soft prompt before the inputs, found a {type(soft_prompt).__name__}; load it with "
@@ -369,6 +401,8 @@ def serve(
     lm: FrozenLM,
     soft_prompts: Mapping[str, SoftPrompt | StrPath],
     *,
+    ensembles: Mapping[str, Sequence[str]] | None = None,
+    vote: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: str | None = None,
@@ -380,6 +414,8 @@ def serve(
     Args:
         lm: the base model; while it is served, leave it to the server.
         soft_prompts: name in requests → soft prompt, or its file.
+        ensembles: name in requests → the names of soft prompts with labels that answer together.
+        vote: as for :func:`evaluate`.
         host: the address to listen on.
         port: 0: any that is free.
         api_key: what clients must send as Bearer token; None: anyone may ask.
@@ -414,6 +450,8 @@ def serve(
         for name, one in soft_prompts.items():
             stored = catalog.store.save(replace(one, name=name)) if isinstance(one, SoftPrompt) else local_path(one)
             catalog.load(name, stored)
+        for name, members in (ensembles or {}).items():
+            catalog.join(name, members, vote)
         app = server.create_app(Engine(lm, limits), catalog, api_key=api_key)
         running = listening.RunningServer(app, listener, host, limits.seconds, files)
     except BaseException:
@@ -494,6 +532,8 @@ def _example(template: Template, given: Input, number: int) -> Example:
 
 def _run(training: Training, reading: Reading, track: Track, progress: bool) -> None:
     """Trains to the end, and warns of what the user should know."""
+    before = training.watch.before
+    _warn_of(before)
     if progress:
         say_reading(reading)
         watch(training, track=track)
@@ -502,6 +542,8 @@ def _run(training: Training, reading: Reading, track: Track, progress: bool) -> 
             warnings.warn(doubt, SoftPromptWarning, stacklevel=3)
         for step in training:
             track(step)
+            _warn_of(step.alarms)
+    _warn_of(training.alarms[len(before) :])
     _warn_truncated(training.truncated, training.task.max_length)
     if training.stopped == "not finite":
         warnings.warn(_not_finite(training), SoftPromptWarning, stacklevel=3)
@@ -514,6 +556,31 @@ def _not_finite(training: Training) -> str:
         f"the loss is not finite any more after step {training.step:,} of {training.total:,}; the soft prompt is "
         f"the last good one; train again with an lr below {training.config.lr}, or with dtype fp32"
     )
+
+
+def _warn_of(alarms: Sequence[Alarm]) -> None:
+    for alarm in alarms:
+        warnings.warn(alarm.sentence, SoftPromptWarning, stacklevel=4)
+
+
+def _together(lm: FrozenLM, soft_prompt: object, vote: str | None) -> Ensemble | None:
+    """Several soft prompts as an ensemble; None for anything else.
+
+    Raises:
+        ConfigError: they cannot answer together, or one is to vote.
+    """
+    if isinstance(soft_prompt, list | tuple) and all(isinstance(one, SoftPrompt) for one in soft_prompt):
+        return Ensemble.of(lm, soft_prompt, vote)
+    if vote is not None and isinstance(soft_prompt, SoftPrompt):
+        raise ConfigError("A vote is for several soft prompts; give a list of them, or leave it out.")
+    return None
+
+
+def _pairs(given: Sequence[SoftPrompt] | Iterable[tuple[SoftPrompt, Input]]) -> Iterator[tuple[SoftPrompt, Input]]:
+    for one in given:
+        if isinstance(one, SoftPrompt):
+            raise ConfigError("predict(lm, [a, b, c], inputs) needs inputs; give a list of texts.")
+        yield one
 
 
 def _bar(what: str, progress: bool) -> AbstractContextManager[Progress | None]:

@@ -81,7 +81,8 @@ MISTAKES: dict[tuple[str, ...], str] = {
         "or give all labels with --labels."
     ),
     ("evaluate", "films", "test.jsonl", "--metric", "bleu"): (
-        "The metric for labels must be one of accuracy, macro_f1, mcc, log_loss, not 'bleu'; choose one."
+        "The metric for labels must be one of accuracy, macro_f1, mcc, log_loss, calibration_error, not 'bleu'; "
+        "choose one."
     ),
     ("evaluate", "films", "test.jsonl", "--top-p", "0"): "top_p must be above 0 and at most 1, not 0.0",
     ("predict", "films"): (

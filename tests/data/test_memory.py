@@ -83,3 +83,32 @@ def test_what_holds_no_rows_is_refused(source: Any, said: str) -> None:
     with pytest.raises(DataError) as error:
         read_dataset(source, fields=["input"])
     assert said in str(error.value)
+
+
+# Images
+
+
+@pytest.mark.parametrize("form", ["bytes", "pil", "list"])
+@pytest.mark.parametrize("column", ["input", "picture"])
+def test_images_are_refused(form: str, column: str) -> None:
+    """Also beside the text: without them, its rows may make no sense."""
+    image: Any = {"bytes": b"\x89PNG", "path": None}
+    if form == "pil":
+        image = pytest.importorskip("PIL.Image").new("RGB", (2, 2))
+    cell = [image] if form == "list" else image
+    rows = [{"input": "what is this?", "target": "a cat"}, {"input": "and this?", "target": "a dog", column: cell}]
+    with pytest.raises(DataError, match=f'rows:2: .*an image in the column "{column}".*remove the column'):
+        read_dataset(rows, fields=["input"])
+
+
+@pytest.mark.parametrize("kind", ["image", "image_url", "video"])
+def test_images_in_messages_are_refused(kind: str) -> None:
+    parts = [{"type": "text", "text": "what is this?"}, {"type": kind}]
+    rows = [{"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "a cat"}]}]
+    with pytest.raises(DataError, match=f'message 1, found a part of type "{kind}" .*images are not read'):
+        read_dataset(rows, fields=None)
+
+
+def test_a_path_that_is_called_image_is_text() -> None:
+    rows = [{"input": "a", "target": "b", "image": "a.png", "file": {"path": "x", "size": 3}}]
+    assert len(read_dataset(rows, fields=["input"]).examples) == 1

@@ -121,18 +121,33 @@ def test_there_are_commands_to_look_at() -> None:
 # --- sentences -----------------------------------------------------------------------------------
 
 
-def test_symptoms_are_sentences_of_the_code() -> None:
+def missing(symptoms: list[str]) -> list[str]:
+    """The pieces of sentences, between ``…``, that no sentence of the code has."""
     said = [" ".join(text.split()) for source in SOURCES for _, text in texts(source)]
-    headings = re.findall(r"^### (.*)$", (DOCS / "guides" / "troubleshooting.md").read_text(encoding="utf-8"), re.M)
-    symptoms = [symptom for heading in headings for symptom in re.findall(r"`([^`]+)`", heading) if "…" in symptom]
-    missing = [
+    return [
         piece
         for symptom in symptoms
         for piece in re.split(r"\s*…\s*", symptom)
         if piece.strip(" ,;.") and not any(piece.strip() in sentence for sentence in said)
     ]
-    assert missing == []
+
+
+def test_symptoms_are_sentences_of_the_code() -> None:
+    headings = re.findall(r"^### (.*)$", (DOCS / "guides" / "troubleshooting.md").read_text(encoding="utf-8"), re.M)
+    symptoms = [symptom for heading in headings for symptom in re.findall(r"`([^`]+)`", heading) if "…" in symptom]
+    assert missing(symptoms) == []
     assert len(symptoms) > 30
+
+
+def test_every_alarm_is_told_in_its_own_words() -> None:
+    page = (DOCS / "guides" / "alarms.md").read_text(encoding="utf-8")
+    said, ruins = (section.split("\n## ")[0] for section in page.split("\n## ")[1:3])
+    rows = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| `")]
+    source = (PACKAGE / "tuning" / "alarms.py").read_text(encoding="utf-8")
+    assert sorted(row[0].strip("`") for row in rows) == sorted(set(re.findall(r'Alarm\(\s*"(\w+)"', source)))
+    told = [row[1].strip("`") for row in rows]
+    told += [text for text in re.findall(r"`([^`]+)`", ruins) if "…" in text]
+    assert missing(told) == []
 
 
 def test_every_family_is_in_the_table_with_its_path() -> None:

@@ -440,7 +440,8 @@ def test_unknown_metrics_are_refused_by_kind_of_task() -> None:
     assert choose_metrics(None, labels=True) == LABEL_METRICS
     assert choose_metrics([], labels=False) == TEXT_METRICS
     assert sentence(ConfigError, lambda: choose_metrics(["bleu"], labels=True)) == (
-        "The metric for labels must be one of accuracy, macro_f1, mcc, log_loss, not 'bleu'; choose one."
+        "The metric for labels must be one of accuracy, macro_f1, mcc, log_loss, calibration_error, not 'bleu'; "
+        "choose one."
     )
     assert sentence(ConfigError, lambda: choose_metrics(["bleu", "mcc"], labels=False)) == (
         "The metric for free text must be one of bleu, rouge_l, exact_match, token_f1, perplexity, not 'mcc'; "

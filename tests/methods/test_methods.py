@@ -20,7 +20,7 @@ from softprompt.errors import ConfigError, SoftPromptWarning, TrainingError
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.methods import problem as problems
 from softprompt.methods import prompt_tuning
-from softprompt.methods.problem import Learned, Problem
+from softprompt.methods.problem import Problem
 from softprompt.model.fast.layers import LayerModes
 from softprompt.model.frozen import FrozenLM
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
@@ -31,7 +31,7 @@ from softprompt.tuning.config import DEFAULT_STEPS, TrainConfig
 from softprompt.tuning.gradients import Gradients
 from softprompt.tuning.step import Step
 from softprompt.tuning.training import Training
-from tests.conftest import TOY_LABELS, TOY_TEMPLATE, tiny, toy
+from tests.conftest import TOY_LABELS, TOY_TEMPLATE, toy
 
 
 def problem(lm: FrozenLM, **options: Any) -> Problem:
@@ -209,34 +209,15 @@ def test_an_ensemble_gives_the_mean_probability(llama: FrozenLM) -> None:
     assert learned.trainable_parameters == 3 * members[0].vectors.numel()
 
 
-@given(
-    st.lists(
-        st.lists(st.tuples(*[st.floats(0.01, 1)] * 3), min_size=4, max_size=4),  # 4 rows, 3 labels
-        min_size=2,
-        max_size=6,
-    )
-)
-def test_a_majority_is_counted(numbers: list[list[tuple[float, float, float]]]) -> None:
-    each = torch.tensor(numbers, dtype=torch.float64)
-    each = each / each.sum(dim=2, keepdim=True)
-    decided: list[torch.Tensor] = []
-
-    def of_several(_: Problem, decide: Any) -> Learned:
-        decided.append(decide(each))
-        return Learned(lambda *_: [], 0, 0)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("softprompt.methods.prompt_tuning._of_several", of_several)
-        prompt_tuning.majority(problem(tiny("llama")))
-    for row in range(4):
-        votes = Counter(int(one[row].argmax()) for one in each)
-        most = max(votes.values())
-        winner = int(decided[0][row].argmax())
-        assert votes[winner] == most
-        equals = [label for label, count in votes.items() if count == most]
-        mean = each[:, row].mean(dim=0)
-        assert mean[winner] == pytest.approx(max(float(mean[label]) for label in equals))
-        assert float(decided[0][row].sum()) == pytest.approx(1)
+def test_a_majority_is_counted(llama: FrozenLM) -> None:
+    members, examples = siblings(llama, 3), toy(12, 4).examples
+    learned = prompt_tuning.majority(problem(llama, siblings=members))
+    each = [
+        [answer.text for answer in predict([Query(Task.of(llama, one), row, one.vectors) for row in examples])]
+        for one in members
+    ]
+    wanted = [Counter(several[row] for several in each).most_common(1)[0][0] for row in range(12)]
+    assert [answer.text for answer in learned.answer(examples, None)] == wanted
 
 
 def test_an_ensemble_of_one_is_refused(llama: FrozenLM) -> None:

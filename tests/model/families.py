@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request
@@ -69,6 +69,24 @@ MAMBA: dict[str, Any] = {
     "mamba_expand": 2,
 }
 
+SECTIONS: dict[str, Any] = {
+    "text_config": {
+        **SIZES,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+    },
+    "vision_config": {
+        "depth": 1,
+        "hidden_size": 16,
+        "embed_dim": 16,
+        "out_hidden_size": 32,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "patch_size": 4,
+        "deepstack_visual_indexes": [0],
+    },
+}
+"""Qwen's models of images and text, whose positions have three axes; those of text are the same on all of them."""
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4_text": (
         "llama4_text",
@@ -101,6 +119,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "mm_tokens_per_image": 1,
         },
     ),
+    "qwen2_vl": ("qwen2_vl", {**SECTIONS, "vision_config": {**SECTIONS["vision_config"], "hidden_size": 32}}),
+    "qwen2_5_vl": ("qwen2_5_vl", SECTIONS),
+    "qwen3_vl": ("qwen3_vl", SECTIONS),
     "gemma4_text": (
         "gemma4_text",
         {
@@ -222,7 +243,7 @@ def make_model(case: str) -> Any:
     wanted = {name: value for name, value in {**sizes, **options}.items() if value is not None}
     config = AutoConfig.for_model(kind, **wanted)
     torch.manual_seed(7)
-    models: Any = AutoModelForCausalLM
+    models: Any = AutoModelForImageTextToText if "_vl" in kind else AutoModelForCausalLM
     model = models.from_config(config)
     with torch.no_grad():
         for weight in model.parameters():

@@ -1,5 +1,6 @@
 """Every command: its options and its help. What it does is in the module of its name, which is imported when it runs,
-so that help and completion need no torch."""
+so that help and completion need no torch. Those that bring a soft prompt to another task or base model are declared in
+``transfer_commands``."""
 
 from __future__ import annotations
 
@@ -8,24 +9,36 @@ from typing import Annotated, Any
 
 import typer
 
-from softprompt.cli.groups import Bounds, Comparing, Door, Elsewhere, Learning, LearningOnce, Output, Sweeping
+from softprompt.cli.groups import (
+    Answering,
+    Bounds,
+    Comparing,
+    Door,
+    Elsewhere,
+    Learning,
+    LearningOnce,
+    Output,
+    Sweeping,
+    Vote,
+)
 from softprompt.cli.options import (
     SEED_RANGE,
     SOURCE,
     Base,
-    BaseOnly,
     Columns,
     Device,
     Dtype,
     Encoding,
+    Form,
     Format,
     InputField,
     Json,
     Labels,
     Loading,
     Name,
-    Normalise,
+    Names,
     OneTargetColumns,
+    SharedLoading,
     TextOptions,
     completed,
     data_option,
@@ -34,6 +47,7 @@ from softprompt.cli.options import (
     model_option,
     option,
 )
+from softprompt.cli.transfer_commands import recycle_command, transfer_command
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.errors import ConfigError
 from softprompt.exchange.formats import FORMATS
@@ -55,21 +69,14 @@ def train_command(
     *,
     output: Output,
     validation: Annotated[str | None, data_option("Rows to choose the best step by.", "a tenth of TRAIN")] = None,
-    template: Annotated[
-        str,
-        data_option(
-            "default, chat, or text with {soft_prompt}, fields and {target}; \\n: line end.",
-            "default",
-            choices=("default", "chat"),
-        ),
-    ] = "default",
+    template: Form = "default",
     labels: Labels = None,
     columns: Columns,
     learning: Learning,
     base: Annotated[
         str | None, model_option("The frozen model: alias, hub id, folder or .gguf file.", DEFAULT_BASE)
     ] = None,
-    loading: Loading,
+    loading: SharedLoading,
     as_json: Json = False,
 ) -> None:
     """Tune a soft prompt on labelled or free-text examples and store it.
@@ -271,6 +278,8 @@ def serve_command(
         ),
     ] = None,
     watch: Annotated[bool, flag("--watch", "Follow the files that are served, and with all the whole store.")] = False,
+    ensemble: Annotated[list[str] | None, option("NAME=A,B,C: a model NAME that A, B and C answer together.")] = None,
+    vote: Vote = None,
     *,
     door: Door,
     bounds: Bounds,
@@ -287,13 +296,14 @@ def serve_command(
     \b
     softprompt serve
     softprompt serve --prompts sst2 news --port 8080 --watch
+    softprompt serve --ensemble films=sst2-0,sst2-1,sst2-2
     softprompt serve --backend vllm --upstream http://gpu1:8000 http://gpu2:8000
     curl localhost:8000/v1/classify -H 'Content-Type: application/json' \\
         -d '{"model": "sst2", "input": "a stirring film"}'
     """
-    from softprompt.cli.serve import serve
+    from softprompt.cli.serve import Together, serve
 
-    serve(prompts, watch, door, bounds.limits(), base, elsewhere, loading)
+    serve(prompts, Together(ensemble or (), vote), watch, door, bounds.limits(), base, elsewhere, loading)
 
 
 # --- evaluate and predict -------------------------------------------------------------------------
@@ -301,25 +311,27 @@ def serve_command(
 
 @expanded
 def evaluate_command(
-    name: Name,
+    name: Names,
     test: Annotated[str, typer.Argument(metavar="TEST", help=SOURCE)],
-    base_only: BaseOnly = False,
     metric: Annotated[list[str] | None, option("Only these metrics, the first is the headline.", "all")] = None,
-    normalise_length: Normalise = False,
+    plot: Annotated[Path | None, option("Draw accuracy over confidence to this .png or .svg file.")] = None,
     *,
+    answering: Answering,
     generated: TextOptions,
     columns: Columns,
     base: Base = None,
-    loading: Loading,
+    loading: SharedLoading,
     as_json: Json = False,
 ) -> None:
-    """Measure a soft prompt on rows with targets.
+    """Measure a soft prompt on rows with targets, or several that answer together.
 
-    Labels: accuracy, macro_f1, mcc, log_loss. Free text: bleu, rouge_l, exact_match, token_f1, perplexity.
+    Labels: accuracy, macro_f1, mcc, log_loss, calibration_error.
+    Free text: bleu, rouge_l, exact_match, token_f1, perplexity.
 
     \b
     softprompt evaluate sst2 test.jsonl
     softprompt evaluate sst2 test.jsonl --base-only --json
+    softprompt evaluate sst2-0,sst2-1,sst2-2 test.jsonl --plot reliability.png
     softprompt evaluate qa test.csv --metric token_f1 --stop "\\n"
     """
     from softprompt.cli.evaluate import measure
@@ -328,9 +340,9 @@ def evaluate_command(
         name,
         test,
         columns,
-        base_only=base_only,
+        answering,
         metrics=metric,
-        normalise=normalise_length,
+        plot=plot,
         sampling=generated.given(),
         base=base,
         loading=loading,
@@ -340,21 +352,20 @@ def evaluate_command(
 
 @expanded
 def predict_command(
-    name: Name,
+    name: Names,
     text: Annotated[
         list[str] | None,
         typer.Argument(metavar="[TEXT…|-]", help="Input texts; - reads one a line from stdin.", show_default=False),
     ] = None,
     file: Annotated[str | None, data_option(f"Rows to answer: {SOURCE}")] = None,
-    base_only: BaseOnly = False,
-    normalise_length: Normalise = False,
     *,
+    answering: Answering,
     generated: TextOptions,
     input_field: InputField = None,
     encoding: Encoding = None,
     format: Format = None,
     base: Base = None,
-    loading: Loading,
+    loading: SharedLoading,
     as_json: Json = False,
 ) -> None:
     """Answer input texts: a label with probabilities, or generated text.
@@ -363,6 +374,7 @@ def predict_command(
 
     \b
     softprompt predict sst2 "a stirring film" "a dull mess"
+    softprompt predict sst2-0,sst2-1,sst2-2 "a stirring film"
     softprompt predict nli '{"premise": "It rains.", "hypothesis": "It is dry."}'
     softprompt predict sst2 --file reviews.csv --input-field review --json
     """
@@ -371,8 +383,7 @@ def predict_command(
     answer(
         name,
         Inputs(text or [], file, input_field, encoding, format),
-        base_only=base_only,
-        normalise=normalise_length,
+        answering,
         sampling=generated.given(),
         base=base,
         loading=loading,
@@ -388,14 +399,7 @@ def judge_command(
     train: Annotated[str, typer.Argument(metavar="TRAIN", help=SOURCE)],
     test: Annotated[str, typer.Argument(metavar="TEST", help=SOURCE)],
     validation: Annotated[str | None, data_option("Rows to choose the best step by.", "a tenth of TRAIN")] = None,
-    template: Annotated[
-        str,
-        data_option(
-            "default, chat, or text with {soft_prompt}, fields and {target}; \\n: line end.",
-            "default",
-            choices=("default", "chat"),
-        ),
-    ] = "default",
+    template: Form = "default",
     num_virtual_tokens: Annotated[int, option("How many vectors to learn.", 10)] = 10,
     steps: Annotated[int, option("Optimizer steps.", 80)] = 80,
     seed: Annotated[int, option("Seeds start, order and held-out rows.", 0, **SEED_RANGE)] = 0,
@@ -641,6 +645,8 @@ def demo_command(
 COMMANDS: dict[str, Any] = {
     "train": train_command,
     "sweep": sweep_command,
+    "transfer": transfer_command,
+    "recycle": recycle_command,
     "compare": compare_command,
     "inspect": inspect_command,
     "harden": harden_command,

@@ -37,7 +37,7 @@ from softprompt.soft_prompts.store import Store
 from softprompt.tasks.predict import Prediction, Query, predict
 from softprompt.tasks.task import Task
 from softprompt.terminal.console import print_json, rows_bar, stderr, stdout, warn_truncated
-from softprompt.terminal.training import watch
+from softprompt.terminal.training import say_alarms, watch
 from softprompt.text.template import default_template
 from softprompt.text.tokens import SOFT
 from softprompt.tuning.config import TrainConfig
@@ -192,6 +192,7 @@ def run(load: Callable[[], FrozenLM], splits: Mapping[str, Dataset], config: Tra
     watch(training)
     train_seconds = time.perf_counter() - began
     tuned = training.result()
+    say_alarms(training.alarms)
 
     stderr.print("4/4  asking the base model with the soft prompt")
     with rows_bar("rows") as progress:

@@ -5,64 +5,89 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from softprompt.cli.groups import Answering
 from softprompt.cli.options import Columns, Loading
-from softprompt.cli.predict import asked
+from softprompt.cli.predict import asked, asked_for, of_whom
 from softprompt.data.example import Dataset
+from softprompt.drawing.words import number, simple_table
 from softprompt.errors import ConfigError
-from softprompt.evaluation.evaluate import choose_metrics, evaluate
+from softprompt.evaluation.ensemble import JointEvaluation, evaluate_ensemble
+from softprompt.evaluation.evaluate import Evaluation, choose_metrics, confidences, evaluate
+from softprompt.evaluation.figures import reliability_diagram, require_form, save_figure
+from softprompt.evaluation.metrics import reliability
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
-from softprompt.soft_prompts.store import Store
+from softprompt.tasks.ensemble import Ensemble
 from softprompt.tasks.predict import default_sampling
 from softprompt.terminal.console import metrics_table, print_json, rows_bar, stderr, stdout, warn_truncated
 from softprompt.text.chat import with_answers
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 def measure(
-    name: str,
+    names: str,
     test: str,
     columns: Columns,
+    answering: Answering,
     *,
-    base_only: bool,
     metrics: Sequence[str] | None,
-    normalise: bool,
+    plot: Path | None,
     sampling: Mapping[str, Any],
     base: str | None,
     loading: Loading,
     as_json: bool,
 ) -> None:
-    """Prints the metrics of a soft prompt, or of the base model alone, on the rows of ``test``.
+    """Prints the metrics of a soft prompt, of the base model alone, or of several soft prompts that answer together, on
+    the rows of ``test``.
 
     Raises:
         SoftPromptError: a mistake of the user's, see each step.
     """
-    soft_prompt = Store().load(name)
-    choose_metrics(metrics, labels=soft_prompt.verbalizer is not None)
+    began = time.perf_counter()
+    soft_prompts = asked_for(names, answering)
+    soft_prompt = soft_prompts[0]
+    labels = soft_prompt.verbalizer is not None
+    choose_metrics(metrics, labels=labels, of_one=not soft_prompts[1:])
+    path = _plot_path(plot, labels)
     dataset = _read(soft_prompt, test, columns)
     lm = loading.load(base or soft_prompt.base)
     dataset = with_answers(dataset, lm.tokenizer)
-    task, vectors = asked(lm, soft_prompt, base_only)
-    settings = replace(default_sampling(task), **sampling)
-    began = time.perf_counter()
+    together = Ensemble.of(lm, soft_prompts, answering.vote) if soft_prompts[1:] else None
+    task, vectors = asked(lm, soft_prompt, answering.base_only)
+    settings, normalise = replace(default_sampling(task), **sampling), answering.normalise_length
     with rows_bar("evaluating") as progress:
-        found = evaluate(
-            task, vectors, dataset, metrics=metrics, normalise=normalise, sampling=settings, progress=progress
-        )
+        if together is not None:
+            found: Evaluation = evaluate_ensemble(
+                together, dataset, metrics=metrics, normalise=normalise, sampling=settings, progress=progress
+            )
+        else:
+            found = evaluate(
+                task, vectors, dataset, metrics=metrics, normalise=normalise, sampling=settings, progress=progress
+            )
     warn_truncated(found.truncated, task.max_length)
-    what = f"{lm.name} without a soft prompt" if base_only else f"{soft_prompt.name} on {lm.name}"
+    called = of_whom(soft_prompts, together)["name"]
+    what = f"{lm.name} without a soft prompt" if answering.base_only else f"{called} on {lm.name}"
     if found.most_frequent is not None and found.most_frequent.is_telling:
         stderr.print(f"warning: {what} {found.most_frequent}")
+    if path is not None:
+        save_figure(reliability_of(found, dataset, called), path)
     if as_json:
         print_json(
             {
-                "name": soft_prompt.name,
+                **of_whom(soft_prompts, together),
                 "base": lm.name,
-                "base_only": base_only,
+                "base_only": answering.base_only,
                 "num_virtual_tokens": task.num_virtual_tokens,
                 "source": dataset.source,
                 "fingerprint": dataset.fingerprint,
                 **found.as_dict(),
+                "reliability": [asdict(one) for one in reliability(*confidences(dataset, found.predictions))]
+                if labels
+                else None,
                 "normalise_length": normalise,
                 "sampling": asdict(settings) if task.verbalizer is None else None,
                 "dtype": str(lm.dtype).removeprefix("torch."),
@@ -72,6 +97,40 @@ def measure(
         return
     stdout.print(f"{what}, {dataset.source}")
     stdout.print(metrics_table(metric.as_dict() for metric in found.metrics))
+    if isinstance(found, JointEvaluation):
+        _print_members(found)
+
+
+def reliability_of(found: Evaluation, dataset: Dataset, name: str) -> Figure:
+    """The reliability diagram of answers with labels, an ensemble's members in the background."""
+    members = found.members if isinstance(found, JointEvaluation) else ()
+    title = f"{len(members)} soft prompts together" if members else name
+    answered = [confidences(dataset, one.predictions) for one in (found, *members)]
+    return reliability_diagram(title, answered[0], answered[1:])
+
+
+def _print_members(found: JointEvaluation) -> None:
+    """What each member is worth alone, their mean and best, and what their disagreement says."""
+    headline = found.headline.name
+    table = simple_table("member", f">{headline}", ">± stderr")
+    for place, (name, one) in enumerate(zip(found.names, found.members, strict=True)):
+        value, error = (number(headline, one.headline.as_dict()[key]) for key in ("value", "stderr"))
+        table.add_row(name + "  (the best on these rows)" * (place == found.best), value, error)
+    table.add_row("their mean", number(headline, found.mean), "")
+    stdout.print(table)
+    if found.disagreement is not None:
+        stdout.print(f"{found.disagreement}: rows to which not all members give the same answer")
+    for metric, rows in ((found.agreeing, "where all agree"), (found.differing, "where they differ")):
+        if metric is not None:
+            stdout.print(f"{metric} {rows}")
+
+
+def _plot_path(plot: Path | None, labels: bool) -> Path | None:
+    if plot is None:
+        return None
+    if not labels:
+        raise ConfigError("--plot shows the probabilities of labels, but these answers are free text; leave it out.")
+    return require_form(plot)
 
 
 def _read(soft_prompt: SoftPrompt, test: str, columns: Columns) -> Dataset:

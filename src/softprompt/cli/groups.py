@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from softprompt.cli.options import SEED_RANGE, completed, flag, option
+from softprompt.cli.options import SEED_RANGE, BaseOnly, Normalise, completed, flag, option
 from softprompt.errors import ConfigError
 from softprompt.methods.registry import METHODS
 from softprompt.serving.limits import Limits
+from softprompt.tasks.votes import VOTES
 from softprompt.tuning.config import (
     DEFAULT_STEPS,
     INITS,
@@ -24,6 +25,15 @@ from softprompt.tuning.config import (
 )
 
 _D, _L = TrainConfig(), Limits()
+
+Vote = Annotated[
+    str | None,
+    option(
+        f"How several soft prompts answer together: {' or '.join(VOTES)}.",
+        "mean of labels, majority of texts",
+        choices=VOTES,
+    ),
+]
 
 _run = partial(option, panel="The run")
 _learn = partial(option, panel="Learning")
@@ -154,6 +164,15 @@ class Comparing:
     budget: Annotated[str, _compare("Time to learn for each cell: 90s, 10m, 1h.", "10m")] = "10m"
     test_rows: Annotated[int | None, _compare("The most test rows, a seeded choice.", "all")] = None
     task: Annotated[str | None, _compare("The task's name in the results.", "as TRAIN")] = None
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How soft prompts answer."""
+
+    base_only: BaseOnly = False
+    normalise_length: Normalise = False
+    vote: Vote = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from softprompt.data.formats import FORMATS
 from softprompt.errors import ConfigError, StoreError
 from softprompt.terminal.console import stderr
 
+SHARDS = ("none", "fsdp", "tp")
+
 if TYPE_CHECKING:
     from softprompt.data.example import Dataset
     from softprompt.model.frozen import FrozenLM
@@ -107,6 +109,14 @@ Name = Annotated[
         autocompletion=completed((), stored=True),
     ),
 ]
+Names = Annotated[
+    str,
+    typer.Argument(
+        metavar="N[,N…]",
+        help="A soft prompt: its name in the store, or a path. Several, with commas, answer together.",
+        autocompletion=completed((), stored=True),
+    ),
+]
 BaseOnly = Annotated[bool, flag("--base-only", "Leave the soft prompt out, keep the template.")]
 Normalise = Annotated[bool, flag("--normalise-length", "Divide a label's log-probability by its tokens.")]
 
@@ -124,6 +134,15 @@ Dtype = Annotated[
     ),
 ]
 Device = Annotated[str, model_option("auto, cpu, cuda, mps …", "auto", choices=("auto", "cpu", "cuda", "mps"))]
+Sharding = Annotated[
+    str,
+    model_option(
+        "For base models larger than a device, under torchrun: fsdp or tp (tensor parallel); none: each process has "
+        "all of it.",
+        "none",
+        choices=SHARDS,
+    ),
+]
 Trust = Annotated[bool, flag("--trust-remote-code", "Run code that comes with the model.", panel="Base model")]
 
 
@@ -147,12 +166,35 @@ class Loading:
 
     def load_quietly(self, base: str) -> FrozenLM:
         """As :meth:`load`, without a word."""
+        from softprompt.model.distributed import World
         from softprompt.model.frozen import FrozenLM
         from softprompt.model.loading import lasting
 
         return FrozenLM.load(
-            lasting(base), dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code
+            lasting(base),
+            dtype=self.dtype,
+            device=self.device,
+            trust_remote_code=self.trust_remote_code,
+            world=World.join(self._shard),
         )
+
+    @property
+    def _shard(self) -> Any:
+        """What each of several processes holds of the base model."""
+        return "none"
+
+
+@dataclass(frozen=True)
+class SharedLoading(Loading):
+    """The same for commands that several processes share."""
+
+    shard: Sharding = "none"
+
+    @property
+    def _shard(self) -> Any:
+        if self.shard not in SHARDS:
+            raise ConfigError(f"--shard must be one of {', '.join(SHARDS)}, not {self.shard!r}.")
+        return self.shard
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -180,6 +222,16 @@ Format = Annotated[
         f"{', '.join(FORMATS[1:])}, or none: columns as named above.",
         "as the columns look, where they are not input and target",
         choices=FORMATS,
+    ),
+]
+
+
+Form = Annotated[
+    str,
+    data_option(
+        "default, chat, or text with {soft_prompt}, fields and {target}; \\n: line end.",
+        "default",
+        choices=("default", "chat"),
     ),
 ]
 

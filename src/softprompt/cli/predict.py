@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from softprompt.cli.groups import Answering
 from softprompt.cli.options import Columns, Loading
 from softprompt.data.encoding import text_of
 from softprompt.data.example import Example
@@ -18,6 +19,7 @@ from softprompt.errors import ConfigError, DataError
 from softprompt.model.frozen import FrozenLM
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
+from softprompt.tasks.ensemble import Ensemble, JointPrediction, require_ensemble
 from softprompt.tasks.predict import Prediction, Query, default_sampling, predict
 from softprompt.tasks.task import Task
 from softprompt.terminal.console import print_json, rows_bar, stdout, warn_truncated
@@ -44,32 +46,34 @@ class Inputs:
 
 
 def answer(
-    name: str,
+    names: str,
     inputs: Inputs,
+    answering: Answering,
     *,
-    base_only: bool,
-    normalise: bool,
     sampling: Mapping[str, Any],
     base: str | None,
     loading: Loading,
     as_json: bool,
 ) -> None:
-    """Prints what a soft prompt, or the base model alone, answers.
+    """Prints what a soft prompt, or the base model alone, answers; or what several answer together.
 
     Raises:
         SoftPromptError: a mistake of the user's, see each step.
     """
-    soft_prompt = Store().load(name)
+    soft_prompts = asked_for(names, answering)
+    soft_prompt = soft_prompts[0]
     examples = _examples(soft_prompt, inputs)
     lm = loading.load(base or soft_prompt.base)
-    task, vectors = asked(lm, soft_prompt, base_only)
+    together = Ensemble.of(lm, soft_prompts, answering.vote) if soft_prompts[1:] else None
+    task, vectors = asked(lm, soft_prompt, answering.base_only)
+    settings, normalise = replace(default_sampling(task), **sampling), answering.normalise_length
+    found: Sequence[Prediction]
     with rows_bar("predicting") as progress:
-        found = predict(
-            [Query(task, example, vectors) for example in examples],
-            sampling=replace(default_sampling(task), **sampling),
-            normalise=normalise,
-            progress=progress,
-        )
+        if together is not None:
+            found = together.predict(examples, sampling=settings, normalise=normalise, progress=progress)
+        else:
+            queries = [Query(task, example, vectors) for example in examples]
+            found = predict(queries, sampling=settings, normalise=normalise, progress=progress)
     warn_truncated(sum(prediction.truncated for prediction in found), task.max_length)
     if not as_json:
         for prediction in found:
@@ -77,21 +81,53 @@ def answer(
         return
     print_json(
         {
-            "name": soft_prompt.name,
+            **of_whom(soft_prompts, together),
             "base": lm.name,
-            "base_only": base_only,
+            "base_only": answering.base_only,
             "predictions": [
                 {
                     "fields": dict(example.fields),
-                    "text": prediction.text,
-                    "probabilities": prediction.probabilities,
-                    "finish": prediction.finish,
+                    **_told(prediction),
                     "truncated": prediction.truncated,
+                    **_members(prediction),
                 }
                 for example, prediction in zip(examples, found, strict=True)
             ],
         }
     )
+
+
+def asked_for(names: str, answering: Answering) -> list[SoftPrompt]:
+    """The soft prompt of a name, or those of several names with commas, if they can answer as they are to.
+
+    Raises:
+        ConfigError: they cannot answer together, or an option is for one, or for several of them.
+        StoreError, ArtifactError: as for ``Store.load``.
+    """
+    found = Store().load_several(names)
+    if found[1:]:
+        if answering.base_only:
+            raise ConfigError("--base-only leaves the soft prompt out, of which there are several; name one of them.")
+        require_ensemble(found, answering.vote)
+    elif answering.vote is not None:
+        raise ConfigError(f"--vote is for several soft prompts, A,B,C, but only {names!r} was named; leave it out.")
+    return found
+
+
+def of_whom(soft_prompts: Sequence[SoftPrompt], together: Ensemble | None) -> dict[str, Any]:
+    """JSON values: the soft prompt's name; of an ensemble the names with commas, and how it votes."""
+    name = ",".join(one.name for one in soft_prompts)
+    return {"name": name} if together is None else {"name": name, "vote": together.vote}
+
+
+def _told(prediction: Prediction) -> dict[str, Any]:
+    return {"text": prediction.text, "probabilities": prediction.probabilities, "finish": prediction.finish}
+
+
+def _members(prediction: Prediction) -> dict[str, Any]:
+    if not isinstance(prediction, JointPrediction):
+        return {}
+    return {"disagreement": prediction.disagreement, "members": [_told(one) for one in prediction.members]}
 
 
 def asked(lm: FrozenLM, soft_prompt: SoftPrompt, base_only: bool) -> tuple[Task, torch.Tensor | None]:
@@ -105,7 +141,11 @@ def _answer(prediction: Prediction) -> str:
     if prediction.probabilities is None:
         return prediction.text
     ranked = sorted(prediction.probabilities.items(), key=lambda item: -item[1])
-    return "  ".join(f"{label} {probability:.3f}" for label, probability in ranked[:3])
+    shown = "  ".join(f"{label} {probability:.3f}" for label, probability in ranked[:3])
+    if isinstance(prediction, JointPrediction) and prediction.differ:
+        others = [one.text for one in prediction.members if one.text != prediction.text]
+        shown += f"  ({len(others)} of {len(prediction.members)} answer {', '.join(dict.fromkeys(others))})"
+    return shown
 
 
 def _examples(soft_prompt: SoftPrompt, inputs: Inputs) -> tuple[Example, ...]:

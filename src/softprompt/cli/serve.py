@@ -6,8 +6,8 @@ import logging
 import re
 import signal
 import socket
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -25,6 +25,7 @@ from softprompt.serving.jobs import Backend
 from softprompt.serving.limits import Limits
 from softprompt.soft_prompts import artifact
 from softprompt.soft_prompts.store import Store
+from softprompt.tasks.votes import chosen_vote
 from softprompt.terminal.console import stdout
 
 if TYPE_CHECKING:
@@ -33,8 +34,40 @@ if TYPE_CHECKING:
 log = logging.getLogger("softprompt.server")
 
 
+@dataclass(frozen=True)
+class Together:
+    """What is answered together.
+
+    Attributes:
+        ensembles: each ``NAME=A,B,C``.
+        vote: how they vote; None: by the mean.
+    """
+
+    ensembles: Sequence[str]
+    vote: str | None
+
+    def by_name(self) -> dict[str, list[str]]:
+        """The members of each.
+
+        Raises:
+            ConfigError: not of that form, or two of one name, or a vote without an ensemble.
+        """
+        found: dict[str, list[str]] = {}
+        for text in self.ensembles:
+            name, _, members = text.partition("=")
+            if not name or "," not in members or name in found:
+                what = "two of one name" if name in found else repr(text)
+                raise ConfigError(f"Expected NAME=A,B,C with at least two members as --ensemble, found {what}.")
+            found[name] = [member.strip() for member in members.split(",")]
+        if self.vote is not None and not found:
+            raise ConfigError("--vote is for --ensemble, of which none was given; leave it out, or give one.")
+        chosen_vote(self.vote, labels=True)
+        return found
+
+
 def serve(
     prompts: Sequence[str] | None,
+    together: Together,
     watch: bool,
     door: Door,
     limits: Limits,
@@ -52,6 +85,7 @@ def serve(
     if door.api_key is not None and not door.api_key.strip():
         raise ConfigError("The API key is blank; give another one, or none to let anyone ask.")
     _check_upstreams(elsewhere.backend, elsewhere.upstream)
+    ensembles = together.by_name()
     store = Store()
     everything = prompts is None or "all" in prompts
     chosen = _chosen(store, [one for one in prompts or () if one != "all"], everything)
@@ -69,6 +103,7 @@ def serve(
         catalog.load(name, path)
     if everything:
         server.report(catalog.sync())
+    _join(catalog, ensembles, together.vote)
     if door.api_key is None and not listening.is_local(door.host):
         log.warning(f"no API key: anyone who reaches {door.host} may use this server; set one with --api-key")
     app = server.create_app(
@@ -80,6 +115,17 @@ def serve(
         files=None if everything else chosen,
     )
     _listen(app, listener, door.host, limits)
+
+
+def _join(catalog: Catalog, ensembles: Mapping[str, Sequence[str]], vote: str | None) -> None:
+    served = {entry.name for entry in catalog.entries() if entry.path is not None}
+    for name, members in ensembles.items():
+        if unknown := [one for one in members if one not in served]:
+            raise ConfigError(
+                f"Expected names of served soft prompts in the ensemble {name!r}, found {unknown[0]!r}; add it to "
+                f"--prompts, or see `softprompt list`."
+            )
+        catalog.join(name, members, vote)
 
 
 def _require_libraries(backend: str) -> None:

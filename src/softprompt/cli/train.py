@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,25 @@ from softprompt.cli.groups import Learning, LearningOnce, Output
 from softprompt.cli.options import Loading, in_utf8
 from softprompt.cli.place import Place
 from softprompt.cli.task import Sources, template_from
+from softprompt.cli.transfer import Search
 from softprompt.data.checks import Reading
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.drawing.words import duration, plain_metric
 from softprompt.errors import ConfigError, StoreError, TrainingError
 from softprompt.files import strict_json
+from softprompt.model.distributed import is_first
 from softprompt.model.frozen import FrozenLM
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
 from softprompt.terminal.console import print_rows, say_reading, stderr, warn_truncated
-from softprompt.terminal.training import watch
+from softprompt.terminal.training import say_alarms, watch
 from softprompt.tuning import checkpoint
 from softprompt.tuning.config import INITS, TrainConfig
 from softprompt.tuning.config import preset as published
 from softprompt.tuning.job import Job
 from softprompt.tuning.tracking import Track, tracking
 from softprompt.tuning.training import Training
+from softprompt.tuning.transfer import Trial
 
 
 def tune(
@@ -39,8 +42,9 @@ def tune(
     base: str | None,
     loading: Loading,
     as_json: bool,
+    search: Search | None = None,
 ) -> None:
-    """Tunes a soft prompt, stores it, and says what came of it.
+    """Tunes a soft prompt, stores it, and says what came of it. With ``search``, it looks for a start first.
 
     Raises:
         SoftPromptError: a mistake of the user's, see each step.
@@ -48,13 +52,32 @@ def tune(
     """
     began = time.perf_counter()
     place = Place.of(output.one_name, output.out, overwrite=output.overwrite, resume=output.resume)
-    job = job_of(place.name, sources, template, learning, place.store)
+    job, trial = job_of(place.name, sources, template, learning, place.store), None
+    if search is not None:
+        _require_no_other_start(job.config, learning)
     with place.claimed():
-        job, training = prepared(job, place, loading.load(base or DEFAULT_BASE))
+        lm = loading.load(base or DEFAULT_BASE)
+        if search is not None:
+            trial = search.find(lm, job.on(lm), job.config)
+            job = replace(
+                job, start=trial.start, config=replace(job.config, num_virtual_tokens=trial.num_virtual_tokens)
+            )
+        job, training = prepared(job, place, lm)
         say_reading(job.reading)
         warn_truncated(training.truncated, training.task.max_length)
-        with tracking(output.track, training, place.run.path / "tensorboard") as track:
-            _train_and_store(training, place, job.reading, began, track, as_json)
+        say_alarms(training.watch.before)
+        with tracking(output.track if is_first() else None, training, place.run.path / "tensorboard") as track:
+            _train_and_store(training, place, job.reading, began, track, as_json, trial)
+
+
+def _require_no_other_start(config: TrainConfig, learning: LearningOnce) -> None:
+    """Refuses options that say what a trial is to find."""
+    if learning.init is not None and learning.init not in INITS:
+        raise ConfigError(
+            f"--init {learning.init} names the start that transfer looks for; leave it out, or use `softprompt train`."
+        )
+    if config.tries > 1:
+        raise ConfigError("--starts and --lengths are tries of their own beside the trial of transfer; leave them out.")
 
 
 def job_of(name: str, sources: Sources, template: str, learning: LearningOnce, store: Store) -> Job:
@@ -124,7 +147,7 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 
 def _train_and_store(
-    training: Training, place: Place, taken: Reading, began: float, track: Track, as_json: bool
+    training: Training, place: Place, taken: Reading, began: float, track: Track, as_json: bool, trial: Trial | None
 ) -> None:
     interrupted = False
     try:
@@ -136,9 +159,13 @@ def _train_and_store(
         raise typer.Exit(130)
     soft_prompt = training.result()
     place.save(soft_prompt)
+    if not is_first():  # which writes and reports
+        raise typer.Exit(130 if interrupted else 2 if training.stopped == "not finite" else 0)
     if not interrupted:
         (place.run.path / checkpoint.FILE).unlink(missing_ok=True)  # what has ended cannot be resumed
-    _report(training, soft_prompt, place.path, taken, time.perf_counter() - began, as_json)
+    training.watch.require_same_answers(place.path, soft_prompt)
+    say_alarms(training.alarms[len(training.watch.before) :])
+    _report(training, soft_prompt, place.path, taken, time.perf_counter() - began, as_json, trial)
     after = f"after step {training.step:,} of {training.total:,}"
     if interrupted:
         stderr.print(f"interrupted {after}; the best so far is stored; to go on, give the same command with --resume")
@@ -151,10 +178,17 @@ def _train_and_store(
 
 
 def _report(
-    training: Training, soft_prompt: SoftPrompt, path: Path, taken: Reading, seconds: float, as_json: bool
+    training: Training,
+    soft_prompt: SoftPrompt,
+    path: Path,
+    taken: Reading,
+    seconds: float,
+    as_json: bool,
+    trial: Trial | None,
 ) -> None:
     if as_json:
-        print(strict_json(document_of(training, soft_prompt, path, taken, seconds)))
+        found = {} if trial is None else {"transfer": trial.as_dict()}
+        print(strict_json({**document_of(training, soft_prompt, path, taken, seconds), **found}))
         return
     record, size = soft_prompt.training, path.stat().st_size
     print_rows(
@@ -163,6 +197,7 @@ def _report(
             ("file", f"{path} ({size:,} bytes)"),
             ("base model", f"{soft_prompt.base}" + ", unchanged, bit for bit" * bool(training.base_unchanged)),
             *(("validation", plain_metric(metric)) for metric in soft_prompt.metrics),
+            *(() if trial is None else (("start", trial.candidates[0].name),)),
             ("steps", f"{record['steps_done']:,}, the best of them {record['best_step']:,}"),
             ("time", duration(seconds)),
         ]
@@ -178,6 +213,7 @@ def document_of(
         "base_unchanged": training.base_unchanged,
         "data": taken.as_dict(),
         "truncated": training.truncated,
+        "alarms": [alarm.as_dict() for alarm in training.alarms],
         "seconds": round(seconds, 3),
         "graphs": training.graphs,
     }

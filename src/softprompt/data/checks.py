@@ -11,6 +11,8 @@ from softprompt.data.example import MOST_LABELS, MOST_WORDS, Dataset, Example, d
 from softprompt.data.wording import counted, listed, quoted
 from softprompt.errors import DataError
 
+FEW_INPUTS = 4
+"""Rows, and distinct targets, for each distinct input from which on inputs and targets may have been swapped."""
 SHOWN = 10
 """Labels that are shown with their rows; of more, the largest and the smallest are."""
 
@@ -180,6 +182,7 @@ def doubts(
 ) -> list[str]:
     """What in the data is probably a mistake, a sentence without a full stop for each kind; see ``reading``."""
     found = _doubts_of_text(train, chosen) if labels is None else _doubts_of_labels(train, validation, labels, chosen)
+    found += _swapped(train)
     parts = (("training", train), ("validation", validation), ("test", test))
     for number, (name, later) in enumerate(parts):
         for earlier_name, earlier in parts[:number]:
@@ -210,6 +213,20 @@ def _doubts_of_text(train: Dataset, chosen: bool) -> list[str]:
     return [
         f"the {len(count):,} distinct targets of {count.total():,} rows repeat, but are taken for free text, since "
         f"{reason}; say --labels all if they are labels, or --labels none if they are not"
+    ]
+
+
+def _swapped(train: Dataset) -> list[str]:
+    """Says where few inputs stand before many targets, as where two columns were taken for each other."""
+    rows = train.examples
+    inputs = {_content(example)[0] for example in rows}
+    targets = {example.target for example in rows}
+    if len(rows) < FEW_INPUTS * len(inputs) or len(targets) < FEW_INPUTS * len(inputs):
+        return []
+    return [
+        f"{counted(len(rows), 'row has', 'rows have')} {counted(len(inputs), 'distinct input')} and {len(targets):,} "
+        f"distinct targets; the two columns may have been taken for each other, name them with --input-field and "
+        f"--target-field"
     ]
 
 

@@ -27,6 +27,9 @@ ROLES = {
 _BESIDES = ("name", "tool_calls", "tool_call_id")
 """What a message may hold besides its role and text that chat templates look at."""
 
+IMAGES = ("image", "image_url", "input_image", "video", "video_url")
+"""Types of parts of a message that are no text, as OpenAI and transformers call them."""
+
 
 class BadRow(Exception):
     """What is wrong with one row, as "expected ..., found ..."."""
@@ -121,10 +124,9 @@ def _text(content: Any, number: int) -> str:
         for part in content:
             if not isinstance(part, dict) or not isinstance(part.get("text"), str):
                 what = part.get("type") if isinstance(part, dict) else None
-                raise BadRow(
-                    f"expected parts of text in message {number}, found "
-                    f"{f'a part of type {quoted(what)}' if isinstance(what, str) else kind(part)}"
-                )
+                found = f"a part of type {quoted(what)}" if isinstance(what, str) else kind(part)
+                images = " (a soft prompt learns from text, images are not read)" if what in IMAGES else ""
+                raise BadRow(f"expected parts of text in message {number}, found {found}{images}")
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise BadRow(f"expected text in message {number}, found {kind(content)}")

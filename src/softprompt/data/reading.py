@@ -20,7 +20,7 @@ from softprompt.data.conversations import BadRow, conversation_examples
 from softprompt.data.example import Dataset, Example, check_targets
 from softprompt.data.formats import Layout, layout_of
 from softprompt.data.sources import Source, Table, read_table
-from softprompt.data.wording import and_more, kind, listed, quoted
+from softprompt.data.wording import and_more, is_image, kind, listed, quoted
 from softprompt.errors import ConfigError, DataError, SoftPromptWarning
 
 REFERENCES = "references"
@@ -96,6 +96,7 @@ def read_dataset(
     if references_field is None and not layout.chat:
         references_field = _fitting_references(table, {*layout.columns.values(), layout.target})
 
+    _refuse_images(table)
     examples = _examples(table, layout, require_target, references_field)
     examples, named = _with_names(examples, labels or (), label_names or {})
     used = _used_columns(table, layout, references_field)
@@ -127,6 +128,17 @@ def _with_names(
     if not found:
         return examples, {}
     return [replace(one, target=found.get(str(one.target), one.target)) for one in examples], names
+
+
+def _refuse_images(table: Table) -> None:
+    """A column of images beside the text would be left out without a word."""
+    for number, row in table.rows:
+        for column, cell in () if isinstance(row, str) else row.items():
+            if any(map(is_image, cell if isinstance(cell, list | tuple) else (cell,))):
+                raise DataError(
+                    f"{table.name}:{number}: expected text alone, found an image in the column {quoted(column)}; a "
+                    f"soft prompt learns from text: remove the column if the rows make sense without it."
+                )
 
 
 # From a row to an example

@@ -40,8 +40,17 @@ def kind(value: Any) -> str:
         return "text" if value.strip() else "only blanks" if value else "nothing"
     if isinstance(value, bool):
         return "a boolean"
+    if is_image(value):
+        return "an image"
     kinds = {type(None): "null", dict: "an object", list: "a list", int: "a number", float: "a number"}
     return kinds.get(type(value), f"a value of type {type(value).__name__}")
+
+
+def is_image(value: Any) -> bool:
+    """Whether a cell holds an image: one of PIL, or as ``datasets`` writes it, bytes with a path."""
+    if isinstance(value, dict):
+        return set(value) == {"bytes", "path"} and isinstance(value["bytes"] or value["path"], bytes | str)
+    return any(kind.__module__.startswith("PIL.") for kind in type(value).__mro__)
 
 
 def first_line(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from softprompt.model.request import Sampling
 from softprompt.tasks.predict import Prediction, Progress, Query, chunks, lm_of, predict, requests_of
 from softprompt.tasks.task import Task
 
-LABEL_METRICS = ("accuracy", "macro_f1", "mcc", "log_loss")
+LABEL_METRICS = ("accuracy", "macro_f1", "mcc", "log_loss", "calibration_error")
 """What labels are measured by; the first is the headline."""
 
 TEXT_METRICS = ("bleu", "rouge_l", "exact_match", "token_f1", "perplexity")
@@ -162,11 +162,7 @@ def evaluate(
         TemplateError: a template leaves no room for the input.
     """
     names = choose_metrics(metrics, labels=task.verbalizer is not None)
-    for example in dataset.examples:
-        if example.target is None:
-            raise DataError(f"{example.where}: expected a target, found none; add one.")
-    if task.verbalizer is not None:
-        check_targets(dataset, task.labels)
+    require_targets(dataset, task)
     queries = [Query(task, example, vectors) for example in dataset.examples]
     if task.verbalizer is not None:
         answers = predict(queries, normalise=normalise, progress=progress)
@@ -179,7 +175,7 @@ def evaluate(
     answers, truncated = [], 0
     if writes:
         answers = predict(queries, sampling=sampling, progress=_share(progress, 0, passes))
-        found = _text_metrics(dataset, answers, names)
+        found = text_metrics(dataset, answers, names)
         truncated = _truncated(answers)
     if "perplexity" in names:
         nll, tokens, cut = _target_nll(queries, _share(progress, passes - 1, passes))
@@ -187,6 +183,19 @@ def evaluate(
         truncated = truncated if writes else cut
     measured = tuple(found[name] for name in names)
     return Evaluation(measured, tuple(answers), truncated, most_frequent_answer(dataset, answers) if writes else None)
+
+
+def require_targets(dataset: Dataset, task: Task) -> None:
+    """Refuses rows that cannot be measured on.
+
+    Raises:
+        DataError: a row without a target, or with one that is not in the label set.
+    """
+    for example in dataset.examples:
+        if example.target is None:
+            raise DataError(f"{example.where}: expected a target, found none; add one.")
+    if task.verbalizer is not None:
+        check_targets(dataset, task.labels)
 
 
 def headline_metric(train: Dataset, labels: Sequence[str]) -> str:
@@ -203,7 +212,7 @@ def headline(metric: str, dataset: Dataset, predictions: Sequence[Prediction]) -
     if metric == "accuracy":
         gold = [str(example.target) for example in dataset.examples]
         return measures.accuracy([prediction.text for prediction in predictions], gold)
-    return _text_metrics(dataset, predictions, (metric,))[metric]
+    return text_metrics(dataset, predictions, (metric,))[metric]
 
 
 def label_metrics(
@@ -214,7 +223,7 @@ def label_metrics(
     Args:
         labels: the label set.
         dataset: rows whose targets are of it.
-        predictions: their answers, with log-probabilities for ``log_loss``.
+        predictions: their answers, with log-probabilities for ``log_loss`` and ``calibration_error``.
         names: of ``LABEL_METRICS``, in the order in which they are returned.
     """
     gold = [str(example.target) for example in dataset.examples]
@@ -229,8 +238,15 @@ def label_metrics(
         "macro_f1": lambda: measures.macro_f1(answers, gold, labels),
         "mcc": lambda: measures.mcc(answers, gold, labels),
         "log_loss": log_loss,
+        "calibration_error": lambda: measures.calibration_error(*confidences(dataset, predictions)),
     }
     return tuple(compute[name]() for name in names)
+
+
+def confidences(dataset: Dataset, predictions: Sequence[Prediction]) -> tuple[list[float], list[bool]]:
+    """The probability that each answer gives itself, and whether it is right, of answers with labels."""
+    hits = [one.text == str(row.target) for one, row in zip(predictions, dataset.examples, strict=True)]
+    return [one.probability or 0.0 for one in predictions], hits
 
 
 def headline_difference(
@@ -254,16 +270,21 @@ def most_frequent_answer(dataset: Dataset, predictions: Sequence[Prediction]) ->
     return _most_frequent(answers, [answer if answer in several else str(row.target) for answer, row, several in rows])
 
 
-def choose_metrics(names: Sequence[str] | None, *, labels: bool) -> tuple[str, ...]:
+def choose_metrics(names: Sequence[str] | None, *, labels: bool, of_one: bool = True) -> tuple[str, ...]:
     """The metrics to compute, each once; all of a task's if ``names`` is None or empty.
+
+    Args:
+        names: of ``LABEL_METRICS`` or ``TEXT_METRICS``.
+        labels: whether the task has labels.
+        of_one: whether one soft prompt answers; several texts that are voted on have no perplexity.
 
     Raises:
         ConfigError: a name that tasks of this kind do not have.
     """
-    available = LABEL_METRICS if labels else TEXT_METRICS
+    available = LABEL_METRICS if labels else TEXT_METRICS if of_one else TEXT_METRICS[:-1]
     for name in names or ():
         if name not in available:
-            kind = "labels" if labels else "free text"
+            kind = "labels" if labels else "free text" if of_one else "free text of several soft prompts"
             raise ConfigError(f"The metric for {kind} must be one of {', '.join(available)}, not {name!r}; choose one.")
     return tuple(dict.fromkeys(names or available))
 
@@ -283,7 +304,8 @@ def _references(dataset: Dataset) -> list[tuple[str, ...]]:
     return [tuple(text.strip() for text in several) for several in references]
 
 
-def _text_metrics(dataset: Dataset, predictions: Sequence[Prediction], names: Sequence[str]) -> dict[str, Metric]:
+def text_metrics(dataset: Dataset, predictions: Sequence[Prediction], names: Sequence[str]) -> dict[str, Metric]:
+    """Metrics of free text that is there already, by name; perplexity, which is of no text, is left out."""
     wanted = _references(dataset)
     answers = [prediction.text for prediction in predictions]
     compute = {

@@ -31,8 +31,12 @@ from softprompt.errors import DataError
 BOOTSTRAP_DRAWS = 1_000
 BOOTSTRAP_SEED = 0
 
+CALIBRATION_BINS = 15
+"""Bins of confidences (Guo et al. 2017)."""
+
 _NORMAL = NormalDist()
 _Z = _NORMAL.inv_cdf(0.975)
+_ROUNDING = 1e-6  # of probabilities that were added up in float32
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -43,7 +47,7 @@ class Metric:
 
     Attributes:
         name: ``accuracy``, ``macro_f1``, ``exact_match``, ``token_f1``, ``rouge_l`` (0 to 1), ``mcc`` (-1 to 1),
-            ``bleu`` (0 to 100), ``perplexity`` or ``log_loss`` (above 0, lower is better).
+            ``bleu`` (0 to 100), ``perplexity``, ``log_loss`` or ``calibration_error`` (at least 0, lower is better).
         value: the metric over all rows, in its natural range.
         stderr: standard error of ``value``, in the same unit.
         low: lower end of the 95 % interval, at most ``value``.
@@ -268,6 +272,89 @@ def log_loss(row_nll: Sequence[float]) -> Metric:
     """
     _check_rows("log_loss", row_nll, "log-probabilities", row_nll, "log-probabilities")
     return _mean("log_loss", _finite("log_loss", row_nll), most=math.inf)
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Answers of about the same confidence.
+
+    Attributes:
+        low, high: their confidences are above ``low`` and at most ``high``, 0 to 1.
+        confidence: the mean of these.
+        accuracy: the share of them that is right.
+        n: how many they are, at least 1.
+    """
+
+    low: float
+    high: float
+    confidence: float
+    accuracy: float
+    n: int
+
+
+def reliability(confidences: Sequence[float], hits: Sequence[bool], *, bins: int = CALIBRATION_BINS) -> tuple[Bin, ...]:
+    """What is right of the answers, by their confidence: the bins that hold any, in order (Guo et al. 2017, §2).
+
+    Args:
+        confidences: the probability that each answer gives itself, 0 to 1.
+        hits: whether it is right.
+        bins: into how many parts of equal width 0 to 1 is cut.
+
+    Raises:
+        DataError: no rows, unequal lengths, or a confidence outside 0 to 1.
+    """
+    place, sure = _binned("reliability", confidences, hits, bins)
+    right = np.asarray(hits, dtype=np.float64)
+    return tuple(
+        Bin(i / bins, (i + 1) / bins, float(sure[place == i].mean()), float(right[place == i].mean()), int(n))
+        for i, n in enumerate(np.bincount(place, minlength=bins))
+        if n
+    )
+
+
+def calibration_error(confidences: Sequence[float], hits: Sequence[bool], *, bins: int = CALIBRATION_BINS) -> Metric:
+    """The expected calibration error: the mean over rows of how far accuracy and mean confidence of the row's bin are
+    apart, 0 to 1, lower is better (Guo et al. 2017, §2); bootstrap.
+
+    Chance alone keeps it above 0, the more so the fewer rows a bin has: compare it on the same rows only.
+
+    Args:
+        confidences, hits, bins: as for :func:`reliability`.
+
+    Raises:
+        DataError: as for :func:`reliability`.
+    """
+    place, sure = _binned("calibration_error", confidences, hits, bins)
+    gaps = np.eye(bins)[place] * (np.asarray(hits, dtype=np.float64) - sure)[:, None]
+    sums = np.vstack([gaps.sum(axis=0), _resampled_sums(gaps, BOOTSTRAP_DRAWS, BOOTSTRAP_SEED)])
+    return _bootstrapped("calibration_error", np.abs(sums).sum(axis=1) / len(sure), len(sure))
+
+
+def _binned(
+    name: str, confidences: Sequence[float], hits: Sequence[bool], bins: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The bin of each answer ``[n]``, and its confidence, float64 ``[n]``."""
+    _check_rows(name, confidences, "confidences", hits, "answers")
+    sure = _finite(name, confidences)
+    outside = (sure < -_ROUNDING) | (sure > 1 + _ROUNDING)
+    if outside.any():
+        row = int(np.argmax(outside))
+        raise DataError(
+            f"{name} expects confidences from 0 to 1, found {sure[row]} in row {row + 1} of {len(sure)}; give "
+            f"probabilities."
+        )
+    sure = sure.clip(0, 1)
+    return np.ceil(sure * bins).astype(np.int64).clip(1, bins) - 1, sure
+
+
+def proportion(name: str, hits: Sequence[bool]) -> Metric:
+    """The share of rows of which something is true, 0 to 1; standard error and interval as in ``accuracy``.
+
+    Raises:
+        DataError: no rows.
+    """
+    _check_rows(name, hits, "rows", hits, "rows")
+    return _proportion(name, hits)
 
 
 def paired_bootstrap(

@@ -6,15 +6,12 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
-from softprompt.data.example import Example
 from softprompt.errors import ConfigError, TrainingError
 from softprompt.methods.problem import CHECKING, LEAST_CHECKS, PROBE, PROBE_ROWS, Learned, Problem
-from softprompt.tasks.predict import Prediction, Progress, Query, predict
+from softprompt.tasks.ensemble import Ensemble
+from softprompt.tasks.predict import Query, predict
 from softprompt.tasks.task import Task
 from softprompt.tuning.config import EVAL_EVERY, TrainConfig, most_steps
 from softprompt.tuning.training import Training
@@ -122,12 +119,12 @@ def _within_budget(problem: Problem, task: Task, config: TrainConfig) -> tuple[T
     return replace(config, steps=pace.end(problem.seconds_left, every), eval_every=every), pace
 
 
-def _of_several(problem: Problem, decide: Callable[[torch.Tensor], torch.Tensor]) -> Learned:
+def _of_several(problem: Problem, vote: str) -> Learned:
     """The answers of all seeds' soft prompts, from one batch, made into one.
 
     Args:
         problem: holds them as ``siblings``.
-        decide: probabilities float64 ``[S, N, labels]`` of S soft prompts → ``[N, labels]``, which sum to 1.
+        vote: as ``Ensemble`` has it.
 
     Raises:
         ConfigError: fewer than 2 soft prompts.
@@ -137,30 +134,10 @@ def _of_several(problem: Problem, decide: Callable[[torch.Tensor], torch.Tensor]
         raise ConfigError(
             f"An ensemble needs the soft prompts of at least 2 seeds, found {len(members)}; run them first."
         )
-    tasks = [Task.of(problem.lm, member) for member in members]
+    together = Ensemble.of(problem.lm, members, vote)
     kept = problem.lm.kept_prefixes(len(members))
-
-    def answer(examples: Sequence[Example], progress: Progress | None) -> list[Prediction]:
-        queries = [
-            Query(task, example, member.vectors)
-            for example in examples
-            for task, member in zip(tasks, members, strict=True)
-        ]
-        found = predict(queries, progress=progress, prefix_of=kept)
-        logprobs = torch.tensor([list((one.logprobs or {}).values()) for one in found], dtype=torch.float64)
-        together = decide(logprobs.exp().view(len(examples), len(members), -1).transpose(0, 1))
-        return [
-            Prediction(
-                problem.labels[int(row.argmax())],
-                dict(zip(problem.labels, row.clamp_min(1e-12).log().tolist(), strict=True)),
-                None,
-                one.truncated,
-            )
-            for row, one in zip(together, found[:: len(members)], strict=True)
-        ]
-
     return Learned(
-        answer=answer,
+        answer=lambda examples, progress: list(together.predict(examples, progress=progress, prefix_of=kept)),
         trainable_parameters=sum(member.vectors.numel() for member in members),
         bytes=sum(len(member.encoded()) for member in members),
         chosen={"soft_prompts": len(members)},
@@ -169,14 +146,9 @@ def _of_several(problem: Problem, decide: Callable[[torch.Tensor], torch.Tensor]
 
 def ensemble(problem: Problem) -> Learned:
     """The mean probability of all seeds' soft prompts."""
-    return _of_several(problem, lambda each: each.mean(dim=0))
+    return _of_several(problem, "mean")
 
 
 def majority(problem: Problem) -> Learned:
     """The label that most seeds' soft prompts give; among equals, the more probable (Lester et al. 2021, §6)."""
-
-    def decide(each: torch.Tensor) -> torch.Tensor:
-        votes = torch.nn.functional.one_hot(each.argmax(dim=2), each.shape[2]).double()
-        return (votes.mean(dim=0) + 1e-6 * each.mean(dim=0)) / (1 + 1e-6)
-
-    return _of_several(problem, decide)
+    return _of_several(problem, "majority")

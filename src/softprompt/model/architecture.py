@@ -129,6 +129,11 @@ FAMILIES = (
     Family(name="Qwen 2 and 3", model_types=("qwen2", "qwen3"), windows="by layer_types"),
     Family(name="Qwen 2 MoE", model_types=("qwen2_moe",), windows="by layer_types"),
     Family(name="Qwen 3 MoE", model_types=("qwen3_moe",), windows="every layer"),
+    Family(
+        name="Qwen 2 to 3 VL",
+        model_types=("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"),
+        windows="by layer_types",
+    ),
     Family(name="Gemma 1", model_types=("gemma",)),
     Family(name="Gemma 2", model_types=("gemma2",), windows="by layer_types", head=CAPPED),
     Family(name="Gemma 3", model_types=("gemma3_text",), windows="by layer_types", head=CAPPED),
@@ -211,6 +216,9 @@ WHOLE = {
 }
 """Types of models that run whole sequences, and why."""
 
+TEXT_PARTS = ("language_model", "text_model")
+"""What models of images and text call the language model inside them."""
+
 WINDOWS = (
     "max_position_embeddings",
     "n_positions",
@@ -277,7 +285,18 @@ def core_of(model: Any) -> Any:
     core = model.base_model
     if core is model:  # Llama 4 calls its own something else; an encoder–decoder with a head (T5) has none
         core = getattr(model, "model", model)
-    return getattr(core, "language_model", core)
+    return next((getattr(core, name) for name in TEXT_PARTS if hasattr(core, name)), core)
+
+
+def leave_out_images(model: Any) -> None:
+    """Takes what reads images out of a model of images and text, and its memory with it; what it computes from text
+    alone stays."""
+    core = model.base_model
+    if model.config.get_text_config() is model.config or core is model or core_of(model) is core:
+        return
+    for name, part in list(core.named_children()):
+        if part is not core_of(model):
+            setattr(core, name, None)
 
 
 def run_behind(core: Any, embedded: torch.Tensor, mask: Any, positions: torch.Tensor, cache: Any) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from softprompt.model.digest import device_hash
+from softprompt.model.sharding import here
 
 SAMPLES_PER_TENSOR = 4096
 
@@ -84,7 +85,8 @@ def fingerprint_tokenizer(tokenizer: Any) -> str:
 
 
 def weights_digest(model: Any) -> str:
-    """Hex digest of every bit of every weight as it stands in memory: equal before and after a training (oracle 3).
+    """Hex digest of every bit of every weight as it stands in memory: equal before and after a training (oracle 3); of
+    a model in parts, of what this process has.
 
     Weights on a CUDA device are hashed there, by ``device_hash``, and not copied; their digest is another than on the
     CPU.
@@ -92,7 +94,7 @@ def weights_digest(model: Any) -> str:
     digest = hashlib.sha256()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(name.encode())
-        content = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        content = here(tensor.detach()).contiguous().view(-1).view(torch.uint8)
         if tensor.device.type == "cuda":
             digest.update(device_hash(content).to_bytes(8, "little"))
         else:

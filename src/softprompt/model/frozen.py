@@ -28,6 +28,7 @@ from softprompt.model.architecture import (
     family_of,
     feed,
     kept_bytes,
+    leave_out_images,
     require_causal,
     run_behind,
     why_whole_sequences,
@@ -36,6 +37,7 @@ from softprompt.model.architecture import (
 from softprompt.model.attention import Masks
 from softprompt.model.batch import Batch, Row, collate
 from softprompt.model.chains import collate_chains
+from softprompt.model.distributed import ALONE, World, own_device
 from softprompt.model.embedder import Embedder
 from softprompt.model.encoder_decoder import EncoderDecoder, decoder_start, require_embedded
 from softprompt.model.fast.blocks import can_use_blocks
@@ -47,7 +49,8 @@ from softprompt.model.notes import heard
 from softprompt.model.prefixes import PrefixCache, PrefixOf
 from softprompt.model.reading import summed
 from softprompt.model.request import Request, prompt_of
-from softprompt.model.scoring import scored
+from softprompt.model.scoring import own_rows, scored
+from softprompt.model.sharding import divide
 from softprompt.model.state.kv import Kept, PrefixKV
 from softprompt.model.state.prefix import PrefixState
 from softprompt.model.state.recurrent import Pass, RecurrentState, RowStates, Slots
@@ -70,7 +73,8 @@ GAIN_TOKENS = 100
 
 
 class FrozenLM(Embedder):
-    """A frozen causal language model, or encoder–decoder, with its tokenizer.
+    """A frozen causal language model, or encoder–decoder, with its tokenizer. Of a model of images and text, the
+    language model: ``text_only`` takes out what reads images.
 
     Attributes:
         model: transformers' own; in evaluation mode, no weight requires a gradient.
@@ -81,17 +85,34 @@ class FrozenLM(Embedder):
         layers: how its decoder layers run in training.
         whole: how it computes whole sequences, with nothing shared.
         packed: its weights as a CPU's products of few rows want them; for continuing, token by token.
+        world: the processes that share the work. All of them must ask for the same, in the same order.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, name: str, dtype: str = "auto", device: str = "auto") -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        name: str,
+        dtype: str = "auto",
+        device: str = "auto",
+        text_only: bool = False,
+        world: World = ALONE,
+    ) -> None:
         fingerprint = fingerprint_model(model)  # of the weights as they are stored
-        self.device, config = pick_device(device), model.config
+        if text_only:
+            leave_out_images(model)
+        self.world, self.device, config = world, pick_device(device), model.config
         found = pick_dtype(dtype, self.device)
         # Not ``model.to(dtype)``: it would round the rotary frequencies too, which in bf16 is a radian at 1000 tokens.
         for weight in model.parameters():
             if weight.is_floating_point():
                 weight.data = weight.data.to(found)
-        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
+        self._layers, self._core = decoder_layers(model), core_of(model)
+        if world.shard != "none":
+            divide(model, self._layers, world, self.device, name)
+        self.model.to(self.device)
         super().__init__(
             name=name,
             tokenizer=tokenizer,
@@ -114,7 +135,6 @@ class FrozenLM(Embedder):
         # alone is computed twice, its text is the same in any company.
         self._avoids_one_row = self.device.type == "cpu" and self.dtype != torch.float32
         self.packed = PackedWeights(self.model)
-        self._layers, self._core = decoder_layers(model), core_of(model)
         self.layers = LayerModes(self._layers)
         family = family_of(config)
         self.take_up(family, why_whole_sequences(config))
@@ -136,7 +156,13 @@ class FrozenLM(Embedder):
 
     @classmethod
     def load(
-        cls, base: StrPath = DEFAULT_BASE, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+        cls,
+        base: StrPath = DEFAULT_BASE,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        trust_remote_code: bool = False,
+        world: World = ALONE,
     ) -> FrozenLM:
         """Loads and freezes a base model.
 
@@ -145,6 +171,7 @@ class FrozenLM(Embedder):
             dtype: ``fp32``, ``bf16``, ``fp16``, or ``auto``: bf16 where the processor computes it natively, else fp32.
             device: ``auto``, ``cpu``, ``cuda``, ``mps`` …
             trust_remote_code: run code that comes with the model.
+            world: the processes that share the work, see ``World.join``.
 
         Raises:
             BaseModelError: it cannot be found or read, or is neither a causal language model nor an encoder–decoder.
@@ -153,11 +180,11 @@ class FrozenLM(Embedder):
         base = os.fspath(base)
         if base.startswith("~"):
             base = str(local_path(base))
-        device_found = pick_device(device)
-        pick_dtype(dtype, device_found)
+        device = own_device(device) if world.size > 1 else device
+        pick_dtype(dtype, pick_device(device))
         with heard():
             model, tokenizer = load_base(base, trust_remote_code=trust_remote_code)
-            return cls(model, tokenizer, name=base, dtype=dtype, device=device)
+            return cls(model, tokenizer, name=base, dtype=dtype, device=device, text_only=True, world=world)
 
     @classmethod
     def wrap(
@@ -226,11 +253,14 @@ class FrozenLM(Embedder):
     def compiles(self) -> bool:
         """Whether all layers can share compiled graphs: those that ask a cache by number, or choose experts, cannot."""
         experts = any("experts" in name for name, _ in self._layers.named_parameters())
-        return self.shares_prefix and not (self.recurrent or self._keeps_latents or experts)
+        whole = self.world.shard == "none"
+        return whole and self.shares_prefix and not (self.recurrent or self._keeps_latents or experts)
 
     @cached_property
     def why_no_kv(self) -> str:
         """Why keys and values of this model cannot be a trained prefix, in plain words; empty if they can."""
+        if self.world.shard == "tp":
+            return "its heads are divided over several processes"
         if not self.shares_prefix or self.recurrent or self._keeps_latents:
             return self.why_whole_sequences or "not all of its layers keep keys and values, but a state or latents"
         with torch.no_grad(), self.eager():
@@ -521,10 +551,14 @@ class FrozenLM(Embedder):
             float32 ``[N, W]`` on the CPU, natural logarithm, summed over a word's tokens; ``-inf`` beyond a request's
             own words.
         """
-        width = max((len(request.words) for request in requests), default=0)
-        scores = torch.full((len(requests), width), -torch.inf)
-        for places, part, _ in scored(self, requests, soft_prompts, max_tokens, prefix_of, compare=False):
-            scores[places, : part.shape[1]] = part.cpu()
+        own, width = own_rows(self, requests), max((len(request.words) for request in requests), default=0)
+        scores = torch.zeros(len(requests), width)
+        scores[list(own)] = -torch.inf
+        mine = [requests[i] for i in own]
+        for places, part, _ in scored(self, mine, soft_prompts, max_tokens, prefix_of, compare=False):
+            scores[[own[place] for place in places.tolist()], : part.shape[1]] = part.cpu()
+        if self.world.divides_scoring:
+            self.world.add_up(scores)  # the others' rows are zeros here
         return scores
 
     @torch.no_grad()

@@ -77,9 +77,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_base(base: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """Loads a causal language model or an encoder–decoder on the CPU in the dtype it is stored in: its own weights,
-    whatever adapters lie beside them. What transformers says of it that concerns the user becomes a
-    ``SoftPromptWarning``.
+    """Loads a causal language model, one of images and text, or an encoder–decoder on the CPU, in the dtype it is
+    stored in: its own weights, whatever adapters lie beside them. What transformers says of it that concerns the user
+    becomes a ``SoftPromptWarning``.
 
     Args:
         base: ``smollm2-135m``, a folder with ``config.json`` and safetensors, a GGUF file, or a hub id.
@@ -89,7 +89,7 @@ def load_base(base: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
         The transformers model and tokenizer.
 
     Raises:
-        BaseModelError: it cannot be found or read, lacks weights, or is of a type that is neither of the two.
+        BaseModelError: it cannot be found or read, lacks weights, or is of a type that is none of these.
     """
     with heard():
         if base == DEFAULT_BASE:
@@ -104,7 +104,8 @@ def load_base(base: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
 
 
 def _from_pretrained(source: str, base: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    import transformers
+    from transformers import AutoConfig, AutoTokenizer
 
     called = f"base model {base!r} could not be loaded"
     whole = f"the {called} as a language model in safetensors or GGUF"
@@ -117,10 +118,10 @@ def _from_pretrained(source: str, base: str, trust_remote_code: bool) -> tuple[A
 
     adapter = _adapter_beside(source, base)
     config = load(AutoConfig.from_pretrained)
-    _require_language_model(config, base)
+    loader = _loader(config, base)
     tokenizer = load(AutoTokenizer.from_pretrained, f"the tokenizer of the {called}", WHERE_TO_PUT_A_TOKENIZER)
     _require_vocabulary(tokenizer, base)
-    models: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    models: Any = getattr(transformers, loader)
     model, found = load(
         models.from_pretrained,
         config=config,
@@ -167,22 +168,31 @@ def _adapter_beside(source: str, base: str) -> Path | None:
     return adapter
 
 
-def _require_language_model(config: Any, base: str) -> None:
-    """What such a model computes is not known yet: an encoder may pass here and be refused by ``require_causal``."""
+def _loader(config: Any, base: str) -> str:
+    """The class of transformers that loads a model of this configuration: a causal language model, an encoder–decoder
+    of text, or a model of images and text. What it computes is not known yet: an encoder may pass here and be refused
+    by ``require_causal``."""
     from transformers.models.auto import modeling_auto
 
     kind, own_code = config.model_type, getattr(config, "auto_map", None) or {}
     if config.is_encoder_decoder:
-        what, loader = "encoder-decoder of text", "AutoModelForSeq2SeqLM"
-        known: Collection[str] = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+        what = "encoder-decoder of text"
+        known: dict[str, Collection[str]] = {
+            "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+        }
     else:
-        what, loader = "causal language model", "AutoModelForCausalLM"
-        known = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if kind not in known and loader not in own_code:
-        raise BaseModelError(
-            f"the base model {base!r} is of type {kind}, for which transformers has no {what} (it may be an encoder); "
-            f"give a causal language model, such as {DEFAULT_BASE}, or an encoder-decoder, such as T5"
-        )
+        what = "causal language model"
+        known = {
+            "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+            "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        }
+    for loader, kinds in known.items():
+        if kind in kinds or loader in own_code:
+            return loader
+    raise BaseModelError(
+        f"the base model {base!r} is of type {kind}, for which transformers has no {what} (it may be an encoder); "
+        f"give a causal language model, such as {DEFAULT_BASE}, or an encoder-decoder, such as T5"
+    )
 
 
 def _require_vocabulary(tokenizer: Any, base: str) -> None:

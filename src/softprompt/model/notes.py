@@ -26,6 +26,7 @@ NOISE = (
     "unauthenticated requests to the HF Hub",
     "hf_xet",
     "Token indices sequence length is longer",  # what is too long is cut or refused
+    "without finding the associated sub-model",  # what reads images, which is taken out
     "Ignoring clean_up_tokenization_spaces=True",
     "Setting `pad_token_id` to `eos_token_id`",
     "`loss_type=",

@@ -33,27 +33,27 @@ class Answers:
         Raises:
             ApiError: 503, the engine takes none now; 400, it never takes so many.
         """
-        shared = _shared(jobs)
-        if len(shared) > engine.limits.waiting:
+        computed, places = _computed(jobs)
+        if len(computed) > engine.limits.waiting:
             raise ApiError(
                 400,
-                f"Expected at most {engine.limits.waiting} answers a request, found {len(shared)}; send more requests.",
+                f"Expected at most {engine.limits.waiting} answers a request, found {len(computed)}; send more "
+                f"requests.",
             )
         self._jobs = jobs
+        self._places = places
         self._metrics = metrics
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
         def notify(number: int, event: Event) -> None:
-            for index in shared[number]:
-                loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+            loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
 
         try:
-            tickets = engine.submit([jobs[same[0]] for same in shared], notify)
+            self._tickets = engine.submit(computed, notify)
         except Refused as error:
             raise ApiError(503, str(error), code=error.code) from error
-        self._tickets = [ticket for ticket, same in zip(tickets, shared, strict=True) for _ in same]
-        self._open = dict(enumerate(self._tickets))
+        self._open = set(range(len(jobs)))
         self._counts = [0] * len(jobs)
 
     async def events(self) -> AsyncIterator[tuple[int, Piece | Scores]]:
@@ -63,30 +63,44 @@ class Answers:
             ApiError: 504, the time is over; 503 or 502, a server behind this one is not there or failed; 500, this
                 one did.
         """
+        scored: dict[int, Scores] = {}
         while self._open:
-            index, event = await self._events.get()
-            answer = self._jobs[index].answer
-            if isinstance(event, Scores) and answer is not None:
-                event = answer(event)
-            if isinstance(event, Failure):
-                self._end(index, event.reason)
-                raise ApiError(_STATUS[event.reason], event.message, code=event.reason)
-            if isinstance(event, Piece):
-                self._counts[index] = event.count
-            if isinstance(event, Scores) or event.finish:
-                self._end(index, event.finish if isinstance(event, Piece) else "scored")
-            yield index, event
+            number, event = await self._events.get()
+            if isinstance(event, Scores):
+                scored[number] = event
+            for index in sorted(self._open):
+                places = self._places[index]
+                if number not in places:
+                    continue
+                if isinstance(event, Failure):
+                    self._end(index, event.reason)
+                    raise ApiError(_STATUS[event.reason], event.message, code=event.reason)
+                if isinstance(event, Piece) or all(place in scored for place in places):
+                    yield index, self._answer(index, event, [scored[place] for place in places if place in scored])
+
+    def _answer(self, index: int, event: Piece | Scores, scored: Sequence[Scores]) -> Piece | Scores:
+        """What an event is to the job: with the scores of all that answer together."""
+        answer = self._jobs[index].answer
+        if isinstance(event, Scores):
+            event = Scores(scored[0].logprobs, tuple(one.logprobs for one in scored[1:]))
+            event = event if answer is None else answer(event)
+        if isinstance(event, Piece):
+            self._counts[index] = event.count
+        if isinstance(event, Scores) or event.finish:
+            self._end(index, event.finish if isinstance(event, Piece) else "scored")
+        return event
 
     def cancel(self) -> None:
         """Gives up what is not done."""
-        for index, ticket in list(self._open.items()):
-            ticket.cancel()
+        for index in sorted(self._open):
+            for place in self._places[index]:
+                self._tickets[place].cancel()
             self._end(index, "abort")
 
     def latency_ms(self, index: int) -> float:
         """From a job's arrival to its first token or scores, in milliseconds."""
-        ticket = self._tickets[index]
-        return round(1000 * ((ticket.first or time.monotonic()) - ticket.submitted), 3)
+        tickets = [self._tickets[place] for place in self._places[index]]
+        return round(1000 * max((each.first or time.monotonic()) - each.submitted for each in tickets), 3)
 
     @property
     def generated(self) -> int:
@@ -95,25 +109,33 @@ class Answers:
 
     def usage(self, choices: int) -> dict[str, Any]:
         """Tokens of all jobs; those read are counted once for the ``choices`` jobs of one text."""
-        texts = self._tickets[::choices]
+        texts = [self._tickets[place] for places in self._places[::choices] for place in places]
         prompt_tokens = sum(ticket.job.prompt_tokens for ticket in texts)
         return api.usage(prompt_tokens, self.generated, sum(ticket.cached for ticket in texts))
 
     def _end(self, index: int, reason: str) -> None:
-        self._metrics.finished(self._open.pop(index), self._counts[index], reason)
+        self._open.remove(index)
+        for number, place in enumerate(self._places[index]):
+            self._metrics.finished(self._tickets[place], 0 if number else self._counts[index], reason)
 
 
-def _shared(jobs: Sequence[Job]) -> list[list[int]]:
-    """The jobs' indices, those together that stand beside each other and are answered by the same scores: the choices
-    of a request for a label."""
-    found: list[list[int]] = []
-    for index, job in enumerate(jobs):
-        before = jobs[index - 1]
-        if index and job.sampling is None and job.request is before.request and job.vectors is before.vectors:
-            found[-1].append(index)
-        else:
-            found.append([index])
-    return found
+def _computed(jobs: Sequence[Job]) -> tuple[list[Job], list[tuple[int, ...]]]:
+    """The jobs to compute, and where among them each job's own and its ``others`` are: what is answered by the same
+    scores, as the choices of a request for a label are, is computed once."""
+    computed: list[Job] = []
+    places: list[tuple[int, ...]] = []
+    known: dict[tuple[int, int], int] = {}
+    for job in jobs:
+        own = []
+        for part in (job, *job.others):
+            place = len(computed)
+            if part.sampling is None:
+                place = known.setdefault((id(part.request), id(part.vectors)), place)
+            if place == len(computed):
+                computed.append(part)
+            own.append(place)
+        places.append(tuple(own))
+    return computed, places
 
 
 async def chunks(

@@ -13,13 +13,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from softprompt.errors import SoftPromptError, StoreError, TemplateError
+from softprompt.errors import ConfigError, SoftPromptError, StoreError, TemplateError
 from softprompt.model.embedder import Embedder
 from softprompt.model.request import Sampling
 from softprompt.serving.openai_api import ApiError, Message
 from softprompt.serving.served import USUAL_TOKENS, Entry, Model, Order, Wish
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
+from softprompt.tasks.ensemble import require_ensemble
 from softprompt.tasks.predict import default_sampling
 from softprompt.tasks.task import Task
 from softprompt.text.chat import SOFT_PROMPT, conversation_template
@@ -60,6 +61,7 @@ class Catalog:
         self._check = check
         self._lm = Embedder.of(lm)
         self._listed: dict[str, Entry] = {}
+        self._ensembles: dict[str, tuple[tuple[str, ...], str]] = {}  # the members' names, and the vote
         self._held: OrderedDict[str, Model] = OrderedDict()  # the one asked last is last
         self._seen: dict[tuple[str, Path], tuple[int, ...]] = {}  # what each file was like when it was last tried
         name = Path(lm.name).name if Path(lm.name).is_absolute() else lm.name
@@ -92,6 +94,10 @@ class Catalog:
             ApiError: 404; 503, the file cannot be served any more.
         """
         entry = self.entry(name)
+        if name in self._ensembles:
+            model = self._together(name)
+            self._listed[name] = model.entry
+            return model
         if entry.path is None:
             return self.base
         if name in self._held:
@@ -101,6 +107,63 @@ class Catalog:
             return self.load(name, entry.path)
         except SoftPromptError as error:
             raise ApiError(503, f"{name!r} cannot be read again: {error}", code="not_readable") from error
+
+    def join(self, name: str, members: Sequence[str], vote: str | None = None) -> Model:
+        """Serves soft prompts that are served already also as one model, which they answer together.
+
+        Args:
+            name: what requests call it.
+            members: the names of at least two soft prompts of one label set.
+            vote: how they vote (``tasks.votes``); None: by the mean.
+
+        Raises:
+            StoreError: the name is taken, or none.
+            ConfigError: they cannot answer together, or answer with free text.
+            ApiError: 404, one of them is not served.
+        """
+        self.store.path(name)  # refuses what is no name
+        if name == self.base.name or name in self._listed:
+            raise StoreError(f"The name '{name}' is served already; give the ensemble another one.")
+        found = [self.get(one) for one in members]
+        for one in found:
+            if one.task is None or one.task.verbalizer is None or one.members:
+                raise ConfigError(
+                    f"Expected soft prompts with labels in the ensemble {name!r}, found {one.name!r}, which is none; "
+                    f"leave it out."
+                )
+        chosen = require_ensemble([SoftPrompt.load(one.path) for one in found if one.path], vote)
+        self._ensembles[name] = (tuple(members), chosen)
+        model = self._together(name)
+        self._listed[name] = model.entry
+        return model
+
+    def _together(self, name: str) -> Model:
+        """An ensemble, with its members as they are now.
+
+        Raises:
+            ApiError: 404 or 503, as for :meth:`get`, for one of the members; 503, they have other labels by now.
+        """
+        names, vote = self._ensembles[name]
+        members = [self.get(one) for one in names]
+        first = members[0]
+        assert first.task is not None
+        label_sets = {frozenset(one.task.labels) if one.task else None for one in members}
+        if len(label_sets) > 1 or len({frozenset(one.card["fields"]) for one in members}) > 1:
+            raise ApiError(503, f"The members of {name!r} are not of one task any more; see /v1/models.")
+        content = hashlib.sha256(json.dumps([vote, *(one.content for one in members)]).encode()).hexdigest()
+        window = min(one.task.max_length for one in members if one.task is not None)
+        card = {
+            **_card(name, max(one.card["created"] for one in members), self.base.name, window),
+            **{key: first.card[key] for key in ("parent", "template", "fields", "labels")},
+            "num_virtual_tokens": sum(one.card["num_virtual_tokens"] for one in members),
+            "parametrisation": first.card["parametrisation"],
+            "bytes": sum(one.card["bytes"] for one in members),
+            "metrics": [],
+            "ensemble": list(names),
+            "vote": vote,
+            "content_hash": content,
+        }
+        return replace(first, name=name, card=card, content=content, path=None, members=tuple(members), vote=vote)
 
     def load(self, name: str, path: Path) -> Model:
         """Serves a soft prompt under a name, in the place of what had that name before.
@@ -114,6 +177,8 @@ class Catalog:
         """
         path = path.absolute()
         self._seen[name, path] = stamp = _stamp(path)
+        if name in self._ensembles:
+            raise StoreError(f"The name '{name}' is an ensemble's; load the soft prompt under another name.")
         if name == self.base.name:
             raise StoreError(
                 f"The name '{name}' is the base model's; rename the soft prompt's file, or load it under another name."
@@ -173,6 +238,7 @@ class Catalog:
             if known == name:
                 self._seen[name, path] = _stamp(path)
         del self._listed[name]
+        self._ensembles.pop(name, None)
         self._held.pop(name, None)
 
     def sync(self, files: Mapping[str, Path] | None = None) -> list[tuple[str, SoftPromptError | None]]:

@@ -52,7 +52,8 @@ class Inspector:
                 something else now.
         """
         if entry.path is None:
-            raise ApiError(400, f"Expected a soft prompt, found the base model {entry.name!r}.", param="name")
+            found = "an ensemble" if "ensemble" in entry.card else "the base model"
+            raise ApiError(400, f"Expected a soft prompt, found {found} {entry.name!r}.", param="name")
         loop = asyncio.get_running_loop()
         try:
             views = await loop.run_in_executor(self._thread, self._look, entry, entry.path)

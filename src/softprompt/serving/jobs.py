@@ -38,6 +38,8 @@ class Job:
             end of a text was cut.
         fields: the texts in the template.
         answer: of a job whose words are scored, what its ``Scores`` are to a client; None: as they are.
+        others: jobs whose words are scored, too, where several soft prompts answer together: their scores come with
+            this job's.
     """
 
     request: Request
@@ -52,6 +54,7 @@ class Job:
     template: Template | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
     answer: Callable[[Scores], Piece] | None = None
+    others: tuple[Job, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Scores:
-    """Log-probabilities of a request's words, natural logarithm, summed over a word's tokens."""
+    """Log-probabilities of a request's words, natural logarithm, summed over a word's tokens.
+
+    Attributes:
+        logprobs: one a word.
+        others: the same of ``Job.others``.
+    """
 
     logprobs: tuple[float, ...]
+    others: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True)

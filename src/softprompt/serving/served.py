@@ -19,6 +19,7 @@ from softprompt.model.embedder import Embedder
 from softprompt.model.request import Request, Sampling
 from softprompt.serving.jobs import Job, Piece, Scores
 from softprompt.serving.openai_api import ApiError
+from softprompt.tasks.ensemble import mean_logprobs
 from softprompt.tasks.predict import default_sampling
 from softprompt.tasks.task import Task
 from softprompt.text.template import Template
@@ -77,18 +78,20 @@ class LabelText:
         task: the task, with labels.
         sampling: temperature, nucleus and seed; nothing else of it is looked at.
         top_logprobs: how many of the most probable labels to tell beside it; None: tell nothing.
+        logprobs_of: scores → log-probability of each label.
     """
 
     task: Task
     sampling: Sampling
     top_logprobs: int | None
+    logprobs_of: Callable[[Scores], Mapping[str, float]]
 
     def __call__(self, scores: Scores) -> Piece:
         """The label as a whole text, which counts as many tokens as its first word has.
 
         Its only token is the label, with its log-probability given that it is one of the labels.
         """
-        found = self.task.label_logprobs(torch.tensor([scores.logprobs]))[0]
+        found = torch.tensor(list(self.logprobs_of(scores).values()))
         logprobs = [max(value, LEAST_LOGPROB) for value in found.tolist()]
         order = sorted(range(len(logprobs)), key=lambda label: -logprobs[label])
         chosen = order[0]
@@ -155,6 +158,8 @@ class Model(Entry):
         task: its own template, labels and length; None for the base model.
         vectors: the soft prompt on the CPU in the base model's dtype; None for the base model.
         chats: whether it continues whole conversations: the base model, or a soft prompt that was tuned on such.
+        members: of an ensemble its members, all of one label set; its task and vectors are those of the first.
+        vote: how an ensemble votes (``tasks.votes``).
     """
 
     lm: Embedder
@@ -162,6 +167,8 @@ class Model(Entry):
     task: Task | None = None
     vectors: torch.Tensor | None = None
     chats: bool = False
+    members: tuple[Model, ...] = ()
+    vote: str = "mean"
 
     @property
     def entry(self) -> Entry:
@@ -227,7 +234,8 @@ class Model(Entry):
         assert task is not None
         if task.verbalizer is not None:
             order = self.label(fields, truncate=wish.truncate, base_only=base_only)
-            return replace(order, label=LabelText(task, wish.sampling(Sampling()), wish.top_logprobs))
+            text = LabelText(task, wish.sampling(Sampling()), wish.top_logprobs, self.label_logprobs)
+            return replace(order, label=text)
         return self.continuing(task, fields, wish, default_sampling(task))
 
     def write_raw(self, prompt: str | Sequence[int], wish: Wish) -> Order:
@@ -239,6 +247,8 @@ class Model(Entry):
         Raises:
             ApiError: 400, there is nothing to continue, it does not fit, or a token is not in the vocabulary.
         """
+        if self.members:
+            raise self._not_of_several("raw")
         usual = Sampling(max_new_tokens=USUAL_TOKENS)
         if isinstance(prompt, str):
             if not prompt:
@@ -273,8 +283,36 @@ class Model(Entry):
                 param="model",
             )
         reserve = max(map(len, task.words))
+        if self.members:
+            return self._joint(fields, truncate, base_only)
         request = _encoded(lambda: task.label_request(Example(fields, None)), task, reserve, truncate)
         return Order(self._job(task, request), request.truncated)
+
+    def _joint(self, fields: Fields, truncate: bool, base_only: bool) -> Order:
+        """The labels' words scored by each member."""
+        if base_only:
+            raise self._not_of_several("base_only")
+        orders = [one.label(fields, truncate=truncate) for one in self.members]
+        first, *others = [replace(order.job, task=self.name) for order in orders]
+        return Order(replace(first, others=tuple(others)), any(order.truncated for order in orders))
+
+    def label_logprobs(self, scores: Scores, *, normalise: bool = False) -> dict[str, float]:
+        """Log-probability of each label, given that it is one of the labels; of an ensemble the joint one.
+
+        Args:
+            scores: of the words of its labels, or of each member's.
+            normalise: divide a word's log-probability by its number of tokens.
+        """
+        found = []
+        for model, of_words in zip(self.members or (self,), (scores.logprobs, *scores.others), strict=True):
+            assert model.task is not None
+            values = model.task.label_logprobs(torch.tensor([of_words]), normalise=normalise)[0]
+            found.append(dict(zip(model.task.labels, values.tolist(), strict=True)))
+        return mean_logprobs(found, self.vote) if self.members else found[0]
+
+    def _not_of_several(self, field: str) -> ApiError:
+        sentence = f"Expected no {field} for {self.name!r}, an ensemble; leave it out, or name one of its members."
+        return ApiError(400, sentence, param=field)
 
     def continuing(self, task: Task, fields: Fields, wish: Wish, usual: Sampling) -> Order:
         """Continues a template.

@@ -433,10 +433,17 @@ def _inputs(body: api.ClassifyRequest) -> list[tuple[str | None, dict[str, str] 
 
 
 def _labelled(model: Model, scores: Scores, normalise: bool) -> dict[str, Any]:
-    assert model.task is not None
-    logprobs = model.task.label_logprobs(torch.tensor([scores.logprobs]), normalise=normalise)[0]
-    probabilities = dict(zip(model.task.labels, logprobs.double().exp().tolist(), strict=True))
-    return {"label": max(probabilities, key=probabilities.__getitem__), "probabilities": probabilities}
+    logprobs = model.label_logprobs(scores, normalise=normalise)
+    values = torch.tensor(list(logprobs.values())).double().exp().tolist()
+    probabilities = dict(zip(logprobs, values, strict=True))
+    found = {"label": max(probabilities, key=probabilities.__getitem__), "probabilities": probabilities}
+    if not model.members:
+        return found
+    each = zip(model.members, (scores.logprobs, *scores.others), strict=True)
+    alone = {one.name: one.label_logprobs(Scores(of_words), normalise=normalise) for one, of_words in each}
+    labels = {name: max(of_one, key=of_one.__getitem__) for name, of_one in alone.items()}
+    differ = sum(label != found["label"] for label in labels.values())
+    return {**found, "members": labels, "disagreement": differ / len(labels)}
 
 
 async def _document(request: Request) -> object:

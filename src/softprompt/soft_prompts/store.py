@@ -151,6 +151,18 @@ class Store:
         """
         return SoftPrompt.load(self.find(name_or_path))
 
+    def load_several(self, names: str) -> list[SoftPrompt]:
+        """The soft prompts of names or paths with commas between them, or of a single one.
+
+        No name holds a comma; the path of a file that is there is one path, whatever it holds.
+
+        Raises:
+            StoreError, ArtifactError: as for :meth:`load`.
+        """
+        if "," not in names or local_path(names).is_file():
+            return [self.load(names)]
+        return [self.load(name.strip()) for name in names.split(",")]
+
     def names(self) -> tuple[str, ...]:
         """All names, sorted.
 

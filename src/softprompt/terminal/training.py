@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -13,9 +13,8 @@ from rich.progress import TextColumn
 
 from softprompt.data.wording import counted
 from softprompt.drawing.words import number, plain_metric, roughly, short
-from softprompt.evaluation.evaluate import OneAnswer
 from softprompt.terminal.console import Clock, Minute, can_redraw, progress_bar, stderr
-from softprompt.tuning.step import Step
+from softprompt.tuning.step import Alarm
 from softprompt.tuning.tracking import Track
 from softprompt.tuning.training import Training
 from softprompt.tuning.training_time import TrainingTime
@@ -35,7 +34,7 @@ def watch(training: Training, clock: Clock = time.monotonic, *, track: Track = l
     with progress_bar(unit, TextColumn("{task.fields[left]}")) as bar, heard_ctrl_c() as pressed:
         row = bar.add_task("step", total=training.total, completed=first, loss="–", metric="", speed="", left="")
         mean, metric, left = 0.0, "", ""
-        minute, doubt = Minute(clock), _OneAnswer()
+        minute = Minute(clock)
         last = began = clock()
         for count, step in enumerate(training, start=1):
             track(step)
@@ -49,7 +48,7 @@ def watch(training: Training, clock: Clock = time.monotonic, *, track: Track = l
                 metric = f"{found['metric']} {number(found['metric'], found['value'])}"
                 line = f"step {step.number:>5,}/{step.total:,}  loss {mean:.3f}  validation {plain_metric(found)}"
                 bar.console.print(line + "  best so far" * step.improved)
-                doubt.saw(step)
+            say_alarms(step.alarms)
             last = now
             if expected.ready and step.number < step.total:
                 seconds = expected.left(step.number)
@@ -66,23 +65,10 @@ def watch(training: Training, clock: Clock = time.monotonic, *, track: Track = l
                 raise KeyboardInterrupt
 
 
-class _OneAnswer:
-    """Warns where nearly all validation rows are given one answer: at the second such validation in a row, when the
-    start is behind it, and again each time after another answer was seen."""
-
-    def __init__(self) -> None:
-        self._times = 0
-
-    def saw(self, step: Step) -> None:
-        """Takes a step that ended with a validation."""
-        found = (step.validation or {}).get("one_answer")
-        self._times = self._times + 1 if found else 0
-        if found and self._times == 2:
-            said = OneAnswer(found["label"], found["share"], found["gold_share"])
-            stderr.print(
-                f"warning: the soft prompt {said}: it does not tell the labels apart so far. If that stays so, try "
-                f"more steps or --parametrisation prefix, and look at full fine-tuning with `softprompt compare`."
-            )
+def say_alarms(alarms: Sequence[Alarm]) -> None:
+    """Says on stderr what gives reason to doubt a training."""
+    for alarm in alarms:
+        stderr.print(f"warning: {alarm.sentence}")
 
 
 def _planned(training: Training) -> str:

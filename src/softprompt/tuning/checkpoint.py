@@ -88,7 +88,11 @@ def save(
         ) from error
 
 
-def load(folder: StrPath, *, earlier: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, Slots], dict[str, Any]]:
+Loaded = tuple[dict[str, torch.Tensor], dict[str, Slots], dict[str, Any]]
+"""Tensors, the optimizers' memories and the state, as they were given to ``save``."""
+
+
+def load(folder: StrPath, *, earlier: bool = False) -> Loaded:
     """Reads a checkpoint, the latest or the one before it.
 
     Returns:

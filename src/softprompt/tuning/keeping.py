@@ -50,7 +50,7 @@ class Keeper:
         if not math.isfinite(found["loss"]):
             self.worse += self.best is not None
             return False
-        self._latest = [*self._latest[1 - IN_A_ROW :], _scores(found)]
+        self._latest = [*self._latest[1 - IN_A_ROW :], scores_of(found)]
         scores = np.mean(self._latest, axis=0)
         if self.best is None or scores.mean() > np.mean(self._best_scores):
             self.best, self._best_scores, self.worse = found, scores.tolist(), 0
@@ -66,6 +66,11 @@ class Keeper:
     def score(self) -> float:
         """The highest mean score of validations in a row; minus infinity before the first."""
         return float(np.mean(self._best_scores)) if self._best_scores else -math.inf
+
+    @property
+    def scores(self) -> list[float]:
+        """Of each row, the mean score over the validations in a row that ``best`` ends; empty before the first."""
+        return self._best_scores
 
     @property
     def over(self) -> bool:
@@ -105,8 +110,8 @@ def _beyond_chance(lost: NDArray[np.float64]) -> bool:
     return bool(lost.mean() > CHANCE * lost.std(ddof=1) / math.sqrt(len(lost)))
 
 
-def _scores(found: Found) -> list[float]:
-    """The score of each row."""
+def scores_of(found: Found) -> list[float]:
+    """The score of each row: the probability of the right label, or minus the loss for free text."""
     losses = np.asarray(found["rows"]["loss"], dtype=np.float64)
     scores: list[float] = (np.exp(-losses) if "correct" in found["rows"] else -losses).tolist()
     return scores

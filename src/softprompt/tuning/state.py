@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from softprompt.tuning import checkpoint
 from softprompt.tuning.keeping import Keeper
 from softprompt.tuning.learner import Learner
+from softprompt.tuning.trend import Trend
 
 
 @dataclass(eq=False)
@@ -27,6 +28,7 @@ class State:
         step, tokens, seconds: what was done: optimizer steps, tokens computed, wall time without validations.
         rounds: steps computed, those included that were not finite.
         validations: all of them, without their rows.
+        trend: of the steps' losses and gradients.
         stopped: why it ended: ``steps``, ``early``, ``interrupted``, ``not finite``; empty while it runs.
         compiled: whether the decoder layers are compiled while it trains.
     """
@@ -41,6 +43,7 @@ class State:
     tokens: int = 0
     seconds: float = 0.0
     validations: list[dict[str, Any]] = field(default_factory=list)
+    trend: Trend = field(default_factory=Trend)
     stopped: str = ""
     compiled: bool = False
 
@@ -54,6 +57,11 @@ class State:
         """Adds a validation; its rows are in the log."""
         self.validations.append({key: value for key, value in found.items() if key != "rows"})
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers are learned."""
+        return sum(tensor.numel() for tensor in self.learner.form.tensors.values())
+
     def summary(self) -> dict[str, Any]:
         """What a soft prompt remembers of its training, JSON values."""
         best = self.keeper.best
@@ -62,7 +70,7 @@ class State:
             "best_step": self.step if best is None else best["step"],
             "stopped": self.stopped or "interrupted",
             "start": self.learner.number if best is None else best["start"],
-            "trainable_parameters": sum(tensor.numel() for tensor in self.learner.form.tensors.values()),
+            "trainable_parameters": self.parameters,
             "tokens": self.tokens,
             "train_seconds": round(self.seconds, 3),
             "compiled": self.compiled,
@@ -96,29 +104,21 @@ class State:
                 "starts": {role: [learner.number, learner.found] for role, learner in learners.items()},
                 "keeper": self.keeper.state(),
                 "validations": self.validations,
+                "trend": asdict(self.trend),
                 "stopped": self.stopped,
                 "compiled": self.compiled,
             },
             keep_earlier=keep_earlier,
         )
 
-    def load(
-        self, folder: Path, identity: Mapping[str, Any], begin: Callable[[int], Learner], *, earlier: bool = False
-    ) -> None:
-        """Becomes what the checkpoint holds.
+    def take_up(self, found: checkpoint.Loaded, begin: Callable[[int], Learner]) -> None:
+        """Becomes what a checkpoint holds.
 
         Args:
-            folder: where it is.
-            identity: that of this run.
+            found: the checkpoint, of this run.
             begin: the start of a number, before its first step.
-            earlier: the one before the latest.
-
-        Raises:
-            StoreError: the checkpoint is damaged.
-            ConfigError: it is of a run with other settings or data.
         """
-        tensors, optimizers, saved = checkpoint.load(folder, earlier=earlier)
-        checkpoint.require_same(folder, identity, saved["identity"])
+        tensors, optimizers, saved = found
         began = {role: begin(number) for role, (number, _) in saved["starts"].items()}
         for role, learner in began.items():
             with torch.no_grad():
@@ -132,6 +132,7 @@ class State:
         self.step, self.seconds, self.tokens = saved["step"], saved["seconds"], saved["tokens"]
         self.rounds = saved.get("rounds", self.step)  # earlier releases kept none
         self.validations, self.stopped, self.compiled = saved["validations"], saved["stopped"], saved["compiled"]
+        self.trend = Trend(**saved.get("trend", {}))  # earlier releases kept none
         if "keeper" in saved:
             self.keeper.resume(saved["keeper"])
         else:

@@ -11,6 +11,23 @@ from softprompt.tuning.learner import Learner
 
 
 @dataclass(frozen=True)
+class Alarm:
+    """A reason to doubt a training.
+
+    Attributes:
+        kind: what it is, one of the names in ``docs/guides/alarms.md``.
+        sentence: what was found, with the figure, and what to do; without a full stop.
+    """
+
+    kind: str
+    sentence: str
+
+    def as_dict(self) -> dict[str, str]:
+        """JSON values."""
+        return {"kind": self.kind, "sentence": self.sentence}
+
+
+@dataclass(frozen=True)
 class Step:
     """What one optimizer step did.
 
@@ -25,6 +42,7 @@ class Step:
         seconds: wall time, validation not included.
         validation: metric → value if the step ended with a validation.
         improved: whether that validation was the best so far.
+        alarms: what gives reason to doubt the training since this step.
     """
 
     number: int
@@ -37,6 +55,12 @@ class Step:
     validation: dict[str, Any] | None = None
     improved: bool = False
     saved: int = 0
+    alarms: tuple[Alarm, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values, of those that there are."""
+        there = {key: value for key, value in self.__dict__.items() if value is not None and key != "alarms"}
+        return there | ({"alarms": [alarm.as_dict() for alarm in self.alarms]} if self.alarms else {})
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from softprompt.data.example import Dataset, Example, check_targets
-from softprompt.errors import ConfigError, StoreError, TrainingError
+from softprompt.errors import ConfigError, ProcessError, StoreError, TrainingError
 from softprompt.evaluation.validation import validator
 from softprompt.files import StrPath
 from softprompt.model.fast.compiled import graphs_compiled
@@ -25,6 +25,7 @@ from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.task import Task
 from softprompt.text.tokens import SOFT
 from softprompt.tuning import checkpoint, compilation
+from softprompt.tuning.alarms import Watch
 from softprompt.tuning.config import DEFAULT_STEPS, EVAL_EVERY, INITS, TrainConfig
 from softprompt.tuning.gradients import Gradients, Share, Work
 from softprompt.tuning.history import History
@@ -37,7 +38,7 @@ from softprompt.tuning.rows import RowOrder, describe_rows, split_rows
 from softprompt.tuning.run_folder import Hold, RunFolder
 from softprompt.tuning.start import first_vectors, init_scale
 from softprompt.tuning.state import State
-from softprompt.tuning.step import Begun, Step
+from softprompt.tuning.step import Alarm, Begun, Step
 from softprompt.tuning.training_time import Schedule
 
 
@@ -55,6 +56,7 @@ class Training:
         task: template and verbalizer, bound to the base model.
         schedule: its steps and validations.
         truncated: how many inputs were cut.
+        watch: looks whether it learns; its ``before`` is what was to be seen before the first step.
         base_unchanged: whether every bit of the base model's weights is as it was before any training, as the latest
             ``result`` found; None before that.
     """
@@ -97,6 +99,9 @@ class Training:
             config = replace(config, num_virtual_tokens=max(1, task.num_virtual_tokens))
         self.config = config
         self.task, self.name = task, name
+        self._world = task.model.world
+        if not self._world.writes:  # the first process does, for all
+            folder = None
         self._run = folder if isinstance(folder, RunFolder) or folder is None else RunFolder(folder, name)
         self.folder = None if self._run is None else self._run.path
         if start is not None and self.config.lengths:
@@ -126,6 +131,8 @@ class Training:
             require_shared_prefix(task.model, task.template, self._requests)
         self.truncated = sum(request.truncated for request in self._requests)
         self._validator = validator(task, held_out)
+        self.watch = Watch(task, examples, held_out)
+        self._at_end: tuple[Alarm, ...] | None = None
         checked = [task.label_request(e) if task.words else task.target_request(e) for e in held_out]
         self.schedule = self._schedule(share_beginnings(checked))
         self._start = start
@@ -190,6 +197,17 @@ class Training:
         }
 
     @property
+    def alarms(self) -> tuple[Alarm, ...]:
+        """What gives reason to doubt what is learned: before its end, what was to be seen before the first step; at its
+        end all that was found, for which the base model answers some validation rows alone."""
+        if not self.ended or self.stopped not in ("", "steps", "early"):
+            return self.watch.before
+        if self._at_end is None:
+            start = None if self._start is not None else self._learner(self._state.learner.number).numbers()
+            self._at_end = self.watch.at_end(self._state, start, self.config)
+        return self._at_end
+
+    @property
     def learned(self) -> dict[str, torch.Tensor]:
         """The tensors that are learned, by name, on the base model's device; their gradients are those of the last
         step, clipped."""
@@ -230,7 +248,7 @@ class Training:
             while (begun := self.begin_step()) is not None:
                 started = time.perf_counter()
                 work = self._laid_out(begun)
-                losses = self._gradients.add(work, [begun.numbers])
+                losses = self._add(work, begun)
                 norm = begun.take_back()
                 following = None if on_cpu else self._following(begun)
                 if following is not None:
@@ -244,6 +262,14 @@ class Training:
                 if self.wants_save(step):
                     self.save()
                 yield step
+
+    def _add(self, work: Work, begun: Begun) -> torch.Tensor:
+        """Computes a step's gradient; where another process is lost, what was learned before is kept."""
+        try:
+            return self._gradients.add(work, [begun.numbers])
+        except ProcessError:
+            self.save()
+            raise
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -332,6 +358,7 @@ class Training:
         tried = self.schedule.ends_start(state.step)
         if (begun.place + 1) % self.schedule.every == 0 or state.step == self.total or tried:
             step = self._validate(step)
+        step = self.watch.saw(step, state, self.config)
         if tried:
             self._compare_starts(step.validation)
         if state.step >= self.total:
@@ -370,6 +397,11 @@ class Training:
 
     def _begin(self, number: int) -> Learner:
         """The start of that number, before its first step."""
+        learner = self._learner(number)
+        self._history.add(number, number * self.schedule.probe, learner.numbers())
+        return learner
+
+    def _learner(self, number: int) -> Learner:
         first = self._requests[0].ids
         form = parametrise(
             self.task.model,
@@ -381,7 +413,6 @@ class Training:
         )
         learner = Learner(number, form, make_optimizer(self.config, *form.tensors.values()), None)
         learner.average = learner.numbers() if self.config.average else None
-        self._history.add(number, number * self.schedule.probe, learner.numbers())
         return learner
 
     def _compare_starts(self, found: dict[str, Any] | None) -> None:
@@ -450,6 +481,7 @@ class Training:
                 **state.summary(),
                 "dtype": str(lm.dtype).removeprefix("torch."),
                 "device": lm.device.type,
+                "alarms": [alarm.kind for alarm in self.alarms],
             },
             data=self._data,
             metrics=() if best is None else tuple({"split": "validation", **metric} for metric in best["metrics"]),
@@ -528,16 +560,21 @@ class Training:
         }
 
     def _open_folder(self, resume: bool) -> None:
-        run = self._run
-        if run is None:
-            return
+        found = self._world.from_first(lambda: self._opened(resume))
+        if found is not None:
+            self._go_on(found)
+
+    def _opened(self, resume: bool) -> checkpoint.Loaded | None:
+        """Takes the folder; the checkpoint that is gone on from, if there is one."""
+        if (run := self._run) is None:
+            return None
         self._hold.take()
         try:
             checkpoint.tidy(run.path)
-            if resume and run.stopped:
-                self._load()
-            else:
+            found = self._checkpoint() if resume and run.stopped else None
+            if found is None:
                 run.clear()
+            return found
         except BaseException as error:
             self._hold.give_back()
             if isinstance(error, OSError):
@@ -567,17 +604,26 @@ class Training:
         Raises:
             StoreError: there is none, or it was written at another time.
         """
-        self._load(earlier=True)
+        self._go_on(self._world.from_first(lambda: self._checkpoint(earlier=True)))
         if self.rounds != rounds:
             raise StoreError(
                 f"the earlier checkpoint in {self.folder} was written after {self.rounds} steps, and {rounds} are "
                 f"needed; {checkpoint.ANEW}"
             )
 
-    def _load(self, *, earlier: bool = False) -> None:
+    def _checkpoint(self, *, earlier: bool = False) -> checkpoint.Loaded:
+        """A checkpoint of this run in the folder, the latest or the one before it."""
         assert self.folder is not None
+        found = checkpoint.load(self.folder, earlier=earlier)
+        checkpoint.require_same(self.folder, self._identity(), found[2]["identity"])
+        return found
+
+    def _go_on(self, found: checkpoint.Loaded) -> None:
+        """Becomes what a checkpoint holds."""
         state = self._state
-        state.load(self.folder, self._identity(), self._begin, earlier=earlier)
+        state.take_up(found, self._begin)
+        if self.folder is None:
+            return
         self._history.resume(state.step)
         best = state.keeper.best
         if best is not None:  # it may have been thinned out since
@@ -589,7 +635,7 @@ class Training:
         if self._run is None:
             return
         try:
-            self._run.log({key: value for key, value in step.__dict__.items() if value is not None})
+            self._run.log(step.as_dict())
             if step.validation is not None:
                 self._history.write(self._state.validations, self._state.keeper.best)
         except OSError as error:

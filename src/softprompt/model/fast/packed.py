@@ -24,7 +24,8 @@ class PackedWeights:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        layers = [module for module in model.modules() if type(module) is nn.Linear]
+        linear = [module for module in model.modules() if type(module) is nn.Linear]
+        layers = [module for module in linear if type(module.weight) is nn.Parameter]  # whole, not divided
         fitting = sum(layer.weight.nbytes for layer in layers) <= MOST_BYTES
         self._layers = layers if fitting and can_pack(model) else []
         self._copies: dict[nn.Linear, tuple[tuple[int, int], torch.Tensor, torch.Tensor]] = {}
