@@ -30,6 +30,7 @@ from softprompt.model.frozen import FrozenLM
 from softprompt.model.loading import lasting
 from softprompt.model.request import Sampling
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
+from softprompt.soft_prompts.store import is_name
 from softprompt.tasks import predict as answering
 from softprompt.tasks.ensemble import Ensemble
 from softprompt.tasks.predict import Predictions, Progress, Query
@@ -233,6 +234,10 @@ def fit_many(
             trainings.append(given)
             continue
         job = _job({**defaults, **given}, number)
+        if folder is not None and not is_name(job.name):
+            raise ConfigError(
+                f"job {job.name!r}: with a folder, a name is letters, digits, '-', '_' and '.'; choose another."
+            )
         own = None if folder is None else Path(folder) / job.name
         if own is not None and any(each.folder == local_path(own) for each in trainings):
             raise ConfigError(f"Two jobs are called {job.name!r}; give each a name of its own.")

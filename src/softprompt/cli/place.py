@@ -92,8 +92,9 @@ class Place:
                 f"its own command and --resume, or add --overwrite to start anew."
             )
         if stopped and not self.resume:
+            what = "A sweep of" if self.run.kind == "sweep" else "A training of"
             raise StoreError(
-                f"A {self.run.kind} of {self.path.stem!r} was stopped before its end, see {self.run.path}; "
+                f"{what} {self.path.stem!r} was stopped before its end, see {self.run.path}; "
                 f"add --resume to go on with it, or --overwrite to start anew."
             )
         if stopped:
