@@ -73,9 +73,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-def make_model(kind: str) -> Any:
+def make_model(kind: str, **sizes: Any) -> Any:
     """A tiny model of an architecture with seeded random weights, large enough that attention is far from uniform."""
-    options = dict(SIZES)
+    options = SIZES | sizes
     model_type = kind.removesuffix("-sliding")
     if kind == "gpt2":
         options = {"vocab_size": 320, "n_embd": 32, "n_inner": 48, "n_layer": 3, "n_head": 4, "n_positions": 128}
@@ -213,7 +213,7 @@ def spawn() -> Iterator[Callable[..., Any]]:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["tests.conftest", "softprompt.tuning.training", "transformers.models.llama.modeling_llama"]
+        ["tests.conftest", "softprompt.cli.train", "transformers.models.llama.modeling_llama"]
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))

@@ -233,7 +233,7 @@ def test_a_loss_that_is_not_finite_is_told(lm: FrozenLM, monkeypatch: pytest.Mon
     monkeypatch.setattr(Gradients, "add", poisoned)
     with pytest.warns(SoftPromptWarning, match="not finite") as told:
         found = sp.train(lm, rows(40), **SETTINGS)
-    assert "lr below" in str(told[0].message)
+    assert any("lr below" in str(warning.message) for warning in told)
     assert found.vectors.isfinite().all()
     assert found.training["steps_done"] == 3
 

@@ -94,6 +94,7 @@ def test_one_that_learns_nothing_is_none(monkeypatch: pytest.MonkeyPatch) -> Non
         ([{"name": "a", "data": "none.jsonl"}], {}, DataError, ("job 'a'", "none.jsonl")),
         ([{"data": rows(9), "lr": 0}], {}, ConfigError, ("job 'soft-prompt-1'", "lr must be")),
         ([{"name": "a", "data": rows(9)}] * 2, {"folder": "runs"}, ConfigError, ("Two jobs are called 'a'",)),
+        ([{"name": "../a", "data": rows(9)}], {"folder": "runs"}, ConfigError, ("job '../a'", "choose another")),
     ],
 )
 def test_mistakes_name_the_job(

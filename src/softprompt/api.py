@@ -25,10 +25,12 @@ from softprompt.evaluation import evaluate as evaluation
 from softprompt.evaluation.ensemble import evaluate_ensemble
 from softprompt.evaluation.evaluate import Evaluation
 from softprompt.files import StrPath, local_path
+from softprompt.model.distributed import ALONE, World
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.loading import lasting
 from softprompt.model.request import Sampling
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
+from softprompt.soft_prompts.store import is_name
 from softprompt.tasks import predict as answering
 from softprompt.tasks.ensemble import Ensemble
 from softprompt.tasks.predict import Predictions, Progress, Query
@@ -66,6 +68,8 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    quantize: str | None = None,
+    world: World = ALONE,
 ) -> FrozenLM:
     """A frozen base model, which all that follows shares.
 
@@ -73,7 +77,7 @@ def load_model(
         base: ``smollm2-135m``, a hub id, a folder with safetensors, a GGUF file, or a causal language model of
             transformers that is loaded already. Such a model is frozen in place: it is set to evaluation mode, none of
             its weights requires a gradient any more, its attention is computed by softprompt, with the same results,
-            and ``dtype`` and ``device`` are applied if given. Its weights are not changed otherwise.
+            and ``dtype``, ``device`` and ``quantize`` are applied if given. Its weights are not changed otherwise.
         tokenizer: with a model that is loaded already, its tokenizer.
         name: what soft prompts remember as their base model, to find it again; by default ``base``, or where the model
             was loaded from.
@@ -82,15 +86,27 @@ def load_model(
             it natively, and fp32 elsewhere.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` …; ``auto`` is that of a loaded model, else the best there is.
         trust_remote_code: run code that comes with the model.
+        quantize: ``nf4``, ``int8``, ``int4`` or ``fp8``: what its linear layers are stored in from now on; None: as
+            they are, also where the model is quantised already.
+        world: ``World.join()`` in a script that ``torchrun`` starts: the processes that share the work; not for a model
+            that is loaded already.
 
     Raises:
         BaseModelError: the model cannot be found or read, or is no causal language model.
-        ConfigError: an unknown dtype or device, or a loaded model without its tokenizer.
+        ConfigError: an unknown dtype, device or precision, one that this machine cannot compute with, or a loaded model
+            without its tokenizer.
     """
     if isinstance(base, str | os.PathLike):
         if tokenizer is not None or copy:
             raise ConfigError("tokenizer and copy are for a model that is loaded already; leave them out, or give one.")
-        lm = FrozenLM.load(lasting(base), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        lm = FrozenLM.load(
+            lasting(base),
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            quantize=quantize,
+            world=world,
+        )
         lm.name = name or lm.name
         return lm
     if tokenizer is None or not hasattr(base, "get_input_embeddings"):
@@ -99,7 +115,7 @@ def load_model(
             f"Expected a model's id, folder or .gguf file, or a loaded transformers model and its tokenizer, "
             f"found {found}; write load_model(model, tokenizer)."
         )
-    return FrozenLM.wrap(base, tokenizer, name=name, copy=copy, dtype=dtype, device=device)
+    return FrozenLM.wrap(base, tokenizer, name=name, copy=copy, dtype=dtype, device=device, quantize=quantize)
 
 
 def train(
@@ -172,8 +188,9 @@ def train(
         config=with_settings(config, settings),
     ).on(lm)
     training = job.training(lm, folder=folder, resume=resume)
-    with tracking(track, training, Path(folder or "runs") / "tensorboard") as report:
-        _run(training, job.reading, report, progress)
+    writes = lm.world.writes
+    with tracking(track if writes else None, training, Path(folder or "runs") / "tensorboard") as report:
+        _run(training, job.reading, report, progress and writes)
     return training.result()
 
 
@@ -217,6 +234,10 @@ def fit_many(
             trainings.append(given)
             continue
         job = _job({**defaults, **given}, number)
+        if folder is not None and not is_name(job.name):
+            raise ConfigError(
+                f"job {job.name!r}: with a folder, a name is letters, digits, '-', '_' and '.'; choose another."
+            )
         own = None if folder is None else Path(folder) / job.name
         if own is not None and any(each.folder == local_path(own) for each in trainings):
             raise ConfigError(f"Two jobs are called {job.name!r}; give each a name of its own.")

@@ -8,7 +8,8 @@
     ├── ArtifactError        a soft prompt's file that is truncated, corrupted or foreign
     ├── StoreError           a name or folder of the store: unknown, taken, unwritable, full
     ├── HubError             the Hugging Face Hub cannot be reached, refuses, or answers what cannot be used
-    └── TrainingError        a training that cannot go on: a loss that is not finite
+    ├── TrainingError        a training that cannot go on: a loss that is not finite
+    └── ProcessError         another process of the same run is lost, or cannot be reached
 
 The command line prints the sentence on stderr and exits with 2. Anything else that is raised is a defect of ours.
 ``SoftPromptWarning`` is what a user should know of a run that goes on.
@@ -53,5 +54,13 @@ class TrainingError(SoftPromptError):
     """Training cannot go on, for example since the loss is no longer finite."""
 
 
+class ProcessError(SoftPromptError):
+    """Another process of the same run is lost or cannot be reached."""
+
+
 class SoftPromptWarning(UserWarning):
     """Something is not as it should be, and the run goes on without it; the command line prints it on stderr."""
+
+
+class PrecisionWarning(SoftPromptWarning):
+    """A soft prompt is used on its base model in another precision than it was trained in."""

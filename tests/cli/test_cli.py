@@ -533,6 +533,7 @@ def test_ctrl_c_by_signal(home: Path, base: str) -> None:
     assert program.stderr is not None
     assert program.stderr.readline().startswith("data: 40 rows, 2 labels")
     lines = iter(program.stderr.readline, "")
+    assert "4 validation rows" in next(lines)
     assert next(lines).startswith("plan: 100,000 steps")
     assert any(line.startswith("step     5/100,000") for line in lines)
     program.send_signal(signal.SIGINT)

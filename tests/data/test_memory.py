@@ -106,7 +106,7 @@ def test_images_in_messages_are_refused(kind: str) -> None:
     parts = [{"type": "text", "text": "what is this?"}, {"type": kind}]
     rows = [{"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "a cat"}]}]
     with pytest.raises(DataError, match=f'message 1, found a part of type "{kind}" .*images are not read'):
-        read_dataset(rows, fields=None)
+        read_dataset(rows, fields=None, format="messages")
 
 
 def test_a_path_that_is_called_image_is_text() -> None:

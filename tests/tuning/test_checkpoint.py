@@ -352,7 +352,9 @@ def test_the_log_has_a_line_for_every_step(tmp_path: Path) -> None:
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["number"] for line in logged] == list(range(1, 13))
     for line, step in zip(logged, steps, strict=True):
-        assert line == {name: value for name, value in step.__dict__.items() if value is not None}
+        alarms = {"alarms": [alarm.as_dict() for alarm in step.alarms]} if step.alarms else {}
+        told = {name: value for name, value in step.__dict__.items() if value is not None and name != "alarms"}
+        assert line == told | alarms
     assert isinstance(steps[0], Step)
     assert [step.number for step in steps if step.validation] == [5, 10, 12]
 

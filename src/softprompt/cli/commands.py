@@ -17,6 +17,7 @@ from softprompt.cli.groups import (
     Elsewhere,
     Learning,
     LearningOnce,
+    Measured,
     Output,
     Sweeping,
     Vote,
@@ -38,6 +39,8 @@ from softprompt.cli.options import (
     Name,
     Names,
     OneTargetColumns,
+    Quantize,
+    SharedLoading,
     TextOptions,
     completed,
     data_option,
@@ -75,7 +78,7 @@ def train_command(
     base: Annotated[
         str | None, model_option("The frozen model: alias, hub id, folder or .gguf file.", DEFAULT_BASE)
     ] = None,
-    loading: Loading,
+    loading: SharedLoading,
     as_json: Json = False,
 ) -> None:
     """Tune a soft prompt on labelled or free-text examples and store it.
@@ -312,14 +315,13 @@ def serve_command(
 def evaluate_command(
     name: Names,
     test: Annotated[str, typer.Argument(metavar="TEST", help=SOURCE)],
-    metric: Annotated[list[str] | None, option("Only these metrics, the first is the headline.", "all")] = None,
-    plot: Annotated[Path | None, option("Draw accuracy over confidence to this .png or .svg file.")] = None,
     *,
     answering: Answering,
+    measured: Measured,
     generated: TextOptions,
     columns: Columns,
     base: Base = None,
-    loading: Loading,
+    loading: SharedLoading,
     as_json: Json = False,
 ) -> None:
     """Measure a soft prompt on rows with targets, or several that answer together.
@@ -332,6 +334,7 @@ def evaluate_command(
     softprompt evaluate sst2 test.jsonl --base-only --json
     softprompt evaluate sst2-0,sst2-1,sst2-2 test.jsonl --plot reliability.png
     softprompt evaluate qa test.csv --metric token_f1 --stop "\\n"
+    softprompt evaluate sst2 test.jsonl --on nf4 int8
     """
     from softprompt.cli.evaluate import measure
 
@@ -340,8 +343,7 @@ def evaluate_command(
         test,
         columns,
         answering,
-        metrics=metric,
-        plot=plot,
+        measured,
         sampling=generated.given(),
         base=base,
         loading=loading,
@@ -364,7 +366,7 @@ def predict_command(
     encoding: Encoding = None,
     format: Format = None,
     base: Base = None,
-    loading: Loading,
+    loading: SharedLoading,
     as_json: Json = False,
 ) -> None:
     """Answer input texts: a label with probabilities, or generated text.
@@ -626,6 +628,7 @@ def demo_command(
     out: Annotated[Path | None, option("Copy data, soft prompt and results.json into this folder, too.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    quantize: Quantize = None,
     as_json: Json = False,
 ) -> None:
     """The whole way on real data: tune, measure, keep and swap, in minutes on two cores.
@@ -638,7 +641,7 @@ def demo_command(
     """
     from softprompt.cli.demo import demo
 
-    demo(seed, steps, out, Loading(dtype, device), as_json)
+    demo(seed, steps, out, Loading(dtype, device, quantize=quantize), as_json)
 
 
 COMMANDS: dict[str, Any] = {

@@ -32,6 +32,7 @@ from softprompt.errors import StoreError
 from softprompt.evaluation.evaluate import Evaluation, evaluate
 from softprompt.files import atomic_writer, local_path
 from softprompt.model.frozen import FrozenLM
+from softprompt.model.quantized import bytes_of
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
 from softprompt.tasks.predict import Prediction, Query, predict
@@ -203,7 +204,7 @@ def run(load: Callable[[], FrozenLM], splits: Mapping[str, Dataset], config: Tra
         zero_shot=zero_shot,
         tuned=after,
         base_digests=(lm.digest_before, lm.weights_digest()),
-        base_bytes=sum(weight.nbytes for weight in lm.model.parameters()),
+        base_bytes=bytes_of(lm.model),
         answers=tuple(_answers(task, (untuned, tuned.vectors))),
         swap_seconds=_swap_seconds(lm, (untuned, tuned.vectors)),
         load_seconds=load_seconds,

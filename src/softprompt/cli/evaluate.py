@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softprompt.cli.groups import Answering
+from softprompt.cli.groups import Answering, Measured
 from softprompt.cli.options import Columns, Loading
+from softprompt.cli.precisions import measure_on
 from softprompt.cli.predict import asked, asked_for, of_whom
 from softprompt.data.example import Dataset
 from softprompt.drawing.words import number, simple_table
@@ -33,9 +34,8 @@ def measure(
     test: str,
     columns: Columns,
     answering: Answering,
+    measured: Measured,
     *,
-    metrics: Sequence[str] | None,
-    plot: Path | None,
     sampling: Mapping[str, Any],
     base: str | None,
     loading: Loading,
@@ -48,12 +48,17 @@ def measure(
         SoftPromptError: a mistake of the user's, see each step.
     """
     began = time.perf_counter()
-    soft_prompts = asked_for(names, answering)
+    soft_prompts, metrics = asked_for(names, answering), measured.metric
     soft_prompt = soft_prompts[0]
     labels = soft_prompt.verbalizer is not None
     choose_metrics(metrics, labels=labels, of_one=not soft_prompts[1:])
-    path = _plot_path(plot, labels)
+    path = _plot_path(measured.plot, labels)
     dataset = _read(soft_prompt, test, columns)
+    if measured.on:
+        if soft_prompts[1:] or path is not None:
+            raise ConfigError("--on measures one soft prompt, without --plot; give one name, and leave --plot out.")
+        measure_on(measured.on, soft_prompt, dataset, answering, metrics, sampling, base, loading, as_json=as_json)
+        return
     lm = loading.load(base or soft_prompt.base)
     dataset = with_answers(dataset, lm.tokenizer)
     together = Ensemble.of(lm, soft_prompts, answering.vote) if soft_prompts[1:] else None
@@ -71,6 +76,7 @@ def measure(
     warn_truncated(found.truncated, task.max_length)
     called = of_whom(soft_prompts, together)["name"]
     what = f"{lm.name} without a soft prompt" if answering.base_only else f"{called} on {lm.name}"
+    what += f" ({lm.quantized})" if lm.quantized else ""
     if found.most_frequent is not None and found.most_frequent.is_telling:
         stderr.print(f"warning: {what} {found.most_frequent}")
     if path is not None:
@@ -91,6 +97,7 @@ def measure(
                 "normalise_length": normalise,
                 "sampling": asdict(settings) if task.verbalizer is None else None,
                 "dtype": str(lm.dtype).removeprefix("torch."),
+                "precision": lm.precision,
                 "seconds": round(time.perf_counter() - began, 3),
             }
         )

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from softprompt.cli.options import SEED_RANGE, BaseOnly, Normalise, completed, flag, option
+from softprompt.cli.options import PRECISIONS, SEED_RANGE, BaseOnly, Normalise, completed, flag, option
 from softprompt.errors import ConfigError
 from softprompt.methods.registry import METHODS
 from softprompt.serving.limits import Limits
@@ -34,6 +34,7 @@ Vote = Annotated[
         choices=VOTES,
     ),
 ]
+DTYPES = ("fp32", "bf16", "fp16")
 
 _run = partial(option, panel="The run")
 _learn = partial(option, panel="Learning")
@@ -67,6 +68,22 @@ class Output:
         if self.name is not None and len(self.name) > 1:
             raise ConfigError(f"Expected one --name for one data file, found {', '.join(self.name)}; give one of them.")
         return None if self.name is None else self.name[0]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What ``softprompt evaluate`` measures, and on what."""
+
+    metric: Annotated[list[str] | None, option("Only these metrics, the first is the headline.", "all")] = None
+    plot: Annotated[Path | None, option("Draw accuracy over confidence to this .png or .svg file.")] = None
+    on: Annotated[
+        list[str] | None,
+        option(
+            f"Measure with the base model in these precisions as well: {', '.join((*PRECISIONS, *DTYPES))}.",
+            panel="Base model",
+            choices=(*PRECISIONS, *DTYPES),
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)

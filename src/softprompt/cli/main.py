@@ -18,7 +18,9 @@ from typer.core import TyperCommand, TyperGroup
 import softprompt
 from softprompt.cli.arguments import spread
 from softprompt.cli.commands import COMMANDS
+from softprompt.cli.processes import Stopped, join_for, one_of_several
 from softprompt.errors import SoftPromptError
+from softprompt.model.distributed import is_first, is_to_say, leave, noticing_loss
 from softprompt.model.notes import as_note, hear_warnings
 from softprompt.terminal.console import stderr
 
@@ -50,26 +52,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show must still be told apart
+    with one_of_several():
+        return _run(sys.argv[1:] if arguments is None else list(arguments))
+
+
+def _run(arguments: list[str]) -> int:
     try:
         with warnings.catch_warnings():
             hear_warnings()
             warnings.showwarning = lambda message, *_: print(f"Note: {as_note(str(message))}.", file=sys.stderr)
-            command_line()(sys.argv[1:] if arguments is None else list(arguments), prog_name="softprompt")
+            with noticing_loss():
+                command_line()(arguments, prog_name="softprompt")
         code = 0
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else 1
     except KeyboardInterrupt:
         code = 130
     except SoftPromptError as error:
-        code = _fail(str(error))
+        code = _fail(str(error), is_to_say(error))
+    except Stopped as stopped:
+        code = _fail(str(stopped), is_first())
     except OSError as error:
         place = f"{error.filename} " if error.filename else ""
         code = _fail(f"{place}cannot be read or written: {error.strerror or error}; check the disk and permissions")
+    if code == 0:
+        leave()  # where a process was lost, the others would be waited for
     return code if _flushed() else 1
 
 
-def _fail(sentence: str) -> int:
-    stderr.print(f"error: {sentence}")
+def _fail(sentence: str, is_to_say: bool = True) -> int:
+    if is_to_say and not is_first():  # of several processes, the others are silent but for what the first cannot know
+        print(f"error in process {os.environ['RANK']}: {sentence}", file=sys.__stderr__)
+    elif is_to_say:
+        stderr.print(f"error: {sentence}")
     return 2
 
 
@@ -90,11 +105,12 @@ def _show_version(wanted: bool) -> None:
 
 
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
-    pass
+    join_for(context.invoked_subcommand)
 
 
 class _Group(TyperGroup):

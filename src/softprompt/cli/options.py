@@ -15,6 +15,8 @@ from softprompt.data.formats import FORMATS
 from softprompt.errors import ConfigError, StoreError
 from softprompt.terminal.console import stderr
 
+SHARDS = ("none", "fsdp", "tp")
+
 if TYPE_CHECKING:
     from softprompt.data.example import Dataset
     from softprompt.model.frozen import FrozenLM
@@ -132,6 +134,26 @@ Dtype = Annotated[
     ),
 ]
 Device = Annotated[str, model_option("auto, cpu, cuda, mps …", "auto", choices=("auto", "cpu", "cuda", "mps"))]
+Sharding = Annotated[
+    str,
+    model_option(
+        "For base models larger than a device, under torchrun: fsdp or tp (tensor parallel); none: each process has "
+        "all of it.",
+        "none",
+        choices=SHARDS,
+    ),
+]
+PRECISIONS = ("nf4", "int8", "int4", "fp8")
+Quantize = Annotated[
+    str | None,
+    model_option(
+        "nf4, int8, int4 or fp8: what the linear layers of the base model are stored in. nf4 needs the library "
+        "bitsandbytes.",
+        "as they are",
+        choices=PRECISIONS,
+    ),
+]
+BaseDtype = Annotated[str | None, model_option("fp8: another spelling of --quantize fp8.", choices=("fp8",))]
 Trust = Annotated[bool, flag("--trust-remote-code", "Run code that comes with the model.", panel="Base model")]
 
 
@@ -142,25 +164,65 @@ class Loading:
     dtype: Dtype = "auto"
     device: Device = "auto"
     trust_remote_code: Trust = False
+    quantize: Quantize = None
+    base_dtype: BaseDtype = None
+
+    @property
+    def precision(self) -> str | None:
+        """What the base model is to be quantised to.
+
+        Raises:
+            ConfigError: ``--base-dtype`` is something else than fp8, or contradicts ``--quantize``.
+        """
+        if self.base_dtype not in (None, "fp8") or (self.base_dtype and self.quantize not in (None, "fp8")):
+            raise ConfigError(
+                f"--base-dtype can only be fp8, which is --quantize fp8, not {self.base_dtype!r} with --quantize "
+                f"{self.quantize}; give one of --quantize {', '.join(PRECISIONS)}, or --dtype."
+            )
+        return self.quantize or self.base_dtype
 
     def load(self, base: str) -> FrozenLM:
         """Loads a base model, which is said on stderr.
 
         Raises:
             BaseModelError: it cannot be found or read.
-            ConfigError: an unknown dtype or device.
+            ConfigError: an unknown dtype, device or precision, or one that this machine cannot compute with.
         """
         with stderr.status(f"loading {base}"):
             return self.load_quietly(base)
 
     def load_quietly(self, base: str) -> FrozenLM:
         """As :meth:`load`, without a word."""
+        from softprompt.model.distributed import World
         from softprompt.model.frozen import FrozenLM
         from softprompt.model.loading import lasting
 
         return FrozenLM.load(
-            lasting(base), dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code
+            lasting(base),
+            dtype=self.dtype,
+            device=self.device,
+            trust_remote_code=self.trust_remote_code,
+            world=World.join(self._shard),
+            quantize=self.precision,
         )
+
+    @property
+    def _shard(self) -> Any:
+        """What each of several processes holds of the base model."""
+        return "none"
+
+
+@dataclass(frozen=True)
+class SharedLoading(Loading):
+    """The same for commands that several processes share."""
+
+    shard: Sharding = "none"
+
+    @property
+    def _shard(self) -> Any:
+        if self.shard not in SHARDS:
+            raise ConfigError(f"--shard must be one of {', '.join(SHARDS)}, not {self.shard!r}.")
+        return self.shard
 
 
 # --- data -----------------------------------------------------------------------------------------

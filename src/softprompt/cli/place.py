@@ -9,6 +9,7 @@ from pathlib import Path
 
 from softprompt.errors import ConfigError, StoreError
 from softprompt.files import local_path
+from softprompt.model.distributed import is_first
 from softprompt.soft_prompts import artifact
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
@@ -61,8 +62,9 @@ class Place:
         else:
             run = RunFolder(Path(f"{path}.run"), path.stem)
             place = cls(name or path.stem, path, run, store, None, overwrite=overwrite, resume=resume)
-        place.run.require_free()
-        place.check()
+        if is_first():  # of several processes, the others write nothing
+            place.run.require_free()
+            place.check()
         return place
 
     @classmethod
@@ -90,8 +92,9 @@ class Place:
                 f"its own command and --resume, or add --overwrite to start anew."
             )
         if stopped and not self.resume:
+            what = "A sweep of" if self.run.kind == "sweep" else "A training of"
             raise StoreError(
-                f"A {self.run.kind} of {self.path.stem!r} was stopped before its end, see {self.run.path}; "
+                f"{what} {self.path.stem!r} was stopped before its end, see {self.run.path}; "
                 f"add --resume to go on with it, or --overwrite to start anew."
             )
         if stopped:
@@ -115,6 +118,9 @@ class Place:
         Raises:
             StoreError: as for :meth:`check`; or another run has the place, or the folder cannot be written.
         """
+        if not is_first():
+            yield
+            return
         with self.run:
             self.check()
             given_up = [self.path.read_bytes()] if self.overwrite and self.path.is_file() else []
@@ -127,6 +133,8 @@ class Place:
         Raises:
             StoreError: the file cannot be written, or another soft prompt was put there in the meantime.
         """
+        if not is_first():
+            return
         with nullcontext() if self.stored_as is None else self.store.locked():
             if self._taken():
                 raise StoreError(

@@ -19,6 +19,7 @@ from softprompt.data.packages import DEFAULT_BASE
 from softprompt.drawing.words import duration, plain_metric
 from softprompt.errors import ConfigError, StoreError, TrainingError
 from softprompt.files import strict_json
+from softprompt.model.distributed import is_first
 from softprompt.model.frozen import FrozenLM
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
@@ -65,7 +66,7 @@ def tune(
         say_reading(job.reading)
         warn_truncated(training.truncated, training.task.max_length)
         say_alarms(training.watch.before)
-        with tracking(output.track, training, place.run.path / "tensorboard") as track:
+        with tracking(output.track if is_first() else None, training, place.run.path / "tensorboard") as track:
             _train_and_store(training, place, job.reading, began, track, as_json, trial)
 
 
@@ -158,6 +159,8 @@ def _train_and_store(
         raise typer.Exit(130)
     soft_prompt = training.result()
     place.save(soft_prompt)
+    if not is_first():  # which writes and reports
+        raise typer.Exit(130 if interrupted else 2 if training.stopped == "not finite" else 0)
     if not interrupted:
         (place.run.path / checkpoint.FILE).unlink(missing_ok=True)  # what has ended cannot be resumed
     training.watch.require_same_answers(place.path, soft_prompt)

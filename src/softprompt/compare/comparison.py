@@ -142,6 +142,7 @@ class Comparison:
             try:
                 began = time.perf_counter()
                 lm, _ = self._base(base)
+                self._require_weights(base, lm)
                 if timed:
                     self._time(base, lm, time.perf_counter() - began)
             except (RuntimeError, MemoryError) as error:
@@ -152,6 +153,16 @@ class Comparison:
                     f"leave it out of --bases, or choose another --dtype or --device."
                 ) from error
         self._checked = True
+
+    def _require_weights(self, base: str, lm: FrozenLM) -> None:
+        """Refuses methods that train weights where there are only codes; PEFT has adapters beside bitsandbytes'."""
+        found = {key.method for key in self.todo() if key.base == base and METHODS[key.method].kind == "weights"}
+        found -= {"lora"} if lm.quantized == "nf4" else set()
+        if lm.quantized and found:
+            raise ConfigError(
+                f"{' and '.join(sorted(found))} would train the weights of {base}, of which there are {lm.quantized} "
+                "codes alone; leave --quantize out, or name other --methods."
+            )
 
     def _time(self, base: str, lm: FrozenLM, load: float) -> None:
         self._notice(f"timing {base} on some test rows")

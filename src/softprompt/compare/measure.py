@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from softprompt.model.frozen import FrozenLM
+from softprompt.model.quantized import bytes_of
 from softprompt.model.request import Request
 from softprompt.model.state.slots import give_back_freed
 
@@ -51,7 +52,7 @@ def peak_memory(lm: FrozenLM) -> Iterator[list[int]]:
 
 def lm_bytes(lm: FrozenLM) -> int:
     """Bytes of the weights in memory, shared ones counted once."""
-    return sum(weight.nbytes for weight in lm.model.parameters())
+    return bytes_of(lm.model)
 
 
 def plain_text() -> str:

@@ -114,6 +114,7 @@ def adopt(
         versions=library_versions(),
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         base_settings=lm.settings,
+        quantized=lm.quantized,
     )
     return soft_prompt, _check(lm, soft_prompt, found) if checked else None
 

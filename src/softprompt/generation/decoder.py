@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import nn
@@ -245,10 +246,30 @@ def generate(
     Returns:
         One result a request, in order.
     """
-    sampling = sampling or Sampling()
+    sampling, world = sampling or Sampling(), lm.world
+    if not world.divides_scoring:
+        return _generated(lm, requests, range(len(requests)), soft_prompts, sampling, batch_size, prefix_of)
+    dealt = world.deal([len(request.ids) for request in requests])
+    own = dealt[world.rank]
+    mine = [requests[i] for i in own]
+    written = world.each(lambda: _generated(lm, mine, own, soft_prompts, sampling, batch_size, prefix_of))
+    found = dict(zip(chain(*dealt), chain(*written), strict=True))
+    return [found[i] for i in range(len(requests))]
+
+
+def _generated(
+    lm: FrozenLM,
+    requests: Sequence[Request],
+    numbers: Sequence[int],
+    soft_prompts: Sequence[torch.Tensor],
+    sampling: Sampling,
+    batch_size: int,
+    prefix_of: PrefixOf | None,
+) -> list[Generated]:
+    """The same in this process; ``numbers`` are the requests' places among all, which their seeds go by."""
     prefix_of = prefix_of or lm.kept_prefixes()
     ends = lm.end_tokens
-    writers = [Writer(lm.tokenizer, ends, sampling, sampling.seed + i) for i in range(len(requests))]
+    writers = [Writer(lm.tokenizer, ends, sampling, sampling.seed + i) for i in numbers]
     prompts = [prompt_of(request, soft_prompts) for request in requests]
     rooms = [
         len(request.ids) + (0 if vectors is None else len(vectors)) + sampling.max_new_tokens

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from softprompt.errors import BaseModelError
+from softprompt.model.quantized import sizes_of
 from softprompt.model.state.kv import PrefixKV
 from softprompt.model.state.prefix import PrefixState
 from softprompt.model.state.recurrent import RecurrentState
@@ -339,12 +340,12 @@ def matrix_ends(layers: nn.ModuleList, config: Any) -> int:
     experts, those of as many experts as a token is sent to."""
     chosen = getattr(config.get_text_config(), "num_experts_per_tok", None) or 1
     ends = 0
-    for name, weight in (pair for layer in layers for pair in layer.named_parameters()):
+    for name, shape in (pair for layer in layers for pair in sizes_of(layer)):
         expert = re.search(r"experts\.(\d+)\.", name)
-        if weight.dim() == 2 and not (expert and int(expert[1]) >= chosen):
-            ends += sum(weight.shape)
-        elif weight.dim() == 3 and ".experts." in f".{name}":  # all experts in one
-            ends += chosen * sum(weight.shape[1:])
+        if len(shape) == 2 and not (expert and int(expert[1]) >= chosen):
+            ends += sum(shape)
+        elif len(shape) == 3 and ".experts." in f".{name}":  # all experts in one
+            ends += chosen * sum(shape[1:])
     return ends
 
 

@@ -15,6 +15,9 @@ from torch import nn
 from softprompt.errors import ConfigError, DataError
 from softprompt.text.tokens import SOFT, Tokens
 
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+"""What the types that models compute in are called."""
+
 
 @dataclass(eq=False, repr=False)
 class Embedder:
@@ -28,6 +31,7 @@ class Embedder:
         fingerprint, tokenizer_fingerprint: hex digests that a soft prompt remembers.
         settings: the settings of its configuration that change what it computes (``model_settings``).
         generation_config: transformers' own; says which tokens end a text. None where the model has none.
+        quantized: what its linear layers are quantised to; empty: they are not.
         decoder_start: of an encoder–decoder, the tokens that its decoder begins with; empty for a causal language
             model.
     """
@@ -41,6 +45,7 @@ class Embedder:
     settings: Mapping[str, Any]
     generation_config: Any
     decoder_start: Tokens = ()
+    quantized: str = ""
 
     @classmethod
     def of(cls, model: Embedder, *, own_table: bool = False) -> Embedder:
@@ -69,6 +74,11 @@ class Embedder:
     def dtype(self) -> torch.dtype:
         """The model's."""
         return self.embedding.dtype
+
+    @property
+    def precision(self) -> str:
+        """What the model's linear layers are stored in: ``nf4``, ``int8`` …, or its dtype, such as ``bf16``."""
+        return self.quantized or DTYPE_NAMES[self.dtype]
 
     @property
     def encoder_decoder(self) -> bool:

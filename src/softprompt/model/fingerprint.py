@@ -6,12 +6,13 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from softprompt.model.digest import device_hash
+from softprompt.model.sharding import here
 
 SAMPLES_PER_TENSOR = 4096
 
@@ -35,11 +36,49 @@ def fingerprint_model(model: Any) -> str:
     """
     digest = hashlib.sha256(model.config.model_type.encode())
     for name, weight in model.named_parameters():
-        flat = weight.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // SAMPLES_PER_TENSOR)].contiguous().cpu()
-        digest.update(f"{name}:{tuple(weight.shape)}:{weight.dtype}".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
+        for inner, plain in _plain_tensors(name, weight.detach()):
+            sampled(digest, inner, plain)
+    for name, tensor in _beside(model):
+        sampled(digest, name, tensor)
     return digest.hexdigest()
+
+
+def sampled(digest: Any, name: str, weight: torch.Tensor) -> None:
+    """Adds a weight's name, shape, type and a sample of its elements to a digest of ``hashlib``."""
+    flat = weight.detach().reshape(-1)
+    sample = flat[:: max(1, flat.numel() // SAMPLES_PER_TENSOR)].contiguous().cpu()
+    digest.update(f"{name}:{tuple(weight.shape)}:{weight.dtype}".encode())
+    digest.update(sample.view(torch.uint8).numpy().tobytes())
+
+
+def _plain_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensor, or those that a quantised one is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield name, tensor
+        return
+    for inner in tensor.__tensor_flatten__()[0]:
+        yield from _plain_tensors(f"{name}.{inner}", getattr(tensor, inner))
+
+
+def _beside(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The scales and codebooks that bitsandbytes keeps beside its weights, neither parameters nor buffers."""
+    for name, weight in model.named_parameters():
+        state = getattr(weight, "quant_state", None)
+        found = {} if state is None else state.as_dict(packed=True)
+        if getattr(weight, "SCB", None) is not None:
+            found = {"SCB": weight.SCB}
+        yield from ((f"{name}.{key}", value) for key, value in sorted(found.items()))
+    for name, module in model.named_modules():  # of 8 bits, they move there at the first use
+        scales = getattr(getattr(module, "state", None), "SCB", None)
+        if isinstance(scales, torch.Tensor) and getattr(module.weight, "SCB", None) is None:
+            yield f"{name}.weight.SCB", scales
+
+
+def stored_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """All that a model's weights are, by name: parameters, buffers, and what quantised weights are made of."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        yield from _plain_tensors(name, tensor.detach())
+    yield from _beside(model)
 
 
 def model_settings(config: Any) -> dict[str, Any]:
@@ -84,15 +123,16 @@ def fingerprint_tokenizer(tokenizer: Any) -> str:
 
 
 def weights_digest(model: Any) -> str:
-    """Hex digest of every bit of every weight as it stands in memory: equal before and after a training (oracle 3).
+    """Hex digest of every bit of every weight, of codes and their scales, as it stands in memory: equal before and
+    after a training (oracle 3); of a model in parts, of what this process has.
 
     Weights on a CUDA device are hashed there, by ``device_hash``, and not copied; their digest is another than on the
     CPU.
     """
     digest = hashlib.sha256()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name, tensor in stored_tensors(model):
         digest.update(name.encode())
-        content = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        content = here(tensor.detach()).contiguous().view(-1).view(torch.uint8)
         if tensor.device.type == "cuda":
             digest.update(device_hash(content).to_bytes(8, "little"))
         else:

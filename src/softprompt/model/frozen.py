@@ -17,7 +17,7 @@ from torch import nn
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.errors import ConfigError, SoftPromptWarning
 from softprompt.files import StrPath, local_path
-from softprompt.model import attention, trial
+from softprompt.model import attention, quantized, trial
 from softprompt.model.architecture import (
     WHOLE,
     Family,
@@ -37,18 +37,20 @@ from softprompt.model.architecture import (
 from softprompt.model.attention import Masks
 from softprompt.model.batch import Batch, Row, collate
 from softprompt.model.chains import collate_chains
+from softprompt.model.distributed import ALONE, World, own_device
 from softprompt.model.embedder import Embedder
 from softprompt.model.encoder_decoder import EncoderDecoder, decoder_start, require_embedded
 from softprompt.model.fast.blocks import can_use_blocks
 from softprompt.model.fast.layers import LayerModes
 from softprompt.model.fast.packed import PackedWeights
 from softprompt.model.fingerprint import fingerprint_model, fingerprint_tokenizer, model_settings, weights_digest
-from softprompt.model.loading import DTYPES, lasting, load_base, pick_device, pick_dtype
+from softprompt.model.loading import lasting, load_base, own_dtype, pick_device, pick_dtype
 from softprompt.model.notes import heard
 from softprompt.model.prefixes import PrefixCache, PrefixOf
 from softprompt.model.reading import summed
 from softprompt.model.request import Request, prompt_of
-from softprompt.model.scoring import scored
+from softprompt.model.scoring import own_rows, scored
+from softprompt.model.sharding import divide
 from softprompt.model.state.kv import Kept, PrefixKV
 from softprompt.model.state.prefix import PrefixState
 from softprompt.model.state.recurrent import Pass, RecurrentState, RowStates, Slots
@@ -83,6 +85,8 @@ class FrozenLM(Embedder):
         layers: how its decoder layers run in training.
         whole: how it computes whole sequences, with nothing shared.
         packed: its weights as a CPU's products of few rows want them; for continuing, token by token.
+        world: the processes that share the work. All of them must ask for the same, in the same order.
+        num_parameters: how many weights the base model has, shared ones counted once.
     """
 
     def __init__(
@@ -93,18 +97,34 @@ class FrozenLM(Embedder):
         name: str,
         dtype: str = "auto",
         device: str = "auto",
+        quantize: str | None = None,
         text_only: bool = False,
+        world: World = ALONE,
     ) -> None:
-        fingerprint = fingerprint_model(model)  # of the weights as they are stored
+        fingerprint = getattr(model, "stored_fingerprint", None) or fingerprint_model(model)  # as they are stored
         if text_only:
             leave_out_images(model)
-        self.device, config = pick_device(device), model.config
-        found = pick_dtype(dtype, self.device)
-        # Not ``model.to(dtype)``: it would round the rotary frequencies too, which in bf16 is a radian at 1000 tokens.
-        for weight in model.parameters():
-            if weight.is_floating_point():
-                weight.data = weight.data.to(found)
-        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.world, self.device, config = world, pick_device(device), model.config
+        stored, found = quantized.stored_precision(config), pick_dtype(dtype, self.device)
+        self.num_parameters = quantized.count_weights(model)
+        self.quantized = stored or quantize or ""
+        self._layers, self._core = decoder_layers(model), core_of(model)
+        if world.shard != "none":
+            if self.quantized:
+                raise ConfigError(
+                    f"--shard {world.shard} divides weights in 16 or 32 bits, found {self.quantized}; leave one of both "
+                    "out."
+                )
+            for weight in model.parameters():
+                if weight.is_floating_point():
+                    weight.data = weight.data.to(found)
+            self.model = model.eval().requires_grad_(False)
+            divide(model, self._layers, world, self.device, name)
+            self.model.to(self.device)
+        else:
+            if quantize not in (None, stored):
+                quantized.quantize_layers(model, quantize, self.device, name)
+            self.model = quantized.placed(model, found, self.device, name).eval().requires_grad_(False)
         super().__init__(
             name=name,
             tokenizer=tokenizer,
@@ -113,6 +133,7 @@ class FrozenLM(Embedder):
             fingerprint=fingerprint,
             tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
             settings=model_settings(config),
+            quantized=self.quantized,
             generation_config=getattr(model, "generation_config", None),
             decoder_start=decoder_start(model, tokenizer, name) if config.is_encoder_decoder else (),
         )
@@ -127,7 +148,6 @@ class FrozenLM(Embedder):
         # alone is computed twice, its text is the same in any company.
         self._avoids_one_row = self.device.type == "cpu" and self.dtype != torch.float32
         self.packed = PackedWeights(self.model)
-        self._layers, self._core = decoder_layers(model), core_of(model)
         self.layers = LayerModes(self._layers)
         family = family_of(config)
         self.take_up(family, why_whole_sequences(config))
@@ -149,7 +169,14 @@ class FrozenLM(Embedder):
 
     @classmethod
     def load(
-        cls, base: StrPath = DEFAULT_BASE, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+        cls,
+        base: StrPath = DEFAULT_BASE,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        trust_remote_code: bool = False,
+        quantize: str | None = None,
+        world: World = ALONE,
     ) -> FrozenLM:
         """Loads and freezes a base model.
 
@@ -158,19 +185,31 @@ class FrozenLM(Embedder):
             dtype: ``fp32``, ``bf16``, ``fp16``, or ``auto``: bf16 where the processor computes it natively, else fp32.
             device: ``auto``, ``cpu``, ``cuda``, ``mps`` …
             trust_remote_code: run code that comes with the model.
+            quantize: ``nf4``, ``int8``, ``int4`` or ``fp8``: what its linear layers are stored in; None: as they are.
+            world: the processes that share the work, see ``World.join``.
 
         Raises:
-            BaseModelError: it cannot be found or read, or is neither a causal language model nor an encoder–decoder.
-            ConfigError: an unknown dtype or device.
+            BaseModelError: it cannot be found or read, or is neither a causal language model nor an encoder–decoder; or
+                it is stored quantised already, as another than ``quantize``, or so that this machine cannot compute it.
+            ConfigError: an unknown dtype or device, or a precision that this machine cannot compute with.
         """
         base = os.fspath(base)
         if base.startswith("~"):
             base = str(local_path(base))
+        device = own_device(device) if world.size > 1 else device
         device_found = pick_device(device)
         pick_dtype(dtype, device_found)
+        if quantize is not None:
+            quantized.require_precision(quantize, device_found)
         with heard():
-            model, tokenizer = load_base(base, trust_remote_code=trust_remote_code)
-            return cls(model, tokenizer, name=base, dtype=dtype, device=device, text_only=True)
+            model, tokenizer = load_base(
+                base, trust_remote_code=trust_remote_code, device=device_found, quantize=quantize
+            )
+            if quantized.stored_precision(model.config) and dtype == "auto":
+                dtype = own_dtype(model)
+            return cls(
+                model, tokenizer, name=base, dtype=dtype, device=device, quantize=quantize, text_only=True, world=world
+            )
 
     @classmethod
     def wrap(
@@ -182,18 +221,21 @@ class FrozenLM(Embedder):
         copy: bool = False,
         dtype: str = "auto",
         device: str = "auto",
+        quantize: str | None = None,
     ) -> FrozenLM:
         """Freezes a causal language model, or an encoder–decoder, of transformers that is loaded already.
 
         It is frozen in place: it is set to evaluation mode, none of its weights requires a gradient any more, and its
-        attention is computed by softprompt, with the same results. Its weights are not changed otherwise.
+        attention is computed by softprompt, with the same results. Its weights are not changed otherwise, unless it is
+        to be quantised.
 
         Args:
-            model: the model, without adapters.
+            model: the model, without adapters; it may be quantised already.
             tokenizer: its tokenizer.
             name: what soft prompts remember as their base model; by default where it was loaded from.
             copy: freeze a copy, which takes its memory a second time, and leave the model as it is.
             dtype, device: as for :meth:`load`; ``auto``: the model's own.
+            quantize: as for :meth:`load`.
 
         Raises:
             ConfigError: the model has adapters of PEFT; or an unknown dtype or device.
@@ -206,18 +248,19 @@ class FrozenLM(Embedder):
             )
         model = copying.deepcopy(model) if copy else model
         weight = model.get_input_embeddings().weight
-        own = next((known for known, torch_dtype in DTYPES.items() if torch_dtype == weight.dtype), "auto")
         return cls(
             model,
             tokenizer,
             name=name or lasting(model.config._name_or_path or type(model).__name__),
-            dtype=own if dtype == "auto" else dtype,
+            dtype=own_dtype(model) if dtype == "auto" else dtype,
             device=str(weight.device) if device == "auto" else device,
+            quantize=quantize,
         )
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"<FrozenLM {self.name}: {self.num_parameters:,} weights, {dtype}, {self.device}>"
+        precision = f"{self.quantized}, computed in {dtype}" if self.quantized else dtype
+        return f"<FrozenLM {self.name}: {self.num_parameters:,} weights, {precision}, {self.device}>"
 
     @property
     def num_layers(self) -> int:
@@ -237,13 +280,17 @@ class FrozenLM(Embedder):
 
     @property
     def compiles(self) -> bool:
-        """Whether all layers can share compiled graphs: those that ask a cache by number, or choose experts, cannot."""
+        """Whether all layers can share compiled graphs: those that ask a cache by number, choose experts, or are
+        quantised, cannot."""
         experts = any("experts" in name for name, _ in self._layers.named_parameters())
-        return self.shares_prefix and not (self.recurrent or self._keeps_latents or experts)
+        whole = self.world.shard == "none" and not self.quantized
+        return whole and self.shares_prefix and not (self.recurrent or self._keeps_latents or experts)
 
     @cached_property
     def why_no_kv(self) -> str:
         """Why keys and values of this model cannot be a trained prefix, in plain words; empty if they can."""
+        if self.world.shard == "tp":
+            return "its heads are divided over several processes"
         if not self.shares_prefix or self.recurrent or self._keeps_latents:
             return self.why_whole_sequences or "not all of its layers keep keys and values, but a state or latents"
         with torch.no_grad(), self.eager():
@@ -267,11 +314,6 @@ class FrozenLM(Embedder):
         memory = GPU_SHARE * torch.cuda.get_device_properties(self.device).total_memory
         fitting = int(memory / kept_bytes(self._layers, self.model.config, self.dtype, self.embedding.shape[0]))
         return min(max(MAX_TOKENS, fitting), MOST_TOKENS)
-
-    @property
-    def num_parameters(self) -> int:
-        """How many weights the base model has, shared ones counted once."""
-        return sum(p.numel() for p in self.model.parameters())
 
     def weights_digest(self) -> str:
         """Hex digest of every bit of every weight in memory; no training may change it."""
@@ -534,10 +576,14 @@ class FrozenLM(Embedder):
             float32 ``[N, W]`` on the CPU, natural logarithm, summed over a word's tokens; ``-inf`` beyond a request's
             own words.
         """
-        width = max((len(request.words) for request in requests), default=0)
-        scores = torch.full((len(requests), width), -torch.inf)
-        for places, part, _ in scored(self, requests, soft_prompts, max_tokens, prefix_of, compare=False):
-            scores[places, : part.shape[1]] = part.cpu()
+        own, width = own_rows(self, requests), max((len(request.words) for request in requests), default=0)
+        scores = torch.zeros(len(requests), width)
+        scores[list(own)] = -torch.inf
+        mine = [requests[i] for i in own]
+        for places, part, _ in scored(self, mine, soft_prompts, max_tokens, prefix_of, compare=False):
+            scores[[own[place] for place in places.tolist()], : part.shape[1]] = part.cpu()
+        if self.world.divides_scoring:
+            self.world.add_up(scores)  # the others' rows are zeros here
         return scores
 
     @torch.no_grad()

@@ -19,8 +19,16 @@ from safetensors import SafetensorError
 from softprompt.data.packages import DEFAULT_BASE, SMOLLM2_GGUF
 from softprompt.errors import BaseModelError, ConfigError
 from softprompt.files import StrPath, cache_folder, local_path
-from softprompt.model.files import ADAPTER, adapter_alone, adapts, locate
+from softprompt.model.files import ADAPTER, INDEX, WEIGHTS, adapter_alone, adapts, locate
 from softprompt.model.notes import heard, say
+from softprompt.model.quantized import (
+    fingerprint_files,
+    loading_options,
+    remedy_for,
+    require_method,
+    require_plain,
+    stored_precision,
+)
 
 BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 """Ends of names of what older releases of transformers stored, and is computed anew."""
@@ -76,7 +84,15 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def load_base(base: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+def own_dtype(model: Any) -> str:
+    """What a loaded model computes in, as ``--dtype`` calls it; ``auto`` where that has no name."""
+    found = model.get_input_embeddings().weight.dtype
+    return next((name for name, dtype in DTYPES.items() if dtype == found), "auto")
+
+
+def load_base(
+    base: str, *, trust_remote_code: bool = False, device: torch.device | None = None, quantize: str | None = None
+) -> tuple[Any, Any]:
     """Loads a causal language model, one of images and text, or an encoder–decoder on the CPU, in the dtype it is
     stored in: its own weights, whatever adapters lie beside them. What transformers says of it that concerns the user
     becomes a ``SoftPromptWarning``.
@@ -84,9 +100,12 @@ def load_base(base: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
     Args:
         base: ``smollm2-135m``, a folder with ``config.json`` and safetensors, a GGUF file, or a hub id.
         trust_remote_code: run code that comes with the model; never unless the user says so.
+        device: where a model goes that is stored quantised; None: the CPU.
+        quantize: what it is to be quantised to afterwards: one that is stored quantised is refused, unless as that.
 
     Returns:
-        The transformers model and tokenizer.
+        The transformers model and tokenizer. A model that is stored quantised has its ``stored_fingerprint``, of its
+        files.
 
     Raises:
         BaseModelError: it cannot be found or read, lacks weights, or is of a type that is none of these.
@@ -100,10 +119,13 @@ def load_base(base: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
                 stat = path.stat()
                 key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
                 path = _dequantized(path, key)
-        return _from_pretrained(base if path is None else str(path), base, trust_remote_code)
+        place = torch.device("cpu") if device is None else device
+        return _from_pretrained(base if path is None else str(path), base, trust_remote_code, place, quantize)
 
 
-def _from_pretrained(source: str, base: str, trust_remote_code: bool) -> tuple[Any, Any]:
+def _from_pretrained(
+    source: str, base: str, trust_remote_code: bool, device: torch.device, quantize: str | None
+) -> tuple[Any, Any]:
     import transformers
     from transformers import AutoConfig, AutoTokenizer
 
@@ -119,23 +141,48 @@ def _from_pretrained(source: str, base: str, trust_remote_code: bool) -> tuple[A
     adapter = _adapter_beside(source, base)
     config = load(AutoConfig.from_pretrained)
     loader = _loader(config, base)
+    stored, options, remedy = stored_precision(config), dict[str, Any](), WHAT_TO_GIVE
+    if stored:
+        require_method(config, base)
+        require_plain(stored, quantize, base)
+        options, remedy = loading_options(config, device, base), remedy_for(config)
+        whole = f"the base model {base!r} is stored in {stored} and could not be loaded"
     tokenizer = load(AutoTokenizer.from_pretrained, f"the tokenizer of the {called}", WHERE_TO_PUT_A_TOKENIZER)
     _require_vocabulary(tokenizer, base)
     models: Any = getattr(transformers, loader)
     model, found = load(
         models.from_pretrained,
+        whole,
+        remedy,
         config=config,
         dtype="auto",
         use_safetensors=True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are refused below
         adapter_kwargs=NO_ADAPTER,
+        **options,
     )
     _require_all_weights(base, found)
+    if stored:
+        model.stored_fingerprint = fingerprint_files(config.model_type, _weights_of(source))
     if adapter is not None:
         say(f"an adapter{adapts(adapter)} ({ADAPTER}) lies beside the weights of {base}; it is not applied")
     _say_what_does_not_fit(model, tokenizer, found, base)
     return model, tokenizer
+
+
+def _weights_of(source: str) -> list[Path]:
+    """The safetensors files of a model in a folder, or of one on the hub that was downloaded just now."""
+    folder = Path(source)
+    if not folder.is_dir():
+        from transformers.utils import hub as untyped
+
+        hub: Any = untyped
+        folder = Path(hub.cached_file(source, "config.json")).parent
+    if (folder / INDEX).is_file():
+        names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        return [folder / name for name in sorted(names)]
+    return [folder / WEIGHTS]
 
 
 def _reason(error: Exception) -> str:

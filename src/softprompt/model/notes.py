@@ -35,6 +35,8 @@ NOISE = (
     "fan_in_fan_out is set to",  # PEFT sets it right by itself
 )
 """Patterns of what concerns no user."""
+OF_BITSANDBYTES = ("MatMul8bitLt: inputs will be cast", "Failed to load CPU gemm_4bit_forward")
+"""What it says in every pass, or of a kernel that it can do without."""
 _NOISE = re.compile("|".join(NOISE))
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -86,6 +88,16 @@ class _Ear(logging.Handler):
         if not self.is_for_others(record) and not _NOISE.search(text) and text not in self._said:
             self._said.add(text)
             say(f"{record.name.partition('.')[0]} says: {as_note(text)}")
+
+
+def quieten_bitsandbytes() -> None:
+    """Has bitsandbytes leave out, from now on, what it says in every pass."""
+    for name in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
+        logging.getLogger(name).addFilter(_tells)  # which adds it once
+
+
+def _tells(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(OF_BITSANDBYTES)
 
 
 def say(note: str) -> None:

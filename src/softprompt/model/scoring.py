@@ -19,6 +19,14 @@ from softprompt.model.state.prefix import PrefixState
 from softprompt.text.tokens import Tokens
 
 
+def own_rows(lm: Any, requests: Sequence[Request]) -> Sequence[int]:
+    """The places of the requests that this process scores."""
+    if not lm.world.divides_scoring:
+        return range(len(requests))
+    dealt: list[list[int]] = lm.world.deal([len(r.ids) + sum(map(len, r.words)) for r in requests])
+    return dealt[lm.world.rank]
+
+
 def scored(
     lm: Any,
     requests: Sequence[Request],

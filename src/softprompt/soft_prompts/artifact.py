@@ -2,8 +2,8 @@
 
 The file holds one tensor, ``soft_prompt`` float32 ``[P, H]``, and in its header, under the key ``softprompt``, a JSON
 document: ``schema_version``, ``num_virtual_tokens`` (P), ``hidden_size`` (H), every other field of :class:`SoftPrompt`
-by its own name (the verbalizer as pairs, since the order of its labels counts; ``base_settings`` only where there are
-some), and ``digest``. The digest is the
+by its own name (the verbalizer as pairs, since the order of its labels counts; ``base_settings`` and ``quantized`` only
+where there are some), and ``digest``. The digest is the
 SHA-256 of the document without it (sorted keys, no spaces, ASCII), followed by the tensor's bytes (little-endian, row
 by row): a flipped bit anywhere is noticed. Equal soft prompts give equal files. ``word_end`` is no field of its own:
 ``schema_version`` is 2 where label words have an end, else 1.
@@ -49,6 +49,8 @@ _TEXTS = ("name", "base", "base_fingerprint", "tokenizer_fingerprint", "template
 _MAPPINGS = ("training", "data", "versions")
 
 _SETTINGS = "base_settings"  # only where there are some: files of earlier releases have none
+
+_QUANTIZED = "quantized"  # likewise
 
 
 def write(content: bytes, path: StrPath, name: str) -> None:
@@ -171,6 +173,8 @@ def encode(soft_prompt: Metadata, vectors: torch.Tensor) -> bytes:
     }
     if soft_prompt.base_settings:
         fields[_SETTINGS] = soft_prompt.base_settings
+    if soft_prompt.quantized:
+        fields[_QUANTIZED] = soft_prompt.quantized
     try:
         document = json.loads(_canonical(fields))
         fault = _fault(document)
@@ -245,6 +249,8 @@ def _fault(document: Mapping[str, Any]) -> str | None:
             return f"no mapping under '{key}'"
     if not isinstance(document.get(_SETTINGS, {}), dict):
         return f"no mapping under '{_SETTINGS}'"
+    if not isinstance(document.get(_QUANTIZED, ""), str):
+        return f"no text under '{_QUANTIZED}'"
     if not all(isinstance(value, str) for value in document["versions"].values()):
         return "a version that is no text"
     metrics = document.get("metrics")
@@ -274,6 +280,7 @@ def _fields(document: Mapping[str, Any]) -> dict[str, Any]:
         "word_end": document["schema_version"] > 1,
         "metrics": tuple(document["metrics"]),
         "base_settings": document.get(_SETTINGS, {}),
+        "quantized": document.get(_QUANTIZED, ""),
         **{key: document[key] for key in (*_TEXTS, *_MAPPINGS)},
     }
 

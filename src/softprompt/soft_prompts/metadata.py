@@ -29,6 +29,8 @@ class Metadata:
         created: time of creation, ISO 8601 with zone.
         base_settings: the settings of the base model's configuration that change what it computes, JSON values by name
             (``FrozenLM.settings``); empty in files of earlier releases.
+        quantized: what that model's linear layers were quantised to, such as ``nf4``; empty: they were not, or the file
+            is of an earlier release.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Metadata:
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
     base_settings: Mapping[str, Any] = field(default_factory=dict)
+    quantized: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,13 @@ use it."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from softprompt.drawing.words import amount, html_table, plain_metric
-from softprompt.errors import BaseModelError
+from softprompt.errors import BaseModelError, PrecisionWarning
 from softprompt.files import StrPath
 from softprompt.soft_prompts import artifact
 from softprompt.soft_prompts.metadata import Metadata, sizes_of
@@ -114,8 +115,10 @@ def check_base(
     tokenizer_fingerprint: str,
     hidden_size: int,
     base_settings: Mapping[str, Any],
+    quantized: str = "",
 ) -> None:
     """Refuses every base model but the one that ``soft_prompt`` was tuned on; the same model under another id passes.
+    So does that model in another precision, with a ``PrecisionWarning``.
 
     Args:
         soft_prompt: what is to be used.
@@ -125,6 +128,7 @@ def check_base(
         hidden_size: its embedding width H, which a trained KV prefix does not show; its fingerprint does.
         base_settings: the settings of its configuration. Those that only one of both has are not compared: a file of an
             earlier release has none, and another release of transformers knows others.
+        quantized: what its linear layers are quantised to; empty: they are not.
 
     Raises:
         BaseModelError: width, weights, tokenizer or a setting differ.
@@ -143,6 +147,15 @@ def check_base(
         key = differing[0]
         tuned, loaded = f"{key} {soft_prompt.base_settings[key]!r}", f"{key} {base_settings[key]!r}"
     else:
+        if quantized != soft_prompt.quantized:
+            precisions = [one for one in (soft_prompt.quantized, quantized) if one]
+            tuned, now = (one or "unquantised" for one in (soft_prompt.quantized, quantized))
+            warnings.warn(
+                f"the soft prompt '{soft_prompt.name}' was trained on its base model {tuned}, and is used on it {now}; "
+                f"`softprompt evaluate {soft_prompt.name} TEST --on {' '.join(precisions)}` measures what that costs",
+                PrecisionWarning,
+                stacklevel=1,  # one place, so that it is said once
+            )
         return
     wanted = f"the '{base}' of that time" if soft_prompt.base == base else f"'{soft_prompt.base}'"
     raise BaseModelError(

@@ -118,7 +118,8 @@ class Task:
 
     @classmethod
     def of(cls, lm: Embedder, soft_prompt: SoftPrompt) -> Task:
-        """The task that a soft prompt was tuned for.
+        """The task that a soft prompt was tuned for; where its base model had another precision then, with a
+        ``PrecisionWarning``.
 
         Raises:
             BaseModelError: it was tuned on another base model.
@@ -130,6 +131,7 @@ class Task:
             tokenizer_fingerprint=lm.tokenizer_fingerprint,
             hidden_size=lm.hidden_size,
             base_settings=lm.settings,
+            quantized=lm.quantized,
         )
         verbalizer = None if soft_prompt.verbalizer is None else Verbalizer(dict(soft_prompt.verbalizer))
         length = soft_prompt.training.get("max_length") or lm.window

@@ -88,7 +88,11 @@ def save(
         ) from error
 
 
-def load(folder: StrPath, *, earlier: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, Slots], dict[str, Any]]:
+Loaded = tuple[dict[str, torch.Tensor], dict[str, Slots], dict[str, Any]]
+"""Tensors, the optimizers' memories and the state, as they were given to ``save``."""
+
+
+def load(folder: StrPath, *, earlier: bool = False) -> Loaded:
     """Reads a checkpoint, the latest or the one before it.
 
     Returns:
@@ -149,6 +153,7 @@ def require_same(folder: StrPath, ours: Mapping[str, Any], theirs: Mapping[str, 
     # those that only one of both has are not compared: earlier releases kept none, other libraries know others
     there = theirs.get("base settings", {})
     theirs["base settings"] = {key: there.get(key, value) for key, value in ours["base settings"].items()}
+    theirs.setdefault("quantized", "")  # earlier releases quantised nothing
     if "task" in theirs:
         theirs |= _of_version_2(ours, theirs)
         differing = [] if "template" in theirs else ["template, labels or base model"]
@@ -158,6 +163,8 @@ def require_same(folder: StrPath, ours: Mapping[str, Any], theirs: Mapping[str, 
     if differing:
         named = ", ".join(_named(key, theirs.get(key), ours.get(key)) for key in differing)
         dtype = f" (--dtype {theirs['dtype']})" if "dtype" in differing else ""
+        if "quantized" in differing:
+            dtype += f" ({f'--quantize {there}' if (there := theirs['quantized']) else 'without --quantize'})"
         raise ConfigError(
             f"the checkpoint in {folder} is of a run with other {named}; "
             f"resume with the same settings and data{dtype}, or {ANEW}"

@@ -17,8 +17,9 @@ from typing import Literal
 
 import torch
 
-from softprompt.errors import SoftPromptWarning, TrainingError
+from softprompt.errors import ConfigError, SoftPromptWarning, TrainingError
 from softprompt.model.batch import Batch, Row, micro_batches, stream
+from softprompt.model.distributed import noticing_loss
 from softprompt.model.fast.graphs import Graphs
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.joined import Joined, apart, join
@@ -47,12 +48,24 @@ class Share:
         requests: all with the same shared part.
         gold: index of each row's word or label, as ``Objective.loss`` takes it.
         shape: of the soft prompt's numbers, ``(P, H)`` or ``(P, L, 2, H_kv, D)``.
+        whole: by what the summed loss is divided, where these are some of a step's rows; None: they are all of them.
     """
 
     objective: Objective
     requests: Sequence[Request]
     gold: Sequence[int]
     shape: tuple[int, ...]
+    whole: int | None = None
+
+    @property
+    def weight(self) -> int:
+        """By what the summed loss is divided."""
+        return self.objective.weight(self.requests) if self.whole is None else self.whole
+
+    def part(self, rows: Sequence[int]) -> Share:
+        """Some of the rows; their losses add up to the mean loss of all."""
+        chosen = [self.requests[row] for row in rows], [self.gold[row] for row in rows]
+        return Share(self.objective, *chosen, self.shape, self.weight)
 
     @property
     def shared(self) -> Tokens:
@@ -70,21 +83,27 @@ class Work:
     """A step that is laid out, on the CPU.
 
     Attributes:
-        shares: what is learned from.
+        whole: what is learned from.
+        places: which of it this process has rows of.
+        shares: those rows.
         layout: which way it takes.
         rows: what the rows hold, all shares' one after the other: the share, and of its requests one, or the answers of
             a conversation.
         groups: what each pass computes: indices of rows.
         batches: the same as tensors; none for the concatenation.
-        tokens: that each share computes.
-        saved: that each share does not compute, since answers of a conversation share what they begin with.
+        idle: so many of the last passes count for nothing: other processes have rows in them.
+        tokens: that each of ``whole`` computes, in all processes, the shared prefix counted once.
+        saved: that each of ``whole`` does not compute, since answers of a conversation share what they begin with.
     """
 
+    whole: Sequence[Share]
+    places: Sequence[int]
     shares: Sequence[Share]
     layout: Layout
     rows: Sequence[tuple[int, Joined]]
     groups: Sequence[Sequence[int]]
     batches: Sequence[Batch]
+    idle: int
     tokens: tuple[int, ...]
     saved: tuple[int, ...]
 
@@ -120,59 +139,97 @@ class Gradients:
         self._text_before: PrefixOf = lm.kept_prefixes(1)
 
     def prepare(self, shares: Sequence[Share]) -> Work:
-        """Lays a step out; computes nothing on the device."""
+        """Lays a step out; computes nothing on the device. Of several processes, each takes some of every share's rows.
+
+        Raises:
+            ConfigError: several soft prompts, and a base model whose weights are in parts (FSDP2).
+        """
+        world = self.lm.world
+        shared = self.lm.shares_prefix and all(r.shares_prefix for share in shares for r in share.requests)
+        shared = shared and self.layout != "concatenation"
+        units = [self._units(share, shared) for share in shares]
+        lengths = [[self._length(share, one, shared) for one in own] for share, own in zip(shares, units, strict=True)]
+        tokens = tuple(
+            sum(own) + (share.prefix_length if shared else 0) for share, own in zip(shares, lengths, strict=True)
+        )
+        saved = tuple(sum(one.saved for one in own) if shared else 0 for own in units)
+        if not world.divides_steps:
+            return self._laid_out(shares, range(len(shares)), shares, shared, tokens, saved)
+        dealt = [[[units[n][unit] for unit in some] for some in world.deal(own)] for n, own in enumerate(lengths)]
+        if world.shard == "none":
+            places = [place for place, parts in enumerate(dealt) if parts[world.rank]]
+            own_shares = [shares[place].part(_places(dealt[place][world.rank])) for place in places]
+            return self._laid_out(shares, places, own_shares, shared, tokens, saved)
+        if len(shares) > 1:
+            raise ConfigError("With --shard fsdp, soft prompts are trained one at a time; train each by itself.")
+        # all processes put the layers' weights together at once, so each runs as many passes as any other
         most = self.max_tokens or self.lm.tokens_at_once
-        joined = [(number, one) for number, share in enumerate(shares) for one in self._joined(share.requests, most)]
-        rows = [one.row(number) for number, one in joined]
-        layout = self.layout or self._best(shares, joined, rows, most)
-        batches = list[Batch]()
-        if layout == "concatenation":
-            joined = [
-                (number, Joined((place,), (request,)))
-                for number, share in enumerate(shares)
-                for place, request in enumerate(share.requests)
-            ]
-            lengths = [self.lm.tokens_of(one.requests[0], shares[number].shape[0]) for number, one in joined]
-            groups = micro_batches(lengths, most)
-        else:
-            lengths = [row.length for row in rows]
-            if layout == "stream":
-                groups = [list(range(len(rows)))]
-                prefixes = [(share.shared, share.shape[0]) for share in shares]
-                batches = [stream(rows, prefixes, fixed=self.fixed)]
-            else:
-                groups = micro_batches(lengths, most)
-                starts, cpu = [share.prefix_length for share in shares], torch.device("cpu")
-                batches = [self.lm.collate([rows[i] for i in group], starts, cpu) for group in groups]
-        tokens = [0 if layout == "concatenation" else share.prefix_length for share in shares]
-        saved = [0] * len(shares)
-        for (number, one), length in zip(joined, lengths, strict=True):
-            tokens[number] += length
-            saved[number] += one.saved
-        return Work(shares, layout, joined, groups, batches, tuple(tokens), tuple(saved))
+        passes = max(
+            len(micro_batches([self._length(shares[0], one, shared) for one in part], most)) for part in dealt[0]
+        )
+        own_share = shares[0].part(_places(dealt[0][world.rank]) or [0])
+        idle = not dealt[0][world.rank]
+        return self._laid_out(shares, [0], [own_share], shared, tokens, saved, passes, idle=idle)
 
     def tokens(self, requests: Sequence[Request]) -> int:
         """Tokens that a forward pass runs behind the shared prefix."""
-        return sum(one.row().length for one in self._joined(requests, self.max_tokens or self.lm.tokens_at_once))
-
-    def _joined(self, requests: Sequence[Request], most: int) -> list[Joined]:
-        """The requests as rows: answers of a conversation together, where a prefix runs once."""
         if self.lm.shares_prefix and all(request.shares_prefix for request in requests):
-            return join(requests, most)
-        return [Joined((place,), (request,)) for place, request in enumerate(requests)]
+            return sum(one.row().length for one in join(requests, self.max_tokens or self.lm.tokens_at_once))
+        return sum(Row(request.ids[request.shared :], request.words).length for request in requests)
+
+    def _units(self, share: Share, shared: bool) -> list[Joined]:
+        """The requests as rows: answers of a conversation together, where a prefix runs once."""
+        if shared:
+            return join(share.requests, self.max_tokens or self.lm.tokens_at_once)
+        return [Joined((place,), (request,)) for place, request in enumerate(share.requests)]
+
+    def _length(self, share: Share, one: Joined, shared: bool) -> int:
+        """The tokens that a row alone needs."""
+        return one.row().length if shared else self.lm.tokens_of(one.requests[0], share.shape[0])
+
+    def _laid_out(
+        self,
+        whole: Sequence[Share],
+        places: Sequence[int],
+        shares: Sequence[Share],
+        shared: bool,
+        tokens: tuple[int, ...],
+        saved: tuple[int, ...],
+        passes: int = 0,
+        *,
+        idle: bool = False,
+    ) -> Work:
+        """The rows of this process, in at least so many passes, all of which are ``idle`` if it has none."""
+        most = self.max_tokens or self.lm.tokens_at_once
+        joined = [(number, one) for number, share in enumerate(shares) for one in self._units(share, shared)]
+        rows = [one.row(number) for number, one in joined]
+        layout = (self.layout or self._best(shares, joined, rows, most)) if shared else "concatenation"
+        lengths = [self._length(shares[number], one, shared) for number, one in joined]
+        batches = list[Batch]()
+        if layout == "stream" and rows:
+            groups = [list(range(len(rows)))]
+            prefixes = [(share.shared, share.shape[0]) for share in shares]
+            batches = [stream(rows, prefixes, fixed=self.fixed)]
+        else:
+            groups = micro_batches(lengths, most)
+        own = 0 if idle else len(groups)
+        groups = [*groups, *[[0]] * (passes - len(groups))]
+        if layout == "two stages":
+            starts, cpu = [share.prefix_length for share in shares], torch.device("cpu")
+            batches = [self.lm.collate([rows[i] for i in group], starts, cpu) for group in groups]
+        return Work(whole, places, shares, layout, joined, groups, batches, len(groups) - own, tokens, saved)
 
     def _best(
         self, shares: Sequence[Share], joined: Sequence[tuple[int, Joined]], rows: Sequence[Row], most: int
     ) -> Layout:
-        if not (self.lm.shares_prefix and all(r.shares_prefix for share in shares for r in share.requests)):
-            return "concatenation"
         total = sum(share.prefix_length for share in shares) + sum(row.length for row in rows)
         if self.lm.device.type != "cuda":
             most = min(most, STREAM_TOKENS)
         plain = all(len(share.shape) == 2 and share.shared.index(SOFT) <= SHORT_TEXT for share in shares)
         # How conversations are taken apart again is another index for each batch, which a graph cannot hold.
         plain = plain and not (self.fixed and any(len(one.requests) > 1 for _, one in joined))
-        return "stream" if plain and not self.lm.recurrent and total <= most else "two stages"
+        may_stream = plain and not self.lm.recurrent and self.lm.world.shard != "fsdp"
+        return "stream" if may_stream and total <= most else "two stages"
 
     def add(self, work: Work, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Adds the gradient of each share's mean loss to the ``grad`` of its soft prompt's numbers.
@@ -183,7 +240,38 @@ class Gradients:
 
         Returns:
             float32 ``[K]`` on the device, each share's mean loss. Nothing waits for it.
+
+        Raises:
+            TrainingError: a single row does not fit into memory.
+            ProcessError: another of several processes is lost.
         """
+        if self.lm.world.size == 1:
+            return self._add_here(work, vectors)
+        with noticing_loss():
+            return self._add_of_all(work, vectors)
+
+    def _add_of_all(self, work: Work, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The same of several processes: each computes its rows', and all get the sum."""
+        world = self.lm.world
+        before = [own.grad for own in vectors]
+        for own in vectors:
+            own.grad = None
+        losses = torch.zeros(len(vectors), device=self.lm.device)
+        if work.shares:
+            losses[list(work.places)] = self._add_here(work, [vectors[place] for place in work.places])
+        found = [torch.zeros_like(own) if own.grad is None else own.grad for own in vectors]
+        numbers = torch.cat([losses, *(gradient.flatten() for gradient in found)])
+        if world.divides_steps:
+            world.add_up(numbers)
+        else:
+            world.follow_first(numbers)
+        losses, *sums = torch.split(numbers, [len(vectors), *(own.numel() for own in vectors)])
+        for own, earlier, gradient in zip(vectors, before, sums, strict=True):
+            own.grad = gradient.view_as(own) if earlier is None else earlier + gradient.view_as(own)
+        return losses
+
+    def _add_here(self, work: Work, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The same for the rows of this process."""
         ways = {
             "stream": self._add_by_stream,
             "two stages": self._add_by_stages,
@@ -194,6 +282,11 @@ class Gradients:
             try:
                 return ways[work.layout](work, vectors)
             except torch.OutOfMemoryError as error:
+                if self.lm.world.shard != "none":  # the others are in the middle of the same layer
+                    raise TrainingError(
+                        f"A pass does not fit into the memory of {self.lm.device}; take --activation-checkpointing on, "
+                        "more processes, shorter rows (--max-length), fewer virtual tokens, or --dtype bf16."
+                    ) from error
                 for own, gradient in zip(vectors, before, strict=True):
                     own.grad = gradient
                 work = self._smaller(work, error)
@@ -204,7 +297,7 @@ class Gradients:
             lengths = [one.row().length for _, one in work.rows]
             self.lm.take_less_at_once(max(sum(lengths[i] for i in group) for group in work.groups))
             self.max_tokens = self.lm.tokens_at_once
-            return self.prepare(work.shares)
+            return self.prepare(work.whole)
         if not self.may_recompute or self.lm.layers.recomputed:
             raise TrainingError(
                 f"A single row does not fit into the memory of {self.lm.device} with what the backward pass needs; "
@@ -236,7 +329,7 @@ class Gradients:
         laid, shares = work.batches[0], work.shares
         joined = [one for _, one in work.rows]
         gold = [shares[number].gold[place] for number, one in work.rows for place in one.places]
-        weights = [share.objective.weight(share.requests) for share in shares]
+        weights = [share.weight for share in shares]
         counts, lengths = [len(share.requests) for share in shares], [share.shape[0] for share in shares]
         rows = sum(counts)
         objectives = [share.objective for share in shares]
@@ -273,10 +366,11 @@ class Gradients:
         prefix = self._prefixes(work.shares, vectors)
         detached = Detached(prefix)
         losses = torch.zeros(len(work.shares), device=device)
-        for group, batch in zip(work.groups, work.batches, strict=True):
+        for number, (group, batch) in enumerate(zip(work.groups, work.batches, strict=True)):
             scores = lm.score_batch(batch.to(device), detached.leaves())
             scores = apart(scores, [work.rows[i][1] for i in group])
-            losses = losses + self._backward(work, group, scores)
+            losses = losses + self._backward(work, group, scores, idle=number >= len(work.groups) - work.idle)
+        lm.layers.make_ready()
         detached.backward()
         return losses
 
@@ -292,20 +386,22 @@ class Gradients:
 
     def _add_by_concatenation(self, work: Work, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
         losses = torch.zeros(len(work.shares), device=self.lm.device)
-        for group in work.groups:
+        for place, group in enumerate(work.groups):
+            idle = place >= len(work.groups) - work.idle
             for number, members in _by_share(work, group):  # each has its soft prompt
                 requests = [work.rows[i][1].requests[0] for i in members]
                 scores = self.lm.score_concatenated(requests, [vectors[number]])
-                losses = losses + self._backward(work, members, scores)
+                losses = losses + self._backward(work, members, scores, idle=idle)
         return losses
 
-    def _backward(self, work: Work, group: Sequence[int], scores: torch.Tensor) -> torch.Tensor:
+    def _backward(self, work: Work, group: Sequence[int], scores: torch.Tensor, *, idle: bool) -> torch.Tensor:
         """Backward from the mean losses of some rows, float32 ``[K]``, which it returns without their graph.
 
         Args:
             work: the step.
             group: the rows.
             scores: of each of their requests, row after row.
+            idle: they count for nothing.
         """
         losses = torch.zeros(len(work.shares), device=scores.device)
         first, parts = dict[int, int](), []
@@ -320,11 +416,16 @@ class Gradients:
             words = max(len(request.words) for request in share.requests)
             own = scores[lines, :words]
             right = torch.tensor(gold, device=scores.device)
-            loss = share.objective.loss(own, right) / share.objective.weight(share.requests)
+            loss = share.objective.loss(own, right) / share.weight * (0 if idle else 1)
             losses[number] = loss.detach()
             parts.append(loss)
         torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
         return losses
+
+
+def _places(units: Sequence[Joined]) -> list[int]:
+    """Where the requests of rows stand in their share, in order."""
+    return sorted(place for one in units for place in one.places)
 
 
 def _by_share(work: Work, group: Sequence[int]) -> Iterator[tuple[int, list[int]]]:

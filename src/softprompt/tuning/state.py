@@ -111,23 +111,14 @@ class State:
             keep_earlier=keep_earlier,
         )
 
-    def load(
-        self, folder: Path, identity: Mapping[str, Any], begin: Callable[[int], Learner], *, earlier: bool = False
-    ) -> None:
-        """Becomes what the checkpoint holds.
+    def take_up(self, found: checkpoint.Loaded, begin: Callable[[int], Learner]) -> None:
+        """Becomes what a checkpoint holds.
 
         Args:
-            folder: where it is.
-            identity: that of this run.
+            found: the checkpoint, of this run.
             begin: the start of a number, before its first step.
-            earlier: the one before the latest.
-
-        Raises:
-            StoreError: the checkpoint is damaged.
-            ConfigError: it is of a run with other settings or data.
         """
-        tensors, optimizers, saved = checkpoint.load(folder, earlier=earlier)
-        checkpoint.require_same(folder, identity, saved["identity"])
+        tensors, optimizers, saved = found
         began = {role: begin(number) for role, (number, _) in saved["starts"].items()}
         for role, learner in began.items():
             with torch.no_grad():

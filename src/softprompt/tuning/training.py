@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from softprompt.data.example import Dataset, Example, check_targets
-from softprompt.errors import ConfigError, StoreError, TrainingError
+from softprompt.errors import ConfigError, ProcessError, StoreError, TrainingError
 from softprompt.evaluation.validation import validator
 from softprompt.files import StrPath
 from softprompt.model.fast.compiled import graphs_compiled
@@ -99,6 +99,9 @@ class Training:
             config = replace(config, num_virtual_tokens=max(1, task.num_virtual_tokens))
         self.config = config
         self.task, self.name = task, name
+        self._world = task.model.world
+        if not self._world.writes:  # the first process does, for all
+            folder = None
         self._run = folder if isinstance(folder, RunFolder) or folder is None else RunFolder(folder, name)
         self.folder = None if self._run is None else self._run.path
         if start is not None and self.config.lengths:
@@ -245,7 +248,7 @@ class Training:
             while (begun := self.begin_step()) is not None:
                 started = time.perf_counter()
                 work = self._laid_out(begun)
-                losses = self._gradients.add(work, [begun.numbers])
+                losses = self._add(work, begun)
                 norm = begun.take_back()
                 following = None if on_cpu else self._following(begun)
                 if following is not None:
@@ -259,6 +262,14 @@ class Training:
                 if self.wants_save(step):
                     self.save()
                 yield step
+
+    def _add(self, work: Work, begun: Begun) -> torch.Tensor:
+        """Computes a step's gradient; where another process is lost, what was learned before is kept."""
+        try:
+            return self._gradients.add(work, [begun.numbers])
+        except ProcessError:
+            self.save()
+            raise
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -477,6 +488,7 @@ class Training:
             versions=library_versions(),
             created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             base_settings=lm.settings,
+            quantized=lm.quantized,
         )
 
     # --- preparation ------------------------------------------------------------------------------
@@ -544,21 +556,27 @@ class Training:
             "base model": task.model.fingerprint,
             "base settings": dict(task.model.settings),
             "dtype": next(name for name, dtype in DTYPES.items() if dtype == task.model.dtype),
+            "quantized": task.model.quantized,
             "training data": [data["train"]["fingerprint"], data["train"]["rows"]],
             "validation data": [data["validation"]["fingerprint"], data["validation"]["rows"]],
         }
 
     def _open_folder(self, resume: bool) -> None:
-        run = self._run
-        if run is None:
-            return
+        found = self._world.from_first(lambda: self._opened(resume))
+        if found is not None:
+            self._go_on(found)
+
+    def _opened(self, resume: bool) -> checkpoint.Loaded | None:
+        """Takes the folder; the checkpoint that is gone on from, if there is one."""
+        if (run := self._run) is None:
+            return None
         self._hold.take()
         try:
             checkpoint.tidy(run.path)
-            if resume and run.stopped:
-                self._load()
-            else:
+            found = self._checkpoint() if resume and run.stopped else None
+            if found is None:
                 run.clear()
+            return found
         except BaseException as error:
             self._hold.give_back()
             if isinstance(error, OSError):
@@ -588,17 +606,26 @@ class Training:
         Raises:
             StoreError: there is none, or it was written at another time.
         """
-        self._load(earlier=True)
+        self._go_on(self._world.from_first(lambda: self._checkpoint(earlier=True)))
         if self.rounds != rounds:
             raise StoreError(
                 f"the earlier checkpoint in {self.folder} was written after {self.rounds} steps, and {rounds} are "
                 f"needed; {checkpoint.ANEW}"
             )
 
-    def _load(self, *, earlier: bool = False) -> None:
+    def _checkpoint(self, *, earlier: bool = False) -> checkpoint.Loaded:
+        """A checkpoint of this run in the folder, the latest or the one before it."""
         assert self.folder is not None
+        found = checkpoint.load(self.folder, earlier=earlier)
+        checkpoint.require_same(self.folder, self._identity(), found[2]["identity"])
+        return found
+
+    def _go_on(self, found: checkpoint.Loaded) -> None:
+        """Becomes what a checkpoint holds."""
         state = self._state
-        state.load(self.folder, self._identity(), self._begin, earlier=earlier)
+        state.take_up(found, self._begin)
+        if self.folder is None:
+            return
         self._history.resume(state.step)
         best = state.keeper.best
         if best is not None:  # it may have been thinned out since

@@ -49,6 +49,13 @@ class LayerModes:
             if forward != layer.forward:
                 layer.forward = forward
 
+    def make_ready(self) -> None:
+        """Puts the last layer's weights together, where they are in parts (FSDP2): a backward pass that begins at keys
+        and values inside it does not come by its output, at which the others' weights are put together."""
+        put_together = getattr(self._layers[-1], "unshard", None)
+        if put_together is not None:
+            put_together()
+
     def eager(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, layers are not compiled."""
         return torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext()

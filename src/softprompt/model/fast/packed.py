@@ -9,6 +9,8 @@ from functools import partial
 import torch
 from torch import nn
 
+from softprompt.model.quantized import is_quantized
+
 MOST_BYTES = 1 << 30
 """Bytes of all copies: they lie beside the plain weights, which training, digests and the embedding table need."""
 
@@ -24,7 +26,7 @@ class PackedWeights:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        layers = [module for module in model.modules() if type(module) is nn.Linear]
+        layers = [layer for layer in _plain_layers(model) if type(layer.weight) is nn.Parameter]  # whole, not divided
         fitting = sum(layer.weight.nbytes for layer in layers) <= MOST_BYTES
         self._layers = layers if fitting and can_pack(model) else []
         self._copies: dict[nn.Linear, tuple[tuple[int, int], torch.Tensor, torch.Tensor]] = {}
@@ -60,9 +62,15 @@ class PackedWeights:
         return found[2]
 
 
+def _plain_layers(model: nn.Module) -> list[nn.Linear]:
+    """Linear layers whose weights are not quantised."""
+    linear = (module for module in model.modules() if type(module) is nn.Linear)
+    return [layer for layer in linear if not is_quantized(layer)]
+
+
 def can_pack(model: nn.Module) -> bool:
     """Whether it is a bf16 model on a CPU whose library computes in bf16."""
-    weights = [module.weight for module in model.modules() if type(module) is nn.Linear]
+    weights = [layer.weight for layer in _plain_layers(model)]
     ours = bool(weights) and all(w.device.type == "cpu" and w.dtype == torch.bfloat16 for w in weights)
     return ours and computes_bf16()
 

@@ -1,0 +1,418 @@
+"""Base models in fewer bits: linear layers quantised here, and models that were stored quantised."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from softprompt.errors import BaseModelError, ConfigError
+from softprompt.model.fingerprint import sampled, stored_tensors
+from softprompt.model.notes import quieten_bitsandbytes, say
+
+PRECISIONS = ("nf4", "int8", "int4", "fp8")
+"""What linear layers can be quantised to."""
+
+GROUP = 64
+"""Neighbouring weights of a row that share a scale and an offset in ``int4``."""
+
+INSTALL = {
+    "bitsandbytes": 'pip install "softprompt[nf4]"',
+    "compressed-tensors": 'pip install "softprompt[compressed]"',
+    "torchao": "pip install torchao",
+    "gptq": "pip install gptqmodel optimum",
+    "awq": "pip install gptqmodel",
+    "hqq": "pip install hqq",
+    "quanto": "pip install optimum-quanto",
+    "mxfp4": "pip install kernels triton",
+}
+"""How the libraries are installed that compute with models stored in each format."""
+
+HALF = 0.5
+"""Share of the layers' weights below which it is said that few of them could be quantised."""
+
+LINEAR = 0.1
+"""Share of a layer's output that rounding of its inputs to 8 bits may change at most."""
+
+CODES = {torch.int8, torch.uint8, torch.int16, torch.int32, *(torch.float8_e4m3fn, torch.float8_e5m2)}
+"""Types of numbers that only a quantised weight has."""
+
+
+class CodedLinear(nn.Module):
+    """A frozen linear layer in ``int8``, ``int4`` or ``fp8``: what it computes is the product with the weight that its
+    codes stand for, and so is the gradient in its inputs. That weight is made anew for each product.
+
+    ``int8`` and ``fp8`` (e4m3) have a scale for each row, the largest absolute value over the largest code; ``int4``
+    a scale and an offset for each ``GROUP`` of neighbours in a row. All are rounded to the nearest.
+
+    Attributes:
+        codes: int8 or float8 ``[out, in]``, or uint8 ``[out, ceil(in / 64) · 32]`` with two codes in each.
+        scales: float32 ``[out, 1]``, or bfloat16 ``[out, groups, 1]``.
+        offsets: bfloat16 ``[out, groups, 1]``, of ``int4`` alone.
+        bias: ``[out]``, or None.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, precision: str) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.precision = precision
+        numbers, self._dtype = weight.detach().float(), weight.dtype
+        if precision == "int4":
+            codes, scales, offsets = _four_bits(numbers)
+            self.offsets = _frozen(offsets)
+        else:
+            largest = 127.0 if precision == "int8" else float(torch.finfo(torch.float8_e4m3fn).max)
+            scales = numbers.abs().amax(dim=1, keepdim=True) / largest
+            scales = torch.where(scales > 0, scales, 1.0)
+            codes = (numbers / scales).clamp(-largest, largest)
+            codes = codes.round().to(torch.int8) if precision == "int8" else codes.to(torch.float8_e4m3fn)
+        self.codes, self.scales = _frozen(codes), _frozen(scales)
+        self.bias = None if bias is None else _frozen(bias.detach())
+
+    def decoded(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight that the codes stand for, ``[out, in]``."""
+        if self.precision != "int4":
+            return self.codes.to(dtype) * self.scales.to(dtype)
+        pairs = torch.stack([self.codes & 15, self.codes >> 4], dim=-1)
+        groups = pairs.view(self.out_features, -1, GROUP).to(dtype)
+        weight = torch.addcmul(self.offsets.to(dtype), groups, self.scales.to(dtype))
+        return weight.view(self.out_features, -1)[:, : self.in_features]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """``decoded``, in the type that its bias or its original weight has: some architectures ask for it."""
+        return self.decoded(self._dtype if self.bias is None else self.bias.dtype)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """``[…, out]`` of ``[…, in]``."""
+        product: torch.Tensor = _Product.apply(inputs, self)  # type: ignore[no-untyped-call]
+        return product if self.bias is None else product + self.bias.to(product.dtype)
+
+    def extra_repr(self) -> str:
+        """As torch shows a linear layer."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, precision={self.precision}"
+
+
+class _Product(torch.autograd.Function):
+    """Autograd by itself would keep the decoded weight of every layer until the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, layer: CodedLinear) -> torch.Tensor:
+        ctx.layer = layer
+        return nn.functional.linear(inputs, layer.decoded(inputs.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient @ ctx.layer.decoded(gradient.dtype), None
+
+
+def _frozen(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.contiguous(), requires_grad=False)
+
+
+def _four_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scales and offsets of float32 ``[out, in]``; what is added to fill the last group repeats its last
+    weight."""
+    missing = -weight.shape[1] % GROUP
+    filled = torch.cat([weight, weight[:, -1:].expand(-1, missing)], dim=1)
+    groups = filled.view(len(weight), -1, GROUP)
+    low, high = groups.amin(dim=2, keepdim=True), groups.amax(dim=2, keepdim=True)
+    offsets = low.to(torch.bfloat16)
+    scales = ((high - offsets.float()) / 15).to(torch.bfloat16)
+    scales = torch.where(scales > 0, scales, 1.0)
+    codes = ((groups - offsets.float()) / scales.float()).round().clamp(0, 15).to(torch.uint8).view(len(weight), -1)
+    return codes[:, 0::2] | codes[:, 1::2] << 4, scales, offsets
+
+
+def require_precision(precision: str, device: torch.device) -> None:
+    """Refuses a precision that this machine cannot compute with.
+
+    Raises:
+        ConfigError: it is unknown, needs a library that is not installed, or a type that the device does not have.
+    """
+    if precision not in PRECISIONS:
+        raise ConfigError(f"--quantize must be one of {', '.join(PRECISIONS)}, not {precision!r}; choose one.")
+    if precision == "nf4" and find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"nf4 is computed by the library bitsandbytes, which is not installed; {INSTALL['bitsandbytes']}, or "
+            "choose int4, which needs none."
+        )
+    if precision == "nf4" and device.type == "mps":
+        raise ConfigError("nf4 is computed by bitsandbytes on CPUs and CUDA GPUs, not on mps; choose int4 or int8.")
+    if precision == "fp8":
+        try:
+            torch.ones(8, device=device).to(torch.float8_e4m3fn).float().sum().item()
+        except (RuntimeError, TypeError) as error:
+            raise ConfigError(f"The device {device} has no 8-bit floating-point numbers; choose int8.") from error
+
+
+def require_plain(stored: str, wanted: str | None, base: str) -> None:
+    """Refuses to quantise a model that is stored quantised, unless as that.
+
+    Raises:
+        BaseModelError: it is another precision.
+    """
+    if stored and wanted not in (None, stored):
+        raise BaseModelError(
+            f"the base model {base!r} is stored in {stored} and cannot be quantised to {wanted}; leave --quantize out, "
+            "or give the model that it was made of"
+        )
+
+
+def quantize_layers(model: Any, precision: str, device: torch.device, name: str) -> None:
+    """Replaces all linear layers but the head by quantised ones on the device, one by one. The embedding table, norms
+    and head stay as they are.
+
+    Args:
+        model: transformers' own, not quantised yet.
+        precision: of ``PRECISIONS``.
+        device: where the layers go.
+        name: what the user calls it.
+
+    Raises:
+        BaseModelError: it has no such layers, or is stored quantised.
+        ConfigError: as ``require_precision``.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    require_plain(stored_precision(model.config), precision, name)
+    require_precision(precision, device)
+    head = model.get_output_embeddings()
+    whole = _numbers(model) - model.get_input_embeddings().weight.numel()
+    done = 0
+    for place, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear | Conv1D) or module is head:
+            continue
+        weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+        bias = None if module.bias is None else module.bias.to(device)
+        layer: nn.Module
+        weight = weight.detach().to(device)
+        layer = _nf4(weight, bias) if precision == "nf4" else CodedLinear(weight, bias, precision)
+        model.set_submodule(place, layer)
+        done += weight.numel()
+    if not done:
+        raise BaseModelError(f"the base model {name!r} has no linear layers to quantise; load it without --quantize")
+    if done < HALF * whole:
+        say(
+            f"of the weights of {name!r} behind its embedding table, {done / whole:.0%} are linear layers, which are "
+            f"{precision} now; the others, such as experts, are as they were"
+        )
+
+
+def placed(model: Any, dtype: torch.dtype, device: torch.device, name: str) -> Any:
+    """The model on the device, computing in ``dtype``; codes and their scales stay as they are.
+
+    Raises:
+        BaseModelError: quantised layers of it compute no gradient.
+    """
+    coded = codes_of(model)
+    # Not ``model.to(dtype)``: it would round the rotary frequencies too, which in bf16 is a radian at 1000 tokens.
+    for weight in model.parameters():
+        if weight.is_floating_point() and id(weight) not in coded:
+            weight.data = weight.data.to(dtype)
+    keep_as_stored(model)
+    places = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    # transformers refuses to move some kinds, even to where they are
+    if not all(place.type == device.type and device.index in (None, place.index) for place in places):
+        model = model.to(device)
+    _require_input_gradient(model, name)
+    return model
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Bytes of all weights in memory, codes and their scales included."""
+    return sum(tensor.nbytes for _, tensor in stored_tensors(model))
+
+
+def _nf4(weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+    """A layer of bitsandbytes, with the scales of its blocks quantised as well (QLoRA, Dettmers et al. 2023, section
+    3)."""
+    quieten_bitsandbytes()
+    import bitsandbytes as untyped
+
+    library: Any = untyped
+    rows, columns = weight.shape
+    layer: Any = library.nn.Linear4bit(columns, rows, bias=False, quant_type="nf4", device="meta")
+    layer.weight = library.nn.Params4bit(weight.float().contiguous(), requires_grad=False, quant_type="nf4").to(
+        weight.device
+    )
+    layer.bias = None if bias is None else _frozen(bias)
+    return layer
+
+
+def keep_as_stored(model: nn.Module) -> None:
+    """Keeps bitsandbytes from laying out its weights anew on a CPU when text is written: the layout has no gradient,
+    and the weights are not what they were."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            vars(module)["support_avx512bf16_for_cpu"] = False
+
+
+# --- what is quantised already --------------------------------------------------------------------
+
+
+def stored_precision(config: Any) -> str:
+    """What a model was stored in, such as ``nf4`` or ``gptq 4-bit``; empty for one that is not quantised."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return ""
+    given = dict(found if isinstance(found, dict) else found.to_dict())
+    if given.get("load_in_4bit") or given.get("_load_in_4bit"):
+        return str(given.get("bnb_4bit_quant_type", "fp4"))
+    if given.get("load_in_8bit") or given.get("_load_in_8bit"):
+        return "int8"
+    bits = given.get("bits") or given.get("nbits") or given.get("w_bit")
+    return method_of(config) + (f" {bits}-bit" if bits else "")
+
+
+def method_of(config: Any) -> str:
+    """Which library or format a stored model was quantised by, in transformers' words; empty for none."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return ""
+    given = dict(found if isinstance(found, dict) else found.to_dict())
+    if given.get("load_in_4bit") or given.get("load_in_8bit"):
+        return "bitsandbytes"
+    method = given.get("quant_method") or "unknown"
+    return str(getattr(method, "value", method))
+
+
+def require_method(config: Any, base: str) -> None:
+    """Refuses a stored format that transformers does not know: it would take the codes for weights."""
+    method = method_of(config)
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as KNOWN
+
+    if method and not any(name.startswith(method) for name in KNOWN):
+        raise BaseModelError(
+            f"the base model {base!r} is quantised by {method!r}, which this release of transformers does not know; "
+            "give the model that it was made of, and --quantize"
+        )
+
+
+def loading_options(config: Any, device: torch.device, base: str) -> dict[str, Any]:
+    """With what transformers loads a model that is stored quantised."""
+    method = method_of(config)
+    if method == "bitsandbytes":
+        quieten_bitsandbytes()
+    if method == "compressed-tensors" and find_spec("compressed_tensors") is not None:
+        # Its layers have no product of their own: the first pass of the whole model would unpack them all.
+        config.quantization_config["dequantize"] = True
+        say(f"the weights of {base} are unpacked: compressed-tensors stores in few bits, and computes with all")
+    return {"device_map": {"": str(device)}}
+
+
+def remedy_for(config: Any) -> str:
+    """What to do where a stored model cannot be computed with."""
+    known = INSTALL.get(method_of(config))
+    return (f"{known}, or " if known else "") + "give the model that it was made of, and --quantize"
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a module's own weights are codes."""
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return any(tensor.dtype in CODES or hasattr(tensor, "__tensor_flatten__") for tensor in own)
+
+
+def codes_of(model: nn.Module) -> set[int]:
+    """The ``id`` of each parameter that stays as it is whatever type the model computes in: codes and their scales."""
+    return {
+        id(tensor)
+        for module in model.modules()
+        if is_quantized(module)
+        for name, tensor in module.named_parameters(recurse=False)
+        if name != "bias"
+    }
+
+
+def _shape(module: Any) -> tuple[int, int] | None:
+    """``(out, in)`` of a quantised linear layer; None for any other module."""
+    has = hasattr(module, "out_features") and hasattr(module, "in_features")
+    return (int(module.out_features), int(module.in_features)) if has and is_quantized(module) else None
+
+
+def sizes_of(module: nn.Module) -> Iterator[tuple[str, Sequence[int]]]:
+    """Each weight's name and shape; of a quantised linear layer, those of the weight that it stands for."""
+    for name, part in module.named_modules():
+        prefix, shape = f"{name}." if name else "", _shape(part)
+        if shape is not None:
+            yield f"{prefix}weight", shape
+            if getattr(part, "bias", None) is not None:
+                yield f"{prefix}bias", shape[:1]
+        else:
+            yield from ((f"{prefix}{own}", tuple(w.shape)) for own, w in part.named_parameters(recurse=False))
+
+
+def _numbers(model: nn.Module) -> int:
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def count_weights(model: nn.Module) -> int:
+    """How many weights a model has, shared ones counted once, and codes as the weights that they stand for."""
+    shapes = {module: shape for module in model.modules() if (shape := _shape(module)) is not None}
+    coded = {
+        id(weight) for module in shapes for name, weight in module.named_parameters(recurse=False) if name != "bias"
+    }
+    plain = sum(weight.numel() for weight in model.parameters() if id(weight) not in coded)
+    return plain + sum(rows * columns for rows, columns in shapes.values())
+
+
+def _require_input_gradient(model: nn.Module, name: str) -> None:
+    """Refuses layers that compute no gradient in their inputs, or another one than that of what they compute: the
+    gradient would go around them, along the residual stream, and nothing would be said.
+
+    Raises:
+        BaseModelError: a layer is of such a kind.
+    """
+    tried = set[type]()
+    for module in model.modules():
+        shape = _shape(module)
+        if type(module) in tried or shape is None:
+            continue
+        tried.add(type(module))
+        own = next(iter([*module.parameters(recurse=False), *module.buffers(recurse=False)]))
+        dtype = next((w.dtype for w in model.parameters() if w.dtype in (torch.bfloat16, torch.float16)), torch.float32)
+        noise = torch.randn(4, shape[1], generator=torch.Generator().manual_seed(0))
+        inputs = noise.to(own.device, dtype).requires_grad_()
+        with torch.enable_grad():
+            try:
+                output = module(inputs) - module(torch.zeros_like(inputs)).detach()
+                (gradient,) = torch.autograd.grad(output, inputs, output.detach())
+            except (RuntimeError, NotImplementedError) as error:
+                reason = " ".join(str(error).split())[:120]
+                raise _no_gradient(name, module, reason) from error
+        size = float(output.detach().float().square().sum())
+        if abs(float((gradient.float() * inputs.detach().float()).sum()) - size) > LINEAR * size:
+            raise _no_gradient(name, module, "the gradient is not that of what they compute")
+
+
+def _no_gradient(name: str, module: nn.Module, reason: str) -> BaseModelError:
+    return BaseModelError(
+        f"the quantised layers of the base model {name!r} ({type(module).__name__}) have no gradient in their inputs "
+        f"here ({reason}), which a soft prompt learns by; leave --dtype out, or give the model that it was made "
+        "of, and --quantize"
+    )
+
+
+def fingerprint_files(model_type: str, paths: Sequence[Path]) -> str:
+    """Hex digest of a model's type and a sample of every tensor in its safetensors files, codes and scales alike: what
+    libraries make of them in memory differs by device.
+
+    Args:
+        model_type: as its configuration says.
+        paths: all files of its weights.
+    """
+    digest = hashlib.sha256(f"{model_type} as stored".encode())
+    places: dict[str, Path] = {}
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            places |= dict.fromkeys(file.keys(), path)
+    for name, path in sorted(places.items()):
+        with safe_open(path, framework="pt") as file:
+            sampled(digest, name, file.get_tensor(name))
+    return digest.hexdigest()

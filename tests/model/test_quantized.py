@@ -1,0 +1,342 @@
+"""Quantised base models: the gradient and scores of the weights that the codes stand for, bits that stay, fingerprints,
+and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import softprompt as sp
+from softprompt.errors import BaseModelError, ConfigError, PrecisionWarning, SoftPromptWarning
+from softprompt.model.frozen import FrozenLM
+from softprompt.model.quantized import bytes_of
+from softprompt.model.request import Request, Sampling
+from softprompt.soft_prompts.soft_prompt import SoftPrompt
+from softprompt.text.tokens import SOFT
+from softprompt.tuning.training import Training
+from tests.conftest import TOY_LABELS, make_model, make_tokenizer, tiny, toy, toy_task, train_settings
+
+needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+PRECISIONS = (pytest.param("nf4", marks=needs_bitsandbytes), "int8", "int4", "fp8")
+REQUESTS = [Request((3, SOFT, 5, 9, 11), 2, ((7,), (9, 12)), 0), Request((3, SOFT, 8), 2, ((7,), (20,)), 0)]
+
+
+def loaded(precision: str | None, kind: str = "llama", dtype: str = "fp32") -> FrozenLM:
+    return FrozenLM(make_model(kind), make_tokenizer(), name=f"tiny-{kind}", dtype=dtype, quantize=precision)
+
+
+def vectors(lm: FrozenLM) -> torch.Tensor:
+    return 0.1 * torch.randn(6, lm.hidden_size, generator=torch.Generator().manual_seed(0))
+
+
+def dense(module: Any) -> torch.Tensor:
+    """The weight of a quantised layer, worked out from what is stored."""
+    if hasattr(module.weight, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        found: torch.Tensor = dequantize_4bit(module.weight.data, module.weight.quant_state)
+        return found.float()
+    if module.precision == "int4":
+        rows, codes = module.out_features, module.codes.long()
+        both = torch.empty(rows, 2 * codes.shape[1], dtype=torch.long)
+        both[:, 0::2], both[:, 1::2] = codes % 16, codes // 16
+        groups = both.reshape(rows, -1, 64).float()
+        grouped: torch.Tensor = groups * module.scales.float() + module.offsets.float()
+        return grouped.reshape(rows, -1)[:, : module.in_features]
+    plain: torch.Tensor = module.codes.float() * module.scales
+    return plain
+
+
+def with_dense_weights(lm: FrozenLM, kind: str = "llama") -> FrozenLM:
+    """A plain model with the weights that the codes of ``lm`` stand for."""
+    model = make_model(kind)
+    for name, module in list(lm.model.named_modules()):
+        if hasattr(module, "codes") or type(module).__name__ == "Linear4bit":
+            own = model.get_submodule(name)
+            weight = dense(module)
+            own.weight.data = weight.T.contiguous() if type(own).__name__ == "Conv1D" else weight
+    return FrozenLM(model, make_tokenizer(), name="dense", dtype="fp32")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_scores_and_gradient_are_those_of_the_weights_that_the_codes_stand_for(precision: str, kind: str) -> None:
+    lm = loaded(precision, kind)
+    plain = with_dense_weights(lm, kind)
+    found = []
+    for model in (lm, plain):
+        soft = vectors(lm).requires_grad_()
+        scores = model.score_concatenated(REQUESTS, [soft])
+        (gradient,) = torch.autograd.grad(scores.sum(), soft)
+        found.append((scores.detach(), gradient, model.score(REQUESTS, [vectors(lm)])))
+    for ours, oracle in zip(*found, strict=True):
+        torch.testing.assert_close(ours, oracle, rtol=2e-4, atol=2e-4)
+    assert not torch.allclose(found[0][0], tiny(kind).score(REQUESTS, [vectors(lm)]), atol=1e-3)  # it is quantised
+
+
+@pytest.mark.parametrize(
+    ("precision", "bound"),
+    [("int8", 0.5 / 127), ("int4", 0.51 / 15), ("fp8", 0.5 / 8)],  # e4m3 has 3 bits behind the point
+)
+def test_codes_are_the_nearest(precision: str, bound: float) -> None:
+    lm, plain = loaded(precision), make_model("llama")
+    for name, module in lm.model.named_modules():
+        if not hasattr(module, "codes"):
+            continue
+        weight = plain.get_submodule(name).weight.detach()
+        error = (dense(module) - weight).abs()
+        if precision == "fp8":
+            assert (error <= bound * weight.abs() + module.scales * 2**-9).all()
+            continue
+        reach = weight.abs().amax(dim=1, keepdim=True)
+        if precision == "int4":
+            reach = (weight.amax(dim=1) - weight.amin(dim=1))[:, None] * (1 + 2**-6)
+        assert (error <= bound * reach + 1e-6).all()
+
+
+def test_a_layer_of_zeros_stays_zero() -> None:
+    model = make_model("llama")
+    layer = model.model.layers[0].mlp.down_proj
+    layer.weight.data.zero_()
+    for precision in ("int8", "int4", "fp8"):
+        lm = FrozenLM(copy.deepcopy(model), make_tokenizer(), name="zeros", dtype="fp32", quantize=precision)
+        assert (dense(lm.model.model.layers[0].mlp.down_proj) == 0).all()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_training_learns_and_changes_no_bit(precision: str) -> None:
+    lm = loaded(precision, dtype="bf16")
+    before, data = lm.weights_digest(), toy(24, 0)
+    training = Training(toy_task(lm, data), data, toy(12, 1), train_settings(lr=0.3))
+    losses = [step.loss for step in training]
+    soft_prompt = training.result()
+    lm.score(REQUESTS, [vectors(lm)])  # passes without a gradient have another layout in bitsandbytes
+    assert losses[-1] < losses[0]
+    assert training.base_unchanged
+    assert lm.weights_digest() == before
+    assert (soft_prompt.quantized, soft_prompt.base_fingerprint) == (precision, tiny("llama").fingerprint)
+
+
+def test_every_bit_counts() -> None:
+    lm = loaded("int4")
+    layer: Any = lm.model.model.layers[1].mlp.up_proj
+    digests = {lm.weights_digest()}
+    layer.codes.data[3, 5] ^= 1
+    digests.add(lm.weights_digest())
+    layer.scales.data[3, 0, 0] *= 2
+    digests.add(lm.weights_digest())
+    assert len(digests) == 3
+
+
+@needs_bitsandbytes
+def test_the_scales_of_bitsandbytes_count() -> None:
+    lm = loaded("nf4")
+    before = lm.weights_digest()
+    lm.model.model.layers[1].mlp.up_proj.weight.quant_state.absmax[0] += 1
+    assert lm.weights_digest() != before
+
+
+def test_it_takes_less_memory_and_has_as_many_weights() -> None:
+    plain, lm = tiny("llama"), loaded("int8")
+    assert lm.num_parameters == plain.num_parameters
+    linear = sum(m.weight.numel() for m in plain.model.model.layers.modules() if isinstance(m, nn.Linear))
+    rows = sum(m.weight.shape[0] for m in plain.model.model.layers.modules() if isinstance(m, nn.Linear))
+    assert bytes_of(plain.model) - bytes_of(lm.model) == 3 * linear - 4 * rows
+    coded = [m for m in loaded("int4").model.modules() if hasattr(m, "codes")]
+    four = sum(m.codes.nbytes + m.scales.nbytes + m.offsets.nbytes for m in coded)
+    assert four == sum(m.out_features * -(-m.in_features // 64) * (32 + 4) for m in coded)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_text_is_that_of_the_dense_weights(precision: str) -> None:
+    lm = loaded(precision)
+    greedy = Sampling(max_new_tokens=8)
+    texts = [
+        sp.predict(model, made(model), ["film", "bad year"], sampling=greedy) for model in (lm, with_dense_weights(lm))
+    ]
+    assert [one.text for one in texts[0]] == [one.text for one in texts[1]]
+
+
+def made(lm: FrozenLM, *, labels: bool = False) -> SoftPrompt:
+    return SoftPrompt(
+        vectors=vectors(lm),
+        name="films",
+        base=lm.name,
+        base_fingerprint=lm.fingerprint,
+        tokenizer_fingerprint=lm.tokenizer_fingerprint,
+        template="{soft_prompt}{input} {target}",
+        verbalizer=dict(TOY_LABELS.words) if labels else None,
+        base_settings=lm.settings,
+        quantized=lm.quantized,
+    )
+
+
+# --- one soft prompt, several precisions ----------------------------------------------------------
+
+
+def test_another_precision_is_told_and_another_model_refused() -> None:
+    plain, lm = tiny("llama"), loaded("int8")
+    with pytest.warns(PrecisionWarning, match=r"trained on its base model int8.* used on it unquantised.*--on int8`"):
+        sp.predict(plain, made(lm, labels=True), "film")
+    with pytest.warns(PrecisionWarning, match=r"trained on its base model unquantised.* used on it int8.*--on int8`"):
+        sp.predict(lm, made(plain, labels=True), "film")
+    with pytest.raises(BaseModelError, match="fingerprint"):
+        sp.predict(tiny("qwen3"), made(lm, labels=True), "film")
+
+
+def test_the_same_precision_is_not_told(recwarn: pytest.WarningsRecorder) -> None:
+    lm = loaded("int8")
+    sp.predict(lm, made(lm, labels=True), "film")
+    assert not [one for one in recwarn if one.category is PrecisionWarning]
+
+
+def test_the_file_remembers_it_and_files_without_it_load(tmp_path: Path) -> None:
+    for precision in ("int8", ""):
+        soft_prompt = made(loaded(precision or None))
+        soft_prompt.save(tmp_path / "films.safetensors")
+        assert SoftPrompt.load(tmp_path / "films.safetensors").quantized == precision
+        assert (b"quantized" in (tmp_path / "films.safetensors").read_bytes()) == bool(precision)
+
+
+def test_a_run_is_not_gone_on_with_in_another_precision(tmp_path: Path) -> None:
+    data = toy(12, 0)
+    steps = iter(
+        Training(toy_task(loaded("int8"), data), data, data, train_settings(checkpoint_every=1), folder=tmp_path)
+    )
+    for _ in range(6):
+        next(steps)
+    del steps
+    with pytest.raises(ConfigError, match=r"quantized.*--quantize int8"):
+        Training(toy_task(tiny("llama"), data), data, data, train_settings(), folder=tmp_path, resume=True)
+
+
+# --- what is stored quantised ---------------------------------------------------------------------
+
+
+def stored(folder: Path, **options: Any) -> Path:
+    """The tiny model as bitsandbytes saves it."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    plain = folder / "plain"
+    make: Any = BitsAndBytesConfig
+    models: Any = AutoModelForCausalLM
+    make_model("llama").save_pretrained(plain)
+    model = models.from_pretrained(plain, quantization_config=make(**options), device_map={"": "cpu"})
+    model.save_pretrained(folder / "stored")
+    make_tokenizer().save_pretrained(folder / "stored")
+    return folder / "stored"
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize(
+    ("options", "precision"),
+    [
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, "nf4"),
+        ({"load_in_8bit": True}, "int8"),
+    ],
+)
+def test_a_folder_that_is_quantised(
+    tmp_path: Path, options: dict[str, Any], precision: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = stored(tmp_path, **options)
+    lm, rounded = FrozenLM.load(folder), FrozenLM.load(folder, dtype="bf16")
+    assert (lm.quantized, lm.precision) == (precision, precision)
+    assert lm.fingerprint == rounded.fingerprint != tiny("llama").fingerprint
+    assert lm.num_parameters == tiny("llama").num_parameters
+    before = lm.weights_digest()
+    soft = vectors(lm).requires_grad_()
+    scores = lm.score_concatenated(REQUESTS, [soft])
+    (gradient,) = torch.autograd.grad(scores[0, 0], soft)
+    shared = lm.score(REQUESTS, [vectors(lm)])
+    assert lm.weights_digest() == before
+    torch.testing.assert_close(shared, scores.detach(), atol=2e-2, rtol=0)
+    assert gradient.norm() > 0
+    plain = tiny("llama").score(REQUESTS, [vectors(lm)])
+    assert (shared - plain).abs().max() < (0.2 if precision == "int8" else 1.5)
+    assert "MatMul8bitLt" not in caplog.text
+    if precision == "nf4":
+        torch.testing.assert_close(scores, with_dense_weights(lm).score_concatenated(REQUESTS, [soft]))
+        wrapped = FrozenLM.wrap(lm.model, make_tokenizer())
+        torch.testing.assert_close(wrapped.score(REQUESTS, [vectors(lm)]), shared)
+
+
+@needs_bitsandbytes
+def test_a_quantised_model_is_not_quantised_again(tmp_path: Path) -> None:
+    folder = stored(tmp_path, load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    with pytest.raises(BaseModelError, match=r"stored in nf4 and cannot be quantised to int8; leave --quantize out"):
+        FrozenLM.load(folder, quantize="int8")
+    assert FrozenLM.load(folder, quantize="nf4").quantized == "nf4"
+
+
+def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
+    model = make_model("llama")
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace("{", '{"quantization_config": {"quant_method": "runes"},', 1))
+    with pytest.raises(BaseModelError, match=r"quantised by 'runes'.*does not know"):
+        FrozenLM.load(tmp_path)
+
+
+def test_a_format_without_its_library_says_what_to_install(tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace("{", '{"quantization_config": {"quant_method": "gptq", "bits": 4},', 1))
+    with pytest.raises(BaseModelError, match=r"stored in gptq 4-bit and could not be loaded: .*pip install gptqmodel"):
+        FrozenLM.load(tmp_path)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+class Inference(nn.Linear):
+    """A layer whose kernel has no backward pass, as some libraries have."""
+
+    def __init__(self, like: nn.Linear) -> None:
+        super().__init__(like.in_features, like.out_features, bias=False)
+        self.codes = nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
+        self.weight = like.weight
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(inputs.detach())
+
+
+def test_layers_without_a_gradient_are_refused() -> None:
+    model = make_model("llama")
+    for layer in model.model.layers:  # the gradient would go around them, along the residual stream
+        layer.mlp.up_proj = Inference(layer.mlp.up_proj)
+    with pytest.raises(BaseModelError, match=r"\(Inference\) have no gradient"):
+        FrozenLM(model, make_tokenizer(), name="frozen kernels", dtype="fp32")
+
+
+def test_an_unknown_precision_and_a_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="--quantize must be one of nf4, int8, int4, fp8, not 'int3'"):
+        loaded("int3")
+    monkeypatch.setattr("softprompt.model.quantized.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r'bitsandbytes, which is not installed; pip install "softprompt\[nf4\]"'):
+        loaded("nf4")
+
+
+def test_few_linear_layers_are_told() -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2, "vocab_size": 320}
+    config = AutoConfig.for_model("mixtral", **sizes, **experts, pad_token_id=0, bos_token_id=1, eos_token_id=1)
+    models: Any = AutoModelForCausalLM
+    with pytest.warns(SoftPromptWarning, match=r"are linear layers, which are int8 now; the others, such as experts"):
+        FrozenLM(models.from_config(config), make_tokenizer(), name="experts", dtype="fp32", quantize="int8")
+
+
+def test_the_ten_lines_take_it() -> None:
+    lm = sp.load_model(make_model("llama"), make_tokenizer(), quantize="int8", name="own")
+    assert "int8, computed in float32" in repr(lm)
+    assert lm.fingerprint == tiny("llama").fingerprint
