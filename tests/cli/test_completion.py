@@ -53,7 +53,7 @@ def bash(home: Path, *words: str) -> list[str]:
     ("words", "expected"),
     [
         (["ev"], ["evaluate"]),
-        (["s"], ["serve", "show"]),
+        (["s"], ["sweep", "serve", "show"]),
         (["train", "a.jsonl", "--init-"], ["--init-text", "--init-scale"]),
         (["evaluate", "s"], ["snli", "sst2"]),
         (["predict", "--dtype", "fp32", "n"], ["news"]),
