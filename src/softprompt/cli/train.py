@@ -19,7 +19,7 @@ from softprompt.data.packages import DEFAULT_BASE
 from softprompt.drawing.words import duration, plain_metric
 from softprompt.errors import ConfigError, StoreError, TrainingError
 from softprompt.files import strict_json
-from softprompt.model.distributed import is_first
+from softprompt.model.distributed import is_first, launched
 from softprompt.model.frozen import FrozenLM
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
@@ -159,11 +159,12 @@ def _train_and_store(
         raise typer.Exit(130)
     soft_prompt = training.result()
     place.save(soft_prompt)
-    if not is_first():  # which writes and reports
-        raise typer.Exit(130 if interrupted else 2 if training.stopped == "not finite" else 0)
-    if not interrupted:
+    if not interrupted and is_first():
         (place.run.path / checkpoint.FILE).unlink(missing_ok=True)  # what has ended cannot be resumed
-    training.watch.require_same_answers(place.path, soft_prompt)
+    if not (interrupted and launched()):  # several processes were interrupted at different places
+        training.watch.require_same_answers(place.path, soft_prompt)
+    if not is_first():  # which reports
+        raise typer.Exit(130 if interrupted else 2 if training.stopped == "not finite" else 0)
     say_alarms(training.alarms[len(training.watch.before) :])
     _report(training, soft_prompt, place.path, taken, time.perf_counter() - began, as_json, trial)
     after = f"after step {training.step:,} of {training.total:,}"

@@ -386,7 +386,7 @@ class Watch:
 
     def require_same_answers(self, path: Path, made: SoftPrompt) -> None:
         """Reads a soft prompt that was stored and checks that it has the vectors of the one that was made, and answers
-        a few validation rows alike.
+        a few validation rows alike. Of several processes all do, and the first one reads the file.
 
         Args:
             path: its file.
@@ -396,7 +396,8 @@ class Watch:
             StoreError: something differs.
             ArtifactError: the file cannot be read.
         """
-        stored, lm = SoftPrompt.load(path), self._task.model
+        lm = self._task.model
+        stored = lm.world.from_first(lambda: SoftPrompt.load(path))
         found = list[torch.Tensor]()
         for one in (made, stored):
             task = Task.of(lm, one)
