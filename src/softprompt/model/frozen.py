@@ -112,8 +112,8 @@ class FrozenLM(Embedder):
         if world.shard != "none":
             if self.quantized:
                 raise ConfigError(
-                    f"--shard {world.shard} divides weights in 16 or 32 bits, found {self.quantized}; leave one of both "
-                    "out."
+                    f"--shard {world.shard} divides weights in 16 or 32 bits, found {self.quantized}; leave one of "
+                    "both out."
                 )
             for weight in model.parameters():
                 if weight.is_floating_point():
