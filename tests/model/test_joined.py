@@ -12,13 +12,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from softprompt.errors import SoftPromptWarning
 from softprompt.model.batch import build_trie
+from softprompt.model.frozen import FrozenLM
 from softprompt.model.joined import Joined, join, share_beginnings
 from softprompt.model.request import Request
 from softprompt.text.tokens import SOFT, Tokens
 from softprompt.tuning.gradients import Gradients, Layout, Share
 from softprompt.tuning.objective import Objective
-from tests.conftest import SHARED, plain_score, tiny
+from tests.conftest import SHARED, make_model, make_tokenizer, plain_score, tiny
+from tests.model.families import frozen
 
 BEFORE = (3, SOFT)
 FIRST, SECOND, THIRD = (60, 61, 62), (60, 61, 62, 70, 71, 63), (60, 61, 62, 70, 71, 63, 72, 64, 65)
@@ -214,3 +217,40 @@ def test_of_one_conversation_of_other_rows_or_of_other_soft_prompts_nothing_more
     same = [answer((60, 61), (70,), of=of) for of in "ab"]
     assert [one.shared for one in share_beginnings(same)] == [3, 3]  # a token is left to each row
     assert [one.shared for one in share_beginnings([*same, *talk("")])] == [3, 3, 2, 2, 2]
+
+
+@pytest.mark.parametrize("case", ["falcon_h1", "qwen3_next", "deepseek_v3", "gemma2", "gpt_oss"])
+def test_families_of_other_memories_give_the_same(case: str) -> None:
+    """States cannot branch: there, each way through the trie is a line of its own."""
+    gradients = Gradients(frozen(case), layout="two stages")
+    for several in (mixed(None), [*talk("a"), answer(FIRST, (70, 72, 99), of="a")]):
+        loss, _, found = gradient(gradients, several, [0] * len(several))
+        alone = [replace(one, conversation="") for one in several]
+        apart, _, wanted = gradient(gradients, alone, [0] * len(several))
+        assert loss == pytest.approx(apart, rel=1e-6)
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+        scores, greedy = frozen(case).score_and_compare(several, [soft()])
+        others, same = frozen(case).score_and_compare(alone, [soft()])
+        torch.testing.assert_close(scores, others, rtol=1e-5, atol=2e-5)
+        assert torch.equal(greedy, same)
+
+
+def test_a_pass_that_does_not_fit_is_repeated_in_smaller_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Down to one answer a row, with the same scores and gradients."""
+    lm = FrozenLM(make_model("llama"), make_tokenizer(), name="small", dtype="fp32", device="cpu")
+    branches = ((FIRST, (90, 91, 92, 93, 99)), (SECOND, (90, 94, 95, 99)))  # 7 and 9 tokens, 13 as one row
+    several, collate = [answer(text, word, of=of) for of in "ab" for text, word in branches], lm.collate
+    scores, wanted = lm.score(several, [soft()]), gradient(Gradients(lm), several, [0] * 4)
+
+    def full(rows: Sequence[Any], *rest: Any) -> Any:
+        if sum(row.length for row in rows) > 9:
+            raise torch.OutOfMemoryError
+        return collate(rows, *rest)
+
+    monkeypatch.setattr(lm, "collate", full)
+    with pytest.warns(SoftPromptWarning, match="smaller|at most"):
+        torch.testing.assert_close(lm.score(several, [soft()]), scores, rtol=1e-5, atol=1e-5)
+    monkeypatch.undo()
+    small = gradient(Gradients(lm, layout="two stages", max_tokens=4), several, [0] * 4)
+    assert small[0] == pytest.approx(wanted[0], rel=1e-6)
+    assert float((small[2] - wanted[2]).norm() / wanted[2].norm()) < 1e-5

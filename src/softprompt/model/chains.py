@@ -38,7 +38,8 @@ def collate_chains(rows: Sequence[Row], prefix_lengths: Sequence[int], device: t
         lines += [(row.ids + way, row.prefix) for way in ways]
         for number, word in enumerate(row.words):
             line = first + next(i for i, way in enumerate(ways) if way[: len(word) - 1] == word[:-1])
-            for depth, token in enumerate(word):
+            given = row.scored_from[number] if row.scored_from else 0
+            for depth, token in enumerate(word[given:], start=given):
                 place = line, len(row.ids) - 1 + depth
                 steps.append((reads.setdefault(place, len(reads)), token, index * num_words + number))
     length = max(LEAST_TOKENS, *(len(ids) for ids, _ in lines))
