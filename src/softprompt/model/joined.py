@@ -46,6 +46,10 @@ class Joined:
             texts[0][:common], tuple(rest + word for rest, word in pairs), prefix, tuple(len(r) for r, _ in pairs)
         )
 
+    def singles(self) -> list[Joined]:
+        """Each request by itself."""
+        return [Joined((place,), (request,)) for place, request in zip(self.places, self.requests, strict=True)]
+
     @property
     def saved(self) -> int:
         """Tokens that are computed once instead of several times."""

@@ -45,10 +45,11 @@ def scored(
         try:
             part, same = _scored_group(lm, group, soft_prompts, prefix_of, compare=compare)
         except torch.OutOfMemoryError:
-            if len(group) == 1:
+            parts = group if len(group) > 1 else group[0].singles()
+            if len(parts) == 1:
                 raise
             lm.take_less_at_once(sum(len(request.ids) for one in group for request in one.requests))
-            waiting += [group[len(group) // 2 :], group[: len(group) // 2]]
+            waiting += [parts[len(parts) // 2 :], parts[: len(parts) // 2]]
             continue
         yield torch.tensor([place for one in group for place in one.places]), part, same
 
