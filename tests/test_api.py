@@ -262,7 +262,7 @@ def test_an_evaluation_prints_its_headline(lm: FrozenLM, prompt: SoftPrompt) -> 
     assert str(found).startswith(f"accuracy {right / 20:.4f} ± ")
     assert str(found).endswith(" (n = 20)")
     html = found._repr_html_()
-    assert html.count("<tr>") == 5
+    assert html.count("<tr>") == 6
     assert "<td>macro_f1</td>" in html
     alone = sp.evaluate(lm, prompt, rows(1), metrics=["accuracy", "log_loss"], progress=False)
     assert "<td>–</td>" in alone._repr_html_()

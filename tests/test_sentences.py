@@ -19,6 +19,7 @@ GROUP: Any = get_command(command_line())
 SOURCES = sorted(Path(softprompt.__file__).parent.rglob("*.py"))
 OTHERS = {
     "--enable-prompt-embeds",
+    "--nproc-per-node",
     "--enable-prompt-tokens-details",
     "--no-deps",
     "--ignore-requires-python",

@@ -230,6 +230,10 @@ def test_label_metrics_are_those_of_the_predictions(llama: FrozenLM) -> None:
         metrics.macro_f1(texts, gold, task.labels),
         metrics.mcc(texts, gold, task.labels),
         metrics.log_loss(nll),
+        metrics.calibration_error(
+            [math.exp((answer.logprobs or {})[answer.text]) for answer in answers],
+            [text == label for text, label in zip(texts, gold, strict=True)],
+        ),
     )
     assert found.headline.name == "accuracy"
     assert found.truncated == 0

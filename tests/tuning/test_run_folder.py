@@ -299,7 +299,7 @@ def test_what_was_put_there_meanwhile_is_kept_and_the_advice_is_right(
     path.rename("mine.safetensors")  # as it advises
     ran = train("train.jsonl", *place, "--seed", "1", "--resume")
     assert ran.code == 0
-    assert "step" not in ran.err  # nothing was left to do but to write
+    assert "plan:" not in ran.err  # nothing was left to do but to write
     assert SoftPrompt.load(path).training["seed"] == 1
 
 

@@ -382,6 +382,8 @@ def _attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if keep is not None:
         keep.append((key, value))
+    if prefix_layer is not None and not prefix_layer[0].shape[2]:
+        prefix_layer = None  # an empty prefix
     if prefix_layer is not None and hasattr(module, "expand_kv"):
         expand: Any = module.expand_kv
         prefix_layer = expand(*prefix_layer)  # the prefix's latents, once for all rows

@@ -77,7 +77,7 @@ def _beside(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def stored_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """All that a model's weights are, by name: parameters, buffers, and what quantised weights are made of."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        yield from _plain_tensors(name, tensor.detach())
+        yield from _plain_tensors(name, here(tensor.detach()))
     yield from _beside(model)
 
 
@@ -132,7 +132,7 @@ def weights_digest(model: Any) -> str:
     digest = hashlib.sha256()
     for name, tensor in stored_tensors(model):
         digest.update(name.encode())
-        content = here(tensor.detach()).contiguous().view(-1).view(torch.uint8)
+        content = tensor.contiguous().view(-1).view(torch.uint8)
         if tensor.device.type == "cuda":
             digest.update(device_hash(content).to_bytes(8, "little"))
         else:

@@ -563,8 +563,13 @@ class Training:
 
     def _open_folder(self, resume: bool) -> None:
         found = self._world.from_first(lambda: self._opened(resume))
-        if found is not None:
+        if found is None:
+            return
+        try:
             self._go_on(found)
+        except BaseException:
+            self._hold.give_back()
+            raise
 
     def _opened(self, resume: bool) -> checkpoint.Loaded | None:
         """Takes the folder; the checkpoint that is gone on from, if there is one."""
