@@ -4,7 +4,7 @@
 
 The task is local: rows of ``input`` and ``target`` with few labels, of which the most probable one is chosen. Both ask
 the same base model without a soft prompt, each in a copy of its own, so the scores are the same up to rounding. Prints
-the ratio of the times of whole evaluations, ours over theirs (medians; below 1: ours is faster), and both scores.
+the ratio of the times of whole evaluations, theirs over ours (medians; above 1: ours is faster), and both scores.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 }
     medians = {name: statistics.median(several) for name, several in seconds.items()}
     return {
-        "ratio": medians["ours"] / medians["hf"],
+        "ratio": medians["hf"] / medians["ours"],
         "seconds": medians,
         "scores": scores,
         "dtype": dtype,
@@ -127,7 +127,7 @@ def main() -> None:
         return
     for name, of in found["scores"].items():
         print(f"{name}: {found['seconds'][name]:.2f} s, accuracy {of['acc']:.4f} (n = {of['n']})")
-    print(f"ours takes {found['ratio']:.2f} of the time of hf ({found['dtype']}, {found['device']})")
+    print(f"ours is {found['ratio']:.2f} times as fast as hf ({found['dtype']}, {found['device']})")
 
 
 if __name__ == "__main__":
