@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch.nn import functional
@@ -29,7 +29,7 @@ def label_scores(scores: torch.Tensor, owners: Sequence[int]) -> torch.Tensor:
     return gathered.view(len(scores), *places.shape).logsumexp(dim=-1)
 
 
-@lru_cache(maxsize=64)
+@cache  # never freed: captured CUDA graphs go on reading it
 def _places(owners: Tokens, device: torch.device) -> torch.Tensor:
     """int64 ``[labels, M]``, the places of each label's words, and behind fewer than ``M`` that of a word without
     probability, ``W``."""
