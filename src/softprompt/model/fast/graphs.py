@@ -106,3 +106,8 @@ class Graphs:
             stacklevel=3,
         )
         return run(*inputs)
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on the device. A GPU gets it when it comes to it, and nothing waits for that."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
