@@ -162,7 +162,7 @@ def test_a_graph_that_cannot_be_captured_is_told_once(monkeypatch: pytest.Monkey
         told.append("tried")
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(graphs, "_capture", capture)
+    monkeypatch.setattr(graphs, "capture", capture)
     with pytest.warns(SoftPromptWarning, match="could not be captured as a CUDA graph .operation not permitted"):
         assert graphs("shape", lambda tensor: (tensor,), on_gpu) == (on_gpu,)
     assert graphs("shape", lambda tensor: (tensor,), on_gpu) == (on_gpu,)

@@ -17,7 +17,7 @@ from torch import nn
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.errors import ConfigError, SoftPromptWarning
 from softprompt.files import StrPath, local_path
-from softprompt.model import attention, quantized, trial
+from softprompt.model import attention, continuing, quantized, trial
 from softprompt.model.architecture import (
     WHOLE,
     Family,
@@ -40,7 +40,9 @@ from softprompt.model.chains import collate_chains
 from softprompt.model.distributed import ALONE, World, own_device
 from softprompt.model.embedder import Embedder
 from softprompt.model.encoder_decoder import EncoderDecoder, decoder_start, require_embedded
+from softprompt.model.fast import memory
 from softprompt.model.fast.blocks import can_use_blocks
+from softprompt.model.fast.fixed_rows import FixedRows
 from softprompt.model.fast.layers import LayerModes
 from softprompt.model.fast.packed import PackedWeights
 from softprompt.model.fingerprint import fingerprint_model, fingerprint_tokenizer, model_settings, weights_digest
@@ -58,16 +60,6 @@ from softprompt.model.state.slots import RowKV
 from softprompt.model.whole import Whole, WholeSequences
 from softprompt.text.tokens import SOFT, Tokens, frequent_tokens
 
-MAX_TOKENS = 2048
-"""Tokens in one micro-batch on a CPU, padding included: enough for matrix products near their peak, little enough for
-memory."""
-
-MOST_TOKENS = 16384
-"""On a GPU at most as many, from where on launching kernels costs little."""
-
-GPU_SHARE = 0.1
-"""Share of a GPU's memory that a micro-batch with gradient should not exceed by much."""
-
 GAIN_TOKENS = 100
 """Frequent tokens that ``FrozenLM.first_layer_gain`` is measured with."""
 
@@ -83,7 +75,9 @@ class FrozenLM(Embedder):
         why_whole_sequences: why not, in plain words; empty if it does.
         recurrent: whether some layers that prefixes enter have a state of one size for a memory.
         layers: how its decoder layers run in training.
+        fixed_rows: passes over the last tokens of rows that are continued, as CUDA graphs.
         whole: how it computes whole sequences, with nothing shared.
+        avoids_one_row: whether a row alone is computed twice.
         packed: its weights as a CPU's products of few rows want them; for continuing, token by token.
         world: the processes that share the work. All of them must ask for the same, in the same order.
         num_parameters: how many weights the base model has, shared ones counted once.
@@ -146,9 +140,10 @@ class FrozenLM(Embedder):
             self.whole = WholeSequences(self.model)
         # In 16 bits, a CPU rounds the matrix product of one row otherwise than that row's among others: where a row
         # alone is computed twice, its text is the same in any company.
-        self._avoids_one_row = self.device.type == "cpu" and self.dtype != torch.float32
+        self.avoids_one_row = self.device.type == "cpu" and self.dtype != torch.float32
         self.packed = PackedWeights(self.model)
         self.layers = LayerModes(self._layers)
+        self.fixed_rows = FixedRows(wanted=self.device.type == "cuda" and world.shard == "none")
         family = family_of(config)
         self.take_up(family, why_whole_sequences(config))
         if family is None and config.model_type not in WHOLE and not self.encoder_decoder:
@@ -304,16 +299,10 @@ class FrozenLM(Embedder):
 
     @cached_property
     def tokens_at_once(self) -> int:
-        """The most tokens, padding included, in a micro-batch with gradient.
-
-        A GPU wants more than a CPU: passes over few tokens spend their time on launching kernels. It gets as many as
-        keep what backward needs within ``GPU_SHARE``.
-        """
-        if self.device.type != "cuda":
-            return MAX_TOKENS
-        memory = GPU_SHARE * torch.cuda.get_device_properties(self.device).total_memory
-        fitting = int(memory / kept_bytes(self._layers, self.model.config, self.dtype, self.embedding.shape[0]))
-        return min(max(MAX_TOKENS, fitting), MOST_TOKENS)
+        """The most tokens, padding included, in a micro-batch with gradient, as estimated."""
+        return memory.estimated_tokens(
+            self.device, kept_bytes(self._layers, self.model.config, self.dtype, self.embedding.shape[0])
+        )
 
     def weights_digest(self) -> str:
         """Hex digest of every bit of every weight in memory; no training may change it."""
@@ -458,7 +447,7 @@ class FrozenLM(Embedder):
     ) -> torch.Tensor:
         """Logits float32 ``[M, V]`` at the places that the rows' words are read from."""
         hidden = self._hidden(batch, prefix, vectors)
-        return self._logits(hidden[batch.read_lines, batch.read_columns])
+        return self.logits(hidden[batch.read_lines, batch.read_columns])
 
     def _hidden(self, batch: Batch, prefix: PrefixState | None, vectors: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states ``[B, T, H]`` of the rows after the last layer's norm."""
@@ -484,14 +473,19 @@ class FrozenLM(Embedder):
         )
         return out.last_hidden_state  # type: ignore[no-any-return]
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self._avoids_one_row and len(hidden) == 1:
-            return self._logits(hidden.expand(2, -1))[:1]
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Float32 ``[M, V]`` of hidden states ``[M, H]``."""
+        if self.avoids_one_row and len(hidden) == 1:
+            return self.logits(hidden.expand(2, -1))[:1]
         return self._head(self.model.get_output_embeddings()(hidden).float(), self._text_config)
 
-    def slots(self) -> Slots:
-        """Where rows of this model grow."""
-        return RowStates() if self.recurrent else RowKV()
+    def slots(self, *, fixed: bool = False) -> Slots:
+        """Where rows of this model grow; ``fixed``: to be continued token by token, where captured graphs find them."""
+        if fixed and (self.recurrent or not self.shares_prefix):
+            self.fixed_rows.without("its layers have states" if self.recurrent else "it runs whole sequences")
+        if self.recurrent:
+            return RowStates()
+        return self.fixed_rows.slots() if fixed else RowKV()
 
     def next_logits(self, kv: Slots, embedded: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """Runs the next tokens of every row behind those in ``kv``, and appends them there.
@@ -504,17 +498,17 @@ class FrozenLM(Embedder):
         Returns:
             float32 ``[B, V]``, the logits after each row's last token.
         """
-        columns = kv.extend(counts, embedded.shape[1])
-        alone = self._avoids_one_row and embedded.shape[:2] == (1, 1) and not self.recurrent
-        if alone:
-            embedded, columns, counts = embedded.expand(2, -1, -1), columns.expand(2, -1), [*counts, *counts]
-        own = torch.tensor(counts)
-        padding = torch.arange(embedded.shape[1]) >= own[:, None]
-        columns, places = columns.to(self.device), torch.arange(kv.width, device=self.device)[None]
-        sees, positions = columns[..., None] >= places[:, None], columns.masked_fill(padding.to(self.device), 0)
-        hidden = run_behind(self._core, embedded, self._mask(sees, positions, places), positions, kv)
-        logits = self._logits(hidden[torch.arange(len(own)), own - 1])
-        return logits[:1] if alone else logits
+        return continuing.next_logits(self, kv, embedded, counts)
+
+    def last_logits(self, kv: Slots, tokens: Sequence[int]) -> torch.Tensor:
+        """``next_logits`` of one token a row, by id. On a GPU nothing waits for it."""
+        return continuing.last_logits(self, kv, tokens)
+
+    def behind(self, kv: Any, embedded: torch.Tensor, columns: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Hidden states ``[B, T, H]`` of tokens that stand in those columns of their slots, both int64 ``[B, T]``."""
+        places = torch.arange(kv.width, device=self.device)[None]
+        mask = self._mask(columns[..., None] >= places[:, None], positions, places)
+        return run_behind(self._core, embedded, mask, positions, kv)
 
     # --- the concatenation path: the reference, and what serves every other architecture ----------
 
@@ -620,6 +614,7 @@ class FrozenLM(Embedder):
         """After a pass of so many tokens did not fit into memory: ``tokens_at_once`` becomes half of them at most, with
         a ``SoftPromptWarning``."""
         self.tokens_at_once = max(1, min(self.tokens_at_once, tokens) // 2)
+        self.fixed_rows.free()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         warnings.warn(
