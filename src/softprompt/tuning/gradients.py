@@ -20,7 +20,9 @@ import torch
 from softprompt.errors import ConfigError, SoftPromptWarning, TrainingError
 from softprompt.model.batch import Batch, Row, micro_batches, stream
 from softprompt.model.distributed import noticing_loss
+from softprompt.model.fast.compiled import graphs_compiled
 from softprompt.model.fast.graphs import Graphs
+from softprompt.model.fast.memory import Gauge, Measuring
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.joined import Joined, apart, join
 from softprompt.model.prefixes import PrefixOf
@@ -120,6 +122,8 @@ class Gradients:
         max_tokens: the most tokens, padding included, in one pass; by default ``lm.tokens_at_once``. A step that does
             not fit into memory is repeated in smaller passes, with the same result.
         may_recompute: whether a row that does not fit alone is tried with activations that are computed again.
+        measuring: finds ``max_tokens`` and whether activations are computed again, from what the first steps take; on
+            a GPU, where it is not given. The result is the same whatever it finds: gradients are sums.
     """
 
     def __init__(
@@ -136,7 +140,16 @@ class Gradients:
         self.layout = layout
         self.fixed = lm.device.type == "cuda" and lm.compiles
         self.max_tokens = max_tokens
+        measurable = lm.device.type == "cuda" and lm.world.size == 1 and max_tokens is None
+        self.measuring = Measuring(Gauge(lm.device) if measurable else None, may_recompute=may_recompute)
+        self._compiled_before = graphs_compiled()
         self._text_before: PrefixOf = lm.kept_prefixes(1)
+
+    @property
+    def costs(self) -> dict[str, int]:
+        """What steps cost once: ``compiled``, how many graphs ``torch.compile`` has made since this was made, and
+        ``captured``, how many CUDA graphs were captured."""
+        return {"compiled": graphs_compiled() - self._compiled_before, "captured": self.graphs.captured}
 
     def prepare(self, shares: Sequence[Share]) -> Work:
         """Lays a step out; computes nothing on the device. Of several processes, each takes some of every share's rows.
@@ -280,7 +293,10 @@ class Gradients:
         before = [None if own.grad is None else own.grad.clone() for own in vectors]
         while True:
             try:
-                return ways[work.layout](work, vectors)
+                self.measuring.begin()
+                losses = ways[work.layout](work, vectors)
+                self._measure(work)
+                return losses
             except torch.OutOfMemoryError as error:
                 if self.lm.world.shard != "none":  # the others are in the middle of the same layer
                     raise TrainingError(
@@ -291,8 +307,22 @@ class Gradients:
                     own.grad = gradient
                 work = self._smaller(work, error)
 
+    def _measure(self, work: Work) -> None:
+        """Takes what was found in the passes of a step."""
+        if work.batches:
+            tokens = max(batch.ids.numel() for batch in work.batches)
+            longest = max(one.row().length for _, one in work.rows)
+        else:
+            lengths = [self._length(work.shares[number], one, shared=False) for number, one in work.rows]
+            tokens, longest = max(max(lengths[i] for i in group) * len(group) for group in work.groups), max(lengths)
+        found = self.measuring.end(tokens, longest, recomputed=self.lm.layers.recomputed)
+        if found is not None:
+            self.max_tokens = self.lm.tokens_at_once = found.tokens
+            self.lm.layers.set(recomputed=found.recomputed)
+
     def _smaller(self, work: Work, error: torch.OutOfMemoryError) -> Work:
         """The same step in smaller passes; where each has one row already, with activations that are computed again."""
+        self.measuring.stop()
         if work.layout == "stream" or any(len(group) > 1 for group in work.groups):
             lengths = [one.row().length for _, one in work.rows]
             self.lm.take_less_at_once(max(sum(lengths[i] for i in group) for group in work.groups))
