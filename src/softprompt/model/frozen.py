@@ -158,7 +158,7 @@ class FrozenLM(Embedder):
         self._mask = Masks.of(self._text_config, family, self.dtype)
         self._head = family.head if family else Head()
         self._keeps_latents = family is not None and family.latent
-        self._by_blocks = self.compiles and self._mask.fits_blocks and can_use_blocks(self.device)
+        self._by_blocks = self.plain and self._mask.fits_blocks and can_use_blocks(self.device)
         if self.shares_prefix:
             attention.install(self.model, self._layers)
 
@@ -275,10 +275,15 @@ class FrozenLM(Embedder):
 
     @property
     def compiles(self) -> bool:
-        """Whether all layers can share compiled graphs: those that ask a cache by number, choose experts, or are
-        quantised, cannot."""
+        """Whether all layers can share compiled graphs: what is not ``plain``, and quantised layers, cannot."""
+        return self.plain and not self.quantized
+
+    @property
+    def plain(self) -> bool:
+        """Whether passes of one shape do the same and wait for nothing: layers that ask a cache by number or choose
+        experts do not, nor do those that others than us have quantised."""
         experts = any("experts" in name for name, _ in self._layers.named_parameters())
-        whole = self.world.shard == "none" and not self.quantized
+        whole = self.world.shard == "none" and quantized.is_own(self.model)
         return whole and self.shares_prefix and not (self.recurrent or self._keeps_latents or experts)
 
     @cached_property

@@ -138,7 +138,7 @@ class Gradients:
         self.may_recompute = may_recompute
         self.graphs = Graphs()
         self.layout = layout
-        self.fixed = lm.device.type == "cuda" and lm.compiles
+        self.fixed = lm.device.type == "cuda" and lm.plain
         self.max_tokens = max_tokens
         measurable = lm.device.type == "cuda" and lm.world.size == 1 and max_tokens is None
         self.measuring = Measuring(Gauge(lm.device) if measurable else None, may_recompute=may_recompute)
