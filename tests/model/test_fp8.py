@@ -96,7 +96,7 @@ def test_devices_that_multiply_codes(
 
 
 def test_loss_and_gradient_of_a_model_stay_close(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bounds on a tiny model of random weights, in bf16: 0.1 nats a word (of 7 and more), and a gradient in the same direction."""
+    """Bounds on a tiny model of random weights, in bf16: 0.1 nats a word (of 7 and more), and the gradient stays."""
     requests = [Request((3, SOFT, *range(5, 5 + n)), 2, ((7,), (9, 12)), 0) for n in (2, 9, 30)]
     soft, found = 0.1 * torch.randn(6, 32, generator=torch.Generator().manual_seed(0)), []
     monkeypatch.setattr(fp8, "LEAST_WEIGHTS", 0)
