@@ -1,58 +1,27 @@
-"""Passes over the last tokens of rows as captured graphs. In place of a GPU's, what PyTorch's own tracer records is run
-again, on the same tensors: it, too, refuses what waits for a number, and knows nothing of Python."""
+"""Passes over the last tokens of rows as captured graphs, by a stand-in for a GPU's."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from softprompt.errors import SoftPromptWarning
 from softprompt.generation.decoder import Continuation, Decoder, generate
 from softprompt.model.fast import graphs as fast_graphs
 from softprompt.model.fast.fixed_rows import FixedKV, FixedRows, LastTokens, Memory, rounded_rows
-from softprompt.model.fast.graphs import Captured, Graphs, Tensors
+from softprompt.model.fast.graphs import Captured
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request, Sampling
 from softprompt.model.state.recurrent import Slots
 from softprompt.model.state.slots import RowKV
 from tests.conftest import tiny
 from tests.generation.test_decoding import prefix, row
+from tests.graphs import OnCPU
 from tests.model.test_frozen import mixed
-
-
-class OnCPU(Graphs):
-    """Graphs of a GPU that is not there: what was captured runs again, on the same tensors.
-
-    Attributes:
-        replays: how often one was run.
-        record: run what PyTorch's tracer recorded, rather than the function.
-    """
-
-    def __init__(self, *, record: bool) -> None:
-        super().__init__("a pass", "it goes on")
-        self.replays, self.record = 0, record
-
-    @staticmethod
-    def on_gpu(tensor: torch.Tensor) -> bool:
-        return True
-
-    def capture(self, run: Callable[..., Tensors], inputs: Tensors) -> Captured:
-        own = tuple(tensor.clone() for tensor in inputs)
-        outputs = tuple(output.clone() for output in run(*own))
-        again: Callable[..., Tensors] = make_fx(run)(*own) if self.record else run
-
-        def replay() -> None:
-            self.replays += 1
-            for output, new in zip(outputs, again(*own), strict=True):
-                output.copy_(new)
-
-        return Captured(SimpleNamespace(replay=replay), own, outputs)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ gives the gradient of one example at a time is in test_frozen.py."""
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,16 @@ from softprompt.model.fast.blocks import attend_blocks, block_mask
 from softprompt.model.fast.graphs import Graphs
 from softprompt.model.fast.memory import Gauge, Measuring
 from softprompt.model.frozen import FrozenLM
+from softprompt.model.request import Request
 from softprompt.tasks.task import Task
 from softprompt.text.template import Template
+from softprompt.text.tokens import SOFT, Tokens
 from softprompt.text.verbalizer import Verbalizer
 from softprompt.tuning.gradients import Gradients, Layout, Share
 from softprompt.tuning.objective import Objective
 from softprompt.tuning.training import Training
 from tests.conftest import SHARED, make_model, make_tokenizer, tiny, toy, toy_task, train_settings
+from tests.graphs import OnCPU
 
 TEXTS = ("a stirring film", "dull", "one of the best movies of the year , and a very funny one", "so so")
 LABELS = Verbalizer({"good": ("very good", "great", "good"), "bad": ("very bad", "awful"), "so": ("very",)})
@@ -121,22 +125,49 @@ def test_the_shapes_of_streams_are_few_and_little_larger() -> None:
 
 def test_padded_streams_of_one_shape_share_a_graph(llama: FrozenLM) -> None:
     """As on a GPU, where a graph is captured for each key: batches of other texts have the same one."""
-    keys, runs = set(), 0
-
-    class Spied(Graphs):
-        def __call__(self, shape: Any, run: Any, *inputs: torch.Tensor) -> Any:
-            nonlocal runs
-            keys.add(shape)
-            runs += 1
-            return run(*inputs)
-
     gradients = Gradients(llama, layout="stream")
     gradients.fixed = True
-    gradients.graphs = Spied()
+    gradients.graphs = OnCPU(record=False)
     for shift in range(4):
         each, vectors = shares(llama, shift)
         check(gradients, each, vectors)
-    assert (len(keys), runs) == (1, 4)
+    assert (gradients.graphs.captured, gradients.graphs.replays) == (1, 4)
+
+
+def talks(seed: int, width: int) -> list[Request]:
+    """Eight answers of some conversations, each with all that was said before; of words to choose from if ``width`` is
+    above 1."""
+    draw, found = random.Random(seed), list[Request]()
+    while len(found) < 8:
+        said: Tokens = ()
+        for turn in range(draw.randint(1, 8 - len(found))):
+            said += tuple(draw.choices(range(20, 300), k=draw.randint(1, 4)))
+            words = tuple(tuple(draw.choices(range(20, 300), k=draw.randint(1, 3))) for _ in range(width))
+            ids = (3, SOFT, 60, *said)
+            found.append(Request(ids, 2, words, 0, conversation=f"{seed} {len(found) - turn}"))
+            said += words[0]
+    return found
+
+
+@pytest.mark.parametrize(("kind", "width"), [("llama", 1), ("llama", 3), ("gemma3_text-sliding", 1)])
+def test_conversations_are_taken_apart_in_padded_streams(kind: str, width: int) -> None:
+    """However many answers each has; two soft prompts, one with conversations, the other with single rows."""
+    lm = tiny(kind)
+    gradients = Gradients(lm)
+    gradients.fixed = True
+    gradients.graphs = OnCPU(record=False)
+    objective = Objective(tuple(range(width)) if width > 1 else None)
+    single, vectors = shares(lm)
+    for seed in range(4):
+        requests = talks(seed, width)
+        assert len({request.conversation for request in requests}) < 8
+        each = [Share(objective, requests, [seed % width] * 8, (7, 32)), single[1]]
+        work = gradients.prepare(each)
+        assert work.layout == "stream"
+        assert any(len(one.requests) > 1 for _, one in work.rows)
+        check(gradients, each, vectors[:2])
+    assert gradients.graphs.replays == 4
+    assert gradients.graphs.captured < 4
 
 
 @pytest.mark.parametrize("window", [None, 6])

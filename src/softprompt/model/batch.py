@@ -141,7 +141,7 @@ class Batch:
         step_read, step_token, step_slot: ``[N]``: step ``s`` reads place ``step_read[s]``, predicts
             ``step_token[s]`` and counts for word ``step_slot[s] % num_words`` of row ``step_slot[s] // num_words``;
             what is padded counts for a row behind the last.
-        word_counts: ``[rows]``, how many words each row has.
+        word_counts: ``[rows]``, how many words each row has; 0 of one that is padding.
         width: tokens in the longest prefix that was computed before.
         num_words: the most words that a row has.
     """
@@ -238,9 +238,11 @@ class _Layout:
         soft: Sequence[int] | None,
         *,
         fixed: bool,
+        least_rows: int = 0,
     ) -> Batch:
-        """All of it on the CPU; ``fixed``: reads and steps are padded to one of a few numbers."""
-        rows = len(self._counts)
+        """All of it on the CPU; ``fixed``: reads and steps are padded to one of a few numbers, and rows to
+        ``least_rows``."""
+        rows = max(len(self._counts), least_rows if fixed else 0)
         reads, steps = list(self._reads), self._steps
         if fixed:
             reads += [(0, 0)] * (rounded_up(len(reads), FEWEST_READS) - len(reads))
@@ -263,7 +265,7 @@ class _Layout:
             step_read=tensor(step[:, 0]),
             step_token=tensor(step[:, 1]),
             step_slot=tensor(step[:, 2]),
-            word_counts=tensor([self._counts[index] for index in range(rows)]),
+            word_counts=tensor([self._counts.get(index, 0) for index in range(rows)]),
             width=width,
             num_words=self._num_words,
         )
@@ -320,7 +322,7 @@ def collate(rows: Sequence[Row], prefix_lengths: Sequence[int], device: torch.de
     return layout.batch(lengths, width, chosen, None, fixed=False).to(device)
 
 
-def stream(rows: Sequence[Row], prefixes: Sequence[tuple[Tokens, int]], *, fixed: bool) -> Batch:
+def stream(rows: Sequence[Row], prefixes: Sequence[tuple[Tokens, int]], *, fixed: bool, least_rows: int = 0) -> Batch:
     """Lays prefixes and rows out as one stream: ``[prefix 0 | its rows | prefix 1 | its rows | …]``.
 
     Args:
@@ -328,13 +330,17 @@ def stream(rows: Sequence[Row], prefixes: Sequence[tuple[Tokens, int]], *, fixed
         prefixes: of each prefix that ``Row.prefix`` may name, its token ids with one ``SOFT``, and how many vectors
             stand there.
         fixed: pad to one of a few shapes, so that few CUDA graphs serve all batches.
+        least_rows: the rows to pad to, where rows hold several requests and their number varies.
 
     Returns:
         A batch on the CPU.
     """
     starts = [len(ids) - 1 + count for ids, count in prefixes]
     length = sum(starts) + sum(row.length for row in rows)
-    layout = _Layout(1, rounded_up(length, SHORTEST_STREAM) if fixed else length, _most_words(rows))
+    words = _most_words(rows)
+    if fixed and least_rows > len(rows):
+        words = 1 << (words - 1).bit_length()
+    layout = _Layout(1, rounded_up(length, SHORTEST_STREAM) if fixed else length, words)
     soft: list[int] = []
     begin = 0
     for number, (ids, count) in enumerate(prefixes):
@@ -347,7 +353,7 @@ def stream(rows: Sequence[Row], prefixes: Sequence[tuple[Tokens, int]], *, fixed
             if row.prefix == number:
                 begin = layout.row(row, index, 0, begin, starts[number])
         layout.ends[0, first:end] = begin
-    return layout.batch([0], 0, None, soft, fixed=fixed)
+    return layout.batch([0], 0, None, soft, fixed=fixed, least_rows=least_rows)
 
 
 def _most_words(rows: Sequence[Row]) -> int:

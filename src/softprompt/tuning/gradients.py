@@ -21,10 +21,10 @@ from softprompt.errors import ConfigError, SoftPromptWarning, TrainingError
 from softprompt.model.batch import Batch, Row, micro_batches, stream
 from softprompt.model.distributed import noticing_loss
 from softprompt.model.fast.compiled import graphs_compiled
-from softprompt.model.fast.graphs import Graphs
+from softprompt.model.fast.graphs import Graphs, sent
 from softprompt.model.fast.memory import Gauge, Measuring
 from softprompt.model.frozen import FrozenLM
-from softprompt.model.joined import Joined, apart, join
+from softprompt.model.joined import Joined, apart, join, picked, word_places
 from softprompt.model.prefixes import PrefixOf
 from softprompt.model.request import Request
 from softprompt.model.state.prefix import Detached, PrefixState
@@ -216,13 +216,14 @@ class Gradients:
         most = self.max_tokens or self.lm.tokens_at_once
         joined = [(number, one) for number, share in enumerate(shares) for one in self._units(share, shared)]
         rows = [one.row(number) for number, one in joined]
-        layout = (self.layout or self._best(shares, joined, rows, most)) if shared else "concatenation"
+        layout = (self.layout or self._best(shares, rows, most)) if shared else "concatenation"
         lengths = [self._length(shares[number], one, shared) for number, one in joined]
         batches = list[Batch]()
         if layout == "stream" and rows:
             groups = [list(range(len(rows)))]
             prefixes = [(share.shared, share.shape[0]) for share in shares]
-            batches = [stream(rows, prefixes, fixed=self.fixed)]
+            requests = sum(len(one.requests) for _, one in joined)
+            batches = [stream(rows, prefixes, fixed=self.fixed, least_rows=requests)]
         else:
             groups = micro_batches(lengths, most)
         own = 0 if idle else len(groups)
@@ -232,15 +233,11 @@ class Gradients:
             batches = [self.lm.collate([rows[i] for i in group], starts, cpu) for group in groups]
         return Work(whole, places, shares, layout, joined, groups, batches, len(groups) - own, tokens, saved)
 
-    def _best(
-        self, shares: Sequence[Share], joined: Sequence[tuple[int, Joined]], rows: Sequence[Row], most: int
-    ) -> Layout:
+    def _best(self, shares: Sequence[Share], rows: Sequence[Row], most: int) -> Layout:
         total = sum(share.prefix_length for share in shares) + sum(row.length for row in rows)
         if self.lm.device.type != "cuda":
             most = min(most, STREAM_TOKENS)
         plain = all(len(share.shape) == 2 and share.shared.index(SOFT) <= SHORT_TEXT for share in shares)
-        # How conversations are taken apart again is another index for each batch, which a graph cannot hold.
-        plain = plain and not (self.fixed and any(len(one.requests) > 1 for _, one in joined))
         may_stream = plain and not self.lm.recurrent and self.lm.world.shard != "fsdp"
         return "stream" if may_stream and total <= most else "two stages"
 
@@ -357,21 +354,26 @@ class Gradients:
 
     def _add_by_stream(self, work: Work, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
         laid, shares = work.batches[0], work.shares
-        joined = [one for _, one in work.rows]
+        index = word_places([one for _, one in work.rows], laid.num_words, laid.size * laid.num_words)
         gold = [shares[number].gold[place] for number, one in work.rows for place in one.places]
-        weights = [share.weight for share in shares]
         counts, lengths = [len(share.requests) for share in shares], [share.shape[0] for share in shares]
-        rows = sum(counts)
         objectives = [share.objective for share in shares]
         words = [max(len(request.words) for request in share.requests) for share in shares]
-        integers = torch.cat([*(t.flatten() for t in laid.tensors.values()), torch.tensor([*gold, *weights])])
-        if self.lm.device.type == "cuda":
-            integers = integers.pin_memory()
+        places = torch.tensor([], dtype=torch.long) if index is None else index.flatten()
+        given = [
+            torch.cat([tensor.flatten() for tensor in laid.tensors.values()]),
+            torch.tensor(gold),
+            torch.tensor([share.weight for share in shares]),
+            places,
+        ]
+        sizes = [len(part) for part in given]
 
         def run(integers: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, ...]:
             leaf = numbers.detach().requires_grad_()
-            inside, right, divisors = torch.split(integers, [len(integers) - rows - len(counts), rows, len(counts)])
-            scores = apart(self.lm.score_stream(laid.filled(inside), leaf), joined)
+            inside, right, divisors, places = torch.split(integers, sizes)
+            scores = self.lm.score_stream(laid.filled(inside), leaf)
+            if index is not None:
+                scores = picked(scores, places.view(index.shape))
             parts = zip(objectives, torch.split(scores, counts), torch.split(right, counts), words, strict=True)
             losses = torch.stack([each.loss(own[:, :width], gold) for each, own, gold, width in parts]) / divisors
             (gradient,) = torch.autograd.grad(losses.sum(), leaf)
@@ -380,11 +382,12 @@ class Gradients:
         shape = (
             tuple((name, tensor.shape) for name, tensor in laid.tensors.items()),
             laid.num_words,
+            None if index is None else index.shape,
             *zip(counts, lengths, words, objectives, strict=True),
         )
         numbers = torch.cat([own.detach() for own in vectors])
-        given = integers.to(self.lm.device, non_blocking=True), numbers
-        losses, gradient = self.graphs(shape, run, *given) if self.fixed else run(*given)
+        both = sent(torch.cat(given), self.lm.device), numbers
+        losses, gradient = self.graphs(shape, run, *both) if self.fixed else run(*both)
         for own, part in zip(vectors, torch.split(gradient, lengths), strict=True):
             own.grad = part.clone() if own.grad is None else own.grad + part
         return losses
