@@ -125,6 +125,10 @@ def test_only_one_decoder_has_the_fixed_slots() -> None:
         assert not isinstance(lm.slots(), FixedKV)
         del first
         assert isinstance(lm.slots(fixed=True), FixedKV)
+        decoder = Decoder(lm)
+        assert not isinstance(lm.slots(fixed=True), FixedKV)
+        decoder.close()
+        assert isinstance(lm.slots(fixed=True), FixedKV)
 
 
 def test_memory_that_becomes_too_small_is_left_with_its_graphs() -> None:

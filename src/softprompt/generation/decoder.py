@@ -126,6 +126,10 @@ class Decoder:
         self._new = [row for row in self._new if id(row) not in gone]
         self._keep_whole([i for i, row in enumerate(self._whole) if id(row) not in gone])
 
+    def close(self) -> None:
+        """Gives its slots back, after an error, say; it is used no more."""
+        self._lm.fixed_rows.take_back(self._kv)
+
     def _group(self) -> None:
         """Puts the rows that are new in line: short inputs together, a long one alone, to be read in chunks."""
         for several in (True, False):

@@ -152,6 +152,11 @@ class FixedRows:
             self.graphs.forget()
             self._memory, self._moved = Memory(), 0
 
+    def take_back(self, slots: object) -> None:
+        """Others may have the fixed slots from now on; who had them, uses them no more."""
+        if self._user is not None and self._user() is slots:
+            self._user = None
+
     def slots(self) -> RowKV:
         """Fixed ones; others while somebody has them, or where they are not wanted."""
         if not self.wanted or (self._user is not None and self._user() is not None):
