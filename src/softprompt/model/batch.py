@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -271,9 +272,10 @@ class _Layout:
         )
 
 
-def _pack(rows: Sequence[Row], width: int) -> list[list[int]]:
+def _pack(rows: Sequence[Row], width: int, least: int) -> list[list[int]]:
     """Lines of rows with the same prefix, of the length which is the cheapest: padding costs, and in a long line tokens
-    are held against rows that they may not see. ``width`` is the longest prefix."""
+    are held against rows that they may not see. ``width`` is the longest prefix; there are at least ``least`` lines, or
+    one for each row."""
     lengths, prefixes = [row.length for row in rows], [row.prefix for row in rows]
     longest = max(lengths)
     capacities = range(longest, max(longest, LONGEST_LINE) + 1, 8)
@@ -282,7 +284,8 @@ def _pack(rows: Sequence[Row], width: int) -> list[list[int]]:
         length = max(sum(lengths[index] for index in line) for line in lines)
         return len(lines) * length * (BESIDES_ATTENTION + width + length)
 
-    return min((_first_fit(lengths, prefixes, capacity) for capacity in capacities), key=cost)
+    found = (_first_fit(lengths, prefixes, capacity) for capacity in capacities)
+    return min((lines for lines in found if len(lines) >= min(least, len(rows))), key=cost)
 
 
 def _first_fit(lengths: Sequence[int], prefixes: Sequence[int], capacity: int) -> list[list[int]]:
@@ -301,16 +304,17 @@ def _first_fit(lengths: Sequence[int], prefixes: Sequence[int], capacity: int) -
     return lines
 
 
-def collate(rows: Sequence[Row], prefix_lengths: Sequence[int], device: torch.device) -> Batch:
+def collate(rows: Sequence[Row], prefix_lengths: Sequence[int], device: torch.device, *, least_lines: int = 1) -> Batch:
     """Lays ``rows`` out as lines.
 
     Args:
         rows: at least one.
         prefix_lengths: tokens in each shared prefix that ``Row.prefix`` may name; ``(0,)`` where there is none.
         device: where the tensors shall lie.
+        least_lines: how many lines there are at least, if there are as many rows.
     """
     width = max(prefix_lengths)
-    lines = _pack(rows, width)
+    lines = _pack(rows, width, least_lines)
     layout = _Layout(len(lines), max(sum(rows[i].length for i in line) for line in lines), _most_words(rows))
     lengths = [prefix_lengths[rows[line[0]].prefix] for line in lines]
     for number, line in enumerate(lines):
@@ -384,3 +388,13 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         else:
             groups.append([index])
     return groups
+
+
+def without_lone_rows(groups: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Groups of ``micro_batches`` of which none has a single row where that can be: one that would, takes in the
+    shortest of the group before it, if that has more than two. Its rows and their padding stay within the limit."""
+    found = [list(group) for group in groups]
+    for before, group in pairwise(found):
+        if len(group) == 1 and len(before) > 2:
+            group.insert(0, before.pop())
+    return found

@@ -305,9 +305,8 @@ class FrozenLM(Embedder):
     @cached_property
     def tokens_at_once(self) -> int:
         """The most tokens, padding included, in a micro-batch with gradient, as estimated."""
-        return memory.estimated_tokens(
-            self.device, kept_bytes(self._layers, self.model.config, self.dtype, self.embedding.shape[0])
-        )
+        a_token = kept_bytes(self._layers, self.model.config, self.dtype, self.embedding.shape[0])
+        return memory.estimated_tokens(self.device, a_token)
 
     def weights_digest(self) -> str:
         """Hex digest of every bit of every weight in memory; no training may change it."""

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from softprompt.errors import ConfigError, SoftPromptWarning, TrainingError
-from softprompt.model.batch import Batch, Row, micro_batches, stream
+from softprompt.model.batch import Batch, Row, collate, micro_batches, stream, without_lone_rows
 from softprompt.model.distributed import noticing_loss
 from softprompt.model.fast.compiled import graphs_compiled
 from softprompt.model.fast.graphs import Graphs, sent
@@ -226,12 +226,21 @@ class Gradients:
             batches = [stream(rows, prefixes, fixed=self.fixed, least_rows=requests)]
         else:
             groups = micro_batches(lengths, most)
+            if self.lm.layers.compiled:
+                groups = without_lone_rows(groups)
         own = 0 if idle else len(groups)
         groups = [*groups, *[[0]] * (passes - len(groups))]
         if layout == "two stages":
-            starts, cpu = [share.prefix_length for share in shares], torch.device("cpu")
-            batches = [self.lm.collate([rows[i] for i in group], starts, cpu) for group in groups]
+            starts = [share.prefix_length for share in shares]
+            batches = [self._lines([rows[i] for i in group], starts) for group in groups]
         return Work(whole, places, shares, layout, joined, groups, batches, len(groups) - own, tokens, saved)
+
+    def _lines(self, rows: Sequence[Row], starts: Sequence[int]) -> Batch:
+        """Rows behind prefixes of ``starts`` tokens, on the CPU."""
+        cpu = torch.device("cpu")
+        if self.lm.layers.compiled:  # torch.compile takes a size of 1 for a constant, so a lone line is another graph
+            return collate(rows, starts, cpu, least_lines=2)
+        return self.lm.collate(rows, starts, cpu)
 
     def _best(self, shares: Sequence[Share], rows: Sequence[Row], most: int) -> Layout:
         total = sum(share.prefix_length for share in shares) + sum(row.length for row in rows)
