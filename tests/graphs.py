@@ -21,7 +21,7 @@ class OnCPU(Graphs):
     """
 
     def __init__(self, *, record: bool) -> None:
-        super().__init__("a pass", "it goes on")
+        super().__init__("a pass could not be captured ({reason})")
         self.replays, self.record = 0, record
 
     @staticmethod

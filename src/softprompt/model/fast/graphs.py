@@ -17,6 +17,12 @@ Tensors = tuple[torch.Tensor, ...]
 MOST_GRAPHS = 64
 """Shapes that are captured; further ones run kernel by kernel."""
 
+NOTE = (
+    "a step could not be captured as a CUDA graph ({reason}); training goes on without, and steps of a small base model "
+    "take longer"
+)
+"""What is told of the steps of a training."""
+
 WARM_UPS = 2
 """Runs before a capture, in which libraries make what they keep and compilers compile."""
 
@@ -47,15 +53,14 @@ class Graphs:
             and everything runs kernel by kernel from then on.
     """
 
-    def __init__(self, what: str = "a step", instead: str = "training goes on without, and steps take longer") -> None:
+    def __init__(self, note: str = NOTE) -> None:
         """
         Args:
-            what: what is captured, in plain words.
-            instead: what happens where that is not possible.
+            note: the sentence that says that something runs without, with ``{reason}`` in it.
         """
         self.captured = 0
         self.failed = ""
-        self._what, self._instead = what, instead
+        self._note = note
         self._held: dict[Hashable, Captured] = {}
         self._pool: Any = None
         self._told = False
@@ -68,8 +73,7 @@ class Graphs:
         """Says once, as a ``SoftPromptWarning``, that something runs kernel by kernel, and why."""
         if not self._told:
             self._told = True
-            message = f"{self._what} could not be captured as a CUDA graph ({reason}); {self._instead}"
-            warnings.warn(message, SoftPromptWarning, stacklevel=3)
+            warnings.warn(self._note.format(reason=reason), SoftPromptWarning, stacklevel=3)
 
     def __call__(self, shape: Hashable, run: Callable[..., Tensors], *inputs: torch.Tensor) -> Tensors:
         """What ``run(*inputs)`` returns.
