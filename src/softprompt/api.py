@@ -10,8 +10,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields, replace
-from inspect import signature
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -43,7 +42,7 @@ from softprompt.terminal.training import watch
 from softprompt.text.chat import with_answers
 from softprompt.text.template import Template
 from softprompt.tuning.config import TrainConfig
-from softprompt.tuning.job import Job, of_job, require_known, with_settings
+from softprompt.tuning.job import Job, of_job, with_settings
 from softprompt.tuning.many import train_together
 from softprompt.tuning.step import Alarm
 from softprompt.tuning.tracking import Track, tracking
@@ -228,7 +227,7 @@ def fit_many(
         if isinstance(given, Training):
             trainings.append(given)
             continue
-        job = _job({**defaults, **given}, number)
+        job = Job.of({**defaults, **given}, number)
         if folder is not None and not is_name(job.name):
             raise ConfigError(
                 f"job {job.name!r}: with a folder, a name is letters, digits, '-', '_' and '.'; choose another."
@@ -476,25 +475,6 @@ def require_model(lm: object) -> None:
             f"Expected a base model first, as load_model gives it, found a {type(lm).__name__}; functions that take "
             f"queries and tasks are in softprompt.tasks.predict and softprompt.evaluation.evaluate."
         )
-
-
-def _job(given: Mapping[str, Any], number: int) -> Job:
-    """A job of :func:`fit_many`, number ``number``, read."""
-    name = given.get("name", f"soft-prompt-{number}")
-    with of_job(name):
-        taken = [each for each in signature(train).parameters if each not in _OF_ONE]
-        settings = [field.name for field in fields(TrainConfig)]
-        require_known(given, [*taken, *settings], "argument", "a job has")
-        if "data" not in given:
-            raise ConfigError("expected data to train on, found none; give a path or rows as data.")
-        options = {key: value for key, value in given.items() if key not in settings}
-        chosen = {key: value for key, value in given.items() if key in settings}
-        options["config"] = with_settings(options.get("config"), chosen)
-        return Job.read(**{**options, "name": name})
-
-
-_OF_ONE = ("lm", "folder", "resume", "track", "progress", "settings")
-"""Arguments of :func:`train` that are not a job's."""
 
 
 def _result(training: Training) -> SoftPrompt | None:
