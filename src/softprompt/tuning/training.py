@@ -20,7 +20,6 @@ from softprompt.model.fast.compiled import graphs_compiled
 from softprompt.model.joined import share_beginnings
 from softprompt.model.loading import DTYPES
 from softprompt.model.request import Request
-from softprompt.soft_prompts.metadata import library_versions
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.task import Task
 from softprompt.text.tokens import SOFT
@@ -464,15 +463,9 @@ class Training:
                 "would fit no model; load the base model anew, and report this unless you changed the weight yourself."
             )
         given = self._start is not None and self.config.init in INITS
-        return SoftPrompt(
-            vectors=(state.good if best is None else state.best).cpu(),
+        return self.task.soft_prompt(
+            (state.good if best is None else state.best).cpu(),
             name=self.name,
-            base=lm.name,
-            base_fingerprint=lm.fingerprint,
-            tokenizer_fingerprint=lm.tokenizer_fingerprint,
-            template=self.task.template.text,
-            verbalizer=None if self.task.verbalizer is None else dict(self.task.verbalizer.words),
-            word_end=bool(self.task.ends),
             parametrisation=self.config.parametrisation,
             training={
                 **self.config.as_dict(),
@@ -484,11 +477,7 @@ class Training:
                 "alarms": [alarm.kind for alarm in self.alarms],
             },
             data=self._data,
-            metrics=() if best is None else tuple({"split": "validation", **metric} for metric in best["metrics"]),
-            versions=library_versions(),
-            created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            base_settings=lm.settings,
-            quantized=lm.quantized,
+            metrics=() if best is None else [{"split": "validation", **metric} for metric in best["metrics"]],
         )
 
     # --- preparation ------------------------------------------------------------------------------
