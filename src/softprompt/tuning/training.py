@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,6 @@ from softprompt.evaluation.validation import validator
 from softprompt.files import StrPath
 from softprompt.model.fast.compiled import graphs_compiled
 from softprompt.model.joined import share_beginnings
-from softprompt.model.loading import DTYPES
 from softprompt.model.request import Request
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.task import Task
@@ -35,7 +33,7 @@ from softprompt.tuning.optimizer import learning_rate, make_optimizer
 from softprompt.tuning.parametrisation import parametrise, require_shared_prefix
 from softprompt.tuning.rows import RowOrder, describe_rows, split_rows
 from softprompt.tuning.run_folder import Hold, RunFolder
-from softprompt.tuning.start import first_vectors, init_scale
+from softprompt.tuning.start import first_numbers, init_scale
 from softprompt.tuning.state import State
 from softprompt.tuning.step import Alarm, Begun, Step
 from softprompt.tuning.training_time import Schedule
@@ -405,7 +403,7 @@ class Training:
         form = parametrise(
             self.task.model,
             self.config.parametrisation,
-            self._initial(number),
+            first_numbers(self.task, self.config, number, self._start),
             seed=self.config.seed + number,
             scale=init_scale(self.task.model, self.config),
             before=first[: first.index(SOFT)],
@@ -505,50 +503,10 @@ class Training:
         tokens = self._gradients.tokens(self._requests) * rows + self.config.longest
         return self.config.compile == "on" or compilation.pays(lm, self.total, tokens)
 
-    def _initial(self, number: int) -> torch.Tensor:
-        """What the start of that number begins with: float32 ``[P, H]`` or ``[P, L, 2, H_kv, D]``."""
-        lm, config, start = self.task.model, self.config, self._start
-        if start is not None:
-            length, _ = config.start(number)
-            expected: tuple[int, ...] = (length, lm.hidden_size)
-            if start.dim() == 5:
-                if config.parametrisation != "prefix":
-                    raise ConfigError(
-                        "the soft prompt to start from is a trained KV prefix, which only the parametrisation prefix "
-                        f"can go on from, not {config.parametrisation}; choose that, or another start"
-                    )
-                expected = (length, *lm.kv_shape)
-            if tuple(start.shape) != expected:
-                raise ConfigError(
-                    f"the soft prompt to start from has shape {list(start.shape)}, but {list(expected)} is needed; "
-                    "set num_virtual_tokens to its length and use it with a base model of its width"
-                )
-            return start.detach().float().cpu().clone().to(lm.device)
-        return first_vectors(self.task, config, number).to(lm.device)
-
     # --- what survives a kill ---------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree with to be gone on with."""
-        task, data = self.task, self._data
-        settings = self.config.as_dict()
-        for name in ("checkpoint_every", "activation_checkpointing"):  # which change no number
-            del settings[name]
-        start = None if self._start is None else self._start.detach().float().cpu().contiguous().numpy().tobytes()
-        return {
-            **settings,
-            "init": self.config.init if start is None else "given",  # not the path, which may change
-            "start": None if start is None else hashlib.sha256(start).hexdigest(),
-            "total": self.total,
-            "template": task.template.text,
-            "labels": [task.labels, task.words, task.label_of_word, task.ends],
-            "base model": task.model.fingerprint,
-            "base settings": dict(task.model.settings),
-            "dtype": next(name for name, dtype in DTYPES.items() if dtype == task.model.dtype),
-            "quantized": task.model.quantized,
-            "training data": [data["train"]["fingerprint"], data["train"]["rows"]],
-            "validation data": [data["validation"]["fingerprint"], data["validation"]["rows"]],
-        }
+        return checkpoint.identity(self.task, self.config, self.total, self._start, self._data)
 
     def _open_folder(self, resume: bool) -> None:
         found = self._world.from_first(lambda: self._opened(resume))
