@@ -17,13 +17,12 @@ from softprompt.evaluation.validation import validator
 from softprompt.files import StrPath
 from softprompt.model.fast.compiled import graphs_compiled
 from softprompt.model.joined import share_beginnings
-from softprompt.model.request import Request
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.task import Task
 from softprompt.text.tokens import SOFT
 from softprompt.tuning import checkpoint, compilation
 from softprompt.tuning.alarms import Watch
-from softprompt.tuning.config import DEFAULT_STEPS, EVAL_EVERY, INITS, TrainConfig
+from softprompt.tuning.config import INITS, TrainConfig
 from softprompt.tuning.gradients import Gradients, Share, Work
 from softprompt.tuning.history import History
 from softprompt.tuning.keeping import Keeper, better
@@ -36,7 +35,7 @@ from softprompt.tuning.run_folder import Hold, RunFolder
 from softprompt.tuning.start import first_numbers, init_scale
 from softprompt.tuning.state import State
 from softprompt.tuning.step import Alarm, Begun, Step
-from softprompt.tuning.training_time import Schedule
+from softprompt.tuning.training_time import Schedule, schedule_of
 
 
 class Training:
@@ -131,10 +130,11 @@ class Training:
         self.watch = Watch(task, examples, held_out)
         self._at_end: tuple[Alarm, ...] | None = None
         checked = [task.label_request(e) if task.words else task.target_request(e) for e in held_out]
-        self.schedule = self._schedule(share_beginnings(checked))
+        self.schedule = schedule_of(self.config, self._gradients, self._requests, share_beginnings(checked))
         self._start = start
         self._history = History(self.folder)
-        self._state = State.of(Keeper(self.config.patience), self._begin(0), self._should_compile())
+        compiled = compilation.wanted(self.config, self._gradients, self._requests, self.total)
+        self._state = State.of(Keeper(self.config.patience), self._begin(0), compiled)
         self._hold, self._iterating = Hold(self._run), False
         self._open_folder(resume)
 
@@ -477,31 +477,6 @@ class Training:
             data=self._data,
             metrics=() if best is None else [{"split": "validation", **metric} for metric in best["metrics"]],
         )
-
-    # --- preparation ------------------------------------------------------------------------------
-
-    def _schedule(self, checked: Sequence[Request]) -> Schedule:
-        """When validations come, and what each of them computes; ``checked`` are the requests of its rows."""
-        config, lm = self.config, self.task.model
-        if config.epochs is not None:
-            planned = max(1, math.ceil(config.epochs * len(self._requests) / config.batch_size))
-        else:
-            planned = config.steps or DEFAULT_STEPS
-        # by tokens alone, so that a resumed run has the same; a step runs them twice
-        step = 2 * config.batch_size * self._gradients.tokens(self._requests) / len(self._requests)
-        checking = self._gradients.tokens(checked)
-        interval = max(1, min(max(EVAL_EVERY, math.ceil(3 * checking / step)), planned // 5))
-        whole = (lm.tokens_of(row, config.longest) for row in checked)
-        tokens = checking if lm.shares_prefix else sum(whole)
-        return Schedule(planned, config.eval_every or interval, len(checked), tokens, tries=config.tries)
-
-    def _should_compile(self) -> bool:
-        lm = self.task.model
-        if not lm.compiles or self.config.compile == "off":
-            return False
-        rows = self.config.batch_size / len(self._requests)
-        tokens = self._gradients.tokens(self._requests) * rows + self.config.longest
-        return self.config.compile == "on" or compilation.pays(lm, self.total, tokens)
 
     # --- what survives a kill ---------------------------------------------------------------------
 
