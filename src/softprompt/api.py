@@ -19,7 +19,7 @@ from softprompt.data.checks import Reading, as_format
 from softprompt.data.example import Dataset, Example
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.data.sources import Source
-from softprompt.errors import ConfigError, SoftPromptWarning
+from softprompt.errors import ConfigError, SoftPromptWarning, missing_library
 from softprompt.evaluation import evaluate as evaluation
 from softprompt.evaluation.ensemble import evaluate_ensemble
 from softprompt.evaluation.evaluate import Evaluation
@@ -442,9 +442,7 @@ def serve(
         from softprompt.serving.engine import Engine
         from softprompt.serving.jobs import Limits
     except ImportError as error:
-        raise ConfigError(
-            f'Serving needs the library {error.name}, which is not installed; pip install "softprompt[serve]".'
-        ) from error
+        raise missing_library("Serving", error.name, "softprompt[serve]") from error
     from softprompt.soft_prompts.store import Store
 
     limits = limits or Limits()
