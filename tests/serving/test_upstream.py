@@ -30,7 +30,7 @@ from softprompt.model.embedder import Embedder
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request, Sampling
 from softprompt.serving import vllm
-from softprompt.serving.jobs import Closed, Limits, Piece, Scores
+from softprompt.serving.jobs import Closed, Limits, Scores
 from softprompt.serving.upstream import Upstreams
 from softprompt.serving.vllm import Unreachable, Vllm
 from softprompt.soft_prompts.store import Store
@@ -41,7 +41,7 @@ from tests.fake_vllm import Fake, fake_vllm
 from tests.model.test_frozen import mixed
 from tests.servers import Running, fill, make_lm, serving, soft_prompt
 from tests.serving import test_server, test_server_labels
-from tests.serving.test_engine import Inbox, job, text_of
+from tests.serving.test_engine import Inbox, expect_answers_of_one_at_a_time, job
 
 LEFT_OUT = {
     "test_a_stream_tells_its_usage_if_asked",
@@ -138,24 +138,7 @@ def test_mixed_jobs_get_the_answers_of_one_at_a_time(kind: str) -> None:
         events = inbox.until_done(len(jobs))
         assert one.bodies
         assert other.bodies
-    for index, (request, sampling, stream) in enumerate(jobs):
-        found = events[index]
-        if sampling is None:
-            (scores,) = found
-            assert isinstance(scores, Scores)
-            expected = lm.score([request], prompts)[0]
-            torch.testing.assert_close(torch.tensor(scores.logprobs), expected, rtol=1e-5, atol=1e-5)
-        else:
-            alone = generate(lm, [request], prompts, sampling)[0]
-            last = found[-1]
-            assert isinstance(last, Piece)
-            assert (text_of(found), last.finish) == (alone.text, alone.finish)
-            assert last.count - len(alone.ids) in (0, 1)  # the end-of-sequence token counts
-            assert stream or len(found) == 1
-        ticket = tickets[index]
-        assert ticket.started is not None
-        assert ticket.first is not None
-        assert ticket.submitted <= ticket.started <= ticket.first
+    expect_answers_of_one_at_a_time(lm, prompts, jobs, tickets, events)
 
 
 def test_a_word_that_is_the_start_of_others_is_scored_at_each_node(fake: Fake) -> None:
