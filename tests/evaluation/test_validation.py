@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from softprompt.evaluation.validation import validator
-from softprompt.model.fast import memory
+from softprompt.model import memory
 from softprompt.model.frozen import FrozenLM
 from softprompt.tasks.task import Task
 from softprompt.text.template import Template

@@ -17,7 +17,7 @@ from softprompt.errors import SoftPromptWarning, TrainingError
 from softprompt.model.batch import rounded_up
 from softprompt.model.fast.blocks import attend_blocks, block_mask
 from softprompt.model.fast.graphs import Graphs
-from softprompt.model.fast.memory import Gauge, Measuring
+from softprompt.model.fast.measured import Gauge, Measuring
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request
 from softprompt.tasks.task import Task

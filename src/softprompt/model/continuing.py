@@ -15,7 +15,17 @@ from softprompt.model.state.recurrent import Slots
 
 
 def next_logits(lm: Any, kv: Slots, embedded: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-    """As ``FrozenLM.next_logits``."""
+    """Runs the next tokens of every row behind those in ``kv``, and appends them there.
+
+    Args:
+        lm: the model.
+        kv: the rows so far, ``B`` of them.
+        embedded: ``[B, T, H]``, padded on the right.
+        counts: how many of the ``T`` tokens are each row's own, at least one; all, in a recurrent model.
+
+    Returns:
+        float32 ``[B, V]``, the logits after each row's last token.
+    """
     columns = kv.extend(counts, embedded.shape[1])
     alone = lm.avoids_one_row and embedded.shape[:2] == (1, 1) and not lm.recurrent
     if alone:
@@ -29,7 +39,16 @@ def next_logits(lm: Any, kv: Slots, embedded: torch.Tensor, counts: Sequence[int
 
 
 def last_logits(lm: Any, kv: Slots, tokens: Sequence[int]) -> torch.Tensor:
-    """As ``FrozenLM.last_logits``."""
+    """The same of one token a row, by id. On a GPU it is one captured graph, for which nothing waits.
+
+    Args:
+        lm: the model.
+        kv: the rows so far; those of ``slots(fixed=True)``.
+        tokens: one a row.
+
+    Returns:
+        float32 ``[B, V]``.
+    """
     found: torch.Tensor
     if isinstance(kv, FixedKV):
 

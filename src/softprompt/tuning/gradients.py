@@ -22,7 +22,7 @@ from softprompt.model.batch import Batch, Row, collate, micro_batches, stream, w
 from softprompt.model.distributed import noticing_loss
 from softprompt.model.fast.compiled import graphs_compiled
 from softprompt.model.fast.graphs import Graphs, sent
-from softprompt.model.fast.memory import Gauge, Measuring
+from softprompt.model.fast.measured import Gauge, Measuring
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.joined import Joined, apart, join, picked, word_places
 from softprompt.model.prefixes import PrefixOf

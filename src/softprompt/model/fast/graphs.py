@@ -18,8 +18,8 @@ MOST_GRAPHS = 64
 """Shapes that are captured; further ones run kernel by kernel."""
 
 NOTE = (
-    "a step could not be captured as a CUDA graph ({reason}); training goes on without, and steps of a small base model "
-    "take longer"
+    "a step could not be captured as a CUDA graph ({reason}); training goes on without, and steps of a small base "
+    "model take longer"
 )
 """What is told of the steps of a training."""
 

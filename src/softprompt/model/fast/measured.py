@@ -1,4 +1,4 @@
-"""How much a pass with gradient computes at once: first estimated, on a GPU then from what was measured."""
+"""How much a pass with gradient computes at once on a GPU, from what its first passes took."""
 
 from __future__ import annotations
 
@@ -7,25 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-MAX_TOKENS = 2048
-"""Tokens in one micro-batch on a CPU, padding included: enough for matrix products near their peak, little enough for
-memory."""
-
-MOST_TOKENS = 16384
-"""On a GPU at most as many, from where on launching kernels costs little."""
-
-GPU_SHARE = 0.1
-"""Share of a GPU's memory that a micro-batch with gradient should not exceed by much, before anything was measured."""
-
-
-def estimated_tokens(device: torch.device, bytes_a_token: int) -> int:
-    """The most tokens of a micro-batch with gradient. A GPU wants more than a CPU: passes over few tokens spend their
-    time on launching kernels. It gets as many as keep what backward needs within ``GPU_SHARE``."""
-    if device.type != "cuda":
-        return MAX_TOKENS
-    fitting = int(GPU_SHARE * torch.cuda.get_device_properties(device).total_memory / bytes_a_token)
-    return min(max(MAX_TOKENS, fitting), MOST_TOKENS)
-
+from softprompt.model.memory import MOST_TOKENS
 
 FITS = 0.8
 """Share of the free memory that a micro-batch may take, once it is known how much a token takes: there are holes in it,
