@@ -93,8 +93,9 @@ class FixedKV(RowKV):
         """The slots of that many rows."""
         return [(keys[: self.rows], values[: self.rows]) for keys, values in self._layers]
 
-    def join(self, others: RowKV) -> RowKV:
+    def join(self, others: object) -> RowKV:
         """As ``RowKV``, but they are always copied."""
+        assert isinstance(others, RowKV), "rows of another kind need slots of another kind"
         self._copy(others)
         return self
 

@@ -54,12 +54,16 @@ class RowKV:
                 values[slot, :, :length], values[slot, :, length:] = value[0], 0
             self.lengths.append(length)
 
-    def join(self, others: RowKV) -> RowKV:
+    def join(self, others: object) -> RowKV:
         """Rows that have grown in slots of their own, behind those that are there; copied, unless there are none.
+
+        Args:
+            others: ``RowKV``.
 
         Returns:
             Where all of them are now.
         """
+        assert isinstance(others, RowKV), "rows of another kind need slots of another kind"
         if not self.lengths:
             return others
         self._copy(others)
