@@ -26,6 +26,7 @@ def test_trained_served_and_measured_in_few_bits(run: Run, train: Run, home: Pat
 
     same = run("evaluate", "films", "test.jsonl", "--quantize", "int8", "--dtype", "fp32", "--json")
     assert same.json["precision"] == "int8"
+    assert same.json["captured_graphs"] == 0  # on a CPU
     assert "trained on its base model" not in same.err
     other = run("evaluate", "films", "test.jsonl", "--dtype", "fp32", "--json")
     assert other.err.count("was trained on its base model int8, and is used on it unquantised") == 1
