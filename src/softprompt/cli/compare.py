@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,13 +116,15 @@ def run_cells(plan: Plan, out: Path, load: Callable[[str], FrozenLM], clock: Clo
                 what = f"{key.method}, seed {key.seed}" + f", {names[key.base]}" * (len(names) > 1)
                 doing.begin(
                     f"cell {place} of {len(todo)}, {key.method}, seed {key.seed}, {names[key.base]}",
-                    partial(expected.left, todo[place - 1 :]),
+                    lambda spent, keys=todo[place - 1 :]: expected.left(keys, spent, comparison.learned),
                 )
                 cell = comparison.run(key)
                 expected.saw(cell)
                 if cell["status"] == "done":
                     found = f"{cell['metric']} {number(cell['metric'], cell['value'])}, in {took(cell)}"
-                    left = f"; about {roughly(expected.left(todo[place:]).total)} left" * (place < len(todo))
+                    left = f"; about {roughly(expected.left(todo[place:], learned=comparison.learned).total)} left" * (
+                        place < len(todo)
+                    )
                     stderr.print(f"{place:>3}/{len(todo)}  {what}: {found}{left}")
                 else:
                     stderr.print(f"{place:>3}/{len(todo)}  {what} failed: {cell['reason']}")

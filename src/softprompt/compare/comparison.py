@@ -12,7 +12,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from softprompt.compare.comparison_time import Speed
 from softprompt.compare.measure import lm_bytes, peak_memory, plain_perplexity
 from softprompt.compare.plan import Key, Plan
+from softprompt.compare.together import Group
 from softprompt.errors import BaseModelError, ConfigError, SoftPromptError
 from softprompt.evaluation.evaluate import (
     headline,
@@ -40,6 +41,26 @@ from softprompt.tasks.predict import Prediction
 
 BESIDE_ACCURACY = ("macro_f1", "mcc")
 """What labels are measured by besides the headline: accuracy hides that a rare label is never found."""
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """What was learned for a cell, before it is measured.
+
+    Attributes:
+        found: what was learned, or why nothing was.
+        peak: the most bytes that learning took, of all cells of the group.
+        group: which learned together.
+    """
+
+    found: Learned | SoftPromptError
+    peak: int
+    group: Group
+
+    def taken(self) -> Learned:
+        if isinstance(self.found, SoftPromptError):
+            raise self.found
+        return self.found
 
 
 class Comparison:
@@ -71,6 +92,10 @@ class Comparison:
         """
         self.plan, self.folder, self._load, self._notice = plan, local_path(folder), load, notice
         self._loaded: tuple[str, FrozenLM, float] | None = None
+        self._ran: set[Key] = set()
+        self._apart: set[tuple[str, str]] = set()
+        self._waiting: dict[Key, _Waiting] = {}
+        self._groups: dict[Key, Group] = {}
         self._checked = False
         self._rows_of_base: dict[str, int] = {}
         self._speeds: dict[str, Speed] = {}
@@ -91,6 +116,11 @@ class Comparison:
         done = {_key(cell) for cell in self.cells if cell["status"] == "done"}
         return [key for key in self.plan.keys if key not in done]
 
+    @property
+    def learned(self) -> frozenset[Key]:
+        """Cells whose method has learned, together with that of an earlier cell, and that are not measured yet."""
+        return frozenset(self._waiting)
+
     def speeds(self) -> dict[str, Speed]:
         """What each base model that there are cells for takes here; loads each of them once, if none was run yet.
 
@@ -106,13 +136,16 @@ class Comparison:
         """Runs one cell, keeps what came of it, and returns it.
 
         A method that finds too little memory, or numbers that are not finite, or that says itself what is wrong, makes
-        a cell with status ``failed`` and its reason; the next try runs it again. ``seconds`` is all that it took.
+        a cell with status ``failed`` and its reason; the next try runs it again. ``seconds`` is all that it took. The
+        first cell of a method that learns for several seeds in shared passes does so for all that are left; each cell
+        counts its part of that time.
 
         Raises:
             BaseModelError: before the first cell, a base model of the plan cannot be loaded.
         """
         self._check_bases()
-        began = time.perf_counter()
+        began, self._together_seconds = time.perf_counter(), 0.0
+        self._ran.add(key)
         torch.compiler.reset()  # it keeps few graphs of a function; beyond, layers would run uncompiled without a word
         try:
             cell = self._measured(key, *self._base(key.base))
@@ -128,8 +161,11 @@ class Comparison:
         order = {method: place for place, method in enumerate(METHODS)}
         self.cells.sort(key=lambda one: (one["base"], order[one["method"]], one["seed"]))
         self._compare_with_ours()
-        cell["seconds"] = round(time.perf_counter() - began, 1)
+        part = cell["train_seconds"] if cell.get("learned_with") is not None else 0.0
+        cell["seconds"] = round(time.perf_counter() - began - self._together_seconds + part, 1)
         _write_json(self.folder / "results.json", self.cells)
+        if key in self._groups:
+            self._groups.pop(key).done(key)
         return cell
 
     def _check_bases(self, timed: bool = False) -> None:
@@ -202,13 +238,15 @@ class Comparison:
         if method.validated:
             rows = self._validation_rows(problem, key.base)
             problem = replace(problem, validation_rows=rows, began=time.perf_counter())
+        waiting = self._learn_together(key, problem) if method.together is not None else None
         with peak_memory(lm) as peak:
             began = time.perf_counter()
-            learned = method.run(problem)
-            seconds = time.perf_counter() - began
+            learned = method.run(problem) if waiting is None else waiting.taken()
+            seconds = time.perf_counter() - began if learned.seconds is None else learned.seconds
+            began = time.perf_counter()
             self._notice("answering the test rows")
             predictions = learned.answer(plan.test.examples, self._rows_done)
-            answering = time.perf_counter() - began - seconds
+            answering = time.perf_counter() - began
         metric = headline(plan.metric, plan.test, predictions)
         answered = most_frequent_answer(plan.test, predictions)
         _write_json(self.folder / "predictions" / f"{key.file_name}.json", [_plain(one) for one in predictions])
@@ -230,7 +268,9 @@ class Comparison:
             "bytes": learned.bytes,
             "train_seconds": round(seconds, 1),
             "answer_seconds": round(answering, 1),
-            "peak_memory_bytes": peak[0] + (lm_bytes(lm) if learned.adapted is None else 0),
+            **({} if waiting is None else {"learned_with": [seed for seed in waiting.group.seeds if seed != key.seed]}),
+            "peak_memory_bytes": max(peak[0], waiting.peak if waiting else 0)
+            + (lm_bytes(lm) if learned.adapted is None else 0),
             "latency_ms": round(self._latency(learned), 2),
             "forgetting": {"before": before, "after": after, "ratio": after / before},
             "validation": learned.validation,
@@ -240,6 +280,34 @@ class Comparison:
             "threads": torch.get_num_threads(),
             "dtype": str(lm.dtype).removeprefix("torch."),
         }
+
+    def _learn_together(self, key: Key, problem: Problem) -> _Waiting:
+        """What a cell's method has learned, in shared passes with that of the other cells of the method."""
+        if key not in self._waiting:
+            began = time.perf_counter()
+            try:
+                self._learn_group(key, problem)
+            except (SoftPromptError, RuntimeError, MemoryError) as error:
+                if len(self._groups[key].keys) == 1 or (isinstance(error, RuntimeError) and not _may_happen(error)):
+                    raise
+                self._notice("one by one, since shared passes did not work here")
+                self._apart.add((key.base, key.method))
+                self._groups[key].drop()
+                self._learn_group(key, replace(problem, began=time.perf_counter()))
+            finally:
+                self._together_seconds = time.perf_counter() - began
+        return self._waiting.pop(key)
+
+    def _learn_group(self, key: Key, problem: Problem) -> None:
+        together = METHODS[key.method].together
+        assert together is not None
+        left = [one for one in self.todo() if one == key or one not in self._ran]
+        group = Group.of(self.folder, key, [key] if (key.base, key.method) in self._apart else left)
+        self._groups |= dict.fromkeys(group.keys, group)
+        with peak_memory(problem.lm) as peak:
+            found = together([replace(problem, seed=one.seed) for one in group.keys], group.path)
+        for one, own in zip(group.keys, found, strict=True):
+            self._waiting[one] = _Waiting(own, peak[0], group)
 
     def _validation_rows(self, problem: Problem, base: str) -> int:
         """The same for every method that is trained on a base model: as the cells have it, or timed once."""

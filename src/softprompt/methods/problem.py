@@ -123,6 +123,7 @@ class Learned:
         adapted: the changed copy of the base model; None if the base model itself is used, unchanged.
         soft_prompt: what was tuned, to be kept.
         validation_rows: how many rows each point of the curve was validated on; 0 where there is none.
+        seconds: its part of the time, where it was learned together with others; None: all that its run took.
     """
 
     answer: Callable[[Sequence[Example], Progress | None], list[Prediction]]
@@ -134,6 +135,7 @@ class Learned:
     adapted: FrozenLM | None = None
     soft_prompt: SoftPrompt | None = None
     validation_rows: int = 0
+    seconds: float | None = None
 
 
 def affordable_rows(problem: Problem) -> int:

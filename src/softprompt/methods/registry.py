@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -12,6 +12,9 @@ from softprompt.drawing.style import PALETTE
 from softprompt.methods.method import Method
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from softprompt.errors import SoftPromptError
     from softprompt.methods.problem import Learned, Problem
 
 OURS = "soft-prompt"
@@ -28,6 +31,15 @@ def _by(module: str, function: str, **options: Any) -> Callable[[Problem], Learn
 def _run(module: str, function: str, options: dict[str, Any], problem: Problem) -> Learned:
     found: Learned = getattr(import_module(f"softprompt.methods.{module}"), function)(problem, **options)
     return found
+
+
+def _together(**options: Any) -> Callable[[Sequence[Problem], Path], list[Learned | SoftPromptError]]:
+    def learn(problems: Sequence[Problem], folder: Path) -> list[Learned | SoftPromptError]:
+        from softprompt.methods.prompt_tuning import soft_prompts
+
+        return soft_prompts(problems, folder, **options)
+
+    return learn
 
 
 def _and_calibrated(method: Method, function: str) -> tuple[Method, Method]:
@@ -122,6 +134,7 @@ _ALL = (
         name=OURS,
         words="trained vectors in front of the input text, the base model frozen",
         run=_by("prompt_tuning", "soft_prompt"),
+        together=_together(),
         kind="soft prompt",
         seeded=True,
         validated=True,
@@ -153,6 +166,7 @@ _ALL = (
         name="prefix",
         words="trained keys and values in every layer, the base model frozen (prefix tuning)",
         run=_by("prompt_tuning", "soft_prompt", parametrisation="prefix"),
+        together=_together(parametrisation="prefix"),
         kind="soft prompt",
         seeded=True,
         validated=True,

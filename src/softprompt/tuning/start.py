@@ -87,6 +87,37 @@ def first_vectors(task: Task, config: TrainConfig, number: int = 0) -> torch.Ten
     return vectors
 
 
+def given_vectors(
+    start: torch.Tensor, config: TrainConfig, number: int, vector: tuple[int, ...], kv: tuple[int, ...]
+) -> torch.Tensor:
+    """What the start of that number begins with, where a soft prompt is given to start from: float32, on the CPU.
+
+    Args:
+        start: float ``[P, H]`` or ``[P, L, 2, H_kv, D]``.
+        config: settings.
+        number: of the start.
+        vector, kv: the shapes of a virtual token of the base model: ``(H,)``, and that of a KV prefix.
+
+    Raises:
+        ConfigError: it is of another shape, or a KV prefix for another parametrisation.
+    """
+    length, _ = config.start(number)
+    expected = (length, *vector)
+    if start.dim() == 5:
+        if config.parametrisation != "prefix":
+            raise ConfigError(
+                "the soft prompt to start from is a trained KV prefix, which only the parametrisation prefix "
+                f"can go on from, not {config.parametrisation}; choose that, or another start"
+            )
+        expected = (length, *kv)
+    if tuple(start.shape) != expected:
+        raise ConfigError(
+            f"the soft prompt to start from has shape {list(start.shape)}, but {list(expected)} is needed; "
+            "set num_virtual_tokens to its length and use it with a base model of its width"
+        )
+    return start.detach().float().cpu().clone()
+
+
 def init_scale(lm: Embedder, config: TrainConfig) -> float:
     """How many times as long as embeddings the initial vectors are: those of a KV prefix, in which every layer has
     numbers of its own, as long as they are."""

@@ -36,7 +36,7 @@ from softprompt.tuning.optimizer import learning_rate, make_optimizer
 from softprompt.tuning.parametrisation import parametrise, require_shared_prefix
 from softprompt.tuning.rows import RowOrder, describe_rows, split_rows
 from softprompt.tuning.run_folder import Hold, RunFolder
-from softprompt.tuning.start import first_vectors, init_scale
+from softprompt.tuning.start import first_vectors, given_vectors, init_scale
 from softprompt.tuning.state import State
 from softprompt.tuning.step import Alarm, Begun, Step
 from softprompt.tuning.training_time import Schedule
@@ -135,6 +135,7 @@ class Training:
         self._at_end: tuple[Alarm, ...] | None = None
         checked = [task.label_request(e) if task.words else task.target_request(e) for e in held_out]
         self.schedule = self._schedule(share_beginnings(checked))
+        self._given = self.config, self.schedule.total
         self._start = start
         self._history = History(self.folder)
         self._state = State.of(Keeper(self.config.patience), self._begin(0), self._should_compile())
@@ -385,11 +386,14 @@ class Training:
         return replace(step, validation=found, improved=improved)
 
     def end_after(self, steps: int) -> None:
-        """Moves the end of a run of one start, which keeps no checkpoints, to ``steps`` steps in all, and the schedule
-        of its learning rate with it. At least one more step is done, so that the last one is validated."""
+        """Moves the end of a run of one start to ``steps`` steps in all, and the schedule of its learning rate with it.
+        At least one more step is done, so that the last one is validated. A run that is resumed begins with the end
+        that its settings had at first."""
         assert self.config.tries == 1
-        assert self.folder is None
-        old, steps = self.schedule, max(steps, self.step + 1)
+        self._plan(max(steps, self.step + 1))
+
+    def _plan(self, steps: int) -> None:
+        old, self._state.planned = self.schedule, steps
         self.schedule = Schedule(steps, old.every, old.rows, old.tokens)
         self.config = replace(self.config, steps=steps, epochs=None)
 
@@ -518,31 +522,17 @@ class Training:
 
     def _initial(self, number: int) -> torch.Tensor:
         """What the start of that number begins with: float32 ``[P, H]`` or ``[P, L, 2, H_kv, D]``."""
-        lm, config, start = self.task.model, self.config, self._start
-        if start is not None:
-            length, _ = config.start(number)
-            expected: tuple[int, ...] = (length, lm.hidden_size)
-            if start.dim() == 5:
-                if config.parametrisation != "prefix":
-                    raise ConfigError(
-                        "the soft prompt to start from is a trained KV prefix, which only the parametrisation prefix "
-                        f"can go on from, not {config.parametrisation}; choose that, or another start"
-                    )
-                expected = (length, *lm.kv_shape)
-            if tuple(start.shape) != expected:
-                raise ConfigError(
-                    f"the soft prompt to start from has shape {list(start.shape)}, but {list(expected)} is needed; "
-                    "set num_virtual_tokens to its length and use it with a base model of its width"
-                )
-            return start.detach().float().cpu().clone().to(lm.device)
-        return first_vectors(self.task, config, number).to(lm.device)
+        lm = self.task.model
+        if self._start is None:
+            return first_vectors(self.task, self.config, number).to(lm.device)
+        return given_vectors(self._start, self.config, number, (lm.hidden_size,), lm.kv_shape).to(lm.device)
 
     # --- what survives a kill ---------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be gone on with."""
         task, data = self.task, self._data
-        settings = self.config.as_dict()
+        settings, total = self._given[0].as_dict(), self._given[1]  # the end may have been moved since
         for name in ("checkpoint_every", "activation_checkpointing"):  # which change no number
             del settings[name]
         start = None if self._start is None else self._start.detach().float().cpu().contiguous().numpy().tobytes()
@@ -550,7 +540,7 @@ class Training:
             **settings,
             "init": self.config.init if start is None else "given",  # not the path, which may change
             "start": None if start is None else hashlib.sha256(start).hexdigest(),
-            "total": self.total,
+            "total": total,
             "template": task.template.text,
             "labels": [task.labels, task.words, task.label_of_word, task.ends],
             "base model": task.model.fingerprint,
@@ -629,6 +619,8 @@ class Training:
         """Becomes what a checkpoint holds."""
         state = self._state
         state.take_up(found, self._begin)
+        if state.planned:
+            self._plan(state.planned)
         if self.folder is None:
             return
         self._history.resume(state.step)
