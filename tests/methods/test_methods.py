@@ -29,7 +29,7 @@ from softprompt.tasks.length import VIRTUAL_TOKENS
 from softprompt.tasks.predict import Query, predict
 from softprompt.tasks.task import Task
 from softprompt.tuning.config import DEFAULT_STEPS, TrainConfig
-from softprompt.tuning.gradients import Gradients
+from softprompt.tuning.gradients import Gradients, Work
 from softprompt.tuning.step import Step
 from softprompt.tuning.training import Training
 from tests.conftest import TOY_LABELS, TOY_TEMPLATE, toy
@@ -188,11 +188,53 @@ def test_seeds_that_were_killed_go_on_with_what_they_had_spent(
         assert isinstance(one, Learned)
         assert isinstance(twice, Learned)
         assert isinstance(other, Learned)
-        assert one.soft_prompt and twice.soft_prompt and other.soft_prompt
+        assert one.soft_prompt is not None
+        assert twice.soft_prompt is not None
+        assert other.soft_prompt is not None
         torch.testing.assert_close(one.soft_prompt.vectors, other.soft_prompt.vectors, rtol=0, atol=0)
         torch.testing.assert_close(one.soft_prompt.vectors, twice.soft_prompt.vectors, rtol=0, atol=0)
         assert [point["step"] for point in one.curve] == [4, 8, 12]
         assert (one.seconds or 0.0) > 0.01 * (problems.PROBE + 8) / 2
+
+
+def test_of_several_starts_the_best_goes_on(llama: FrozenLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each start is a training with its seed, and they are ranked by what that scores after a tenth of the steps."""
+    monkeypatch.setattr("softprompt.methods.prompt_tuning.most_steps", lambda rows, batch_size: 20)
+    monkeypatch.setattr("softprompt.methods.prompt_tuning.TrainConfig", partial(TrainConfig, patience=0))
+    add, sizes = Gradients.add, list[int]()
+
+    def seen(gradients: Gradients, work: Work, vectors: Any) -> Any:
+        sizes.append(len(vectors))
+        if len(sizes) == problems.PROBE + 9:
+            raise Killed
+        return add(gradients, work, vectors)
+
+    monkeypatch.setattr(Gradients, "add", seen)
+    asked = of_seeds(llama, 0, 1, starts=3)
+    with pytest.raises(Killed):
+        prompt_tuning.soft_prompts(asked, tmp_path)
+    found = prompt_tuning.soft_prompts(asked, tmp_path)
+    assert sizes[: problems.PROBE + 2] == [2] * problems.PROBE + [6] * 2
+    assert set(sizes[problems.PROBE + 2 :]) == {2}
+    assert len(sizes) == problems.PROBE + 9 + 20 - 8
+    for one, each in zip(found, asked, strict=True):
+        assert isinstance(one, Learned)
+        scores, runs = [], list[Training]()
+        for start in range(3):
+            made = {"seed": each.seed + start * prompt_tuning.START_SEEDS, "init": "labels" if start else "auto"}
+            config = TrainConfig(steps=20, eval_every=2, patience=0, **made)
+            task = Task(llama, TOY_TEMPLATE, TOY_LABELS, VIRTUAL_TOKENS, llama.window)
+            runs.append(Training(task, each.train, each.validation, config))
+            for step in runs[-1]:
+                if step.number == 2:
+                    assert step.validation is not None
+                    scores.append(step.validation["score"])
+                    if start != max(range(len(scores)), key=scores.__getitem__):
+                        break
+        best = max(range(3), key=scores.__getitem__)
+        assert one.chosen["start"] == best
+        assert one.soft_prompt is not None
+        torch.testing.assert_close(one.soft_prompt.vectors, runs[best].result().vectors, rtol=2e-4, atol=2e-4)
 
 
 def test_another_budget_or_other_seeds_begin_anew(llama: FrozenLM, tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ def _planned(
         bases=tuple(dict.fromkeys(bases or (DEFAULT_BASE,))),
         methods=tuple(dict.fromkeys(comparing.methods or ())),
         seeds=comparing.seeds,
+        starts=comparing.starts,
         budget=seconds(comparing.budget),
         instructions=tuple(map(with_line_ends, (*(comparing.instruction or ()), *texts))),
     )

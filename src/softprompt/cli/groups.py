@@ -178,6 +178,7 @@ class Comparing:
     instruction: Annotated[list[str] | None, _compare("Hard prompts; the best on validation counts.")] = None
     instructions: Annotated[Path | None, _compare("A file of hard prompts: one a line, or a JSON list.")] = None
     seeds: Annotated[int, _compare("Seeds of each method that draws something.", 1)] = 1
+    starts: Annotated[int, _compare("Starts of each soft prompt, the best of which goes on.", 1)] = 1
     budget: Annotated[str, _compare("Time to learn for each cell: 90s, 10m, 1h.", "10m")] = "10m"
     test_rows: Annotated[int | None, _compare("The most test rows, a seeded choice.", "all")] = None
     task: Annotated[str | None, _compare("The task's name in the results.", "as TRAIN")] = None

@@ -230,6 +230,7 @@ class Comparison:
             train=plan.train,
             validation=plan.validation,
             seed=key.seed,
+            starts=plan.starts,
             budget=plan.budget,
             instructions=plan.instructions,
             notice=self._notice,

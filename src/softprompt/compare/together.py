@@ -1,6 +1,6 @@
 """Cells of one method that learn together: which they are, and where what they have learned so far is kept.
 
-Each group has a folder. It is there until every cell of the group is done, so that a comparison that was stopped goes on
+Each group has a folder, until every cell of the group is done, so that a comparison that was stopped goes on
 in the middle of a training.
 """
 

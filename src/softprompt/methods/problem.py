@@ -54,6 +54,7 @@ class Problem:
         siblings: the soft prompts of all seeds, for what is made of several.
         validation_rows: how many of them are used, a seeded choice, to validate what is being trained; the same for
             every trained method (:func:`affordable_rows`).
+        starts: how many starts a soft prompt has, the best of which goes on after a tenth of the steps.
         began: clock time at which the budget began to run.
 
     Raises:
@@ -72,6 +73,7 @@ class Problem:
     notice: Callable[[str], None] = lambda _: None
     siblings: tuple[SoftPrompt, ...] = ()
     validation_rows: int = TrainConfig().validation_rows
+    starts: int = 1
     began: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
