@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from softprompt.drawing.words import duration, number, roughly, short_names
 from softprompt.errors import DataError
 from softprompt.files import local_path, strict_json
 from softprompt.methods.registry import METHODS
+from softprompt.model.distributed import is_first
 from softprompt.model.frozen import FrozenLM
 from softprompt.tasks.reading import require_no_chat
 from softprompt.terminal.console import Clock, notices, say_reading, stderr, stdout
@@ -51,7 +53,7 @@ def compare(
     plan, taken = _planned(sources, test, template, comparing, bases)
     say_reading(taken)
     out = local_path(comparing.out)
-    with RunFolder(out, plan.task, "comparison"):
+    with RunFolder(out, plan.task, "comparison") if is_first() else nullcontext():
         comparison = run_cells(plan, out, loading.load_quietly)
     wanted = [cell for cell in comparison.cells if cell["base"] in plan.bases and cell["method"] in plan.methods]
     if as_json:
@@ -130,7 +132,7 @@ def run_cells(plan: Plan, out: Path, load: Callable[[str], FrozenLM], clock: Clo
                 else:
                     stderr.print(f"{place:>3}/{len(todo)}  {what} failed: {cell['reason']}")
         finally:
-            if comparison.cells:
+            if comparison.cells and is_first():
                 report.write(comparison.cells, out)
     return comparison
 

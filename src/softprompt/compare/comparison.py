@@ -11,7 +11,7 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from softprompt.compare.comparison_time import Speed
 from softprompt.compare.measure import lm_bytes, peak_memory, plain_perplexity
 from softprompt.compare.plan import Key, Plan
 from softprompt.compare.together import Group
-from softprompt.errors import BaseModelError, ConfigError, SoftPromptError
+from softprompt.errors import BaseModelError, ConfigError, ProcessError, SoftPromptError, TrainingError
 from softprompt.evaluation.evaluate import (
     headline,
     headline_difference,
@@ -33,6 +33,7 @@ from softprompt.evaluation.metrics import Metric
 from softprompt.files import StrPath, atomic_writer, finite, local_path
 from softprompt.methods.problem import Learned, Problem, affordable_rows
 from softprompt.methods.registry import METHODS, OURS
+from softprompt.model.distributed import ALONE, World
 from softprompt.model.frozen import FrozenLM
 from softprompt.soft_prompts import artifact
 from softprompt.soft_prompts.metadata import library_versions
@@ -92,6 +93,7 @@ class Comparison:
         """
         self.plan, self.folder, self._load, self._notice = plan, local_path(folder), load, notice
         self._loaded: tuple[str, FrozenLM, float] | None = None
+        self._world = World.join()
         self._ran: set[Key] = set()
         self._apart: set[tuple[str, str]] = set()
         self._waiting: dict[Key, _Waiting] = {}
@@ -100,7 +102,7 @@ class Comparison:
         self._rows_of_base: dict[str, int] = {}
         self._speeds: dict[str, Speed] = {}
         self._plain_seconds = 0.0
-        self.cells: list[dict[str, Any]] = _read_cells(self.folder / "results.json")
+        self.cells: list[dict[str, Any]] = self._world.from_first(lambda: _read_cells(self.folder / "results.json"))
         for cell in self.cells:
             theirs = {"task": cell["task"], "metric": cell.get("metric", plan.metric), **cell["identity"]}
             known = cell["method"] if cell["method"] in plan.methods else OURS
@@ -148,12 +150,28 @@ class Comparison:
         self._ran.add(key)
         torch.compiler.reset()  # it keeps few graphs of a function; beyond, layers would run uncompiled without a word
         try:
-            cell = self._measured(key, *self._base(key.base))
+            lm, before = self._base(key.base)
+            problem = self._problem(key, lm)
+            if METHODS[key.method].alone:
+                cell = self._world.alone(lambda: self._measured_alone(key, problem, before))
+            else:
+                cell = self._measured(key, problem, before)
+        except ProcessError:
+            raise
         except (SoftPromptError, FloatingPointError, RuntimeError, MemoryError) as error:
             if isinstance(error, RuntimeError) and not _may_happen(error):
                 raise  # a mistake of ours, which must not look like a method that does not work
-            reason = str(error) or type(error).__name__
-            cell = {"status": "failed", "reason": " ".join(reason.split())[:300], "value": None}
+            if self._world.size > 1 and not isinstance(error, SoftPromptError):
+                raise self._of_this_process(error) from error
+            cell = {"status": "failed", "reason": _reason(error), "value": None}
+        self.cells = self._world.from_first(lambda: self._with(key, cell, began))
+        if key in self._groups and self._world.writes:
+            self._groups[key].done(key)
+        self._groups.pop(key, None)
+        return next(one for one in self.cells if _key(one) == key)
+
+    def _with(self, key: Key, cell: dict[str, Any], began: float) -> list[dict[str, Any]]:
+        """All cells with a new one, which are written down."""
         cell = {"task": self.plan.task, "method": key.method, "base": key.base, "seed": key.seed, **cell}
         cell |= {"budget_seconds": self.plan.budget, "identity": self.plan.identity(key.method)}
         cell["versions"] = library_versions()
@@ -164,9 +182,14 @@ class Comparison:
         part = cell["train_seconds"] if cell.get("learned_with") is not None else 0.0
         cell["seconds"] = round(time.perf_counter() - began - self._together_seconds + part, 1)
         _write_json(self.folder / "results.json", self.cells)
-        if key in self._groups:
-            self._groups.pop(key).done(key)
-        return cell
+        return self.cells
+
+    def _of_this_process(self, error: BaseException) -> TrainingError:
+        """What happened to one of several processes, and perhaps not to the others, so that they cannot go on."""
+        return TrainingError(
+            f"Process {self._world.rank} of {self._world.size} cannot go on ({_reason(error)}); the cells that are "
+            f"done stay: give the same command with fewer processes on a machine, or leave the method out."
+        )
 
     def _check_bases(self, timed: bool = False) -> None:
         """Loads and asks each base model that there are cells for once, the first of them last: it is used next."""
@@ -204,6 +227,8 @@ class Comparison:
         self._notice(f"timing {base} on some test rows")
         try:
             self._speeds[base] = Speed.of(self.plan, lm, load, self._plain_seconds)
+        except ProcessError:
+            raise
         except (SoftPromptError, RuntimeError, MemoryError) as error:
             if isinstance(error, RuntimeError) and not _may_happen(error):
                 raise
@@ -220,11 +245,12 @@ class Comparison:
             self._plain_seconds = time.perf_counter() - began
         return self._loaded[1:]
 
-    def _measured(self, key: Key, lm: FrozenLM, before: float) -> dict[str, Any]:
+    def _problem(self, key: Key, lm: FrozenLM) -> Problem:
+        """What a cell's method is to learn; its budget begins to run when it is returned."""
         plan, method = self.plan, METHODS[key.method]
         problem = Problem(
             lm=lm,
-            fresh=lambda: self._load(key.base),
+            fresh=lambda: _for_one(self._load(key.base)),
             template=plan.form,
             verbalizer=plan.verbalizer,
             train=plan.train,
@@ -234,11 +260,27 @@ class Comparison:
             budget=plan.budget,
             instructions=plan.instructions,
             notice=self._notice,
-            siblings=tuple(self._soft_prompts(key.base)) if method.of_several_seeds else (),
+            siblings=self._soft_prompts(key.base) if method.of_several_seeds else (),
         )
         if method.validated:
             rows = self._validation_rows(problem, key.base)
             problem = replace(problem, validation_rows=rows, began=time.perf_counter())
+        return problem
+
+    def _measured_alone(self, key: Key, problem: Problem, before: float) -> dict[str, Any]:
+        """A cell of one process, whatever the others do."""
+        world, problem.lm.world = problem.lm.world, ALONE
+        try:
+            return self._measured(key, problem, before)
+        except (FloatingPointError, RuntimeError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and not _may_happen(error):
+                raise
+            raise TrainingError(_reason(error)) from error
+        finally:
+            problem.lm.world = world
+
+    def _measured(self, key: Key, problem: Problem, before: float) -> dict[str, Any]:
+        plan, method, lm = self.plan, METHODS[key.method], problem.lm
         waiting = self._learn_together(key, problem) if method.together is not None else None
         with peak_memory(lm) as peak:
             began = time.perf_counter()
@@ -250,8 +292,9 @@ class Comparison:
             answering = time.perf_counter() - began
         metric = headline(plan.metric, plan.test, predictions)
         answered = most_frequent_answer(plan.test, predictions)
-        _write_json(self.folder / "predictions" / f"{key.file_name}.json", [_plain(one) for one in predictions])
-        if learned.soft_prompt is not None:
+        if self._world.writes:
+            _write_json(self.folder / "predictions" / f"{key.file_name}.json", [_plain(one) for one in predictions])
+        if learned.soft_prompt is not None and self._world.writes:
             named = replace(learned.soft_prompt, name=key.file_name)
             named.save(self.folder / "soft-prompts" / f"{key.file_name}{artifact.SUFFIX}")
         if method.of_several_seeds:  # what its members took
@@ -289,7 +332,8 @@ class Comparison:
             try:
                 self._learn_group(key, problem)
             except (SoftPromptError, RuntimeError, MemoryError) as error:
-                if len(self._groups[key].keys) == 1 or (isinstance(error, RuntimeError) and not _may_happen(error)):
+                one = len(self._groups[key].keys) == 1 or isinstance(error, ProcessError) or self._world.size > 1
+                if one or (isinstance(error, RuntimeError) and not _may_happen(error)):
                     raise
                 self._notice("one by one, since shared passes did not work here")
                 self._apart.add((key.base, key.method))
@@ -303,7 +347,8 @@ class Comparison:
         together = METHODS[key.method].together
         assert together is not None
         left = [one for one in self.todo() if one == key or one not in self._ran]
-        group = Group.of(self.folder, key, [key] if (key.base, key.method) in self._apart else left)
+        left = [key] if (key.base, key.method) in self._apart else left
+        group = self._world.from_first(lambda: Group.of(self.folder, key, left))
         self._groups |= dict.fromkeys(group.keys, group)
         with peak_memory(problem.lm) as peak:
             found = together([replace(problem, seed=one.seed) for one in group.keys], group.path)
@@ -342,11 +387,14 @@ class Comparison:
             times.append(1000 * (time.perf_counter() - began))
         return statistics.median(times[1:] or times)  # the first one warms up
 
-    def _soft_prompts(self, base: str) -> Iterator[SoftPrompt]:
-        for seed in range(self.plan.seeds):
-            path = self._file("soft-prompts", Key(base, OURS, seed), artifact.SUFFIX)
-            if path is not None:
-                yield SoftPrompt.load(path)
+    def _soft_prompts(self, base: str) -> tuple[SoftPrompt, ...]:
+        keys = [Key(base, OURS, seed) for seed in range(self.plan.seeds)]
+
+        def load() -> tuple[SoftPrompt, ...]:
+            paths = [self._file("soft-prompts", key, artifact.SUFFIX) for key in keys]
+            return tuple(SoftPrompt.load(path) for path in paths if path is not None)
+
+        return self._world.from_first(load)
 
     def _compare_with_ours(self) -> None:
         """Gives every cell its difference to the soft prompt of the same base and seed, or else of seed 0."""
@@ -395,6 +443,16 @@ _EXPECTED = re.compile(
 def _may_happen(error: RuntimeError) -> bool:
     """Whether an error of torch's says that memory was too small, or that numbers were not finite."""
     return type(error).__name__ == "LinAlgError" or _EXPECTED.search(str(error)) is not None
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join((str(error) or type(error).__name__).split())[:300]
+
+
+def _for_one(lm: FrozenLM) -> FrozenLM:
+    """A base model whose work is not divided."""
+    lm.world = ALONE
+    return lm
 
 
 def _key(cell: Mapping[str, Any]) -> Key:

@@ -35,6 +35,8 @@ class Method:
         seeded: it draws something, and runs once for every seed.
         validated: it is validated while it is trained, on the same rows as the others that are.
         of_several_seeds: it is made of the soft prompts of all seeds.
+        alone: of several processes, the first one runs it while the others wait: it trains weights, or by another
+            library's loop.
         calibrates: the method whose answers it calibrates; None: it calibrates none.
         colour: of its marks and lines in figures.
         marker: of its marks, as matplotlib names them.
@@ -52,6 +54,7 @@ class Method:
     seeded: bool = False
     validated: bool = False
     of_several_seeds: bool = False
+    alone: bool = False
     calibrates: str | None = None
     colour: str = GREY
     marker: str = "o"
