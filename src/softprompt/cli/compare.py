@@ -15,7 +15,7 @@ from softprompt.cli.task import Sources, task_name, template_from
 from softprompt.compare import report
 from softprompt.compare.comparison import Comparison
 from softprompt.compare.comparison_time import ComparisonTime, Parts
-from softprompt.compare.plan import Plan, cut
+from softprompt.compare.plan import Key, Plan, cut
 from softprompt.data.checks import Reading
 from softprompt.data.encoding import decode
 from softprompt.data.packages import DEFAULT_BASE
@@ -117,18 +117,19 @@ def run_cells(plan: Plan, out: Path, load: Callable[[str], FrozenLM], clock: Clo
         try:
             for place, key in enumerate(todo, start=1):
                 what = f"{key.method}, seed {key.seed}" + f", {names[key.base]}" * (len(names) > 1)
-                doing.begin(
-                    f"cell {place} of {len(todo)}, {key.method}, seed {key.seed}, {names[key.base]}",
-                    lambda spent, keys=todo[place - 1 :]: expected.left(keys, spent, comparison.learned),
-                )
+
+                def left(spent: float, keys: Sequence[Key] = todo[place - 1 :]) -> Parts:
+                    return expected.left(keys, spent, comparison.learned)
+
+                doing.begin(f"cell {place} of {len(todo)}, {key.method}, seed {key.seed}, {names[key.base]}", left)
                 cell = comparison.run(key)
                 expected.saw(cell)
                 if cell["status"] == "done":
                     found = f"{cell['metric']} {number(cell['metric'], cell['value'])}, in {took(cell)}"
-                    left = f"; about {roughly(expected.left(todo[place:], learned=comparison.learned).total)} left" * (
+                    rest = f"; about {roughly(expected.left(todo[place:], learned=comparison.learned).total)} left" * (
                         place < len(todo)
                     )
-                    stderr.print(f"{place:>3}/{len(todo)}  {what}: {found}{left}")
+                    stderr.print(f"{place:>3}/{len(todo)}  {what}: {found}{rest}")
                 else:
                     stderr.print(f"{place:>3}/{len(todo)}  {what} failed: {cell['reason']}")
         finally:

@@ -150,6 +150,27 @@ class Learning(LearningOnce):
 
 
 @dataclass(frozen=True)
+class Mixing:
+    """Whether several data files make one soft prompt."""
+
+    mix: Annotated[
+        bool, flag("--mix", "One soft prompt of all files or jobs of a plan, to start others from.", panel="Learning")
+    ] = False
+    cap: Annotated[int | None, _learn("With --mix: the most rows of a file in an epoch.", 2000, min=1)] = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether they do.
+
+        Raises:
+            ConfigError: there is a cap without a mix.
+        """
+        if self.cap is not None and not self.mix:
+            raise ConfigError("--cap is for a mix of several files; add --mix, or leave it out.")
+        return self.mix
+
+
+@dataclass(frozen=True)
 class Sweeping:
     """Which settings are tried, and where the best goes."""
 

@@ -54,14 +54,19 @@ def tune_plan(
     """
     if output.name is not None:
         raise ConfigError(f"The names are those of the plan {source}; leave --name out.")
+    plan = read_plan(source, given_in(sources, template, learning))
+    train_all(plan.jobs, output, base or plan.base, plan.loaded_as(loading), as_json)
+
+
+def given_in(sources: Sources, template: str, learning: Learning) -> dict[str, Any]:
+    """What the options of the command line say, by the names that a plan has for it."""
     given: dict[str, Any] = {} if template == "default" else {"template": template}
     asked = {"validation": sources.validation, "labels": sources.labels}
     given |= {name: value for name, value in asked.items() if value is not None}
     for group, defaults in ((learning, Learning()), (sources.columns, Columns())):
         own = {field.name: getattr(group, field.name) for field in fields(defaults)}
         given |= {name: value for name, value in own.items() if value != getattr(defaults, name)}
-    plan = read_plan(source, given)
-    train_all(plan.jobs, output, base or plan.base, plan.loaded_as(loading), as_json)
+    return given
 
 
 def tune_files(
@@ -308,7 +313,7 @@ def _store(asked: _Asked, training: Training, seconds: float) -> None:
     except SoftPromptError as error:
         asked.fault = str(error)
         return
-    asked.document = document_of(training, soft_prompt, asked.path, asked.job.reading, seconds)
+    asked.document = document_of(training, soft_prompt, asked.path, asked.job.reading.as_dict(), seconds)
     if training.ended:
         (_place(asked).run.path / checkpoint.FILE).unlink(missing_ok=True)
     if training.stopped == "not finite":

@@ -93,8 +93,12 @@ class Problem:
 
     @property
     def seconds_left(self) -> float:
-        """What is left of the budget; below 0 when it is spent. Of several processes, the clock of the first counts."""
-        return self.lm.world.from_first(lambda: self.budget - (time.perf_counter() - self.began))
+        """What is left of the budget; below 0 when it is spent."""
+        return self.budget - self.seconds_since(self.began)
+
+    def seconds_since(self, began: float) -> float:
+        """Seconds since that clock time; of several processes, by the clock of the first, so that all decide alike."""
+        return self.lm.world.from_first(lambda: time.perf_counter() - began)
 
     @property
     def worth_compiling(self) -> bool:
@@ -151,5 +155,5 @@ def affordable_rows(problem: Problem) -> int:
     validator(task, some[:8])(torch.empty(0))  # the first call of a model is slow
     began = time.perf_counter()
     validator(task, some)(torch.empty(0))
-    a_row = problem.lm.world.from_first(lambda: (time.perf_counter() - began) / len(some))
+    a_row = problem.seconds_since(began) / len(some)
     return min(most, max(len(some), int(problem.budget * CHECKING / LEAST_CHECKS / a_row)))

@@ -187,7 +187,8 @@ class _Run:
         if len(trainings) > 1:
             yield from train_together(trainings, until=until)
         else:
-            yield from ([step] for step in trainings[0])
+            for step in trainings[0]:
+                yield [step]
 
     @property
     def _rung(self) -> int:
@@ -265,7 +266,8 @@ class _Run:
             if there := [step.seconds for step in steps if step is not None]:
                 in_steps += sum(there)
                 pace.steps.append(statistics.fmean(there))
-            if pace.steps and self._world.from_first(lambda: self._seconds_left() < 0):
+            over = self._world.from_first(lambda: self._seconds_left() < 0)
+            if over and pace.steps:
                 return replace(config, steps=1, compile="off"), pace
         if len(pace.steps) < 2:
             raise TrainingError(NOTHING_LEARNED)

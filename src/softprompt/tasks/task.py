@@ -171,6 +171,15 @@ class Task:
         return self.lm
 
     @property
+    def stored(self) -> Task:
+        """What a soft prompt's file says of the task."""
+        return self
+
+    def asks(self, example: Example) -> bool:
+        """Whether the task that is stored is the example's."""
+        return True
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """The label set; empty for free-text targets."""
         return () if self.verbalizer is None else self.verbalizer.labels

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -23,7 +23,7 @@ from softprompt.model.request import Request
 from softprompt.soft_prompts.metadata import library_versions
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.task import Task
-from softprompt.text.tokens import SOFT
+from softprompt.text.tokens import SOFT, Tokens
 from softprompt.tuning import checkpoint, compilation
 from softprompt.tuning.alarms import Watch
 from softprompt.tuning.config import DEFAULT_STEPS, EVAL_EVERY, INITS, TrainConfig
@@ -34,7 +34,7 @@ from softprompt.tuning.learner import Learner
 from softprompt.tuning.objective import Objective
 from softprompt.tuning.optimizer import learning_rate, make_optimizer
 from softprompt.tuning.parametrisation import parametrise, require_shared_prefix
-from softprompt.tuning.rows import RowOrder, describe_rows, split_rows
+from softprompt.tuning.rows import Order, RowOrder, describe_rows, split_rows
 from softprompt.tuning.run_folder import Hold, RunFolder
 from softprompt.tuning.start import first_vectors, given_vectors, init_scale
 from softprompt.tuning.state import State
@@ -56,6 +56,7 @@ class Training:
         task: template and verbalizer, bound to the base model.
         schedule: its steps and validations.
         truncated: how many inputs were cut.
+        notes: what it remembers of its data besides.
         watch: looks whether it learns; its ``before`` is what was to be seen before the first step.
         base_unchanged: whether every bit of the base model's weights is as it was before any training, as the latest
             ``result`` found; None before that.
@@ -72,6 +73,8 @@ class Training:
         start: torch.Tensor | None = None,
         folder: StrPath | RunFolder | None = None,
         resume: bool = False,
+        order: Order | None = None,
+        notes: Mapping[str, Any] | None = None,
     ) -> None:
         """Prepares a run.
 
@@ -87,6 +90,8 @@ class Training:
             folder: where checkpoints, ``log.jsonl`` and the history of the vectors are kept; None keeps none. It is
                 held, so that no other training writes there, until the iteration ends or the training is deleted.
             resume: go on from the checkpoint in ``folder``, if there is one.
+            order: of the rows of ``train``, where it is not that of one task.
+            notes: what the soft prompt is to remember of its data besides, JSON values.
 
         Raises:
             DataError: too few rows.
@@ -115,14 +120,12 @@ class Training:
         self._base_digest = task.model.digest_before
         self.base_unchanged: bool | None = None
         examples, held_out = split_rows(train, validation, self.config)
-        self._data = describe_rows(train, validation, len(examples), len(held_out))
+        self.notes = dict(notes or {})
+        self._data = describe_rows(train, validation, len(examples), len(held_out)) | self.notes
         if task.verbalizer is not None:
             for rows in filter(None, (train, validation)):
                 check_targets(rows, task.labels)
-        self._order = RowOrder(
-            [None if task.verbalizer is None else example.target for example in examples],
-            ["" if example.conversation is None else example.conversation.origin for example in examples],
-        )
+        self._order = order or RowOrder.of(examples, labelled=task.verbalizer is not None)
         self._gradients = Gradients(task.model, may_recompute=self.config.activation_checkpointing != "off")
         self._compiled_before = graphs_compiled()
         self._works: dict[tuple[int, int], Work] = {}
@@ -249,15 +252,14 @@ class Training:
             while (begun := self.begin_step()) is not None:
                 started = time.perf_counter()
                 work = self._laid_out(begun)
-                losses = self._add(work, begun)
+                loss_found = self._add(work, begun)
                 norm = begun.take_back()
                 following = None if on_cpu else self._following(begun)
                 if following is not None:
                     self._laid_out(following)  # while the device computes
-                loss, norm_found = torch.stack([losses[0], norm]).tolist()
-                step = self.end_step(
-                    begun, loss, norm_found, work.tokens[0], time.perf_counter() - started, work.saved[0]
-                )
+                loss, norm_found = torch.stack([loss_found, norm]).tolist()
+                took = time.perf_counter() - started
+                step = self.end_step(begun, loss, norm_found, sum(work.tokens), took, sum(work.saved))
                 if step is None:
                     continue
                 if self.wants_save(step):
@@ -265,9 +267,9 @@ class Training:
                 yield step
 
     def _add(self, work: Work, begun: Begun) -> torch.Tensor:
-        """Computes a step's gradient; where another process is lost, what was learned before is kept."""
+        """Computes a step's gradient and loss; where another process is lost, what was learned before is kept."""
         try:
-            return self._gradients.add(work, [begun.numbers])
+            return self._gradients.add(work, [begun.numbers] * len(work.whole)).sum()
         except ProcessError:
             self.save()
             raise
@@ -302,12 +304,17 @@ class Training:
         numbers = (folded.detach() * learner.form.unit).requires_grad_()
         return Begun(learner, self.schedule.place(state.step), folded, numbers)
 
-    def share(self, begun: Begun) -> Share:
-        """The rows that a step learns from."""
+    def shares(self, begun: Begun) -> list[Share]:
+        """The rows that a step learns from: one share of them for each text around the soft prompt, of which there are
+        several where tasks are mixed. The sum of their losses is the mean loss of all rows."""
         seed = self.config.seed + self.config.start(begun.learner.number)[1]
         chosen = self._order.batch(seed, begun.place, self.config.batch_size)
         requests, gold = [self._requests[i] for i in chosen], [self._gold[i] for i in chosen]
-        return Share(self._objective, requests, gold, tuple(begun.numbers.shape))
+        whole = Share(self._objective, requests, gold, tuple(begun.numbers.shape))
+        alike: dict[tuple[Tokens, bool], list[int]] = {}
+        for place, request in enumerate(requests):
+            alike.setdefault((request.ids[: request.shared], request.shares_prefix), []).append(place)
+        return [whole] if len(alike) == 1 else [whole.part(rows) for rows in alike.values()]
 
     def _following(self, begun: Begun) -> Begun | None:
         """The step behind one, if it goes on with the same start."""
@@ -321,7 +328,7 @@ class Training:
         key = (begun.learner.number, begun.place)
         if key not in self._works:
             self._works = dict([*self._works.items()][-1:])
-            self._works[key] = self._gradients.prepare([self.share(begun)])
+            self._works[key] = self._gradients.prepare(self.shares(begun))
         return self._works[key]
 
     def end_step(
@@ -450,7 +457,7 @@ class Training:
             TrainingError: no step was done yet, the loss of the very first was not finite, or a weight of the base
                 model changed, which must never happen.
         """
-        lm, state = self.task.model, self._state
+        lm, state, kept = self.task.model, self._state, self.task.stored
         best = state.keeper.best
         if not state.tokens:
             raise TrainingError(
@@ -474,9 +481,9 @@ class Training:
             base=lm.name,
             base_fingerprint=lm.fingerprint,
             tokenizer_fingerprint=lm.tokenizer_fingerprint,
-            template=self.task.template.text,
-            verbalizer=None if self.task.verbalizer is None else dict(self.task.verbalizer.words),
-            word_end=bool(self.task.ends),
+            template=kept.template.text,
+            verbalizer=None if kept.verbalizer is None else dict(kept.verbalizer.words),
+            word_end=bool(kept.ends),
             parametrisation=self.config.parametrisation,
             training={
                 **self.config.as_dict(),
@@ -501,7 +508,7 @@ class Training:
         """When validations come, and what each of them computes; ``checked`` are the requests of its rows."""
         config, lm = self.config, self.task.model
         if config.epochs is not None:
-            planned = max(1, math.ceil(config.epochs * len(self._requests) / config.batch_size))
+            planned = max(1, math.ceil(config.epochs * self._order.rows / config.batch_size))
         else:
             planned = config.steps or DEFAULT_STEPS
         # by tokens alone, so that a resumed run has the same; a step runs them twice
