@@ -139,7 +139,7 @@ class Mixture:
         Raises:
             SoftPromptError: as for ``Training``.
         """
-        config, tasks = self.config, [self._task(lm, job) for job in self.jobs]
+        config, tasks = self.config, [job.task(lm) for job in self.jobs]
         rows, held = self._split()
         orders = []
         for job, task, own in zip(self.jobs, tasks, rows, strict=True):
@@ -164,11 +164,6 @@ class Mixture:
             order=order,
             notes={"mix": self._described(order)},
         )
-
-    def _task(self, lm: FrozenLM, job: Job) -> Task:
-        assert isinstance(job.template, Template), "on() comes first"
-        config = self.config
-        return Task(lm, job.template, job.verbalizer, config.longest, config.max_length or lm.window)
 
     def _split(self) -> tuple[list[Sequence[Example]], list[Sequence[Example]]]:
         """The rows of each job to learn from and to validate on."""

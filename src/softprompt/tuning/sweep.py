@@ -190,6 +190,8 @@ class Sweep:
         self._lm, self._keep, self._state = lm, keep, folder / SWEEP
         self._folder = folder / "sweep"
         self._job, self._telling = halves(job.on(lm), job.config.seed)
+        self._task = self._job.task(lm)
+        self._task.remember()  # the tokens of a row are the same for all settings
         self.configs = cross(self._job.config, axes)
         self.left, self._done, self._resume = list(range(len(self.configs))), 0, resume
         self.found: dict[int, dict[str, Any]] = {}
@@ -210,7 +212,8 @@ class Sweep:
         if number and config.eval_every is None:  # all are compared at the same steps
             config = replace(config, eval_every=self._trainings[0].schedule.every)
         job = replace(self._job, config=config, name=self.label(number))
-        self._trainings[number] = job.training(self._lm, folder=self._folder / f"{number:03}", resume=self._resume)
+        folder = self._folder / f"{number:03}"
+        self._trainings[number] = job.training(self._lm, folder=folder, resume=self._resume, task=self._task)
 
     def _rungs(self) -> list[int]:
         """Steps with a validation, the first at or behind each share of the steps; a short run has fewer."""
