@@ -221,7 +221,10 @@ def test_of_several_starts_the_best_goes_on(llama: FrozenLM, tmp_path: Path, mon
         assert isinstance(one, Learned)
         scores, runs = [], list[Training]()
         for start in range(3):
-            made = {"seed": each.seed + start * prompt_tuning.START_SEEDS, "init": "labels" if start else "auto"}
+            made: dict[str, Any] = {
+                "seed": each.seed + start * prompt_tuning.START_SEEDS,
+                "init": "labels" if start else "auto",
+            }
             config = TrainConfig(steps=20, eval_every=2, patience=0, **made)
             task = Task(llama, TOY_TEMPLATE, TOY_LABELS, VIRTUAL_TOKENS, llama.window)
             runs.append(Training(task, each.train, each.validation, config))

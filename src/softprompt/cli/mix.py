@@ -6,13 +6,12 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
-from softprompt.cli.groups import Learning, Mixing, Output
+from softprompt.cli.groups import Mixing
 from softprompt.cli.many import given_in
-from softprompt.cli.options import Loading
 from softprompt.cli.place import Place
 from softprompt.cli.plan_file import Wanted, is_plan, read_plan
 from softprompt.cli.task import Sources, task_name
-from softprompt.cli.train import job_of, train_and_store
+from softprompt.cli.train import Options, job_of, train_and_store
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.drawing.words import simple_table
 from softprompt.errors import ConfigError
@@ -22,30 +21,21 @@ from softprompt.tuning.mix import CAP, Mixture
 from softprompt.tuning.training import Training
 
 
-def tune_mix(
-    files: Sequence[str],
-    mixing: Mixing,
-    sources: Sources,
-    template: str,
-    output: Output,
-    learning: Learning,
-    base: str | None,
-    loading: Loading,
-    as_json: bool,
-) -> None:
+def tune_mix(files: Sequence[str], mixing: Mixing, options: Options) -> None:
     """Trains one soft prompt on all data files, or on the jobs of a plan, each with its own template and labels.
 
     Raises:
         SoftPromptError: a mistake of the user's.
         typer.Exit: the user pressed Ctrl-C.
     """
-    began = time.perf_counter()
+    began, output = time.perf_counter(), options.output
     place = Place.of(output.one_name, output.out, overwrite=output.overwrite, resume=output.resume)
+    base, loading = options.base, options.loading
     if is_plan(files[0]):
-        plan = read_plan(files[0], given_in(sources, template, learning))
+        plan = read_plan(files[0], given_in(options))
         wanted, base, loading = plan.jobs, base or plan.base, plan.loaded_as(loading)
     else:
-        wanted = _of_files(files, sources, template, learning)
+        wanted = _of_files(files, options)
     mixture = _mixture(wanted, place, CAP if mixing.cap is None else mixing.cap)
     with place.claimed():
         lm = loading.load(base or DEFAULT_BASE)
@@ -57,10 +47,11 @@ def tune_mix(
         _say_shares(training, [name for name, _ in mixture.readings])
         warn_truncated(training.truncated, training.task.max_length)
         taken = {"mix": [{"name": name, **reading.as_dict()} for name, reading in mixture.readings]}
-        train_and_store(training, place, taken, began, output.track, as_json)
+        train_and_store(training, place, taken, began, output.track, options.as_json)
 
 
-def _of_files(files: Sequence[str], sources: Sources, template: str, learning: Learning) -> tuple[Wanted, ...]:
+def _of_files(files: Sequence[str], options: Options) -> tuple[Wanted, ...]:
+    sources = options.sources
     if sources.validation is not None:
         raise ConfigError(
             "--validation is of one task; leave it out, and a tenth of each file is held back, or write a plan in "
@@ -68,9 +59,8 @@ def _of_files(files: Sequence[str], sources: Sources, template: str, learning: L
         )
     if sources.labels is not None:
         raise ConfigError("--labels are those of one task; write a plan in which each job has its own.")
-    return tuple(
-        Wanted(task_name(file), Sources(file, None, None, sources.columns), template, learning) for file in files
-    )
+    own = [Sources(file, None, None, sources.columns) for file in files]
+    return tuple(Wanted(task_name(each.train), each, options.template, options.learning) for each in own)
 
 
 def _mixture(wanted: Sequence[Wanted], place: Place, cap: int) -> Mixture:

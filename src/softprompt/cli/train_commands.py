@@ -59,7 +59,7 @@ def train_command(
     from softprompt.cli.many import tune_files, tune_plan
     from softprompt.cli.plan_file import is_plan
     from softprompt.cli.task import Sources
-    from softprompt.cli.train import tune
+    from softprompt.cli.train import Options, tune
 
     plans = [source for source in train if is_plan(source)]
     if plans and len(train) > 1:
@@ -67,16 +67,17 @@ def train_command(
             f"Expected the plan {plans[0]} alone, found {len(train)} files; give one plan, or data files."
         )
     sources = Sources(train[0], validation, labels, columns)
+    options = Options(sources, template, output, learning, base, loading, as_json)
     if mixing.asked:
         from softprompt.cli.mix import tune_mix
 
-        tune_mix(train, mixing, sources, template, output, learning, base, loading, as_json)
+        tune_mix(train, mixing, options)
     elif plans:
-        tune_plan(train[0], sources, template, output, learning, base, loading, as_json)
+        tune_plan(train[0], options)
     elif len(train) > 1:
-        tune_files(train, sources, template, output, learning, base, loading, as_json)
+        tune_files(train, options)
     else:
-        tune(sources, template, output, learning, base, loading, as_json)
+        tune(options)
 
 
 @expanded

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, cast
+
+import torch
 
 from softprompt.data.example import Example
 from softprompt.model.request import Request
+from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.task import Task
 
 
@@ -38,9 +41,8 @@ class MixedTask(Task):
             part_of=part_of,
         )
 
-    @property
-    def stored(self) -> Task:
-        return self.parts[0]
+    def soft_prompt(self, vectors: torch.Tensor, **said: Any) -> SoftPrompt:
+        return self.parts[0].soft_prompt(vectors, **said)
 
     def asks(self, example: Example) -> bool:
         return self.part_of[id(example)] == 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -14,6 +16,7 @@ from softprompt.errors import ConfigError, DataError, SoftPromptWarning, Templat
 from softprompt.model.embedder import Embedder
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request
+from softprompt.soft_prompts.metadata import library_versions
 from softprompt.soft_prompts.soft_prompt import SoftPrompt, check_base
 from softprompt.tasks.length import default_num_virtual_tokens
 from softprompt.tasks.scores import label_scores
@@ -147,6 +150,42 @@ class Task:
             )
         return task
 
+    def soft_prompt(
+        self,
+        vectors: torch.Tensor,
+        *,
+        name: str,
+        parametrisation: str,
+        training: Mapping[str, Any],
+        data: Mapping[str, Any],
+        metrics: Sequence[Mapping[str, Any]] = (),
+    ) -> SoftPrompt:
+        """What was made for this task now, to be stored; :meth:`of` is the way back.
+
+        Args:
+            vectors: float32 ``[P, H]``, or of a KV prefix ``[P, L, 2, H_kv, D]``, on the CPU.
+            name, parametrisation, training, data, metrics: as ``SoftPrompt`` has them.
+        """
+        lm = self.lm
+        return SoftPrompt(
+            vectors=vectors,
+            name=name,
+            base=lm.name,
+            base_fingerprint=lm.fingerprint,
+            tokenizer_fingerprint=lm.tokenizer_fingerprint,
+            template=self.template.text,
+            verbalizer=None if self.verbalizer is None else dict(self.verbalizer.words),
+            word_end=bool(self.ends),
+            parametrisation=parametrisation,
+            training=training,
+            data=data,
+            metrics=tuple(metrics),
+            versions=library_versions(),
+            created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            base_settings=lm.settings,
+            quantized=lm.quantized,
+        )
+
     def without_soft_prompt(self, hard_text: str = "") -> Task:
         """The same task with readable text, or nothing, in the soft prompt's place."""
         template = self.template.replace_soft_prompt(hard_text)
@@ -169,11 +208,6 @@ class Task:
         """The base model, where the task is bound to a whole one."""
         assert isinstance(self.lm, FrozenLM), "this task is bound to an embedding table only"
         return self.lm
-
-    @property
-    def stored(self) -> Task:
-        """What a soft prompt's file says of the task."""
-        return self
 
     def asks(self, example: Example) -> bool:
         """Whether the task that is stored is the example's."""

@@ -11,7 +11,6 @@ Three ways lead to the same numbers:
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -212,7 +211,7 @@ class Gradients:
         rows = [one.row(number) for number, one in joined]
         layout = (self.layout or self._best(shares, joined, rows, most)) if shared else "concatenation"
         lengths = [self._length(shares[number], one, shared) for number, one in joined]
-        most = min(most, self._alone(shares, joined, lengths))
+        most = self._at_most(shares, joined, lengths, most)
         batches = list[Batch]()
         if layout == "stream" and rows:
             groups = [list(range(len(rows)))]
@@ -228,15 +227,17 @@ class Gradients:
         together = _neighbours([share.prefix_length for share in shares], most)
         return Work(whole, places, shares, layout, joined, groups, batches, together, len(groups) - own, tokens, saved)
 
-    def _alone(self, shares: Sequence[Share], joined: Sequence[tuple[int, Joined]], lengths: Sequence[int]) -> float:
-        """Tokens that the largest of several shares computes alone. On a CPU, passes of the same size give all of them
-        the memory of one, and larger ones are not faster."""
+    def _at_most(
+        self, shares: Sequence[Share], joined: Sequence[tuple[int, Joined]], lengths: Sequence[int], most: int
+    ) -> int:
+        """Tokens of a pass, of several shares on a CPU no more than the largest of them computes alone: that gives all
+        of them hardly more than its memory, and larger passes are not faster there."""
         if len(shares) < 2 or self.lm.device.type == "cuda":
-            return math.inf
+            return most
         own = [share.prefix_length for share in shares]
         for (number, _), length in zip(joined, lengths, strict=True):
             own[number] += length
-        return max([SHARED_TOKENS, *own])
+        return min(most, max(SHARED_TOKENS, *own))
 
     def _best(
         self, shares: Sequence[Share], joined: Sequence[tuple[int, Joined]], rows: Sequence[Row], most: int
@@ -448,7 +449,7 @@ class Gradients:
         return losses
 
 
-def _neighbours(lengths: Sequence[int], most: float) -> list[list[int]]:
+def _neighbours(lengths: Sequence[int], most: int) -> list[list[int]]:
     """Numbers in order, in groups of at most so much length in all; a longer one stands alone."""
     groups: list[list[int]] = []
     for number, length in enumerate(lengths):
