@@ -86,7 +86,7 @@ def check(gradients: Gradients, each: Sequence[Share], vectors: Sequence[torch.T
 def test_several_soft_prompts_in_one_pass_have_the_gradients_that_they_have_alone(kind: str, layout: Layout) -> None:
     lm = tiny(kind)
     each, vectors = shares(lm)
-    for max_tokens in (4096, 40):
+    for max_tokens in (4096, 40, 14):  # all in one pass, rows in some, prefixes in some too
         check(Gradients(lm, layout=layout, max_tokens=max_tokens), each, vectors)
 
 
@@ -378,3 +378,40 @@ def test_scoring_that_does_not_fit_goes_on_in_halves(monkeypatch: pytest.MonkeyP
     with pytest.warns(SoftPromptWarning, match="did not fit"):
         found = lm.score(requests, [vectors[0].detach()])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+# --- memory of shared passes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 3, 12])
+def test_passes_of_several_hold_no_more_tokens_than_the_largest_of_them_alone(
+    count: int, llama: FrozenLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("softprompt.tuning.gradients.SHARED_TOKENS", 20)
+    each, vectors = shares(llama)
+    longest = max(
+        share.prefix_length + sum(len(r.ids) - r.shared + sum(map(len, r.words)) for r in share.requests)
+        for share in each
+    )
+    many = [each[i % 3] for i in range(count)]
+    own = [vectors[i % 3].detach().clone().requires_grad_() for i in range(count)]
+    held, layer = list[int](), llama.model.model.layers[0]
+
+    def seen(module: Any, given: tuple[torch.Tensor, ...], options: dict[str, Any], found: Any) -> None:
+        hidden = given[0] if given else options["hidden_states"]
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            held.append(hidden.shape[0] * hidden.shape[1])
+
+    gradients = Gradients(llama, layout="two stages")
+    hook = layer.register_forward_hook(seen, with_kwargs=True)
+    try:
+        gradients.add(gradients.prepare(many), own)
+    finally:
+        hook.remove()
+    assert held
+    assert max(held) <= longest
+    expected = alone(llama, each, vectors)
+    for number, one in enumerate(own):
+        assert one.grad is not None
+        gradient = expected[number % 3][1]
+        assert float((one.grad - gradient).norm() / gradient.norm()) < 1e-5

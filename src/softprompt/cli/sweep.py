@@ -24,6 +24,7 @@ from softprompt.drawing import style
 from softprompt.drawing.words import duration
 from softprompt.errors import ConfigError, StoreError
 from softprompt.files import atomic_writer, local_path, strict_json
+from softprompt.model.distributed import is_first, launched
 from softprompt.soft_prompts.store import Store
 from softprompt.terminal.console import say_reading, stderr, stdout
 from softprompt.terminal.many import watch_together
@@ -63,8 +64,9 @@ def sweep(
         pass
     store = Store()
     place = Place.at(sweeping.name, store, overwrite=sweeping.overwrite, resume=sweeping.resume, kind="sweep")
-    place.run.require_free()
-    place.check()
+    if is_first():  # of several processes, the others write nothing
+        place.run.require_free()
+        place.check()
     keep = _share(sweeping.keep)
     job = job_of(place.name, sources, template, learning, store)
     axes = axes_of(sweeping, job)
@@ -136,6 +138,9 @@ def _share(text: str) -> Fraction:
 
 def _keep_best(found: Sweep, place: Place) -> None:
     """Stores the best so far after Ctrl-C, and ends."""
+    if launched():  # several processes were interrupted at different places
+        stderr.print("interrupted; to go on, give the same command with --resume")
+        raise typer.Exit(130)
     leader = found.leader
     if leader is None:
         stderr.print("interrupted before the first validation; nothing was stored; to go on, add --resume")
@@ -152,10 +157,12 @@ def _written(found: Sweep, selection: Selection, place: Place, out: Path) -> _En
     """Stores the best, keeps what its run left behind, and writes results and plot."""
     best = found.training(found.best)
     place.save(replace(best.result(), name=place.name))
+    ended = _Ended(found, selection, out / "results.json", out / "sweep.png")
+    if not is_first():
+        return ended
     for name in (checkpoint.LOG, history.FILE):
         with suppress(FileNotFoundError):
             shutil.copyfile(found.folder(found.best) / name, place.run.path / name)
-    ended = _Ended(found, selection, out / "results.json", out / "sweep.png")
     try:
         with atomic_writer(ended.results) as file:
             file.write(strict_json({"name": place.name, **report.document(found, selection)}).encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from softprompt.cli.options import Loading, in_utf8
 from softprompt.cli.place import Place
 from softprompt.cli.task import Sources, template_from
 from softprompt.cli.transfer import Search
-from softprompt.data.checks import Reading
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.drawing.words import duration, plain_metric
 from softprompt.errors import ConfigError, StoreError, TrainingError
@@ -29,7 +29,7 @@ from softprompt.tuning import checkpoint
 from softprompt.tuning.config import INITS, TrainConfig
 from softprompt.tuning.config import preset as published
 from softprompt.tuning.job import Job
-from softprompt.tuning.tracking import Track, tracking
+from softprompt.tuning.tracking import tracking
 from softprompt.tuning.training import Training
 from softprompt.tuning.transfer import Trial
 
@@ -76,9 +76,7 @@ def tune(options: Options, search: Search | None = None) -> None:
         job, training = prepared(job, place, lm)
         say_reading(job.reading)
         warn_truncated(training.truncated, training.task.max_length)
-        say_alarms(training.watch.before)
-        with tracking(output.track if is_first() else None, training, place.run.path / "tensorboard") as track:
-            _train_and_store(training, place, job.reading, began, track, options.as_json, trial)
+        train_and_store(training, place, job.reading.as_dict(), began, output.track, options.as_json, trial)
 
 
 def _require_no_other_start(config: TrainConfig, learning: LearningOnce) -> None:
@@ -157,14 +155,50 @@ def _lengths(text: str) -> tuple[int, ...]:
         ) from error
 
 
-def _train_and_store(
-    training: Training, place: Place, taken: Reading, began: float, track: Track, as_json: bool, trial: Trial | None
+def train_and_store(
+    training: Training,
+    place: Place,
+    taken: Mapping[str, Any],
+    began: float,
+    tracker: str | None,
+    as_json: bool,
+    trial: Trial | None = None,
 ) -> None:
+    """Trains, stores the soft prompt and says what came of it.
+
+    Args:
+        training: what is trained.
+        place: where it goes; claimed.
+        taken: what the data were taken for, JSON values.
+        began: clock time at which the command began.
+        tracker: what is told of each step, one of ``TRACKERS``.
+        as_json: print one JSON object.
+        trial: what was found to start from.
+
+    Raises:
+        SoftPromptError: the training failed, or its soft prompt cannot be stored.
+        typer.Exit: the user pressed Ctrl-C.
+    """
+    say_alarms(training.watch.before)
     interrupted = False
-    try:
-        watch(training, track=track)
-    except KeyboardInterrupt:
-        interrupted = True
+    with tracking(tracker if is_first() else None, training, place.run.path / "tensorboard") as track:
+        try:
+            watch(training, track=track)
+        except KeyboardInterrupt:
+            interrupted = True
+        _store(training, place, taken, began, as_json, trial, interrupted=interrupted)
+
+
+def _store(
+    training: Training,
+    place: Place,
+    taken: Mapping[str, Any],
+    began: float,
+    as_json: bool,
+    trial: Trial | None,
+    *,
+    interrupted: bool,
+) -> None:
     if training.step == 0 and interrupted:
         stderr.print("interrupted before the first step; nothing was stored")
         raise typer.Exit(130)
@@ -193,7 +227,7 @@ def _report(
     training: Training,
     soft_prompt: SoftPrompt,
     path: Path,
-    taken: Reading,
+    taken: Mapping[str, Any],
     seconds: float,
     as_json: bool,
     trial: Trial | None,
@@ -217,13 +251,13 @@ def _report(
 
 
 def document_of(
-    training: Training, soft_prompt: SoftPrompt, path: Path, taken: Reading, seconds: float
+    training: Training, soft_prompt: SoftPrompt, path: Path, taken: Mapping[str, Any], seconds: float
 ) -> dict[str, Any]:
     """What came of a training, for programs."""
     return {
         **described(soft_prompt, path),
         "base_unchanged": training.base_unchanged,
-        "data": taken.as_dict(),
+        "data": dict(taken),
         "truncated": training.truncated,
         "alarms": [alarm.as_dict() for alarm in training.alarms],
         "seconds": round(seconds, 3),

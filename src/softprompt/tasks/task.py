@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -190,11 +191,27 @@ class Task:
         template = self.template.replace_soft_prompt(hard_text)
         return Task(self.lm, template, self.verbalizer, 0, self.max_length, self.word_end, hard_text)
 
+    def remember(self) -> None:
+        """From now on keeps the tokens of each text, for other trainings on the same rows."""
+        self.encoder.known = self.encoder.known or {}
+
+    def of_length(self, num_virtual_tokens: int) -> Task:
+        """The same task with another number of virtual tokens; what it remembers serves both."""
+        if num_virtual_tokens == self.num_virtual_tokens:
+            return self
+        other = copy(self)
+        object.__setattr__(other, "num_virtual_tokens", num_virtual_tokens)
+        return other
+
     @property
     def model(self) -> FrozenLM:
         """The base model, where the task is bound to a whole one."""
         assert isinstance(self.lm, FrozenLM), "this task is bound to an embedding table only"
         return self.lm
+
+    def asks(self, example: Example) -> bool:
+        """Whether the task that is stored is the example's."""
+        return True
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -276,6 +293,7 @@ class Task:
                 )
             except TemplateError as error:
                 raise DataError(f"{example.where}: {str(error)[:1].lower()}{str(error)[1:]}") from error
+            found.encoder.known = self.encoder.known
             if len(self._turns) >= MOST_TURNS:
                 self._turns.clear()
             self._turns[given.before, given.answer] = found

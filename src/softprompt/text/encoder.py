@@ -53,6 +53,7 @@ class Encoder:
         tokenizer: the tokenizer.
         encoder_decoder: whether it is that of an encoder–decoder.
         num_fixed: tokens besides soft prompt, fields and target.
+        known: the tokens of texts that were asked for before; None: they are not kept.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Encoder:
         self.template = template
         self.tokenizer = tokenizer
         self.encoder_decoder = encoder_decoder
+        self.known: dict[tuple[str, bool], tuple[int, ...]] | None = None
         self._special = {
             id for id, token in tokenizer.added_tokens_decoder.items() if token.special and id != tokenizer.unk_token_id
         }
@@ -224,6 +226,14 @@ class Encoder:
 
     def _raw(self, text: str, *, literal: bool) -> list[int]:
         """The tokenizer's tokens; special tokens are recognised only in literal text."""
+        if self.known is None:
+            return self._tokenized(text, literal=literal)
+        found = self.known.get((text, literal))
+        if found is None:
+            found = self.known[text, literal] = tuple(self._tokenized(text, literal=literal))
+        return list(found)
+
+    def _tokenized(self, text: str, *, literal: bool) -> list[int]:
         ids: list[int] = self.tokenizer(
             text, add_special_tokens=False, split_special_tokens=not literal, verbose=False
         ).input_ids

@@ -4,7 +4,8 @@ Three ways lead to the same numbers:
 
 * *Stream*: one pass over ``[prefix | its rows | …]``. It launches half as much as the second way, and pads nothing.
 * *Two stages*: each prefix runs once; micro-batches of rows send their gradients into its detached state, where they
-  add up in fp32; one backward pass carries the sum on to the vectors. Its memory is that of one micro-batch.
+  add up in fp32; one backward pass carries the sum on to the vectors. Its memory is that of one micro-batch. Where
+  the prefixes of several soft prompts are more than that, they run again, some at a time, when the rows are done.
 * *Concatenation*: the soft prompt is repeated in every row. It serves every architecture.
 """
 
@@ -36,6 +37,9 @@ Layout = Literal["stream", "two stages", "concatenation"]
 STREAM_TOKENS = 384
 """Tokens up to which a stream is faster on a CPU: 1.3 times with 60, 1.1 with 250, 0.8 with 800 (SmolLM2-135M), since
 attention looks at all pairs of tokens there."""
+
+SHARED_TOKENS = 256
+"""Tokens up to which a pass over the rows of several soft prompts may always go on a CPU: fewer take longer."""
 
 SHORT_TEXT = 64
 """Tokens of the template before the soft prompt up to which a stream computes them anew in each step."""
@@ -93,6 +97,7 @@ class Work:
             a conversation.
         groups: what each pass computes: indices of rows.
         batches: the same as tensors; none for the concatenation.
+        prefixes: of the shares, those whose prefixes are computed together.
         idle: so many of the last passes count for nothing: other processes have rows in them.
         tokens: that each of ``whole`` computes, in all processes, the shared prefix counted once.
         saved: that each of ``whole`` does not compute, since answers of a conversation share what they begin with.
@@ -105,6 +110,7 @@ class Work:
     rows: Sequence[tuple[int, Joined]]
     groups: Sequence[Sequence[int]]
     batches: Sequence[Batch]
+    prefixes: Sequence[Sequence[int]]
     idle: int
     tokens: tuple[int, ...]
     saved: tuple[int, ...]
@@ -218,6 +224,7 @@ class Gradients:
         rows = [one.row(number) for number, one in joined]
         layout = (self.layout or self._best(shares, rows, most)) if shared else "concatenation"
         lengths = [self._length(shares[number], one, shared) for number, one in joined]
+        most = self._at_most(shares, joined, lengths, most)
         batches = list[Batch]()
         if layout == "stream" and rows:
             groups = [list(range(len(rows)))]
@@ -233,7 +240,20 @@ class Gradients:
         if layout == "two stages":
             starts = [share.prefix_length for share in shares]
             batches = [self._lines([rows[i] for i in group], starts) for group in groups]
-        return Work(whole, places, shares, layout, joined, groups, batches, len(groups) - own, tokens, saved)
+        together = _neighbours([share.prefix_length for share in shares], most)
+        return Work(whole, places, shares, layout, joined, groups, batches, together, len(groups) - own, tokens, saved)
+
+    def _at_most(
+        self, shares: Sequence[Share], joined: Sequence[tuple[int, Joined]], lengths: Sequence[int], most: int
+    ) -> int:
+        """Tokens of a pass, of several shares on a CPU no more than the largest of them computes alone: that gives all
+        of them hardly more than its memory, and larger passes are not faster there."""
+        if len(shares) < 2 or self.lm.device.type == "cuda":
+            return most
+        own = [share.prefix_length for share in shares]
+        for (number, _), length in zip(joined, lengths, strict=True):
+            own[number] += length
+        return min(most, max(SHARED_TOKENS, *own))
 
     def _lines(self, rows: Sequence[Row], starts: Sequence[int]) -> Batch:
         """Rows behind prefixes of ``starts`` tokens, on the CPU."""
@@ -404,22 +424,28 @@ class Gradients:
     def _add_by_stages(self, work: Work, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
         """The text before a single soft prompt runs in the first step only; behind a KV prefix, backward goes through
         the template's text only."""
-        device, lm = self.lm.device, self.lm
-        prefix = self._prefixes(work.shares, vectors)
-        detached = Detached(prefix)
+        device, lm, parts = self.lm.device, self.lm, work.prefixes
+        again = len(parts) > 1  # the graphs of all would take more memory than the rows
+        with torch.set_grad_enabled(not again):
+            first, *others = [self._prefixes(work, vectors, part) for part in parts]
+            detached = Detached(first.stack(others))
+        del first, others
         losses = torch.zeros(len(work.shares), device=device)
         for number, (group, batch) in enumerate(zip(work.groups, work.batches, strict=True)):
             scores = lm.score_batch(batch.to(device), detached.leaves())
             scores = apart(scores, [work.rows[i][1] for i in group])
             losses = losses + self._backward(work, group, scores, idle=number >= len(work.groups) - work.idle)
-        lm.layers.make_ready()
-        detached.backward()
+        for part in parts:
+            state = self._prefixes(work, vectors, part) if again else None
+            lm.layers.make_ready()
+            detached.backward(state, part)
         return losses
 
-    def _prefixes(self, shares: Sequence[Share], vectors: Sequence[torch.Tensor]) -> PrefixState:
-        if len(shares) > 1:
-            return self.lm.prefixes_kv([share.shared for share in shares], vectors)
-        shared = shares[0].shared
+    def _prefixes(self, work: Work, vectors: Sequence[torch.Tensor], part: Sequence[int]) -> PrefixState:
+        """The prefixes of some shares."""
+        if len(work.shares) > 1:
+            return self.lm.prefixes_kv([work.shares[i].shared for i in part], [vectors[i] for i in part])
+        shared = work.shares[0].shared
         place = shared.index(SOFT)
         if self.lm.recurrent and len(vectors[0]) == 1 and place == len(shared) - 1:
             place = 0  # behind a state, some layers run one token alone in place, through which no gradient goes
@@ -463,6 +489,17 @@ class Gradients:
             parts.append(loss)
         torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
         return losses
+
+
+def _neighbours(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Numbers in order, in groups of at most so much length in all; a longer one stands alone."""
+    groups: list[list[int]] = []
+    for number, length in enumerate(lengths):
+        if groups and sum(lengths[i] for i in groups[-1]) + length <= most:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return groups
 
 
 def _places(units: Sequence[Joined]) -> list[int]:

@@ -152,14 +152,34 @@ class Job:
         """What the data were taken for."""
         return taken_for(self.rows, self.validation, None, self.verbalizer, self.labels, self.references_field)
 
-    def training(self, lm: FrozenLM, *, folder: StrPath | RunFolder | None = None, resume: bool = False) -> Training:
+    def task(self, lm: FrozenLM) -> Task:
+        """The task of a job that is :meth:`on` this base model.
+
+        Raises:
+            SoftPromptError: as for ``Task``.
+        """
+        assert isinstance(self.template, Template), "on() comes first"
+        return Task(lm, self.template, self.verbalizer, self.config.longest, self.config.max_length or lm.window)
+
+    def training(
+        self,
+        lm: FrozenLM,
+        *,
+        folder: StrPath | RunFolder | None = None,
+        resume: bool = False,
+        task: Task | None = None,
+    ) -> Training:
         """The training of a job that is :meth:`on` this base model.
+
+        Args:
+            lm: the base model.
+            folder, resume: as for ``Training``.
+            task: that of :meth:`task`, of a job that differs at most in its settings.
 
         Raises:
             SoftPromptError: as for ``Training``.
         """
-        assert isinstance(self.template, Template), "on() comes first"
-        task = Task(lm, self.template, self.verbalizer, self.config.longest, self.config.max_length or lm.window)
+        task = self.task(lm) if task is None else task.of_length(self.config.longest)
         vectors = None if self.start is None else self.start.vectors
         return Training(
             task, self.rows, self.validation, self.config, name=self.name, start=vectors, folder=folder, resume=resume

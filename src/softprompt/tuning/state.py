@@ -31,6 +31,7 @@ class State:
         trend: of the steps' losses and gradients.
         stopped: why it ended: ``steps``, ``early``, ``interrupted``, ``not finite``; empty while it runs.
         compiled: whether the decoder layers are compiled while it trains.
+        planned: steps in all, where the end was moved; 0 where it is that of the settings.
     """
 
     keeper: Keeper
@@ -46,6 +47,7 @@ class State:
     trend: Trend = field(default_factory=Trend)
     stopped: str = ""
     compiled: bool = False
+    planned: int = 0
 
     @classmethod
     def of(cls, keeper: Keeper, learner: Learner, compiled: bool) -> State:
@@ -107,6 +109,7 @@ class State:
                 "trend": asdict(self.trend),
                 "stopped": self.stopped,
                 "compiled": self.compiled,
+                "planned": self.planned,
             },
             keep_earlier=keep_earlier,
         )
@@ -132,7 +135,7 @@ class State:
         self.step, self.seconds, self.tokens = saved["step"], saved["seconds"], saved["tokens"]
         self.rounds = saved.get("rounds", self.step)  # earlier releases kept none
         self.validations, self.stopped, self.compiled = saved["validations"], saved["stopped"], saved["compiled"]
-        self.trend = Trend(**saved.get("trend", {}))  # earlier releases kept none
+        self.trend, self.planned = Trend(**saved.get("trend", {})), saved.get("planned", 0)  # earlier releases: none
         if "keeper" in saved:
             self.keeper.resume(saved["keeper"])
         else:

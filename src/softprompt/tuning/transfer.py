@@ -116,6 +116,7 @@ def find_start(
     """
     for one in sources.values():
         Task.of(task.model, one)
+    task.remember()  # the tokens of a row are the same for all starts
     examples, held_out = split_rows(train, validation, config)
     if len(held_out) < 4:
         raise DataError(
