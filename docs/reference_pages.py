@@ -265,11 +265,7 @@ def train_config_page() -> str:
 
 # --- architectures -------------------------------------------------------------------------------
 
-REFUSED_TYPES = (
-    ("Gemma 3n", ("gemma3n", "gemma3n_text"), "its layers get more of a token than its embedding"),
-    ("Gemma 4 E2B and E4B", (), "the same"),
-    ("Encoders", ("bert", "roberta"), "their tokens see those behind them"),
-)
+REFUSED_TYPES = (("Encoders", ("bert", "roberta"), "their tokens see those behind them"),)
 
 
 def architectures_page() -> str:
@@ -277,7 +273,10 @@ def architectures_page() -> str:
     rows = []
     for family in FAMILIES:
         unless = "; ".join(f"`{refusal.setting}`: {refusal.why}" for refusal in family.refused)
-        rows.append((family.name, codes(family.model_types), "fast", family.leaves, f"whole sequences with {unless}"))
+        but = f"{family.but}; " if family.but else ""
+        rows.append(
+            (family.name, codes(family.model_types), "fast", family.leaves, f"{but}whole sequences with {unless}")
+        )
     rows += [(kind, codes((kind,)), "whole sequences", "", why) for kind, why in WHOLE.items()]
     rows += [(name, codes(kinds), "refused", "", why) for name, kinds, why in REFUSED_TYPES]
     parts = [

@@ -146,6 +146,11 @@ def _backend(lm: FrozenLM, store: Store, limits: Limits, elsewhere: Elsewhere) -
         return Engine(lm, limits), Catalog(lm, store, limits.window(lm))
     if lm.encoder_decoder:
         raise ConfigError(f"vLLM serves no encoder-decoders such as {lm.name}; serve it with --backend local.")
+    if lm.reads_parts:
+        raise ConfigError(
+            f"vLLM is handed embeddings alone, and the layers of {lm.name} get more of each token; serve it with "
+            "--backend local."
+        )
     from softprompt.serving.upstream import Upstreams, check_model
 
     embedder = Embedder.of(lm, own_table=True)

@@ -156,7 +156,7 @@ class Decoder:
         if not rows:
             return []
         tokens = torch.tensor([[row.token] for row in rows], device=self._lm.device)
-        embedded = self._lm.look_up(tokens)
+        embedded = self._lm.read(tokens)
         self._take(rows, self._lm.next_logits(self._kv, embedded, [1] * len(rows)))
         for index in reversed(range(len(rows))):
             if rows[index].writer.done:
@@ -309,7 +309,7 @@ def continuation(
         prefix_of: where its prefix comes from.
     """
     if not lm.shares_prefix:
-        return Continuation(writer, lm.embed(request.ids, vectors), None)
+        return Continuation(writer, lm.rows(request.ids, vectors), None)
     shared = min(request.shared, len(request.ids) - 1)
     prefix = prefix_of(request.ids[:shared], vectors)
-    return Continuation(writer, lm.embed(request.ids[shared:], vectors), prefix)
+    return Continuation(writer, lm.rows(request.ids[shared:], vectors), prefix)

@@ -75,6 +75,11 @@ def peft_prompt_tuning(problem: Problem) -> Learned:
         ConfigError: ``peft`` is not installed.
     """
     peft = _import_peft("PEFT's prompt tuning")
+    if problem.lm.reads_parts:
+        raise ConfigError(
+            f"PEFT hands the base model embeddings alone, and the layers of {problem.lm.name} get more of each token; "
+            "leave peft-prompt-tuning out of --methods."
+        )
     lm = problem.fresh()
     lm.model.set_attn_implementation("sdpa")  # what transformers gives a user
     config = TrainConfig(lr=PEFT_LR, warmup=0.0, schedule="linear", seed=problem.seed)

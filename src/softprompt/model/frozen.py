@@ -29,13 +29,13 @@ from softprompt.model.architecture import (
     feed,
     kept_bytes,
     leave_out_images,
-    require_causal,
     run_behind,
     why_whole_sequences,
     window_of,
 )
 from softprompt.model.attention import Masks
 from softprompt.model.batch import Batch, Row, collate
+from softprompt.model.causal import require_causal
 from softprompt.model.chains import collate_chains
 from softprompt.model.distributed import ALONE, World, own_device
 from softprompt.model.embedder import Embedder
@@ -46,10 +46,11 @@ from softprompt.model.fast.packed import PackedWeights
 from softprompt.model.fingerprint import fingerprint_model, fingerprint_tokenizer, model_settings, weights_digest
 from softprompt.model.loading import lasting, load_base, own_dtype, pick_device, pick_dtype
 from softprompt.model.notes import heard
+from softprompt.model.per_layer import inputs, read, read_virtual
 from softprompt.model.prefixes import PrefixCache, PrefixOf
 from softprompt.model.reading import summed
 from softprompt.model.request import Request, prompt_of
-from softprompt.model.scoring import own_rows, scored
+from softprompt.model.scoring import compared_scores_of, scores_of
 from softprompt.model.sharding import divide
 from softprompt.model.state.kv import Kept, PrefixKV
 from softprompt.model.state.prefix import PrefixState
@@ -147,8 +148,7 @@ class FrozenLM(Embedder):
         # In 16 bits, a CPU rounds the matrix product of one row otherwise than that row's among others: where a row
         # alone is computed twice, its text is the same in any company.
         self._avoids_one_row = self.device.type == "cpu" and self.dtype != torch.float32
-        self.packed = PackedWeights(self.model)
-        self.layers = LayerModes(self._layers)
+        self.packed, self.layers = PackedWeights(self.model), LayerModes(self._layers)
         family = family_of(config)
         self.take_up(family, why_whole_sequences(config))
         if family is None and config.model_type not in WHOLE and not self.encoder_decoder:
@@ -163,6 +163,7 @@ class FrozenLM(Embedder):
         self._mask = Masks.of(self._text_config, family, self.dtype)
         self._head = family.head if family else Head()
         self._keeps_latents = family is not None and family.latent
+        self._hands_over = bool(getattr(self._text_config, "num_kv_shared_layers", 0))
         self._by_blocks = self.compiles and self._mask.fits_blocks and can_use_blocks(self.device)
         if self.shares_prefix:
             attention.install(self.model, self._layers)
@@ -273,17 +274,17 @@ class FrozenLM(Embedder):
         (RMS, median over tokens); at least 1."""
         ids = frequent_tokens(self.tokenizer, len(self.embedding), 0)[: min(GAIN_TOKENS, self.window)]
         with torch.no_grad(), self.eager():
-            states = self.whole.layer_states(self.embed(ids, None))
+            states = self.whole.layer_states(self.rows(ids, None))
         before, after = (state[1:].float().square().mean(dim=1).sqrt() for state in states[:2])
         gain = float((after / before).median())
         return max(1.0, gain) if math.isfinite(gain) else 1.0
 
     @property
     def compiles(self) -> bool:
-        """Whether all layers can share compiled graphs: those that ask a cache by number, choose experts, or are
-        quantised, cannot."""
+        """Whether all layers can share compiled graphs: those that ask a cache by number, choose experts, are
+        quantised, or hand keys and values to others, cannot."""
         experts = any("experts" in name for name, _ in self._layers.named_parameters())
-        whole = self.world.shard == "none" and not self.quantized
+        whole = self.world.shard == "none" and not self.quantized and not self._hands_over
         return whole and self.shares_prefix and not (self.recurrent or self._keeps_latents or experts)
 
     @cached_property
@@ -291,6 +292,8 @@ class FrozenLM(Embedder):
         """Why keys and values of this model cannot be a trained prefix, in plain words; empty if they can."""
         if self.world.shard == "tp":
             return "its heads are divided over several processes"
+        if self._hands_over:
+            return "some of its layers read the keys and values of others"
         if not self.shares_prefix or self.recurrent or self._keeps_latents:
             return self.why_whole_sequences or "not all of its layers keep keys and values, but a state or latents"
         with torch.no_grad(), self.eager():
@@ -366,7 +369,7 @@ class FrozenLM(Embedder):
         if self.recurrent or any(numbers.dim() != 2 for numbers in vectors):
             first, *others = [self.prefix_kv(ids, own) for ids, own in zip(prefixes, vectors, strict=True)]
             return first.stack(others)
-        rows = [self.embed(ids, own) for ids, own in zip(prefixes, vectors, strict=True)]
+        rows = [self.rows(ids, own) for ids, own in zip(prefixes, vectors, strict=True)]
         return self._run_prefixes(rows, [len(row) for row in rows], None)
 
     @torch.no_grad()
@@ -386,7 +389,7 @@ class FrozenLM(Embedder):
 
     def _run_prefix(self, ids: Sequence[int], vectors: torch.Tensor | None, before: PrefixState | None) -> PrefixState:
         """What ``before`` leaves behind, and behind it ``ids``, which see it."""
-        embedded = self.embed(list(ids) or [0], vectors)
+        embedded = self.rows(list(ids) or [0], vectors)
         length = len(embedded) if ids else 0  # of an empty prefix only the shape is taken, from a throw-away token
         if self.recurrent:
             assert before is None or isinstance(before, RecurrentState)
@@ -395,7 +398,7 @@ class FrozenLM(Embedder):
             positions = seen[:, start:]
             cache = Pass(before, torch.zeros(1, dtype=torch.long, device=self.device))
             mask = self._mask(positions[..., None] >= seen[:, None], positions, seen)
-            run_behind(self._core, embedded[None], mask, positions, cache)
+            run_behind(self._core, inputs(self._core, embedded[None]), mask, positions, cache)
             state = cache.left(length)
             return state if before is None else before.join(state)
         assert before is None or isinstance(before, PrefixKV)
@@ -412,7 +415,7 @@ class FrozenLM(Embedder):
         # A cache is asked in code that knows its layer's number, which would be compiled for each layer anew.
         keeping: dict[str, Any] = {"past_key_values": kept} if self._keeps_latents else {"keep": kept.layers}
         self._core(
-            inputs_embeds=embedded,
+            **inputs(self._core, embedded),
             attention_mask=self._mask(positions[..., None] >= seen[:, None], positions, seen),
             position_ids=positions,
             use_cache=False,
@@ -462,10 +465,10 @@ class FrozenLM(Embedder):
 
     def _hidden(self, batch: Batch, prefix: PrefixState | None, vectors: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states ``[B, T, H]`` of the rows after the last layer's norm."""
-        embedded = self.look_up(batch.ids)
+        embedded = self.read(batch.ids)
         if batch.soft is not None:
             assert vectors is not None
-            embedded = embedded.index_copy(1, batch.soft, vectors.to(self.dtype)[None])
+            embedded = embedded.index_copy(1, batch.soft, read_virtual(self.model, vectors.to(self.dtype))[None])
         if batch.soft is not None and self._by_blocks:
             mask = self._mask.blocks(batch.ends[0], batch.positions[0])
         else:
@@ -473,9 +476,10 @@ class FrozenLM(Embedder):
             mask = self._mask(batch.sees, batch.positions, torch.cat([before, batch.positions], dim=1))
         if isinstance(prefix, RecurrentState):
             assert batch.prefix_rows is not None
-            return run_behind(self._core, embedded, mask, batch.positions, Pass(prefix, batch.prefix_rows))
+            given = inputs(self._core, embedded)
+            return run_behind(self._core, given, mask, batch.positions, Pass(prefix, batch.prefix_rows))
         out = self._core(
-            inputs_embeds=embedded,
+            **inputs(self._core, embedded),
             attention_mask=mask,
             position_ids=batch.positions,
             use_cache=False,
@@ -498,7 +502,7 @@ class FrozenLM(Embedder):
 
         Args:
             kv: the rows so far, ``B`` of them.
-            embedded: ``[B, T, H]``, padded on the right.
+            embedded: ``[B, T, H]``, or what is read of tokens where that is more, padded on the right.
             counts: how many of the ``T`` tokens are each row's own, at least one; all, in a recurrent model.
 
         Returns:
@@ -512,7 +516,8 @@ class FrozenLM(Embedder):
         padding = torch.arange(embedded.shape[1]) >= own[:, None]
         columns, places = columns.to(self.device), torch.arange(kv.width, device=self.device)[None]
         sees, positions = columns[..., None] >= places[:, None], columns.masked_fill(padding.to(self.device), 0)
-        hidden = run_behind(self._core, embedded, self._mask(sees, positions, places), positions, kv)
+        mask = self._mask(sees, positions, places)
+        hidden = run_behind(self._core, inputs(self._core, embedded), mask, positions, kv)
         logits = self._logits(hidden[torch.arange(len(own)), own - 1])
         return logits[:1] if alone else logits
 
@@ -538,7 +543,7 @@ class FrozenLM(Embedder):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``score_concatenated``, and with ``compare`` bool ``[B, W]``: whether each token of a word is the most
         probable one."""
-        rows = [self.embed(request.ids, prompt_of(request, soft_prompts)) for request in requests]
+        rows = [self.rows(request.ids, prompt_of(request, soft_prompts)) for request in requests]
         with self.eager():
             return self.whole.score(rows, [request.words for request in requests], compare=compare)
 
@@ -550,6 +555,14 @@ class FrozenLM(Embedder):
     def look_up(self, ids: torch.Tensor) -> torch.Tensor:
         """What tokens feed into the model: ``[…, H]`` of int64 ids ``[…]``, differentiable in the weights."""
         return feed(self.model, ids)
+
+    def read(self, ids: torch.Tensor) -> torch.Tensor:
+        """All that the model reads of tokens: ``look_up``, and behind it what layers get of each besides."""
+        return read(self.model, ids)
+
+    def rows(self, ids: Sequence[int], vectors: torch.Tensor | None) -> torch.Tensor:
+        """``embed``, of all that the model reads."""
+        return self._placed(ids, vectors, self.read, lambda own: read_virtual(self.model, own))
 
     # --- whole jobs without gradient ---------------------------------------------------------------------------------
 
@@ -576,15 +589,7 @@ class FrozenLM(Embedder):
             float32 ``[N, W]`` on the CPU, natural logarithm, summed over a word's tokens; ``-inf`` beyond a request's
             own words.
         """
-        own, width = own_rows(self, requests), max((len(request.words) for request in requests), default=0)
-        scores = torch.zeros(len(requests), width)
-        scores[list(own)] = -torch.inf
-        mine = [requests[i] for i in own]
-        for places, part, _ in scored(self, mine, soft_prompts, max_tokens, prefix_of, compare=False):
-            scores[[own[place] for place in places.tolist()], : part.shape[1]] = part.cpu()
-        if self.world.divides_scoring:
-            self.world.add_up(scores)  # the others' rows are zeros here
-        return scores
+        return scores_of(self, requests, soft_prompts, max_tokens, prefix_of)
 
     @torch.no_grad()
     def score_and_compare(
@@ -603,12 +608,7 @@ class FrozenLM(Embedder):
             float32 ``[N, W]`` as ``score`` gives them; bool ``[N, W]``, true where each of a word's tokens is the most
             probable one after those before it, false beyond a request's own words. Both on the CPU.
         """
-        width = max((len(request.words) for request in requests), default=0)
-        scores, greedy = torch.full((len(requests), width), -torch.inf), torch.zeros(len(requests), width).bool()
-        for places, part, same in scored(self, requests, soft_prompts, None, prefix_of, compare=True):
-            assert same is not None
-            scores[places, : part.shape[1]], greedy[places, : part.shape[1]] = part.cpu(), same.cpu()
-        return scores, greedy
+        return compared_scores_of(self, requests, soft_prompts, prefix_of)
 
     # --- how the layers run -------------------------------------------------------------------------------------------
 

@@ -33,6 +33,12 @@ from softprompt.model.quantized import (
 BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 """Ends of names of what older releases of transformers stored, and is computed anew."""
 
+LANGUAGE_MODEL = {r"^model\.language_model\.": "model."}
+"""What the weights of Gemma 3n are called in its language model alone: what reads images needs a library of its own."""
+
+OTHER_SENSES = ("model.vision_tower.", "model.audio_tower.", "model.embed_vision.", "model.embed_audio.")
+"""Beginnings of names of its other weights."""
+
 WHAT_TO_GIVE = f"give {DEFAULT_BASE}, a hub id, a folder saved by transformers or a .gguf file"
 
 WHERE_TO_PUT_A_TOKENIZER = "put the original's tokenizer beside config.json (tokenizer.save_pretrained writes it)"
@@ -141,11 +147,16 @@ def _from_pretrained(
     adapter = _adapter_beside(source, base)
     config = load(AutoConfig.from_pretrained)
     loader = _loader(config, base)
-    stored, options, remedy = stored_precision(config), dict[str, Any](), WHAT_TO_GIVE
+    options, remedy = dict[str, Any](), WHAT_TO_GIVE
+    if config.model_type == "gemma3n":
+        whole_config, config, options = config, config.get_text_config(), {"key_mapping": LANGUAGE_MODEL}
+        if hasattr(whole_config, "quantization_config"):
+            config.quantization_config = whole_config.quantization_config
+    stored = stored_precision(config)
     if stored:
         require_method(config, base)
         require_plain(stored, quantize, base)
-        options, remedy = loading_options(config, device, base), remedy_for(config)
+        options, remedy = options | loading_options(config, device, base), remedy_for(config)
         whole = f"the base model {base!r} is stored in {stored} and could not be loaded"
     tokenizer = load(AutoTokenizer.from_pretrained, f"the tokenizer of the {called}", WHERE_TO_PUT_A_TOKENIZER)
     _require_vocabulary(tokenizer, base)
@@ -268,7 +279,12 @@ def _require_all_weights(base: str, found: dict[str, Any]) -> None:
 
 
 def _say_what_does_not_fit(model: Any, tokenizer: Any, found: dict[str, Any], base: str) -> None:
-    unexpected = sorted(name for name in found["unexpected_keys"] if not name.endswith(BUFFERS))
+    unexpected = sorted(
+        name
+        for name in found["unexpected_keys"]
+        if not name.endswith(BUFFERS)
+        and not (model.config.model_type == "gemma3n_text" and name.startswith(OTHER_SENSES))
+    )
     if unexpected:
         say(
             f"the weights of {base} hold {len(unexpected)} that its architecture has no place for, such as "

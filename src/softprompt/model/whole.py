@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from softprompt.model.architecture import feed
+from softprompt.model.per_layer import inputs, read
 from softprompt.text.tokens import Tokens
 
 
@@ -31,7 +31,8 @@ class Growing(Protocol):
 
 
 class Whole(Protocol):
-    """How a model computes rows that share nothing: each an embedded input ``[T, H]``."""
+    """How a model computes rows that share nothing: each an embedded input ``[T, H]``, or what is read of
+    each token where that is more (``per_layer.read``)."""
 
     def score(
         self, rows: Sequence[torch.Tensor], words: Sequence[Sequence[Tokens]], *, compare: bool
@@ -88,17 +89,18 @@ class WholeSequences:
 
     def layer_states(self, embedded: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See ``Whole``."""
-        out = self._model(inputs_embeds=embedded[None], use_cache=False, output_hidden_states=True)
-        return tuple(state[0] for state in out.hidden_states)
+        out = self._model(**inputs(self._model, embedded[None]), use_cache=False, output_hidden_states=True)
+        # Gemma 3n has several states of a token, of which the first becomes the next layer's attention.
+        return tuple(state[0] if state.dim() == 3 else state[0, 0] for state in out.hidden_states)
 
     def attention(self, embedded: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See ``Whole``."""
-        out = self._model(inputs_embeds=embedded[None], use_cache=False, output_attentions=True)
+        out = self._model(**inputs(self._model, embedded[None]), use_cache=False, output_attentions=True)
         layers = tuple(getattr(out, "attentions", None) or ())
         return () if any(layer is None for layer in layers) else tuple(layer[0, :, -1] for layer in layers)
 
     def _look_up(self, ids: Tokens, device: torch.device) -> torch.Tensor:
-        return feed(self._model, torch.tensor(ids, device=device))
+        return read(self._model, torch.tensor(ids, device=device))
 
     def _run(self, rows: Sequence[torch.Tensor], last: Sequence[int]) -> Sequence[torch.Tensor]:
         """Logits float32 ``[last, V]`` at so many last places of each embedded sequence ``[T, H]``, by the model's own
@@ -108,7 +110,9 @@ class WholeSequences:
         first = min(len(row) - count for row, count in zip(rows, last, strict=True))
         can_leave_out = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         options = {"logits_to_keep": embedded.shape[1] - first} if can_leave_out else {}
-        logits = self._model(inputs_embeds=embedded, attention_mask=mask, use_cache=False, **options).logits.float()
+        logits = self._model(
+            **inputs(self._model, embedded), attention_mask=mask, use_cache=False, **options
+        ).logits.float()
         left_out = embedded.shape[1] - logits.shape[1]
         ends = [len(row) - left_out for row in rows]
         return [line[end - count : end] for line, end, count in zip(logits, ends, last, strict=True)]
