@@ -37,17 +37,11 @@ class Refusal:
 
     def applies(self, config: Any) -> bool:
         """Whether a model of this configuration has it."""
-        found = [getattr(config, self.setting, None)]
-        if self.setting == "rope_type":  # some models have one for each kind of layer
-            rotary = getattr(config, "rope_parameters", None) or {}
-            found = [kind.get("rope_type") for kind in (rotary, *rotary.values()) if isinstance(kind, dict)]
-        return any(value in self.values if self.values else bool(value) for value in found)
+        found = getattr(config, self.setting, None)
+        return found in self.values if self.values else bool(found)
 
 
-REFUSED = (
-    Refusal("rope_type", ("dynamic", "longrope"), "the angles of the positions stretch with the length of what runs"),
-    Refusal("use_bidirectional_attention", (), "tokens see those behind them"),
-)
+REFUSED = (Refusal("use_bidirectional_attention", (), "tokens see those behind them"),)
 
 
 @dataclass(frozen=True)
@@ -124,15 +118,7 @@ STATES = "keys and values in the layers with attention, the state and the convol
 
 FAMILIES = (
     Family(name="Llama 1 to 3", model_types=("llama",)),
-    Family(
-        name="Llama 4",
-        model_types=("llama4_text",),
-        windows="by layer_types",
-        refused=(
-            *REFUSED,
-            Refusal("attn_temperature_tuning", (), "queries are scaled by positions that the model counts itself"),
-        ),
-    ),
+    Family(name="Llama 4", model_types=("llama4_text",), windows="by layer_types"),
     Family(name="Qwen 2 and 3", model_types=("qwen2", "qwen3"), windows="by layer_types"),
     Family(name="Qwen 2 MoE", model_types=("qwen2_moe",), windows="by layer_types"),
     Family(name="Qwen 3 MoE", model_types=("qwen3_moe",), windows="every layer"),
@@ -268,6 +254,21 @@ def why_whole_sequences(config: Any) -> str:
     text = config.get_text_config()
     found = [refusal for refusal in family.refused if refusal.applies(text)]
     return "; ".join(f"with the setting {refusal.setting} of its configuration {refusal.why}" for refusal in found)
+
+
+def longest_steady(config: Any) -> int:
+    """The most tokens of a sequence up to which the angles of positions do not depend on its length; beyond, they
+    stretch with it (``dynamic``), or all of them are others (``longrope``)."""
+    text = config.get_text_config()
+    rotary = getattr(text, "rope_parameters", None) or {}
+    found = [LARGEST_WINDOW]
+    for kind in (rotary, *rotary.values()):  # some models have one for each kind of layer
+        name = kind.get("rope_type") if isinstance(kind, dict) else None
+        if name == "longrope":
+            found.append(kind["original_max_position_embeddings"])
+        elif name and "dynamic" in name:
+            found.append(text.max_position_embeddings)
+    return min(found)
 
 
 def feed(model: Any, ids: torch.Tensor) -> torch.Tensor:

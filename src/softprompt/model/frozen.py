@@ -29,6 +29,7 @@ from softprompt.model.architecture import (
     feed,
     kept_bytes,
     leave_out_images,
+    longest_steady,
     run_behind,
     why_whole_sequences,
     window_of,
@@ -82,6 +83,7 @@ class FrozenLM(Embedder):
         device: where it is.
         shares_prefix: whether the shared-prefix computation serves this architecture.
         why_whole_sequences: why not, in plain words; empty if it does.
+        longest_steady: the most tokens of a sequence whose prefix can be computed once.
         recurrent: whether some layers that prefixes enter have a state of one size for a memory.
         layers: how its decoder layers run in training.
         whole: how it computes whole sequences, with nothing shared.
@@ -144,13 +146,12 @@ class FrozenLM(Embedder):
             self.whole = EncoderDecoder(self.model, self.decoder_start)
         else:
             require_causal(self.model, name, rms=self.embedding_rms)
-            self.whole = WholeSequences(self.model)
+            self.whole = WholeSequences(self.model, longest_steady(config))
         # In 16 bits, a CPU rounds the matrix product of one row otherwise than that row's among others: where a row
         # alone is computed twice, its text is the same in any company.
         self._avoids_one_row = self.device.type == "cpu" and self.dtype != torch.float32
         self.packed, self.layers = PackedWeights(self.model), LayerModes(self._layers)
-        family = family_of(config)
-        self.take_up(family, why_whole_sequences(config))
+        self.take_up(family := family_of(config), why_whole_sequences(config))
         if family is None and config.model_type not in WHOLE and not self.encoder_decoder:
             trial.run(self)
 
@@ -163,6 +164,7 @@ class FrozenLM(Embedder):
         self._mask = Masks.of(self._text_config, family, self.dtype)
         self._head = family.head if family else Head()
         self._keeps_latents = family is not None and family.latent
+        self.longest_steady = longest_steady(self._text_config)
         self._hands_over = bool(getattr(self._text_config, "num_kv_shared_layers", 0))
         self._by_blocks = self.compiles and self._mask.fits_blocks and can_use_blocks(self.device)
         if self.shares_prefix:
@@ -557,7 +559,7 @@ class FrozenLM(Embedder):
         return feed(self.model, ids)
 
     def read(self, ids: torch.Tensor) -> torch.Tensor:
-        """All that the model reads of tokens: ``look_up``, and behind it what layers get of each besides."""
+        """``look_up``, and behind it what layers get of each token besides."""
         return read(self.model, ids)
 
     def rows(self, ids: Sequence[int], vectors: torch.Tensor | None) -> torch.Tensor:
@@ -609,8 +611,6 @@ class FrozenLM(Embedder):
             probable one after those before it, false beyond a request's own words. Both on the CPU.
         """
         return compared_scores_of(self, requests, soft_prompts, prefix_of)
-
-    # --- how the layers run -------------------------------------------------------------------------------------------
 
     def eager(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, layers run as they are, compiled or not; all that is not training does."""

@@ -57,8 +57,14 @@ class Whole(Protocol):
 class WholeSequences:
     """A causal language model: each word of each row is a whole sequence of its own."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, longest_steady: int) -> None:
+        """
+        Args:
+            model: of transformers.
+            longest_steady: tokens up to which a sequence does not change what others beside it give.
+        """
         self._model = model
+        self._longest_steady = longest_steady
 
     def score(
         self, rows: Sequence[torch.Tensor], words: Sequence[Sequence[Tokens]], *, compare: bool
@@ -103,9 +109,20 @@ class WholeSequences:
         return read(self._model, torch.tensor(ids, device=device))
 
     def _run(self, rows: Sequence[torch.Tensor], last: Sequence[int]) -> Sequence[torch.Tensor]:
-        """Logits float32 ``[last, V]`` at so many last places of each embedded sequence ``[T, H]``, by the model's own
-        forward. Its head leaves out what lies before them in all rows: over a large vocabulary it would cost more than
-        all layers."""
+        """Logits float32 ``[last, V]`` at so many last places of each embedded sequence ``[T, H]``. Where the angles of
+        positions depend on the longest sequence of a pass, long ones run alone."""
+        short = [place for place, row in enumerate(rows) if len(row) <= self._longest_steady]
+        groups = [short] if short else []
+        groups += [[place] for place in range(len(rows)) if place not in short]
+        found = dict[int, torch.Tensor]()
+        for group in groups:
+            parts = self._run_together([rows[place] for place in group], [last[place] for place in group])
+            found |= dict(zip(group, parts, strict=True))
+        return [found[place] for place in range(len(rows))]
+
+    def _run_together(self, rows: Sequence[torch.Tensor], last: Sequence[int]) -> Sequence[torch.Tensor]:
+        """The same in one pass of the model's own forward. Its head leaves out what lies before them in all rows: over
+        a large vocabulary it would cost more than all layers."""
         embedded, mask = padded(rows)
         first = min(len(row) - count for row, count in zip(rows, last, strict=True))
         can_leave_out = "logits_to_keep" in inspect.signature(self._model.forward).parameters
