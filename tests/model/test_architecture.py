@@ -126,7 +126,7 @@ def test_every_family_is_one_that_transformers_knows() -> None:
         ("llama", {}, ""),
         ("stablelm", {}, "it is of type stablelm"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, ""),
-        ("gemma3_text", {"head_dim": 8, "use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, ""),
         ("gemma3_text", {"head_dim": 8, "final_logit_softcapping": 30.0}, ""),
         ("llama4_text", {"attn_temperature_tuning": True}, ""),
         ("gemma3_text", {"head_dim": 8}, ""),
