@@ -437,8 +437,8 @@ def _in_whole_blocks(
 
 
 def _pick_layer(index: int, layer: nn.Module) -> Any:
-    """A forward pre-hook that hands a layer its own part of ``prefix`` (a state) and its own list in ``keep``; where its
-    queries are scaled by positions that it would count itself (Llama 4), also those that are meant."""
+    """A forward pre-hook that hands a layer its own part of ``prefix`` (a state) and its own list in ``keep``; where
+    its queries are scaled by positions that it would count itself (Llama 4), also those that are meant."""
     scaling = [m for m in layer.modules() if getattr(m, TEMPERATURE, False) and not getattr(m, "use_rope", True)]
 
     def hook(
