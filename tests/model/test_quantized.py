@@ -14,6 +14,7 @@ from torch import nn
 
 import softprompt as sp
 from softprompt.errors import BaseModelError, ConfigError, PrecisionWarning, SoftPromptWarning
+from softprompt.model.coded import CodedLinear
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.quantized import bytes_of
 from softprompt.model.request import Request, Sampling
@@ -107,6 +108,70 @@ def test_a_layer_of_zeros_stays_zero() -> None:
     for precision in ("int8", "int4", "fp8"):
         lm = FrozenLM(copy.deepcopy(model), make_tokenizer(), name="zeros", dtype="fp32", quantize=precision)
         assert (dense(lm.model.model.layers[0].mlp.down_proj) == 0).all()
+
+
+def coded(precision: str, shape: tuple[int, int] = (48, 100)) -> Any:
+    torch.manual_seed(0)
+    return CodedLinear(0.1 * torch.randn(shape), None, precision)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("rows", [1, 3, 17, 60])
+@pytest.mark.parametrize(
+    ("shape", "packed"), [((48, 128), False), ((48, 128), True), ((48, 100), True), ((7, 33), True)]
+)
+def test_any_number_of_rows_gives_the_product_in_16_bits(
+    precision: str, rows: int, shape: tuple[int, int], packed: bool
+) -> None:
+    layer = coded(precision, shape)
+    if packed:
+        layer.packed = layer.lay_out()
+        assert (layer.packed is not None) == (precision == "int4" and shape[0] == 48)
+    inputs = torch.randn(2, rows, shape[1]).bfloat16().requires_grad_()
+    weight = dense(layer)
+    exact = inputs.detach().float() @ weight.T
+    found = layer(inputs)
+    assert float((found.detach().float() - exact).norm() / exact.norm()) < 0.01
+    sent = torch.randn(found.shape).bfloat16()
+    (gradient,) = torch.autograd.grad(found, inputs, sent)
+    exact = sent.float() @ weight
+    assert float((gradient.float() - exact).norm() / exact.norm()) < 0.01
+
+
+def test_every_code_is_the_number_that_it_stands_for() -> None:
+    """Of e4m3, all but the two that are none: numbers, and those below the smallest normal one."""
+    layer = coded("fp8", (2, 128))
+    every = torch.arange(256, dtype=torch.uint8).view(2, 128)
+    layer.codes.data = every.view(torch.float8_e4m3fn)
+    numbers = every.view(torch.float8_e4m3fn).float()
+    real = numbers.isfinite()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert torch.equal(layer.numbers(dtype).float()[real], numbers[real])
+    four = coded("int4", (4, 128))
+    four.codes.data = every.view(4, 64)
+    expected = torch.stack([every % 16, every // 16], dim=-1).view(4, 2, 64).float()
+    assert torch.equal(four.numbers(torch.bfloat16).float(), expected)
+
+
+def test_in_fp16_sums_of_codes_do_not_overflow() -> None:
+    layer = coded("int8", (8, 4096))
+    inputs = torch.full((20, 4096), 8.0).half()
+    exact = inputs.float() @ dense(layer).T
+    torch.testing.assert_close(layer(inputs).float(), exact, rtol=0.01, atol=0.3)
+
+
+def test_the_stored_weights_are_let_go(tmp_path: Path) -> None:
+    """A file stays mapped as long as one of its tensors is used; so do all of its pages."""
+    make_model("llama").save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    lm = FrozenLM.load(tmp_path, device="cpu", dtype="fp32", quantize="int8")
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("not Linux")
+    assert str(tmp_path) not in maps.read_text()
+    whole = FrozenLM.load(tmp_path, device="cpu", dtype="fp32")
+    assert str(tmp_path) in maps.read_text()  # as it is without
+    assert whole.fingerprint == lm.fingerprint
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -56,7 +56,7 @@ from softprompt.model.sharding import divide
 from softprompt.model.state.kv import Kept, PrefixKV
 from softprompt.model.state.prefix import PrefixState
 from softprompt.model.state.recurrent import Pass, RecurrentState, RowStates, Slots
-from softprompt.model.state.slots import RowKV
+from softprompt.model.state.slots import RowKV, give_back_freed
 from softprompt.model.whole import Whole, WholeSequences
 from softprompt.text.tokens import SOFT, Tokens, frequent_tokens
 
@@ -196,9 +196,7 @@ class FrozenLM(Embedder):
                 it is stored quantised already, as another than ``quantize``, or so that this machine cannot compute it.
             ConfigError: an unknown dtype or device, or a precision that this machine cannot compute with.
         """
-        base = os.fspath(base)
-        if base.startswith("~"):
-            base = str(local_path(base))
+        base = str(local_path(base)) if os.fspath(base).startswith("~") else os.fspath(base)
         device = own_device(device) if world.size > 1 else device
         device_found = pick_device(device)
         pick_dtype(dtype, device_found)
@@ -210,9 +208,10 @@ class FrozenLM(Embedder):
             )
             if quantized.stored_precision(model.config) and dtype == "auto":
                 dtype = own_dtype(model)
-            return cls(
-                model, tokenizer, name=base, dtype=dtype, device=device, quantize=quantize, text_only=True, world=world
-            )
+            options: Any = {"dtype": dtype, "device": device, "quantize": quantize, "world": world}
+            lm = cls(model, tokenizer, name=base, text_only=True, **options)
+        give_back_freed()  # what quantising took
+        return lm
 
     @classmethod
     def wrap(
@@ -267,7 +266,7 @@ class FrozenLM(Embedder):
 
     @property
     def num_layers(self) -> int:
-        """``L``, the number of layers that read the soft prompt: of the decoder, or of an encoder–decoder's encoder."""
+        """``L``, how many layers read the soft prompt: of the decoder, or of an encoder–decoder's encoder."""
         return len(self._layers)
 
     @cached_property

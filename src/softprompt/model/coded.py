@@ -1,0 +1,185 @@
+"""Frozen linear layers in few bits, by plain PyTorch.
+
+A CPU computes their products in three ways, equal but for rounding. With many rows, the codes are made numbers for one
+product, and scales that belong to whole rows multiply what comes out of it. With few rows that would take most of the
+time, so kernels of PyTorch read ``int8`` as it is, and ``int4`` from a copy in their own order, which
+``PackedWeights`` has made while text is written.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+GROUP = 64
+"""Neighbouring weights of a row that share a scale and an offset in ``int4``."""
+
+FEW_ROWS = {"int8": 8, "int4": 16}
+"""Rows up to which the kernels that read codes are the faster ones, on one CPU core."""
+
+CODED_AT_ONCE = 1 << 20
+"""Weights that are quantised at once, so that what is held meanwhile stays small, and near the processor."""
+
+
+class CodedLinear(nn.Module):
+    """A frozen linear layer in ``int8``, ``int4`` or ``fp8``: what it computes is the product with the weight that its
+    codes stand for, and so is the gradient in its inputs.
+
+    ``int8`` and ``fp8`` (e4m3) have a scale for each row, the largest absolute value over the largest code; ``int4``
+    a scale and an offset for each ``GROUP`` of neighbours in a row. All are rounded to the nearest.
+
+    Attributes:
+        codes: int8 or float8 ``[out, in]``, or uint8 ``[out, ceil(in / 64) · 32]`` with two codes in each.
+        scales: float32 ``[out, 1]``, or bfloat16 ``[out, groups, 1]``.
+        offsets: bfloat16 ``[out, groups, 1]``, of ``int4`` alone.
+        bias: ``[out]``, or None.
+        packed: of ``int4`` the codes, and scales with offsets, in the order of PyTorch's kernel; None: not laid out.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, precision: str) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.precision = precision
+        self._dtype = weight.dtype
+        rows = max(1, CODED_AT_ONCE // max(1, self.in_features))
+        parts = [_coded(some.float(), precision) for some in weight.detach().split(rows)]
+        codes, scales, *offsets = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+        self.codes, self.scales = _frozen(codes), _frozen(scales)
+        if offsets:
+            self.offsets = _frozen(offsets[0])
+        self.bias = None if bias is None else _frozen(bias.detach())
+        self.packed: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def numbers(self, dtype: torch.dtype) -> torch.Tensor:
+        """The codes as numbers, ``[out, in]``, or of ``int4`` ``[out, groups, 64]``; exact."""
+        codes = self.codes
+        if self.precision == "int8":
+            return codes.to(dtype)
+        if codes.device.type != "cpu":
+            if self.precision == "fp8":
+                return codes.to(dtype)
+            return torch.stack([codes & 15, codes >> 4], dim=-1).view(self.out_features, -1, GROUP).to(dtype)
+        if self.precision == "fp8":
+            return _of_e4m3(codes).to(dtype)
+        pairs = _pairs().index_select(0, codes.view(-1).int())
+        return pairs.view(torch.bfloat16).view(self.out_features, -1, GROUP).to(dtype)
+
+    def decoded(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight that the codes stand for, ``[out, in]``."""
+        weight = self.numbers(dtype).mul_(self.scales.to(dtype))
+        if self.precision != "int4":
+            return weight
+        return weight.add_(self.offsets.to(dtype)).view(self.out_features, -1)[:, : self.in_features]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """``decoded``, in the type that its bias or its original weight has: some architectures ask for it."""
+        return self.decoded(self._dtype if self.bias is None else self.bias.dtype)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """``[…, out]`` of ``[…, in]``."""
+        product: torch.Tensor = _Product.apply(inputs, self)  # type: ignore[no-untyped-call]
+        return product if self.bias is None else product + self.bias.to(product.dtype)
+
+    def product(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The same without bias, and without a graph."""
+        rows = inputs.numel() // self.in_features
+        if inputs.device.type == "cpu" and inputs.dtype == torch.bfloat16 and rows <= FEW_ROWS.get(self.precision, 0):
+            flat = inputs.reshape(rows, self.in_features)
+            if (
+                self.precision == "int8" and self.in_features % GROUP == 0
+            ):  # of others, the kernel reads what is not there
+                found = torch._weight_int8pack_mm(flat, self.codes, self.scales.to(inputs.dtype).view(-1))
+                return found.view(*inputs.shape[:-1], -1)
+            if self.packed is not None:
+                flat = nn.functional.pad(flat, (0, -self.in_features % GROUP))
+                found = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.packed[0], GROUP, self.packed[1])
+                return found.view(*inputs.shape[:-1], -1)
+        if self._scales_behind(inputs.dtype):
+            return nn.functional.linear(inputs, self.numbers(inputs.dtype)) * self.scales.to(inputs.dtype).view(-1)
+        return nn.functional.linear(inputs, self.decoded(inputs.dtype))
+
+    def backward(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient in the inputs, from that in the product ``[…, out]``."""
+        if self._scales_behind(gradient.dtype):
+            return (gradient * self.scales.to(gradient.dtype).view(-1)) @ self.numbers(gradient.dtype)
+        return gradient @ self.decoded(gradient.dtype)
+
+    def _scales_behind(self, dtype: torch.dtype) -> bool:
+        """Whether scales may multiply what comes out of the product; in fp16, sums of codes can be too large."""
+        return self.precision != "int4" and dtype != torch.float16
+
+    def lay_out(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What ``packed`` is to be, half a byte a weight; None for what has no such kernel here."""
+        if self.precision != "int4" or self.codes.device.type != "cpu":
+            return None
+        codes = torch.stack([self.codes & 15, self.codes >> 4], dim=-1).view(self.out_features, -1).int()
+        middle = self.offsets.float() + 8 * self.scales.float()  # the kernel counts codes from -8
+        both = torch.cat([self.scales.float(), middle], dim=2).transpose(0, 1).contiguous()
+        try:
+            return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), both.to(torch.bfloat16)
+        except RuntimeError:  # a number of outputs that it does not take
+            return None
+
+    def extra_repr(self) -> str:
+        """As torch shows a linear layer."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, precision={self.precision}"
+
+
+class _Product(torch.autograd.Function):
+    """Autograd by itself would keep the decoded weight of every layer until the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, layer: CodedLinear) -> torch.Tensor:
+        ctx.layer = layer
+        return layer.product(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.layer.backward(gradient), None
+
+
+def _frozen(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.contiguous(), requires_grad=False)
+
+
+def _coded(weight: torch.Tensor, precision: str) -> tuple[torch.Tensor, ...]:
+    """Codes, scales and, of ``int4``, offsets of float32 ``[out, in]``."""
+    if precision == "int4":
+        return _four_bits(weight)
+    largest = 127.0 if precision == "int8" else float(torch.finfo(torch.float8_e4m3fn).max)
+    scales = weight.abs().amax(dim=1, keepdim=True) / largest
+    scales = torch.where(scales > 0, scales, 1.0)
+    codes = (weight / scales).clamp_(-largest, largest)
+    return codes.round_().to(torch.int8) if precision == "int8" else codes.to(torch.float8_e4m3fn), scales
+
+
+def _four_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of ``int4``; what is added to fill the last group repeats its last weight."""
+    missing = -weight.shape[1] % GROUP
+    filled = torch.cat([weight, weight[:, -1:].expand(-1, missing)], dim=1) if missing else weight
+    groups = filled.reshape(len(weight), -1, GROUP)
+    low, high = groups.amin(dim=2, keepdim=True), groups.amax(dim=2, keepdim=True)
+    offsets = low.to(torch.bfloat16)
+    scales = ((high - offsets.float()) / 15).to(torch.bfloat16)
+    scales = torch.where(scales > 0, scales, 1.0)
+    codes = (groups - offsets.float()).div_(scales.float()).round_().clamp_(0, 15).to(torch.uint8)
+    codes = codes.view(len(weight), -1)
+    return codes[:, 0::2] | codes[:, 1::2] << 4, scales, offsets
+
+
+def _of_e4m3(codes: torch.Tensor) -> torch.Tensor:
+    """bfloat16 of float8 e4m3; exact. The same bits, further left, are the number times 2⁻¹²⁰: PyTorch's own conversion
+    on a CPU goes number by number, and takes fifteen times as long."""
+    bits = codes.view(torch.int8).to(torch.int16)
+    return bits.bitwise_left_shift_(4).bitwise_and_(-0x7810).view(torch.bfloat16).mul_(2.0**120)
+
+
+@cache
+def _pairs() -> torch.Tensor:
+    """int32 ``[256]``: the two codes in a byte as the bits of two numbers in bfloat16."""
+    both = torch.arange(256)
+    return torch.stack([both & 15, both >> 4], dim=1).to(torch.bfloat16).view(torch.int32).flatten()
