@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from torch import nn
@@ -242,6 +243,20 @@ def made(lm: FrozenLM, *, labels: bool = False) -> SoftPrompt:
     )
 
 
+def test_the_server_answers_as_predict_does() -> None:
+    lm = loaded("int8")
+    prompt = made(lm, labels=True)
+    asked = {"model": "films", "messages": [{"role": "user", "content": "a great film"}]}
+    running = sp.serve(lm, {"films": prompt}, port=0, block=False)
+    try:
+        reply = httpx.post(f"{running.url}/v1/chat/completions", json=asked, timeout=30)
+        assert reply.status_code == 200, reply.text
+        answer = reply.json()["choices"][0]["message"]["content"]
+    finally:
+        running.close()
+    assert answer == sp.predict(lm, prompt, "a great film")[0].label
+
+
 # --- one soft prompt, several precisions ----------------------------------------------------------
 
 
@@ -330,6 +345,22 @@ def test_a_folder_that_is_quantised(
         torch.testing.assert_close(scores, with_dense_weights(lm).score_concatenated(REQUESTS, [soft]))
         wrapped = FrozenLM.wrap(lm.model, make_tokenizer())
         torch.testing.assert_close(wrapped.score(REQUESTS, [vectors(lm)]), shared)
+
+
+@needs_bitsandbytes
+def test_one_that_is_loaded_already_is_the_same_base_model(tmp_path: Path) -> None:
+    """But one whose table was changed since is not."""
+    from transformers import AutoModelForCausalLM
+
+    models: Any = AutoModelForCausalLM
+    folder = stored(tmp_path, load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    first, second, third = (models.from_pretrained(folder, device_map={"": "cpu"}) for _ in range(3))
+    loaded_here = FrozenLM.load(folder).fingerprint
+    assert FrozenLM.wrap(first, make_tokenizer()).fingerprint == loaded_here
+    second.get_input_embeddings().weight.data[3] += 1
+    assert FrozenLM.wrap(second, make_tokenizer()).fingerprint != loaded_here
+    third.config._name_or_path = str(tmp_path / "elsewhere")
+    assert FrozenLM.wrap(third, make_tokenizer()).fingerprint != loaded_here
 
 
 @needs_bitsandbytes

@@ -85,6 +85,11 @@ def serve(
     if door.api_key is not None and not door.api_key.strip():
         raise ConfigError("The API key is blank; give another one, or none to let anyone ask.")
     _check_upstreams(elsewhere.backend, elsewhere.upstream)
+    if elsewhere.backend == "vllm" and loading.precision:
+        raise ConfigError(
+            "--quantize is for --backend local, where softprompt computes; leave it out, and start vLLM with its own "
+            "--quantization."
+        )
     ensembles = together.by_name()
     store = Store()
     everything = prompts is None or "all" in prompts

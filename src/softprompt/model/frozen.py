@@ -44,8 +44,8 @@ from softprompt.model.encoder_decoder import EncoderDecoder, decoder_start, requ
 from softprompt.model.fast.blocks import can_use_blocks
 from softprompt.model.fast.layers import LayerModes
 from softprompt.model.fast.packed import PackedWeights
-from softprompt.model.fingerprint import fingerprint_model, fingerprint_tokenizer, model_settings, weights_digest
-from softprompt.model.loading import lasting, load_base, own_dtype, pick_device, pick_dtype
+from softprompt.model.fingerprint import fingerprint_tokenizer, model_settings, weights_digest
+from softprompt.model.loading import fingerprint_of, lasting, load_base, own_dtype, pick_device, pick_dtype
 from softprompt.model.notes import heard
 from softprompt.model.per_layer import inputs, read, read_virtual
 from softprompt.model.prefixes import PrefixCache, PrefixOf
@@ -104,7 +104,7 @@ class FrozenLM(Embedder):
         text_only: bool = False,
         world: World = ALONE,
     ) -> None:
-        fingerprint = getattr(model, "stored_fingerprint", None) or fingerprint_model(model)  # as they are stored
+        fingerprint = fingerprint_of(model)  # as its weights are stored
         if text_only:
             leave_out_images(model)
         self.world, self.device, config = world, pick_device(device), model.config

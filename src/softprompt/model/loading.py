@@ -20,9 +20,11 @@ from softprompt.data.packages import DEFAULT_BASE, SMOLLM2_GGUF
 from softprompt.errors import BaseModelError, ConfigError
 from softprompt.files import StrPath, cache_folder, local_path
 from softprompt.model.files import ADAPTER, INDEX, WEIGHTS, adapter_alone, adapts, locate
+from softprompt.model.fingerprint import fingerprint_model
 from softprompt.model.notes import heard, say
 from softprompt.model.quantized import (
     fingerprint_files,
+    holds,
     loading_options,
     remedy_for,
     require_method,
@@ -180,6 +182,21 @@ def _from_pretrained(
         say(f"an adapter{adapts(adapter)} ({ADAPTER}) lies beside the weights of {base}; it is not applied")
     _say_what_does_not_fit(model, tokenizer, found, base)
     return model, tokenizer
+
+
+def fingerprint_of(model: Any) -> str:
+    """What a model in memory is known by: of one that was stored quantised, the fingerprint of its files, as when
+    ``load_base`` loads it, where they are found and hold its embedding table; else ``fingerprint_model``."""
+    given: str = getattr(model, "stored_fingerprint", "")
+    if given or not stored_precision(model.config):
+        return given or fingerprint_model(model)
+    try:
+        paths = _weights_of(str(model.config._name_or_path))
+        if holds(paths, model.get_input_embeddings().weight):
+            return fingerprint_files(model.config.model_type, paths)
+    except (OSError, ValueError, KeyError, SafetensorError):  # moved, or never stored
+        pass
+    return fingerprint_model(model)
 
 
 def _weights_of(source: str) -> list[Path]:

@@ -317,6 +317,22 @@ def _no_gradient(name: str, module: nn.Module, reason: str) -> BaseModelError:
     )
 
 
+def holds(paths: Sequence[Path], table: torch.Tensor) -> bool:
+    """Whether one of the files holds these numbers ``[V, H]``, as a sample of them tells."""
+    wanted = hashlib.sha256()
+    sampled(wanted, "", table)
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if "embed" not in name and "wte" not in name:
+                    continue
+                found = hashlib.sha256()
+                sampled(found, "", file.get_tensor(name).to(table.dtype))
+                if found.digest() == wanted.digest():
+                    return True
+    return False
+
+
 def fingerprint_files(model_type: str, paths: Sequence[Path]) -> str:
     """Hex digest of a model's type and a sample of every tensor in its safetensors files, codes and scales alike: what
     libraries make of them in memory differs by device.
