@@ -4,6 +4,7 @@ and what is refused."""
 from __future__ import annotations
 
 import copy
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import softprompt as sp
 from softprompt.errors import BaseModelError, ConfigError, PrecisionWarning, SoftPromptWarning
@@ -254,7 +257,7 @@ def test_the_server_answers_as_predict_does() -> None:
         answer = reply.json()["choices"][0]["message"]["content"]
     finally:
         running.close()
-    assert answer == sp.predict(lm, prompt, "a great film")[0].label
+    assert answer == sp.predict(lm, prompt, "a great film")[0].text
 
 
 # --- one soft prompt, several precisions ----------------------------------------------------------
@@ -301,7 +304,7 @@ def test_a_run_is_not_gone_on_with_in_another_precision(tmp_path: Path) -> None:
 
 def stored(folder: Path, **options: Any) -> Path:
     """The tiny model as bitsandbytes saves it."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     plain = folder / "plain"
     make: Any = BitsAndBytesConfig
@@ -350,8 +353,6 @@ def test_a_folder_that_is_quantised(
 @needs_bitsandbytes
 def test_one_that_is_loaded_already_is_the_same_base_model(tmp_path: Path) -> None:
     """But one whose table was changed since is not."""
-    from transformers import AutoModelForCausalLM
-
     models: Any = AutoModelForCausalLM
     folder = stored(tmp_path, load_in_4bit=True, bnb_4bit_quant_type="nf4")
     first, second, third = (models.from_pretrained(folder, device_map={"": "cpu"}) for _ in range(3))
@@ -369,6 +370,79 @@ def test_a_quantised_model_is_not_quantised_again(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match=r"stored in nf4 and cannot be quantised to int8; leave --quantize out"):
         FrozenLM.load(folder, quantize="int8")
     assert FrozenLM.load(folder, quantize="nf4").quantized == "nf4"
+
+
+FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+"""The numbers of e2m1; the fourth bit is the sign."""
+
+
+def packed(folder: Path, method: str, width: int = 256) -> dict[str, torch.Tensor]:
+    """Writes a tiny model in a format, by hand; returns the weights that its codes stand for."""
+    model = make_model("llama", hidden_size=128, intermediate_size=width)
+    options: dict[str, Any] = {"activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    if method == "mxfp4":
+        sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320, "sliding_window": 6}
+        sizes |= {"num_local_experts": 2, "num_experts_per_tok": 1, "pad_token_id": 0, "eos_token_id": 1}
+        models: Any = AutoModelForCausalLM
+        model = models.from_config(AutoConfig.for_model("gpt_oss", **sizes)).bfloat16()
+        options = {"modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    written, stands_for = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    torch.manual_seed(0)
+    for name, weight in model.state_dict().items():
+        if method == "mxfp4" and weight.dim() == 3:  # [experts, in, out]; each has a scale for 32 of in
+            experts, inner, outer = weight.shape
+            codes = torch.randint(0, 16, (experts, outer, inner // 32, 32))
+            exponents = torch.randint(118, 124, (experts, outer, inner // 32))
+            numbers = FP4[codes % 8] * (1 - 2 * (codes // 8)) * torch.exp2(exponents - 127.0)[..., None]
+            stands_for[name] = numbers.view(experts, outer, inner).transpose(1, 2)
+            written[f"{name}_blocks"] = (codes[..., 0::2] | codes[..., 1::2] << 4).to(torch.uint8)
+            written[f"{name}_scales"] = exponents.to(torch.uint8)
+        elif method == "fp8" and "_proj" in name:
+            codes = (50 * torch.randn(weight.shape)).to(torch.float8_e4m3fn)
+            scales = 2.0 ** -torch.randint(9, 11, [-(-size // 128) for size in weight.shape])
+            blocks = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
+            stands_for[name] = codes.float() * blocks[: len(weight), : weight.shape[1]]
+            written |= {name: codes, f"{name}_scale_inv": scales}
+        else:
+            written[name] = weight.bfloat16().contiguous()
+    if model.config.tie_word_embeddings:
+        del written["lm_head.weight"]
+    model.config.quantization_config = {"quant_method": method, **options}
+    model.config.save_pretrained(folder)
+    save_file(written, folder / "model.safetensors", metadata={"format": "pt"})
+    make_tokenizer().save_pretrained(folder)
+    return stands_for
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "fp8"])
+def test_what_needs_a_gpu_is_unpacked_on_a_cpu_and_may_be_quantised_anew(tmp_path: Path, method: str) -> None:
+    stands_for = packed(tmp_path, method)
+    with pytest.warns(SoftPromptWarning) as told:
+        lm = FrozenLM.load(tmp_path, device="cpu")
+    assert [str(one.message) for one in told if "unpacked to 16 bits" in str(one.message)] == [
+        f"the weights of {tmp_path} are unpacked to 16 bits: the products of {method.upper()} weights need a CUDA GPU, "
+        "and the device is cpu"
+    ]
+    assert [str(one.message) for one in told if "says" in str(one.message) and "RoPE" not in str(one.message)] == []
+    found = lm.model.state_dict()
+    assert stands_for
+    for name, weight in stands_for.items():
+        assert torch.equal(found[name].float(), weight.bfloat16().float())
+    soft = vectors(lm).requires_grad_()
+    (gradient,) = torch.autograd.grad(lm.score_concatenated(REQUESTS, [soft])[0, 0], soft)
+    assert gradient.norm() > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = FrozenLM.load(tmp_path, device="cpu", quantize="int8")
+    assert (again.quantized, again.fingerprint) == ("int8", lm.fingerprint)
+
+
+def test_parts_of_blocks_are_refused(tmp_path: Path) -> None:
+    """Transformers takes the block's size for the weight's divided by the number of scales."""
+    packed(tmp_path, "fp8", width=192)
+    with pytest.raises(BaseModelError, match=r"blocks of \[128, 128\].* of \[192, 128\].*give the model that it was"):
+        FrozenLM.load(tmp_path, device="cpu")
 
 
 def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
@@ -422,8 +496,6 @@ def test_an_unknown_precision_and_a_missing_library(monkeypatch: pytest.MonkeyPa
 
 
 def test_few_linear_layers_are_told() -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2, "vocab_size": 320}
     config = AutoConfig.for_model("mixtral", **sizes, **experts, pad_token_id=0, bos_token_id=1, eos_token_id=1)

@@ -25,10 +25,12 @@ from softprompt.model.notes import heard, say
 from softprompt.model.quantized import (
     fingerprint_files,
     holds,
+    is_unpacked,
     loading_options,
     remedy_for,
     require_method,
     require_plain,
+    require_whole_blocks,
     stored_precision,
 )
 
@@ -155,9 +157,11 @@ def _from_pretrained(
         if hasattr(whole_config, "quantization_config"):
             config.quantization_config = whole_config.quantization_config
     stored = stored_precision(config)
+    block = (getattr(config, "quantization_config", None) or {}).get("weight_block_size") if stored else None
     if stored:
         require_method(config, base)
-        require_plain(stored, quantize, base)
+        if not is_unpacked(config, device):
+            require_plain(stored, quantize, base)
         options, remedy = options | loading_options(config, device, base), remedy_for(config)
         whole = f"the base model {base!r} is stored in {stored} and could not be loaded"
     tokenizer = load(AutoTokenizer.from_pretrained, f"the tokenizer of the {called}", WHERE_TO_PUT_A_TOKENIZER)
@@ -176,6 +180,8 @@ def _from_pretrained(
         **options,
     )
     _require_all_weights(base, found)
+    if stored and block and is_unpacked(config, device):
+        require_whole_blocks(_weights_of(source), block, base)
     if stored:
         model.stored_fingerprint = fingerprint_files(config.model_type, _weights_of(source))
     if adapter is not None:

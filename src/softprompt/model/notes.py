@@ -32,6 +32,7 @@ NOISE = (
     "`loss_type=",
     # to programmers
     r"`(torch_dtype|use_return_dict|rope_scaling|rope_config_validation|layer_type_validation)` is deprecated",
+    "MXFP4 inference on CPU requires use_kernels",  # said in our own words
     "fan_in_fan_out is set to",  # PEFT sets it right by itself
 )
 """Patterns of what concerns no user."""

@@ -218,11 +218,46 @@ def loading_options(config: Any, device: torch.device, base: str) -> dict[str, A
     method = method_of(config)
     if method == "bitsandbytes":
         quieten_bitsandbytes()
-    if method == "compressed-tensors" and find_spec("compressed_tensors") is not None:
-        # Its layers have no product of their own: the first pass of the whole model would unpack them all.
+    if is_unpacked(config, device):
         config.quantization_config["dequantize"] = True
-        say(f"the weights of {base} are unpacked: compressed-tensors stores in few bits, and computes with all")
+        why = "compressed-tensors stores in few bits, and computes with all"
+        if method != "compressed-tensors":
+            why = f"the products of {method.upper()} weights need a CUDA GPU, and the device is {device.type}"
+        say(f"the weights of {base} are unpacked to 16 bits: {why}")
     return {"device_map": {"": str(device)}}
+
+
+def is_unpacked(config: Any, device: torch.device) -> bool:
+    """Whether a model that is stored quantised is made plain when it is loaded to the device."""
+    method = method_of(config)
+    if method == "compressed-tensors":
+        # Its layers have no product of their own: the first pass of the whole model would unpack them all.
+        return find_spec("compressed_tensors") is not None
+    return method in ("fp8", "mxfp4") and device.type != "cuda"
+
+
+def require_whole_blocks(paths: Sequence[Path], block: Sequence[int], base: str) -> None:
+    """Refuses FP8 weights that end in a part of a block: transformers unpacks them as if all blocks were smaller.
+
+    Args:
+        paths: the files.
+        block: rows and columns that share a scale.
+        base: what the user calls the model.
+
+    Raises:
+        BaseModelError: there is such a weight.
+    """
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            scaled = [name.removesuffix("_scale_inv") for name in file.keys() if name.endswith("_scale_inv")]
+            for name in scaled:
+                shape = list(file.get_slice(name).get_shape()) if name in file.keys() else []  # noqa: SIM118
+                if any(size > one and size % one for size, one in zip(shape[-2:], block, strict=False)):
+                    raise BaseModelError(
+                        f"the base model {base!r} is stored in fp8 by blocks of {list(block)}, which do not divide its "
+                        f"{name} of {shape}, and transformers unpacks such weights wrongly; give the model that it was "
+                        "made of, and --quantize fp8"
+                    )
 
 
 def remedy_for(config: Any) -> str:
