@@ -247,17 +247,18 @@ def require_whole_blocks(paths: Sequence[Path], block: Sequence[int], base: str)
     Raises:
         BaseModelError: there is such a weight.
     """
+    shapes = dict[str, list[int]]()
     for path in paths:
         with safe_open(path, framework="pt") as file:
-            scaled = [name.removesuffix("_scale_inv") for name in file.keys() if name.endswith("_scale_inv")]
-            for name in scaled:
-                shape = list(file.get_slice(name).get_shape()) if name in file.keys() else []  # noqa: SIM118
-                if any(size > one and size % one for size, one in zip(shape[-2:], block, strict=False)):
-                    raise BaseModelError(
-                        f"the base model {base!r} is stored in fp8 by blocks of {list(block)}, which do not divide its "
-                        f"{name} of {shape}, and transformers unpacks such weights wrongly; give the model that it was "
-                        "made of, and --quantize fp8"
-                    )
+            shapes |= {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    for name, shape in shapes.items():
+        parts = [size > one and size % one for size, one in zip(shape[-2:], block, strict=False)]
+        if f"{name}_scale_inv" in shapes and any(parts):
+            raise BaseModelError(
+                f"the base model {base!r} is stored in fp8 by blocks of {list(block)}, which do not divide its {name} "
+                f"of {shape}, and transformers unpacks such weights wrongly; give the model that it was made of, and "
+                "--quantize fp8"
+            )
 
 
 def remedy_for(config: Any) -> str:
