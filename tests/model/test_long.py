@@ -104,7 +104,8 @@ def test_long_ones_beside_them_are_as_if_each_were_alone(kind: str) -> None:
 def test_the_gradient_is_that_of_rows_alone(kind: str, inputs: tuple[tuple[int, ...], ...]) -> None:
     vectors = soft(7).requires_grad_()
     requests = [request(own, WORDS[:1]) for own in inputs]
-    (expected,) = torch.autograd.grad(-sum(score(kind, r, WORDS[0], vectors) for r in requests) / 6, vectors)
+    loss = -torch.stack([score(kind, r, WORDS[0], vectors) for r in requests]).sum() / 6
+    (expected,) = torch.autograd.grad(loss, vectors)
     leaf = soft(7).requires_grad_()
     Gradients(frozen(kind)).backward(Objective(), requests, [0, 0], leaf)
     assert leaf.grad is not None

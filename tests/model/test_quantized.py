@@ -441,7 +441,7 @@ def test_what_needs_a_gpu_is_unpacked_on_a_cpu_and_may_be_quantised_anew(tmp_pat
 def test_parts_of_blocks_are_refused(tmp_path: Path) -> None:
     """Transformers takes the block's size for the weight's divided by the number of scales."""
     packed(tmp_path, "fp8", width=192)
-    with pytest.raises(BaseModelError, match="do not divide its model.*192.*give the model that it was made of"):
+    with pytest.raises(BaseModelError, match=r"do not divide its model.*192.*give the model that it was made of"):
         FrozenLM.load(tmp_path, device="cpu")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -88,24 +88,14 @@ def text_of(events: Sequence[Event]) -> str:
     return "".join(event.text for event in events if isinstance(event, Piece))
 
 
-# --- the answers -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ALL)
-def test_mixed_jobs_get_the_answers_of_one_at_a_time(kind: str) -> None:
-    """Five soft prompts and the bare base model; greedy and seeded, streamed and whole, and scores, all at once."""
-    lm = tiny(kind)
-    requests, prompts = mixed(lm)
-    plans = [
-        (Sampling(max_new_tokens=9), True),
-        (Sampling(max_new_tokens=7, temperature=1.2, top_p=0.9, seed=5), False),
-        (None, False),
-    ]
-    jobs = [(r, sampling, stream) for r in requests for sampling, stream in plans]
-    with running(lm, rows=7) as engine:
-        inbox = Inbox()
-        tickets = engine.submit([job(r, prompts, s, stream=stream) for r, s, stream in jobs], inbox)
-        events = inbox.until_done(len(jobs))
+def expect_answers_of_one_at_a_time(
+    lm: FrozenLM,
+    prompts: Sequence[torch.Tensor],
+    jobs: Sequence[tuple[Request, Sampling | None, bool]],
+    tickets: Sequence[Ticket],
+    events: Mapping[int, Sequence[Event]],
+) -> None:
+    """Each job, a request with how it is answered and whether it is streamed, against ``lm`` with nothing beside it."""
     for index, (request, sampling, stream) in enumerate(jobs):
         found = events[index]
         if sampling is None:
@@ -125,6 +115,27 @@ def test_mixed_jobs_get_the_answers_of_one_at_a_time(kind: str) -> None:
         assert ticket.started is not None
         assert ticket.first is not None
         assert ticket.submitted <= ticket.started <= ticket.first
+
+
+# --- the answers -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_mixed_jobs_get_the_answers_of_one_at_a_time(kind: str) -> None:
+    """Five soft prompts and the bare base model; greedy and seeded, streamed and whole, and scores, all at once."""
+    lm = tiny(kind)
+    requests, prompts = mixed(lm)
+    plans = [
+        (Sampling(max_new_tokens=9), True),
+        (Sampling(max_new_tokens=7, temperature=1.2, top_p=0.9, seed=5), False),
+        (None, False),
+    ]
+    jobs = [(r, sampling, stream) for r in requests for sampling, stream in plans]
+    with running(lm, rows=7) as engine:
+        inbox = Inbox()
+        tickets = engine.submit([job(r, prompts, s, stream=stream) for r, s, stream in jobs], inbox)
+        events = inbox.until_done(len(jobs))
+    expect_answers_of_one_at_a_time(lm, prompts, jobs, tickets, events)
 
 
 def test_a_trained_kv_prefix_is_served_beside_plain_soft_prompts(llama: FrozenLM) -> None:

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from softprompt.model.quantized import sizes_of
 from softprompt.model.state.kv import PrefixKV
 from softprompt.model.state.prefix import PrefixState
 from softprompt.model.state.recurrent import RecurrentState
@@ -342,26 +341,6 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     count = getattr(config, "num_hidden_layers", None)
     fitting = [m for name, m in lists.items() if len(m) == count and not re.search("vis(ion|ual)|audio", name)]
     return fitting[0] if fitting else max(lists.values(), key=len, default=nn.ModuleList())
-
-
-def matrix_ends(layers: nn.ModuleList, config: Any) -> int:
-    """How many numbers go into and come out of the matrix products of all layers for one token; of a mixture of
-    experts, those of as many experts as a token is sent to."""
-    chosen = getattr(config.get_text_config(), "num_experts_per_tok", None) or 1
-    ends = 0
-    for name, shape in (pair for layer in layers for pair in sizes_of(layer)):
-        expert = re.search(r"experts\.(\d+)\.", name)
-        if len(shape) == 2 and not (expert and int(expert[1]) >= chosen):
-            ends += sum(shape)
-        elif len(shape) == 3 and ".experts." in f".{name}":  # all experts in one
-            ends += chosen * sum(shape[1:])
-    return ends
-
-
-def kept_bytes(layers: nn.ModuleList, config: Any, dtype: torch.dtype, vocabulary: int) -> int:
-    """Bytes that a token of a pass with gradient takes: all that goes into and comes out of each matrix product, and
-    two copies of its logits."""
-    return dtype.itemsize * matrix_ends(layers, config) + 2 * torch.float32.itemsize * vocabulary
 
 
 def window_of(config: Any, tokenizer: Any) -> int:

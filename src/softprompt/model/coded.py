@@ -45,7 +45,7 @@ class CodedLinear(nn.Module):
         self.precision = precision
         self._dtype = weight.dtype
         rows = max(1, CODED_AT_ONCE // max(1, self.in_features))
-        parts = [_coded(some.float(), precision) for some in weight.detach().split(rows)]
+        parts = [_coded(some.float(), precision) for some in torch.split(weight.detach(), rows)]
         codes, scales, *offsets = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
         self.codes, self.scales = _frozen(codes), _frozen(scales)
         if offsets:
@@ -105,8 +105,10 @@ class CodedLinear(nn.Module):
     def backward(self, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient in the inputs, from that in the product ``[…, out]``."""
         if self._scales_behind(gradient.dtype):
-            return (gradient * self.scales.to(gradient.dtype).view(-1)) @ self.numbers(gradient.dtype)
-        return gradient @ self.decoded(gradient.dtype)
+            gradient, weight = gradient * self.scales.to(gradient.dtype).view(-1), self.numbers(gradient.dtype)
+        else:
+            weight = self.decoded(gradient.dtype)
+        return torch.matmul(gradient, weight)
 
     def _scales_behind(self, dtype: torch.dtype) -> bool:
         """Whether scales may multiply what comes out of the product; in fp16, sums of codes can be too large."""

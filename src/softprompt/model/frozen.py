@@ -6,7 +6,6 @@ import contextlib
 import copy as copying
 import math
 import os
-import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from softprompt.data.packages import DEFAULT_BASE
-from softprompt.errors import ConfigError, SoftPromptWarning
+from softprompt.errors import ConfigError
 from softprompt.files import StrPath, local_path
 from softprompt.model import attention, quantized, trial
 from softprompt.model.architecture import (
@@ -27,7 +26,6 @@ from softprompt.model.architecture import (
     embedding_table,
     family_of,
     feed,
-    kept_bytes,
     leave_out_images,
     longest_steady,
     run_behind,
@@ -46,12 +44,13 @@ from softprompt.model.fast.layers import LayerModes
 from softprompt.model.fast.packed import PackedWeights
 from softprompt.model.fingerprint import fingerprint_tokenizer, model_settings, weights_digest
 from softprompt.model.loading import fingerprint_of, lasting, load_base, own_dtype, pick_device, pick_dtype
+from softprompt.model.memory import less_at_once, tokens_that_fit
 from softprompt.model.notes import heard
 from softprompt.model.per_layer import inputs, read, read_virtual
 from softprompt.model.prefixes import PrefixCache, PrefixOf
 from softprompt.model.reading import summed
 from softprompt.model.request import Request, prompt_of
-from softprompt.model.scoring import compared_scores_of, scores_of
+from softprompt.model.scoring import scores, scores_and_greedy
 from softprompt.model.sharding import divide
 from softprompt.model.state.kv import Kept, PrefixKV
 from softprompt.model.state.prefix import PrefixState
@@ -59,16 +58,6 @@ from softprompt.model.state.recurrent import Pass, RecurrentState, RowStates, Sl
 from softprompt.model.state.slots import RowKV, give_back_freed
 from softprompt.model.whole import Whole, WholeSequences
 from softprompt.text.tokens import SOFT, Tokens, frequent_tokens
-
-MAX_TOKENS = 2048
-"""Tokens in one micro-batch on a CPU, padding included: enough for matrix products near their peak, little enough for
-memory."""
-
-MOST_TOKENS = 16384
-"""On a GPU at most as many, from where on launching kernels costs little."""
-
-GPU_SHARE = 0.1
-"""Share of a GPU's memory that a micro-batch with gradient should not exceed by much."""
 
 GAIN_TOKENS = 100
 """Frequent tokens that ``FrozenLM.first_layer_gain`` is measured with."""
@@ -109,7 +98,7 @@ class FrozenLM(Embedder):
             leave_out_images(model)
         self.world, self.device, config = world, pick_device(device), model.config
         stored, found = quantized.stored_precision(config), pick_dtype(dtype, self.device)
-        self.num_parameters = quantized.count_weights(model)
+        self.num_parameters, self.longest_steady = quantized.count_weights(model), longest_steady(config)
         self.quantized = stored or quantize or ""
         self._layers, self._core = decoder_layers(model), core_of(model)
         if world.shard != "none":
@@ -146,7 +135,7 @@ class FrozenLM(Embedder):
             self.whole = EncoderDecoder(self.model, self.decoder_start)
         else:
             require_causal(self.model, name, rms=self.embedding_rms)
-            self.whole = WholeSequences(self.model, longest_steady(config))
+            self.whole = WholeSequences(self.model, self.longest_steady)
         # In 16 bits, a CPU rounds the matrix product of one row otherwise than that row's among others: where a row
         # alone is computed twice, its text is the same in any company.
         self._avoids_one_row = self.device.type == "cpu" and self.dtype != torch.float32
@@ -164,7 +153,6 @@ class FrozenLM(Embedder):
         self._mask = Masks.of(self._text_config, family, self.dtype)
         self._head = family.head if family else Head()
         self._keeps_latents = family is not None and family.latent
-        self.longest_steady = longest_steady(self._text_config)
         self._hands_over = bool(getattr(self._text_config, "num_kv_shared_layers", 0))
         self._by_blocks = self.compiles and self._mask.fits_blocks and can_use_blocks(self.device)
         if self.shares_prefix:
@@ -203,9 +191,8 @@ class FrozenLM(Embedder):
         if quantize is not None:
             quantized.require_precision(quantize, device_found)
         with heard():
-            model, tokenizer = load_base(
-                base, trust_remote_code=trust_remote_code, device=device_found, quantize=quantize
-            )
+            where: Any = {"device": device_found, "quantize": quantize}
+            model, tokenizer = load_base(base, trust_remote_code=trust_remote_code, **where)
             if quantized.stored_precision(model.config) and dtype == "auto":
                 dtype = own_dtype(model)
             options: Any = {"dtype": dtype, "device": device, "quantize": quantize, "world": world}
@@ -308,16 +295,8 @@ class FrozenLM(Embedder):
 
     @cached_property
     def tokens_at_once(self) -> int:
-        """The most tokens, padding included, in a micro-batch with gradient.
-
-        A GPU wants more than a CPU: passes over few tokens spend their time on launching kernels. It gets as many as
-        keep what backward needs within ``GPU_SHARE``.
-        """
-        if self.device.type != "cuda":
-            return MAX_TOKENS
-        memory = GPU_SHARE * torch.cuda.get_device_properties(self.device).total_memory
-        fitting = int(memory / kept_bytes(self._layers, self.model.config, self.dtype, self.embedding.shape[0]))
-        return min(max(MAX_TOKENS, fitting), MOST_TOKENS)
+        """The most tokens, padding included, in a micro-batch with gradient."""
+        return tokens_that_fit(self._layers, self.model.config, self.dtype, len(self.embedding), self.device)
 
     def weights_digest(self) -> str:
         """Hex digest of every bit of every weight in memory; no training may change it."""
@@ -590,7 +569,7 @@ class FrozenLM(Embedder):
             float32 ``[N, W]`` on the CPU, natural logarithm, summed over a word's tokens; ``-inf`` beyond a request's
             own words.
         """
-        return scores_of(self, requests, soft_prompts, max_tokens, prefix_of)
+        return scores(self, requests, soft_prompts, max_tokens, prefix_of)
 
     @torch.no_grad()
     def score_and_compare(
@@ -609,7 +588,7 @@ class FrozenLM(Embedder):
             float32 ``[N, W]`` as ``score`` gives them; bool ``[N, W]``, true where each of a word's tokens is the most
             probable one after those before it, false beyond a request's own words. Both on the CPU.
         """
-        return compared_scores_of(self, requests, soft_prompts, prefix_of)
+        return scores_and_greedy(self, requests, soft_prompts, prefix_of)
 
     def eager(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, layers run as they are, compiled or not; all that is not training does."""
@@ -618,12 +597,4 @@ class FrozenLM(Embedder):
     def take_less_at_once(self, tokens: int) -> None:
         """After a pass of so many tokens did not fit into memory: ``tokens_at_once`` becomes half of them at most, with
         a ``SoftPromptWarning``."""
-        self.tokens_at_once = max(1, min(self.tokens_at_once, tokens) // 2)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        warnings.warn(
-            f"a pass did not fit into the memory of the device ({self.device}); it goes on in passes of at most "
-            f"{self.tokens_at_once} tokens, with the same result",
-            SoftPromptWarning,
-            stacklevel=3,
-        )
+        self.tokens_at_once = less_at_once(min(self.tokens_at_once, tokens), self.device)

@@ -19,35 +19,39 @@ from softprompt.model.state.prefix import PrefixState
 from softprompt.text.tokens import Tokens
 
 
-def scores_of(
+def scores(
     lm: Any,
     requests: Sequence[Request],
     soft_prompts: Sequence[torch.Tensor],
     max_tokens: int | None,
     prefix_of: PrefixOf | None,
 ) -> torch.Tensor:
-    """``FrozenLM.score``."""
-    own, width = _own_rows(lm, requests), max((len(request.words) for request in requests), default=0)
-    scores = torch.zeros(len(requests), width)
-    scores[list(own)] = -torch.inf
+    """What ``FrozenLM.score`` gives; several processes share the work."""
+    own, width = _own_rows(lm, requests), _most_words(requests)
+    found = torch.zeros(len(requests), width)
+    found[list(own)] = -torch.inf
     mine = [requests[i] for i in own]
     for places, part, _ in _scored(lm, mine, soft_prompts, max_tokens, prefix_of, compare=False):
-        scores[[own[place] for place in places.tolist()], : part.shape[1]] = part.cpu()
+        found[[own[place] for place in places.tolist()], : part.shape[1]] = part.cpu()
     if lm.world.divides_scoring:
-        lm.world.add_up(scores)  # the others' rows are zeros here
-    return scores
+        lm.world.add_up(found)  # the others' rows are zeros here
+    return found
 
 
-def compared_scores_of(
+def scores_and_greedy(
     lm: Any, requests: Sequence[Request], soft_prompts: Sequence[torch.Tensor], prefix_of: PrefixOf | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``FrozenLM.score_and_compare``."""
-    width = max((len(request.words) for request in requests), default=0)
-    scores, greedy = torch.full((len(requests), width), -torch.inf), torch.zeros(len(requests), width).bool()
+    """What ``FrozenLM.score_and_compare`` gives."""
+    width = _most_words(requests)
+    found, greedy = torch.full((len(requests), width), -torch.inf), torch.zeros(len(requests), width).bool()
     for places, part, same in _scored(lm, requests, soft_prompts, None, prefix_of, compare=True):
         assert same is not None
-        scores[places, : part.shape[1]], greedy[places, : part.shape[1]] = part.cpu(), same.cpu()
-    return scores, greedy
+        found[places, : part.shape[1]], greedy[places, : part.shape[1]] = part.cpu(), same.cpu()
+    return found, greedy
+
+
+def _most_words(requests: Sequence[Request]) -> int:
+    return max((len(request.words) for request in requests), default=0)
 
 
 def _own_rows(lm: Any, requests: Sequence[Request]) -> Sequence[int]:

@@ -68,6 +68,41 @@ def initial_vectors(
     return vectors
 
 
+def first_numbers(task: Task, config: TrainConfig, number: int, given: torch.Tensor | None) -> torch.Tensor:
+    """What the start of that number begins with, on the base model's device.
+
+    Args:
+        task: its base model is a whole one.
+        config: settings.
+        number: of the start, from 0.
+        given: float ``[P, H]`` or ``[P, L, 2, H_kv, D]`` to start from; None: by the rule ``config.init``.
+
+    Returns:
+        float32 ``[P, H]`` or ``[P, L, 2, H_kv, D]``.
+
+    Raises:
+        ConfigError: ``given`` is of another length or width, or a KV prefix where none can be learned.
+    """
+    lm = task.model
+    if given is None:
+        return first_vectors(task, config, number).to(lm.device)
+    length, _ = config.start(number)
+    expected: tuple[int, ...] = (length, lm.hidden_size)
+    if given.dim() == 5:
+        if config.parametrisation != "prefix":
+            raise ConfigError(
+                "the soft prompt to start from is a trained KV prefix, which only the parametrisation prefix "
+                f"can go on from, not {config.parametrisation}; choose that, or another start"
+            )
+        expected = (length, *lm.kv_shape)
+    if tuple(given.shape) != expected:
+        raise ConfigError(
+            f"the soft prompt to start from has shape {list(given.shape)}, but {list(expected)} is needed; "
+            "set num_virtual_tokens to its length and use it with a base model of its width"
+        )
+    return given.detach().float().cpu().clone().to(lm.device)
+
+
 def first_vectors(task: Task, config: TrainConfig, number: int = 0) -> torch.Tensor:
     """What the start of that number begins with by the rule ``config.init``: float32 ``[P, H]`` on the CPU.
 
