@@ -488,7 +488,7 @@ def test_layers_without_a_gradient_are_refused() -> None:
 
 
 def test_an_unknown_precision_and_a_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="--quantize must be one of nf4, int8, int4, fp8, not 'int3'"):
+    with pytest.raises(ConfigError, match="--quantize must be one of nf4, int8, int4, fp8, gguf, not 'int3'"):
         loaded("int3")
     monkeypatch.setattr("softprompt.model.quantized.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r'bitsandbytes, which is not installed; pip install "softprompt\[nf4\]"'):

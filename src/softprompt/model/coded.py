@@ -20,6 +20,9 @@ GROUP = 64
 FEW_ROWS = {"int8": 8, "int4": 16}
 """Rows up to which the kernels that read codes are the faster ones, on one CPU core."""
 
+BLOCK = 32
+"""Neighbouring weights of a row that share a scale in a GGUF file."""
+
 CODED_AT_ONCE = 1 << 20
 """Weights that are quantised at once, so that what is held meanwhile stays small, and near the processor."""
 
@@ -88,10 +91,8 @@ class CodedLinear(nn.Module):
         """The same without bias, and without a graph."""
         rows = inputs.numel() // self.in_features
         if inputs.device.type == "cpu" and inputs.dtype == torch.bfloat16 and rows <= FEW_ROWS.get(self.precision, 0):
-            flat = inputs.reshape(rows, self.in_features)
-            if (
-                self.precision == "int8" and self.in_features % GROUP == 0
-            ):  # of others, the kernel reads what is not there
+            flat, found = inputs.reshape(rows, self.in_features), inputs
+            if self.precision == "int8" and self.in_features % GROUP == 0:  # of others, the kernel reads beyond the end
                 found = torch._weight_int8pack_mm(flat, self.codes, self.scales.to(inputs.dtype).view(-1))
                 return found.view(*inputs.shape[:-1], -1)
             if self.packed is not None:
@@ -131,11 +132,87 @@ class CodedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, precision={self.precision}"
 
 
+class BlockLinear(nn.Module):
+    """A frozen linear layer in the blocks of a GGUF file: ``Q8_0``, ``Q4_0`` or ``Q4_1``. It computes with the very
+    numbers that the file stands for, rounded to the type of its inputs.
+
+    Attributes:
+        codes: int8 ``[out, in]``, or uint8 ``[out, in / 2]`` with two codes in each.
+        scales: float16 ``[out, in / 32, 1]``.
+        offsets: likewise, what code 0 stands for; None of ``Q8_0``.
+        bias: ``[out]``, or None.
+    """
+
+    def __init__(
+        self, codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None, like: nn.Module
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = len(codes), BLOCK * scales.shape[1]
+        bias: Any = like.bias
+        self.codes, self.scales = _frozen(codes), _frozen(scales)
+        self.offsets = None if offsets is None else _frozen(offsets)
+        self.bias = None if bias is None else _frozen(bias.detach())
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, like: nn.Module) -> BlockLinear | None:
+        """The layer of unpacked blocks, whose scales are found again from the numbers.
+
+        Args:
+            weight: ``[out, in]``.
+            like: the layer, with its bias.
+
+        Returns:
+            None if the numbers are not those of such blocks, bit for bit.
+        """
+        if weight.shape[1] % BLOCK:
+            return None
+        rows = torch.split(weight.detach(), max(1, CODED_AT_ONCE // weight.shape[1]))
+        for found in (_q4_0, _q4_1, _q8_0):
+            parts = list[tuple[torch.Tensor, ...]]()
+            for some in rows:
+                part = found(some.float().view(len(some), -1, BLOCK))
+                if part is None:
+                    break
+                parts.append(part)
+            if len(parts) == len(rows):
+                codes, scales, *offsets = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+                return cls(codes, scales, offsets[0] if offsets else None, like).to(weight.device)
+        return None
+
+    def decoded(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight that the codes stand for, ``[out, in]``."""
+        codes = self.codes
+        if self.offsets is None:
+            numbers = codes.view(self.out_features, -1, BLOCK).float() * self.scales.float()
+        else:
+            pairs = torch.stack([codes & 15, codes >> 4], dim=-1).view(self.out_features, -1, BLOCK)
+            numbers = (pairs.float() * self.scales.float()).add_(self.offsets.float())
+        return numbers.view(self.out_features, -1).to(dtype)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """``decoded``, as exactly as it is stored: some architectures ask for it."""
+        return self.decoded(torch.float32 if self.bias is None else self.bias.dtype)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """``[…, out]`` of ``[…, in]``."""
+        product: torch.Tensor = _Product.apply(inputs, self)  # type: ignore[no-untyped-call]
+        return product if self.bias is None else product + self.bias.to(product.dtype)
+
+    def product(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The same without bias, and without a graph."""
+        return nn.functional.linear(inputs, self.decoded(inputs.dtype))
+
+    def backward(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient in the inputs, from that in the product ``[…, out]``."""
+        return torch.matmul(gradient, self.decoded(gradient.dtype))
+
+
 class _Product(torch.autograd.Function):
     """Autograd by itself would keep the decoded weight of every layer until the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, layer: CodedLinear) -> torch.Tensor:
+    def forward(ctx: Any, inputs: torch.Tensor, layer: CodedLinear | BlockLinear) -> torch.Tensor:
         ctx.layer = layer
         return layer.product(inputs)
 
@@ -171,6 +248,44 @@ def _four_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
     codes = (groups - offsets.float()).div_(scales.float()).round_().clamp_(0, 15).to(torch.uint8)
     codes = codes.view(len(weight), -1)
     return codes[:, 0::2] | codes[:, 1::2] << 4, scales, offsets
+
+
+def _q8_0(blocks: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+    """Codes and scales of float32 ``[out, groups, 32]``: llama.cpp gives the largest number of a block code ±127."""
+    scales = (blocks.abs().amax(dim=2, keepdim=True) / 127).half()
+    codes = (blocks / _not_zero(scales)).round().clamp(-128, 127)
+    same = torch.equal(codes * scales.float(), blocks)
+    return (codes.to(torch.int8).view(len(blocks), -1), scales) if same else None
+
+
+def _q4_0(blocks: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+    """Codes, scales and offsets: it gives the number that is furthest from 0 code 0, which stands for -8."""
+    furthest = blocks.gather(2, blocks.abs().argmax(dim=2, keepdim=True))
+    scales = (furthest / -8).half()
+    codes = (blocks / _not_zero(scales) + 8).round().clamp(0, 15)
+    offsets = scales.float() * -8
+    same = torch.equal((codes - 8) * scales.float(), blocks) and torch.equal(offsets.half().float(), offsets)
+    return (_paired(codes), scales, offsets.half()) if same else None
+
+
+def _q4_1(blocks: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+    """Codes, scales and offsets: it gives the smallest number code 0, and the largest 15."""
+    low, high = blocks.amin(dim=2, keepdim=True), blocks.amax(dim=2, keepdim=True)
+    scales, offsets = ((high - low) / 15).half(), low.half()
+    codes = ((blocks - low) / _not_zero(scales)).round().clamp(0, 15)
+    same = torch.equal(codes * scales.float() + offsets.float(), blocks)
+    return (_paired(codes), scales, offsets) if same else None
+
+
+def _not_zero(scales: torch.Tensor) -> torch.Tensor:
+    """float32 of scales, with 1 for 0: of a block of one number alone."""
+    return torch.where(scales == 0, 1.0, scales.float())
+
+
+def _paired(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 ``[out, in / 2]`` of 4-bit codes ``[out, groups, 32]``, two in each, the first in the low bits."""
+    flat = codes.to(torch.uint8).view(len(codes), -1)
+    return flat[:, 0::2] | flat[:, 1::2] << 4
 
 
 def _of_e4m3(codes: torch.Tensor) -> torch.Tensor:

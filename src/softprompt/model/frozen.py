@@ -176,7 +176,7 @@ class FrozenLM(Embedder):
             dtype: ``fp32``, ``bf16``, ``fp16``, or ``auto``: bf16 where the processor computes it natively, else fp32.
             device: ``auto``, ``cpu``, ``cuda``, ``mps`` …
             trust_remote_code: run code that comes with the model.
-            quantize: ``nf4``, ``int8``, ``int4`` or ``fp8``: what its linear layers are stored in; None: as they are.
+            quantize: ``nf4``, ``int8``, ``int4``, ``fp8`` or ``gguf``: how its layers are stored; None: as they are.
             world: the processes that share the work, see ``World.join``.
 
         Raises:

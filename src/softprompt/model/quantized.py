@@ -13,12 +13,12 @@ from safetensors import safe_open
 from torch import nn
 
 from softprompt.errors import BaseModelError, ConfigError
-from softprompt.model.coded import CodedLinear
+from softprompt.model.coded import BlockLinear, CodedLinear
 from softprompt.model.fingerprint import sampled, stored_tensors
 from softprompt.model.notes import quieten_bitsandbytes, say
 
-PRECISIONS = ("nf4", "int8", "int4", "fp8")
-"""What linear layers can be quantised to."""
+PRECISIONS = ("nf4", "int8", "int4", "fp8", "gguf")
+"""What linear layers can be quantised to; ``gguf``: the blocks of the GGUF file that they come from."""
 
 INSTALL = {
     "bitsandbytes": 'pip install "softprompt[nf4]"',
@@ -103,9 +103,14 @@ def quantize_layers(model: Any, precision: str, device: torch.device, name: str)
         module = model.get_submodule(place)
         weight = module.weight.T if isinstance(module, Conv1D) else module.weight
         bias = None if module.bias is None else module.bias.to(device)
-        layer: nn.Module
+        layer: nn.Module | None
         weight = weight.detach().to(device)
-        layer = _nf4(weight, bias) if precision == "nf4" else CodedLinear(weight, bias, precision)
+        if precision == "gguf":
+            layer = BlockLinear.of(weight, module.to(device))
+            if layer is None:
+                continue
+        else:
+            layer = _nf4(weight, bias) if precision == "nf4" else CodedLinear(weight, bias, precision)
         done += weight.numel()
         model.set_submodule(place, layer)
         del module, weight
@@ -114,6 +119,11 @@ def quantize_layers(model: Any, precision: str, device: torch.device, name: str)
         # One tensor that lies in a mapped file keeps all of the file's pages, whose layers are not needed any more.
         if weight.device.type == "cpu" and id(weight) not in coded and not hasattr(weight, "quant_state"):
             weight.data = weight.data.clone()
+    if not done and precision == "gguf":
+        raise BaseModelError(
+            f"--quantize gguf keeps the blocks of GGUF files in Q8_0, Q4_0 and Q4_1, of which {name!r} has none in its "
+            "linear layers; give such a file, or choose int8 or int4"
+        )
     if not done:
         raise BaseModelError(f"the base model {name!r} has no linear layers to quantise; load it without --quantize")
     if done < HALF * whole:
