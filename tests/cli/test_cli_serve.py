@@ -158,8 +158,8 @@ def test_mistakes_are_one_sentence_before_anything_is_served(
         ),
         (
             ["--backend", "vllm", "--upstream", "http://localhost:1", "--quantize", "int8"],
-            "--quantize is for --backend local, where softprompt computes; leave it out, and start vLLM with its own "
-            "--quantization.",
+            "--quantize is for --backend local, where softprompt computes; leave it out, and start vLLM with a "
+            "quantised model.",
         ),
         (["--api-key", " "], "The API key is blank; give another one, or none to let anyone ask."),
         (["--max-rows", "0"], "The server's limit on rows must be at least 1, not 0."),

@@ -87,8 +87,8 @@ def serve(
     _check_upstreams(elsewhere.backend, elsewhere.upstream)
     if elsewhere.backend == "vllm" and loading.precision:
         raise ConfigError(
-            "--quantize is for --backend local, where softprompt computes; leave it out, and start vLLM with its own "
-            "--quantization."
+            "--quantize is for --backend local, where softprompt computes; leave it out, and start vLLM with a "
+            "quantised model."
         )
     ensembles = together.by_name()
     store = Store()

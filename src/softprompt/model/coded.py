@@ -91,7 +91,8 @@ class CodedLinear(nn.Module):
         """The same without bias, and without a graph."""
         rows = inputs.numel() // self.in_features
         if inputs.device.type == "cpu" and inputs.dtype == torch.bfloat16 and rows <= FEW_ROWS.get(self.precision, 0):
-            flat, found = inputs.reshape(rows, self.in_features), inputs
+            flat = inputs.reshape(rows, self.in_features)
+            found: torch.Tensor
             if self.precision == "int8" and self.in_features % GROUP == 0:  # of others, the kernel reads beyond the end
                 found = torch._weight_int8pack_mm(flat, self.codes, self.scales.to(inputs.dtype).view(-1))
                 return found.view(*inputs.shape[:-1], -1)
