@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from softprompt.model.coded import CodedLinear
 from softprompt.model.fast import fp8
 from softprompt.model.frozen import FrozenLM
-from softprompt.model.quantized import CodedLinear
 from softprompt.model.request import Request
 from softprompt.text.tokens import SOFT
 from tests.conftest import make_model, make_tokenizer

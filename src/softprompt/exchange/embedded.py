@@ -34,8 +34,14 @@ def embedded(
 
     Raises:
         BaseModelError: the soft prompt is of another base model.
-        ConfigError: it is a KV prefix, which is no embedding, or there are no examples.
+        ConfigError: it is a KV prefix, which is no embedding, there are no examples, or the model's layers get more of
+            a token than its embedding.
     """
+    if lm.reads_parts:
+        raise ConfigError(
+            f"transformers' own generate takes embeddings alone, and the layers of {lm.name} get more of each token; "
+            "take softprompt.predict."
+        )
     task = Task.of(lm, soft_prompt)
     if soft_prompt.vectors.dim() != 2:
         raise ConfigError(

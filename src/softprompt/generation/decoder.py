@@ -10,7 +10,7 @@ addresses (``FixedKV``), and a pass over their last tokens is one captured graph
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -67,12 +67,14 @@ class Continuation:
         writer: what becomes of it.
         embedded: ``[T, H]``, the tokens that have not been run yet, at least one; without a prefix, the whole sequence.
         prefix: what the tokens before left behind; None for a model that runs whole sequences.
+        whole: makes what is read of the whole sequence, ``[T, H]``, before anything is written.
         token: the last token that was picked.
     """
 
     writer: Writer
     embedded: torch.Tensor
     prefix: PrefixState | None
+    whole: Callable[[], torch.Tensor]
     token: int = -1
 
 
@@ -157,6 +159,7 @@ class Decoder:
         self._joining.append((rows, kv))
 
     def _decode(self) -> list[Continuation]:
+        self._leave_shared()
         rows = list(self._running)
         if not rows:
             return []
@@ -165,6 +168,16 @@ class Decoder:
             if rows[index].writer.done:
                 _remove(self._running, self._kv, index)
         return rows
+
+    def _leave_shared(self) -> None:
+        """Rows that become too long for what they began with go on as whole sequences."""
+        for index in reversed(range(len(self._running))):
+            if self._kv.lengths[index] >= self._lm.longest_steady:
+                row = self._running[index]
+                written = torch.tensor(row.writer.ids, dtype=torch.long, device=self._lm.device)
+                self._whole.append(row)
+                self._growing.add([torch.cat([row.whole(), self._lm.read(written)])])
+                _remove(self._running, self._kv, index)
 
     def _read(self) -> list[Continuation]:
         """Runs a chunk of the rows that are first in line; rows whose input has been read begin."""
@@ -309,8 +322,13 @@ def continuation(
         writer: writes the continuation.
         prefix_of: where its prefix comes from.
     """
-    if not lm.shares_prefix:
-        return Continuation(writer, lm.embed(request.ids, vectors), None)
+
+    def whole() -> torch.Tensor:
+        return lm.rows(request.ids, vectors)
+
+    length = 0 if vectors is None else len(vectors)
+    if not lm.shares_prefix or len(request.ids) + length > lm.longest_steady:
+        return Continuation(writer, whole(), None, whole)
     shared = min(request.shared, len(request.ids) - 1)
     prefix = prefix_of(request.ids[:shared], vectors)
-    return Continuation(writer, lm.embed(request.ids[shared:], vectors), prefix)
+    return Continuation(writer, lm.rows(request.ids[shared:], vectors), prefix, whole)

@@ -20,7 +20,7 @@ def next_logits(lm: Any, kv: Slots, embedded: torch.Tensor, counts: Sequence[int
     Args:
         lm: the model.
         kv: the rows so far, ``B`` of them.
-        embedded: ``[B, T, H]``, padded on the right.
+        embedded: ``[B, T, H]``, or what is read of tokens where that is more, padded on the right.
         counts: how many of the ``T`` tokens are each row's own, at least one; all, in a recurrent model.
 
     Returns:
@@ -53,10 +53,10 @@ def last_logits(lm: Any, kv: Slots, tokens: Sequence[int]) -> torch.Tensor:
     if isinstance(kv, FixedKV):
 
         def run(ids: torch.Tensor, columns: torch.Tensor, cache: LastTokens) -> torch.Tensor:
-            logits: torch.Tensor = lm.logits(lm.behind(cache, lm.look_up(ids), columns, columns)[:, 0])
+            logits: torch.Tensor = lm.logits(lm.behind(cache, lm.read(ids), columns, columns)[:, 0])
             return logits
 
         return lm.fixed_rows.run(kv, tokens, run, lm.device)  # type: ignore[no-any-return]
     ids = torch.tensor([[token] for token in tokens], device=lm.device)
-    found = lm.next_logits(kv, lm.look_up(ids), [1] * len(tokens))
+    found = lm.next_logits(kv, lm.read(ids), [1] * len(tokens))
     return found

@@ -27,13 +27,14 @@ from softprompt.model.architecture import (
     family_of,
     feed,
     leave_out_images,
-    require_causal,
+    longest_steady,
     run_behind,
     why_whole_sequences,
     window_of,
 )
 from softprompt.model.attention import Masks
 from softprompt.model.batch import Batch, Row, collate
+from softprompt.model.causal import require_causal
 from softprompt.model.chains import collate_chains
 from softprompt.model.distributed import ALONE, World, own_device
 from softprompt.model.embedder import Embedder
@@ -42,10 +43,11 @@ from softprompt.model.fast.blocks import can_use_blocks
 from softprompt.model.fast.fixed_rows import FixedRows
 from softprompt.model.fast.layers import LayerModes
 from softprompt.model.fast.packed import PackedWeights
-from softprompt.model.fingerprint import fingerprint_model, fingerprint_tokenizer, model_settings, weights_digest
-from softprompt.model.loading import lasting, load_base, own_dtype, pick_device, pick_dtype
+from softprompt.model.fingerprint import fingerprint_tokenizer, model_settings, weights_digest
+from softprompt.model.loading import fingerprint_of, lasting, load_base, own_dtype, pick_device, pick_dtype
 from softprompt.model.memory import less_at_once, tokens_that_fit
 from softprompt.model.notes import heard
+from softprompt.model.per_layer import inputs, read, read_virtual
 from softprompt.model.prefixes import PrefixCache, PrefixOf
 from softprompt.model.reading import summed
 from softprompt.model.request import Request, prompt_of
@@ -54,7 +56,7 @@ from softprompt.model.sharding import divide
 from softprompt.model.state.kv import Kept, PrefixKV
 from softprompt.model.state.prefix import PrefixState
 from softprompt.model.state.recurrent import Pass, RecurrentState, RowStates, Slots
-from softprompt.model.state.slots import RowKV
+from softprompt.model.state.slots import RowKV, give_back_freed
 from softprompt.model.whole import Whole, WholeSequences
 from softprompt.text.tokens import SOFT, Tokens, frequent_tokens
 
@@ -71,6 +73,7 @@ class FrozenLM(Embedder):
         device: where it is.
         shares_prefix: whether the shared-prefix computation serves this architecture.
         why_whole_sequences: why not, in plain words; empty if it does.
+        longest_steady: the most tokens of a sequence whose prefix can be computed once.
         recurrent: whether some layers that prefixes enter have a state of one size for a memory.
         layers: how its decoder layers run in training.
         fixed_rows: passes over the last tokens of rows that are continued, as CUDA graphs.
@@ -93,12 +96,12 @@ class FrozenLM(Embedder):
         text_only: bool = False,
         world: World = ALONE,
     ) -> None:
-        fingerprint = getattr(model, "stored_fingerprint", None) or fingerprint_model(model)  # as they are stored
+        fingerprint = fingerprint_of(model)  # as its weights are stored
         if text_only:
             leave_out_images(model)
         self.world, self.device, config = world, pick_device(device), model.config
         stored, found = quantized.stored_precision(config), pick_dtype(dtype, self.device)
-        self.num_parameters = quantized.count_weights(model)
+        self.num_parameters, self.longest_steady = quantized.count_weights(model), longest_steady(config)
         self.quantized = stored or quantize or ""
         self._layers, self._core = decoder_layers(model), core_of(model)
         if world.shard != "none":
@@ -135,15 +138,13 @@ class FrozenLM(Embedder):
             self.whole = EncoderDecoder(self.model, self.decoder_start)
         else:
             require_causal(self.model, name, rms=self.embedding_rms)
-            self.whole = WholeSequences(self.model)
+            self.whole = WholeSequences(self.model, self.longest_steady)
         # In 16 bits, a CPU rounds the matrix product of one row otherwise than that row's among others: where a row
         # alone is computed twice, its text is the same in any company.
         self.avoids_one_row = self.device.type == "cpu" and self.dtype != torch.float32
-        self.packed = PackedWeights(self.model)
-        self.layers = LayerModes(self._layers)
+        self.packed, self.layers = PackedWeights(self.model), LayerModes(self._layers)
         self.fixed_rows = FixedRows(wanted=self.device.type == "cuda" and world.shard == "none")
-        family = family_of(config)
-        self.take_up(family, why_whole_sequences(config))
+        self.take_up(family := family_of(config), why_whole_sequences(config))
         if family is None and config.model_type not in WHOLE and not self.encoder_decoder:
             trial.run(self)
 
@@ -156,6 +157,7 @@ class FrozenLM(Embedder):
         self._mask = Masks.of(self._text_config, family, self.dtype)
         self._head = family.head if family else Head()
         self._keeps_latents = family is not None and family.latent
+        self._hands_over = bool(getattr(self._text_config, "num_kv_shared_layers", 0))
         self._by_blocks = self.plain and self._mask.fits_blocks and can_use_blocks(self.device)
         if self.shares_prefix:
             attention.install(self.model, self._layers)
@@ -178,7 +180,7 @@ class FrozenLM(Embedder):
             dtype: ``fp32``, ``bf16``, ``fp16``, or ``auto``: bf16 where the processor computes it natively, else fp32.
             device: ``auto``, ``cpu``, ``cuda``, ``mps`` …
             trust_remote_code: run code that comes with the model.
-            quantize: ``nf4``, ``int8``, ``int4`` or ``fp8``: what its linear layers are stored in; None: as they are.
+            quantize: ``nf4``, ``int8``, ``int4``, ``fp8`` or ``gguf``: how its layers are stored; None: as they are.
             world: the processes that share the work, see ``World.join``.
 
         Raises:
@@ -186,23 +188,21 @@ class FrozenLM(Embedder):
                 it is stored quantised already, as another than ``quantize``, or so that this machine cannot compute it.
             ConfigError: an unknown dtype or device, or a precision that this machine cannot compute with.
         """
-        base = os.fspath(base)
-        if base.startswith("~"):
-            base = str(local_path(base))
+        base = str(local_path(base)) if os.fspath(base).startswith("~") else os.fspath(base)
         device = own_device(device) if world.size > 1 else device
         device_found = pick_device(device)
         pick_dtype(dtype, device_found)
         if quantize is not None:
             quantized.require_precision(quantize, device_found)
         with heard():
-            model, tokenizer = load_base(
-                base, trust_remote_code=trust_remote_code, device=device_found, quantize=quantize
-            )
+            where: Any = {"device": device_found, "quantize": quantize}
+            model, tokenizer = load_base(base, trust_remote_code=trust_remote_code, **where)
             if quantized.stored_precision(model.config) and dtype == "auto":
                 dtype = own_dtype(model)
-            return cls(
-                model, tokenizer, name=base, dtype=dtype, device=device, quantize=quantize, text_only=True, world=world
-            )
+            options: Any = {"dtype": dtype, "device": device, "quantize": quantize, "world": world}
+            lm = cls(model, tokenizer, name=base, text_only=True, **options)
+        give_back_freed()  # what quantising took
+        return lm
 
     @classmethod
     def wrap(
@@ -257,7 +257,7 @@ class FrozenLM(Embedder):
 
     @property
     def num_layers(self) -> int:
-        """``L``, the number of layers that read the soft prompt: of the decoder, or of an encoder–decoder's encoder."""
+        """``L``, how many layers read the soft prompt: of the decoder, or of an encoder–decoder's encoder."""
         return len(self._layers)
 
     @cached_property
@@ -266,7 +266,7 @@ class FrozenLM(Embedder):
         (RMS, median over tokens); at least 1."""
         ids = frequent_tokens(self.tokenizer, len(self.embedding), 0)[: min(GAIN_TOKENS, self.window)]
         with torch.no_grad(), self.eager():
-            states = self.whole.layer_states(self.embed(ids, None))
+            states = self.whole.layer_states(self.rows(ids, None))
         before, after = (state[1:].float().square().mean(dim=1).sqrt() for state in states[:2])
         gain = float((after / before).median())
         return max(1.0, gain) if math.isfinite(gain) else 1.0
@@ -279,9 +279,9 @@ class FrozenLM(Embedder):
     @property
     def plain(self) -> bool:
         """Whether passes of one shape do the same and wait for nothing: layers that ask a cache by number or choose
-        experts do not, nor do those that others than us have quantised."""
+        experts do not, nor do those that hand keys and values to others or that others than us have quantised."""
         experts = any("experts" in name for name, _ in self._layers.named_parameters())
-        whole = self.world.shard == "none" and quantized.is_own(self.model)
+        whole = self.world.shard == "none" and quantized.is_own(self.model) and not self._hands_over
         return whole and self.shares_prefix and not (self.recurrent or self._keeps_latents or experts)
 
     @cached_property
@@ -289,6 +289,8 @@ class FrozenLM(Embedder):
         """Why keys and values of this model cannot be a trained prefix, in plain words; empty if they can."""
         if self.world.shard == "tp":
             return "its heads are divided over several processes"
+        if self._hands_over:
+            return "some of its layers read the keys and values of others"
         if not self.shares_prefix or self.recurrent or self._keeps_latents:
             return self.why_whole_sequences or "not all of its layers keep keys and values, but a state or latents"
         with torch.no_grad(), self.eager():
@@ -356,7 +358,7 @@ class FrozenLM(Embedder):
         if self.recurrent or any(numbers.dim() != 2 for numbers in vectors):
             first, *others = [self.prefix_kv(ids, own) for ids, own in zip(prefixes, vectors, strict=True)]
             return first.stack(others)
-        rows = [self.embed(ids, own) for ids, own in zip(prefixes, vectors, strict=True)]
+        rows = [self.rows(ids, own) for ids, own in zip(prefixes, vectors, strict=True)]
         return self._run_prefixes(rows, [len(row) for row in rows], None)
 
     @torch.no_grad()
@@ -376,7 +378,7 @@ class FrozenLM(Embedder):
 
     def _run_prefix(self, ids: Sequence[int], vectors: torch.Tensor | None, before: PrefixState | None) -> PrefixState:
         """What ``before`` leaves behind, and behind it ``ids``, which see it."""
-        embedded = self.embed(list(ids) or [0], vectors)
+        embedded = self.rows(list(ids) or [0], vectors)
         length = len(embedded) if ids else 0  # of an empty prefix only the shape is taken, from a throw-away token
         if self.recurrent:
             assert before is None or isinstance(before, RecurrentState)
@@ -385,7 +387,7 @@ class FrozenLM(Embedder):
             positions = seen[:, start:]
             cache = Pass(before, torch.zeros(1, dtype=torch.long, device=self.device))
             mask = self._mask(positions[..., None] >= seen[:, None], positions, seen)
-            run_behind(self._core, embedded[None], mask, positions, cache)
+            run_behind(self._core, inputs(self._core, embedded[None]), mask, positions, cache)
             state = cache.left(length)
             return state if before is None else before.join(state)
         assert before is None or isinstance(before, PrefixKV)
@@ -402,7 +404,7 @@ class FrozenLM(Embedder):
         # A cache is asked in code that knows its layer's number, which would be compiled for each layer anew.
         keeping: dict[str, Any] = {"past_key_values": kept} if self._keeps_latents else {"keep": kept.layers}
         self._core(
-            inputs_embeds=embedded,
+            **inputs(self._core, embedded),
             attention_mask=self._mask(positions[..., None] >= seen[:, None], positions, seen),
             position_ids=positions,
             use_cache=False,
@@ -452,10 +454,10 @@ class FrozenLM(Embedder):
 
     def _hidden(self, batch: Batch, prefix: PrefixState | None, vectors: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states ``[B, T, H]`` of the rows after the last layer's norm."""
-        embedded = self.look_up(batch.ids)
+        embedded = self.read(batch.ids)
         if batch.soft is not None:
             assert vectors is not None
-            embedded = embedded.index_copy(1, batch.soft, vectors.to(self.dtype)[None])
+            embedded = embedded.index_copy(1, batch.soft, read_virtual(self.model, vectors.to(self.dtype))[None])
         if batch.soft is not None and self._by_blocks:
             mask = self._mask.blocks(batch.ends[0], batch.positions[0])
         else:
@@ -463,9 +465,10 @@ class FrozenLM(Embedder):
             mask = self._mask(batch.sees, batch.positions, torch.cat([before, batch.positions], dim=1))
         if isinstance(prefix, RecurrentState):
             assert batch.prefix_rows is not None
-            return run_behind(self._core, embedded, mask, batch.positions, Pass(prefix, batch.prefix_rows))
+            given = inputs(self._core, embedded)
+            return run_behind(self._core, given, mask, batch.positions, Pass(prefix, batch.prefix_rows))
         out = self._core(
-            inputs_embeds=embedded,
+            **inputs(self._core, embedded),
             attention_mask=mask,
             position_ids=batch.positions,
             use_cache=False,
@@ -500,7 +503,7 @@ class FrozenLM(Embedder):
         """Hidden states ``[B, T, H]`` of tokens that stand in those columns of their slots, both int64 ``[B, T]``."""
         places = torch.arange(kv.width, device=self.device)[None]
         mask = self._mask(columns[..., None] >= places[:, None], positions, places)
-        return run_behind(self._core, embedded, mask, positions, kv)
+        return run_behind(self._core, inputs(self._core, embedded), mask, positions, kv)
 
     # --- the concatenation path: the reference, and what serves every other architecture ----------
 
@@ -524,7 +527,7 @@ class FrozenLM(Embedder):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``score_concatenated``, and with ``compare`` bool ``[B, W]``: whether each token of a word is the most
         probable one."""
-        rows = [self.embed(request.ids, prompt_of(request, soft_prompts)) for request in requests]
+        rows = [self.rows(request.ids, prompt_of(request, soft_prompts)) for request in requests]
         with self.eager():
             return self.whole.score(rows, [request.words for request in requests], compare=compare)
 
@@ -536,6 +539,14 @@ class FrozenLM(Embedder):
     def look_up(self, ids: torch.Tensor) -> torch.Tensor:
         """What tokens feed into the model: ``[…, H]`` of int64 ids ``[…]``, differentiable in the weights."""
         return feed(self.model, ids)
+
+    def read(self, ids: torch.Tensor) -> torch.Tensor:
+        """``look_up``, and behind it what layers get of each token besides."""
+        return read(self.model, ids)
+
+    def rows(self, ids: Sequence[int], vectors: torch.Tensor | None) -> torch.Tensor:
+        """``embed``, of all that the model reads."""
+        return self._placed(ids, vectors, self.read, lambda own: read_virtual(self.model, own))
 
     # --- whole jobs without gradient ---------------------------------------------------------------------------------
 
@@ -582,8 +593,6 @@ class FrozenLM(Embedder):
             probable one after those before it, false beyond a request's own words. Both on the CPU.
         """
         return scores_and_greedy(self, requests, soft_prompts, prefix_of)
-
-    # --- how the layers run -------------------------------------------------------------------------------------------
 
     def eager(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, layers run as they are, compiled or not; all that is not training does."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -37,6 +38,21 @@ class Request:
         return SOFT not in self.ids[self.shared :] and len(self.ids) > self.shared
 
 
+def can_share(lm: Any, request: Request, num_virtual_tokens: int) -> bool:
+    """Whether the request's prefix can be computed once: where the angles of positions are others in long sequences,
+    also all that stands behind it must be short enough.
+
+    Args:
+        lm: a ``FrozenLM``.
+        request: with its words, or to be continued by one token.
+        num_virtual_tokens: of its soft prompt.
+    """
+    longest = len(request.ids) + max(map(len, request.words), default=1) - 1
+    longest += num_virtual_tokens - 1 if SOFT in request.ids else 0
+    shares: bool = lm.shares_prefix and request.shares_prefix and longest <= lm.longest_steady
+    return shares
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How a continuation is chosen.
@@ -65,6 +81,11 @@ class Sampling:
             raise ConfigError(f"temperature must be 0 or more, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+
+
+def length_of(request: Request, soft_prompts: Sequence[torch.Tensor]) -> int:
+    """How many virtual tokens the request has."""
+    return 0 if request.prompt is None else len(soft_prompts[request.prompt])
 
 
 def prompt_of(request: Request, soft_prompts: Sequence[torch.Tensor]) -> torch.Tensor | None:

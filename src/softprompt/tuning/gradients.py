@@ -27,7 +27,7 @@ from softprompt.model.fast.measured import Gauge, Measuring
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.joined import Joined, apart, join, picked, word_places
 from softprompt.model.prefixes import PrefixOf
-from softprompt.model.request import Request
+from softprompt.model.request import Request, can_share
 from softprompt.model.state.prefix import Detached, PrefixState
 from softprompt.text.tokens import SOFT, Tokens
 from softprompt.tuning.objective import Objective
@@ -164,7 +164,7 @@ class Gradients:
             ConfigError: several soft prompts, and a base model whose weights are in parts (FSDP2).
         """
         world = self.lm.world
-        shared = self.lm.shares_prefix and all(r.shares_prefix for share in shares for r in share.requests)
+        shared = all(can_share(self.lm, r, share.shape[0]) for share in shares for r in share.requests)
         shared = shared and self.layout != "concatenation"
         units = [self._units(share, shared) for share in shares]
         lengths = [[self._length(share, one, shared) for one in own] for share, own in zip(shares, units, strict=True)]
