@@ -128,7 +128,7 @@ def test_mixed_jobs_get_the_answers_of_one_at_a_time(kind: str) -> None:
 
 
 def test_a_trained_kv_prefix_is_served_beside_plain_soft_prompts(llama: FrozenLM) -> None:
-    prompts = [soft(4), 0.3 * torch.randn(6, *llama.kv_shape, generator=torch.Generator().manual_seed(3))]
+    prompts = [soft(4), 0.3 * torch.randn(6, *llama.trained.kv_shape, generator=torch.Generator().manual_seed(3))]
     requests = [Request((3, SOFT, 4, 60, 61, 62 + i), 3, ((70,), (71, 72)), i % 2) for i in range(6)]
     sampling = Sampling(max_new_tokens=7)
     with running(llama) as engine:

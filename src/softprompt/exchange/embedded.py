@@ -34,13 +34,14 @@ def embedded(
 
     Raises:
         BaseModelError: the soft prompt is of another base model.
-        ConfigError: it is a KV prefix, which is no embedding, or there are no examples.
+        ConfigError: it is a KV prefix or a trained state, which are no embeddings, or there are no examples.
     """
     task = Task.of(lm, soft_prompt)
     if soft_prompt.vectors.dim() != 2:
+        remedy = "answer with softprompt" if soft_prompt.parts else "export it --to cartridge and load that with PEFT"
         raise ConfigError(
-            "Expected a soft prompt of embeddings, found a trained KV prefix, which no embeddings stand for; "
-            "export it --to cartridge and load that with PEFT."
+            f"Expected a soft prompt of embeddings, found a {soft_prompt.kind}, which no embeddings stand for; "
+            f"{remedy}."
         )
     if not examples:
         raise ConfigError("Expected at least one input text, found none.")

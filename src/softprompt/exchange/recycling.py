@@ -59,8 +59,8 @@ def recycle(
     Task.of(source, soft_prompt)
     if soft_prompt.parametrisation == "prefix":
         raise ConfigError(
-            f"{soft_prompt.name!r} is a KV prefix, whose keys and values mean nothing to another base model; recycle a "
-            f"soft prompt of vectors."
+            f"{soft_prompt.name!r} is a {soft_prompt.kind}, whose numbers mean nothing to another base model; recycle "
+            f"a soft prompt of vectors."
         )
     if source.fingerprint == target.fingerprint:
         raise ConfigError(f"{soft_prompt.name!r} was tuned on {target.name} already; give another base model.")

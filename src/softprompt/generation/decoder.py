@@ -272,7 +272,7 @@ def _generated(
     writers = [Writer(lm.tokenizer, ends, sampling, sampling.seed + i) for i in numbers]
     prompts = [prompt_of(request, soft_prompts) for request in requests]
     rooms = [
-        len(request.ids) + (0 if vectors is None else len(vectors)) + sampling.max_new_tokens
+        len(request.ids) + (0 if vectors is None else lm.trained.length(vectors.shape)) + sampling.max_new_tokens
         for request, vectors in zip(requests, prompts, strict=True)
     ]
     waiting = sorted(range(len(requests)), key=rooms.__getitem__)

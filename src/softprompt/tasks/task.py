@@ -136,6 +136,8 @@ class Task:
         verbalizer = None if soft_prompt.verbalizer is None else Verbalizer(dict(soft_prompt.verbalizer))
         length = soft_prompt.training.get("max_length") or lm.window
         template, word_end = Template(soft_prompt.template), soft_prompt.word_end
+        if soft_prompt.parts and isinstance(lm, FrozenLM):
+            lm.trained.require(soft_prompt.name, soft_prompt.parts, soft_prompt.num_virtual_tokens)
         task = cls(lm, template, verbalizer, soft_prompt.num_virtual_tokens, length, word_end)
         if not word_end and task.overlapping:
             warnings.warn(

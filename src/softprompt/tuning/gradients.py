@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -47,7 +47,7 @@ class Share:
         objective: their loss.
         requests: all with the same shared part.
         gold: index of each row's word or label, as ``Objective.loss`` takes it.
-        shape: of the soft prompt's numbers, ``(P, H)`` or ``(P, L, 2, H_kv, D)``.
+        shape: of the soft prompt's numbers, ``(P, H)``, ``(P, L, 2, H_kv, D)`` or ``(N,)``.
         whole: by what the summed loss is divided, where these are some of a step's rows; None: they are all of them.
     """
 
@@ -71,11 +71,6 @@ class Share:
     def shared(self) -> Tokens:
         """The token ids of the shared part, the soft prompt's place included."""
         return self.requests[0].ids[: self.requests[0].shared]
-
-    @property
-    def prefix_length(self) -> int:
-        """Tokens of the prefix."""
-        return len(self.shared) - 1 + self.shape[0]
 
 
 @dataclass(frozen=True)
@@ -145,12 +140,13 @@ class Gradients:
             ConfigError: several soft prompts, and a base model whose weights are in parts (FSDP2).
         """
         world = self.lm.world
+        shares = [_opened(share) for share in shares]
         shared = self.lm.shares_prefix and all(r.shares_prefix for share in shares for r in share.requests)
         shared = shared and self.layout != "concatenation"
         units = [self._units(share, shared) for share in shares]
         lengths = [[self._length(share, one, shared) for one in own] for share, own in zip(shares, units, strict=True)]
         tokens = tuple(
-            sum(own) + (share.prefix_length if shared else 0) for share, own in zip(shares, lengths, strict=True)
+            sum(own) + (self._prefix_length(share) if shared else 0) for share, own in zip(shares, lengths, strict=True)
         )
         saved = tuple(sum(one.saved for one in own) if shared else 0 for own in units)
         if not world.divides_steps:
@@ -187,6 +183,10 @@ class Gradients:
         """The tokens that a row alone needs."""
         return one.row().length if shared else self.lm.tokens_of(one.requests[0], share.shape[0])
 
+    def _prefix_length(self, share: Share) -> int:
+        """Tokens of a share's prefix."""
+        return len(share.shared) - 1 + self.lm.trained.length(share.shape)
+
     def _laid_out(
         self,
         whole: Sequence[Share],
@@ -215,14 +215,14 @@ class Gradients:
         own = 0 if idle else len(groups)
         groups = [*groups, *[[0]] * (passes - len(groups))]
         if layout == "two stages":
-            starts, cpu = [share.prefix_length for share in shares], torch.device("cpu")
+            starts, cpu = [self._prefix_length(share) for share in shares], torch.device("cpu")
             batches = [self.lm.collate([rows[i] for i in group], starts, cpu) for group in groups]
         return Work(whole, places, shares, layout, joined, groups, batches, len(groups) - own, tokens, saved)
 
     def _best(
         self, shares: Sequence[Share], joined: Sequence[tuple[int, Joined]], rows: Sequence[Row], most: int
     ) -> Layout:
-        total = sum(share.prefix_length for share in shares) + sum(row.length for row in rows)
+        total = sum(self._prefix_length(share) for share in shares) + sum(row.length for row in rows)
         if self.lm.device.type != "cuda":
             most = min(most, STREAM_TOKENS)
         plain = all(len(share.shape) == 2 and share.shared.index(SOFT) <= SHORT_TEXT for share in shares)
@@ -320,7 +320,7 @@ class Gradients:
 
         Args:
             objective, requests, gold: as in ``Share``.
-            vectors: float32 ``[P, H]`` or ``[P, L, 2, H_kv, D]``, a leaf.
+            vectors: float32 ``[P, H]``, ``[P, L, 2, H_kv, D]`` or ``[N]``, a leaf.
         """
         work = self.prepare([Share(objective, requests, gold, tuple(vectors.shape))])
         return float(self.add(work, [vectors])[0]), work.tokens[0]
@@ -379,7 +379,7 @@ class Gradients:
             return self.lm.prefixes_kv([share.shared for share in shares], vectors)
         shared = shares[0].shared
         place = shared.index(SOFT)
-        if self.lm.recurrent and len(vectors[0]) == 1 and place == len(shared) - 1:
+        if self.lm.recurrent and tuple(vectors[0].shape) == (1, self.lm.hidden_size) and place == len(shared) - 1:
             place = 0  # behind a state, some layers run one token alone in place, through which no gradient goes
         before = self._text_before(shared[:place], None) if place else None
         return self.lm.prefix_kv(shared[place:], vectors[0], before)
@@ -421,6 +421,15 @@ class Gradients:
             parts.append(loss)
         torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
         return losses
+
+
+def _opened(share: Share) -> Share:
+    """A share in which not one token alone is shared behind a trained state: some layers would run it in place, through
+    which no gradient goes. It becomes each row's own."""
+    if len(share.shape) > 1 or len(share.shared) - 2 != share.shared.index(SOFT):
+        return share
+    requests = [replace(request, shared=request.shared - 1) for request in share.requests]
+    return replace(share, requests=requests)
 
 
 def _places(units: Sequence[Joined]) -> list[int]:

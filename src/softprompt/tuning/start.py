@@ -96,3 +96,36 @@ def init_scale(lm: Embedder, config: TrainConfig) -> float:
         return config.init_scale
     assert isinstance(lm, FrozenLM), "what a layer does to an embedding takes a whole model"
     return lm.first_layer_gain
+
+
+def first_numbers(task: Task, config: TrainConfig, number: int, given: torch.Tensor | None) -> torch.Tensor:
+    """What the start of that number begins with: float32 ``[P, H]`` or a trained prefix, on the model's device.
+
+    Args:
+        task: what is learned.
+        config: of the training.
+        number: of the start.
+        given: the numbers to start from; None: ``first_vectors``.
+
+    Raises:
+        ConfigError: what is given has another shape, or is of another kind than what is learned.
+    """
+    lm = task.model
+    if given is None:
+        return first_vectors(task, config, number).to(lm.device)
+    length, _ = config.start(number)
+    expected: tuple[int, ...] = (length, lm.hidden_size)
+    if given.dim() != 2:
+        if config.parametrisation != "prefix":
+            kind = "KV prefix" if given.dim() == 5 else "state"
+            raise ConfigError(
+                f"the soft prompt to start from is a trained {kind}, which only the parametrisation prefix can go on "
+                f"from, not {config.parametrisation}; choose that, or another start"
+            )
+        expected = lm.trained.shape(length)
+    if tuple(given.shape) != expected:
+        raise ConfigError(
+            f"the soft prompt to start from has shape {list(given.shape)}, but {list(expected)} is needed; "
+            "set num_virtual_tokens to its length and use it with a base model of its width"
+        )
+    return given.detach().float().cpu().clone().to(lm.device)

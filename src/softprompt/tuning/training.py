@@ -36,7 +36,7 @@ from softprompt.tuning.optimizer import learning_rate, make_optimizer
 from softprompt.tuning.parametrisation import parametrise, require_shared_prefix
 from softprompt.tuning.rows import RowOrder, describe_rows, split_rows
 from softprompt.tuning.run_folder import Hold, RunFolder
-from softprompt.tuning.start import first_vectors, init_scale
+from softprompt.tuning.start import first_numbers, init_scale
 from softprompt.tuning.state import State
 from softprompt.tuning.step import Alarm, Begun, Step
 from softprompt.tuning.training_time import Schedule
@@ -82,8 +82,8 @@ class Training:
                 ``config.validation_rows``).
             config: defaults if None.
             name: name of the soft prompt.
-            start: float ``[P, H]``, or for a KV prefix ``[P, L, 2, H_kv, D]``, to start from instead of
-                ``config.init``.
+            start: float ``[P, H]``, or for a KV prefix ``[P, L, 2, H_kv, D]``, or for a trained state ``[N]``, to start
+                from instead of ``config.init``.
             folder: where checkpoints, ``log.jsonl`` and the history of the vectors are kept; None keeps none. It is
                 held, so that no other training writes there, until the iteration ends or the training is deleted.
             resume: go on from the checkpoint in ``folder``, if there is one.
@@ -112,6 +112,8 @@ class Training:
                 f"the task's template holds {found} virtual tokens, but {self.config.longest} are to be "
                 "learned; give Task and TrainConfig the same num_virtual_tokens, and the template a {soft_prompt}"
             )
+        if self.config.parametrisation == "prefix" and not task.model.trained.why_none:
+            self.task = task = replace(task, num_virtual_tokens=task.model.trained.places(found))
         self._base_digest = task.model.digest_before
         self.base_unchanged: bool | None = None
         examples, held_out = split_rows(train, validation, self.config)
@@ -215,7 +217,7 @@ class Training:
 
     @property
     def vectors(self) -> torch.Tensor:
-        """The soft prompt as it is now, trained or not: float32 ``[P, H]`` or ``[P, L, 2, H_kv, D]`` on the CPU."""
+        """The soft prompt as it is now, trained or not: float32 ``[P, H]`` or a trained prefix, on the CPU."""
         return self._state.learner.numbers().cpu()
 
     def _prepare(self, examples: Sequence[Example]) -> None:
@@ -406,7 +408,7 @@ class Training:
         form = parametrise(
             self.task.model,
             self.config.parametrisation,
-            self._initial(number),
+            first_numbers(self.task, self.config, number, self._start),
             seed=self.config.seed + number,
             scale=init_scale(self.task.model, self.config),
             before=first[: first.index(SOFT)],
@@ -474,6 +476,7 @@ class Training:
             verbalizer=None if self.task.verbalizer is None else dict(self.task.verbalizer.words),
             word_end=bool(self.task.ends),
             parametrisation=self.config.parametrisation,
+            parts=lm.trained.shapes(self.task.num_virtual_tokens) if self.config.parametrisation == "prefix" else {},
             training={
                 **self.config.as_dict(),
                 "init_scale": init_scale(lm, self.config),
@@ -515,27 +518,6 @@ class Training:
         rows = self.config.batch_size / len(self._requests)
         tokens = self._gradients.tokens(self._requests) * rows + self.config.longest
         return self.config.compile == "on" or compilation.pays(lm, self.total, tokens)
-
-    def _initial(self, number: int) -> torch.Tensor:
-        """What the start of that number begins with: float32 ``[P, H]`` or ``[P, L, 2, H_kv, D]``."""
-        lm, config, start = self.task.model, self.config, self._start
-        if start is not None:
-            length, _ = config.start(number)
-            expected: tuple[int, ...] = (length, lm.hidden_size)
-            if start.dim() == 5:
-                if config.parametrisation != "prefix":
-                    raise ConfigError(
-                        "the soft prompt to start from is a trained KV prefix, which only the parametrisation prefix "
-                        f"can go on from, not {config.parametrisation}; choose that, or another start"
-                    )
-                expected = (length, *lm.kv_shape)
-            if tuple(start.shape) != expected:
-                raise ConfigError(
-                    f"the soft prompt to start from has shape {list(start.shape)}, but {list(expected)} is needed; "
-                    "set num_virtual_tokens to its length and use it with a base model of its width"
-                )
-            return start.detach().float().cpu().clone().to(lm.device)
-        return first_vectors(self.task, config, number).to(lm.device)
 
     # --- what survives a kill ---------------------------------------------------------------------
 
