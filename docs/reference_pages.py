@@ -277,9 +277,11 @@ def architectures_page() -> str:
     rows = []
     for family in FAMILIES:
         unless = "; ".join(f"`{refusal.setting}`: {refusal.why}" for refusal in family.refused)
-        rows.append((family.name, codes(family.model_types), "fast", family.leaves, f"whole sequences with {unless}"))
-    rows += [(kind, codes((kind,)), "whole sequences", "", why) for kind, why in WHOLE.items()]
-    rows += [(name, codes(kinds), "refused", "", why) for name, kinds, why in REFUSED_TYPES]
+        trained = f"no: {family.untrained}" if family.untrained else "yes"
+        but = f"whole sequences with {unless}"
+        rows.append((family.name, codes(family.model_types), "fast", family.leaves, trained, but))
+    rows += [(kind, codes((kind,)), "whole sequences", "", "no", why) for kind, why in WHOLE.items()]
+    rows += [(name, codes(kinds), "refused", "", "", why) for name, kinds, why in REFUSED_TYPES]
     parts = [
         "# Architectures",
         "Each type of model that is said to be fast is tested against whole sequences: the logits of a text, mixed "
@@ -288,7 +290,9 @@ def architectures_page() -> str:
         "model inside it.",
         "A model that is not in the table is tried when it is loaded. A few texts run on both paths. It is fast if "
         "they come out alike, and runs whole sequences otherwise. One line on stderr says which.",
-        table(("family", "type", "path", "what a prefix leaves behind", "but"), rows),
+        "`--parametrisation prefix` trains what a prefix leaves behind ([Trained prefixes](../explain/learned.md#kv-"
+        "prefixes-and-trained-states)). It, too, is tested for each type of model that has it.",
+        table(("family", "type", "path", "what a prefix leaves behind", "can be trained", "but"), rows),
     ]
     return "\n\n".join(parts) + "\n"
 

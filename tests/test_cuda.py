@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from softprompt.data.example import Example
 from softprompt.generation.decoder import generate
 from softprompt.model.fast.compiled import graphs_compiled
-from softprompt.model.frozen import GPU_SHARE, MAX_TOKENS, MOST_TOKENS, FrozenLM
+from softprompt.model.frozen import FrozenLM
+from softprompt.model.memory import GPU_SHARE, MAX_TOKENS, MOST_TOKENS
 from softprompt.model.request import Request, Sampling
 from softprompt.tasks.task import Task
 from softprompt.text.template import Template

@@ -10,8 +10,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields, replace
-from inspect import signature
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from softprompt.data.checks import Reading, as_format
 from softprompt.data.example import Dataset, Example
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.data.sources import Source
-from softprompt.errors import ConfigError, DataError, SoftPromptWarning
+from softprompt.errors import ConfigError, SoftPromptWarning, missing_library
 from softprompt.evaluation import evaluate as evaluation
 from softprompt.evaluation.ensemble import evaluate_ensemble
 from softprompt.evaluation.evaluate import Evaluation
@@ -33,6 +32,7 @@ from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import is_name
 from softprompt.tasks import predict as answering
 from softprompt.tasks.ensemble import Ensemble
+from softprompt.tasks.inputs import Input, example_of, examples_of
 from softprompt.tasks.predict import Predictions, Progress, Query
 from softprompt.tasks.reading import Labels, read_for
 from softprompt.tasks.task import Task
@@ -42,7 +42,7 @@ from softprompt.terminal.training import watch
 from softprompt.text.chat import with_answers
 from softprompt.text.template import Template
 from softprompt.tuning.config import TrainConfig
-from softprompt.tuning.job import Job, of_job, require_known, with_settings
+from softprompt.tuning.job import Job, of_job, with_settings
 from softprompt.tuning.many import train_together
 from softprompt.tuning.step import Alarm
 from softprompt.tuning.tracking import Track, tracking
@@ -51,12 +51,6 @@ from softprompt.tuning.training import Training
 if TYPE_CHECKING:
     from softprompt.serving.jobs import Limits
     from softprompt.serving.listening import RunningServer
-
-Input = str | Mapping[str, str]
-"""An input text, or the texts of a template's fields by name."""
-
-FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-"""How the name of a data file ends that is probably not meant as an input text."""
 
 
 def load_model(
@@ -233,7 +227,7 @@ def fit_many(
         if isinstance(given, Training):
             trainings.append(given)
             continue
-        job = _job({**defaults, **given}, number)
+        job = Job.of({**defaults, **given}, number)
         if folder is not None and not is_name(job.name):
             raise ConfigError(
                 f"job {job.name!r}: with a folder, a name is letters, digits, '-', '_' and '.'; choose another."
@@ -399,7 +393,7 @@ def predict(
         if id(one) not in tasks:
             tasks[id(one)] = Task.of(lm, one)
         task = tasks[id(one)]
-        example = given if isinstance(given, Example) else _example(task.template, given, number)
+        example = given if isinstance(given, Example) else example_of(task.template, given, number)
         queries.append(Query(task, example, one.vectors))
     with _bar("predicting", progress) as report:
         found = answering.predict(queries, sampling=sampling, normalise=normalise, progress=report)
@@ -448,9 +442,7 @@ def serve(
         from softprompt.serving.engine import Engine
         from softprompt.serving.jobs import Limits
     except ImportError as error:
-        raise ConfigError(
-            f'Serving needs the library {error.name}, which is not installed; pip install "softprompt[serve]".'
-        ) from error
+        raise missing_library("Serving", error.name, "softprompt[serve]") from error
     from softprompt.soft_prompts.store import Store
 
     limits = limits or Limits()
@@ -483,25 +475,6 @@ def require_model(lm: object) -> None:
         )
 
 
-def _job(given: Mapping[str, Any], number: int) -> Job:
-    """A job of :func:`fit_many`, number ``number``, read."""
-    name = given.get("name", f"soft-prompt-{number}")
-    with of_job(name):
-        taken = [each for each in signature(train).parameters if each not in _OF_ONE]
-        settings = [field.name for field in fields(TrainConfig)]
-        require_known(given, [*taken, *settings], "argument", "a job has")
-        if "data" not in given:
-            raise ConfigError("expected data to train on, found none; give a path or rows as data.")
-        options = {key: value for key, value in given.items() if key not in settings}
-        chosen = {key: value for key, value in given.items() if key in settings}
-        options["config"] = with_settings(options.get("config"), chosen)
-        return Job.read(**{**options, "name": name})
-
-
-_OF_ONE = ("lm", "folder", "resume", "track", "progress", "settings")
-"""Arguments of :func:`train` that are not a job's."""
-
-
 def _result(training: Training) -> SoftPrompt | None:
     """What came of one of several; None if nothing was learned."""
     if training.stopped == "not finite":
@@ -509,36 +482,6 @@ def _result(training: Training) -> SoftPrompt | None:
         if not training.tokens:
             return None
     return training.result()
-
-
-def examples_of(soft_prompt: SoftPrompt, inputs: Input | Iterable[Input] | Path) -> list[Example]:
-    """The inputs as :func:`predict` takes them, for a soft prompt's template.
-
-    Raises:
-        DataError: as for :func:`predict`.
-    """
-    if isinstance(inputs, os.PathLike):
-        return list(read_for(soft_prompt, inputs, require_target=False, references_field="none").examples)
-    if isinstance(inputs, str) and inputs.lower().endswith(FILES) and local_path(inputs).is_file():
-        raise DataError(f"Expected input text, found the name of a file, {inputs}; write Path({inputs!r}) to read it.")
-    form = Template(soft_prompt.template)
-    several = [inputs] if isinstance(inputs, str | Mapping) else inputs
-    return [_example(form, given, number) for number, given in enumerate(several, start=1)]
-
-
-def _example(template: Template, given: Input, number: int) -> Example:
-    """An input as an example without a target."""
-    names, where = template.fields, f"input {number}"
-    if isinstance(given, str) and len(names) == 1:
-        texts: Mapping[str, str] = {names[0]: given}
-    elif isinstance(given, Mapping) and all(isinstance(given.get(name), str) for name in names):
-        texts = given
-    else:
-        wanted = "a text" if len(names) == 1 else f"a dict with texts for {', '.join(names)}"
-        raise DataError(f"{where}: expected {wanted}, found {given!r:.80}; correct it.")
-    if not any(texts[name].strip() for name in names):
-        raise DataError(f"{where}: expected text for {{{'}, {'.join(names)}}}, found only blanks; write some.")
-    return Example({name: texts[name] for name in names}, None, where=where)
 
 
 def _run(training: Training, reading: Reading, track: Track, progress: bool) -> None:

@@ -58,6 +58,17 @@ class ProcessError(SoftPromptError):
     """Another process of the same run is lost or cannot be reached."""
 
 
+def missing_library(purpose: str, library: str | None, package: str) -> ConfigError:
+    """What is told of a library that is not there.
+
+    Args:
+        purpose: what needs it, as the subject of a sentence.
+        library: its name.
+        package: what to install, such as ``softprompt[serve]``.
+    """
+    return ConfigError(f'{purpose} needs the library {library}, which is not installed; pip install "{package}".')
+
+
 class SoftPromptWarning(UserWarning):
     """Something is not as it should be, and the run goes on without it; the command line prints it on stderr."""
 

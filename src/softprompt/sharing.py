@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from softprompt.api import Input, examples_of, require_model
+from softprompt.api import require_model
 from softprompt.errors import ConfigError
 from softprompt.files import StrPath
 from softprompt.model.frozen import FrozenLM
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
+from softprompt.tasks.inputs import Input, examples_of
 from softprompt.tasks.reading import Labels, verbalizer_of
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from softprompt.evaluation.validation import validator
-from softprompt.model import frozen
+from softprompt.model import memory
 from softprompt.model.frozen import FrozenLM
 from softprompt.tasks.task import Task
 from softprompt.text.template import Template
@@ -21,7 +21,7 @@ def test_the_prefix_is_computed_once_for_all_rows_and_anew_for_other_vectors(
     labels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm, data, computed = FrozenLM(tiny("llama").model, tiny("llama").tokenizer, name="tiny", dtype="fp32"), toy(9, 0), 0
-    monkeypatch.setattr(frozen, "MAX_TOKENS", 20)  # a few rows in each pass
+    monkeypatch.setattr(memory, "MAX_TOKENS", 20)  # a few rows in each pass
     whole, score_batch, passes = FrozenLM.prefix_kv, FrozenLM.score_batch, 0
 
     def counted(lm: FrozenLM, ids: Sequence[int], vectors: torch.Tensor | None, before: Any = None) -> Any:

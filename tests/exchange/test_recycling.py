@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,17 @@ def test_a_recycled_soft_prompt_is_of_the_other_base_model(llama: FrozenLM) -> N
     assert found.metrics == ()  # those were of the old base model
     assert found.training["recycled_from"]["name"] == "films"
     assert found.training["common_tokens"] == 318  # of 320, two are special
+
+
+def test_a_recycled_soft_prompt_names_the_precision_of_its_new_base_model(llama: FrozenLM) -> None:
+    """And is used on it without a warning of another one."""
+    one = soft_prompt(llama, "films", "{soft_prompt}{input}{target}", length=6, seed=1)
+    other = FrozenLM(make_model("gpt2"), make_tokenizer(), name="gpt2-int8", dtype="fp32", quantize="int8")
+    found = recycle(llama, other, one, name="films-2")
+    assert found.quantized == "int8"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Task.of(other, found)
 
 
 def test_what_cannot_be_recycled_is_refused(llama: FrozenLM) -> None:

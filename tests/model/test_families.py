@@ -11,7 +11,7 @@ import torch
 
 from softprompt.errors import ConfigError
 from softprompt.generation.decoder import generate
-from softprompt.model.architecture import FAMILIES, WHOLE
+from softprompt.model.architecture import FAMILIES, WHOLE, Family
 from softprompt.model.request import Request, Sampling
 from softprompt.text.tokens import SOFT
 from softprompt.tuning.gradients import Gradients, Layout
@@ -28,9 +28,20 @@ INPUTS = ((60,), (61, 62, 63, 64, 65, 66, 67, 68, 69), (62, 60, 61))
 every = pytest.mark.parametrize("case", CASES)
 
 
+def family_of(case: str) -> Family | None:
+    """The record of a case's language model; None if it runs whole sequences."""
+    kind = {"gemma3": "gemma3_text"}.get(CASES[case][0], CASES[case][0])
+    return next((family for family in FAMILIES if {kind, f"{kind}_text"} & set(family.model_types)), None)
+
+
 def recurrent(case: str) -> bool:
-    family = next((family for family in FAMILIES if CASES[case][0] in family.model_types), None)
+    family = family_of(case)
     return family is not None and family.recurrent
+
+
+def trains_prefixes(case: str) -> bool:
+    family = family_of(case)
+    return family is not None and not family.untrained
 
 
 def soft(length: int, seed: int = 0) -> torch.Tensor:
@@ -76,6 +87,16 @@ def test_vectors_of_a_text_give_its_logits(case: str) -> None:
     requests = [Request((3, SOFT, *inputs), 2, VOCABULARY, 0) for inputs in INPUTS]
     expected = torch.stack([whole(case, (3, *text, *inputs))[-1] for inputs in INPUTS])
     torch.testing.assert_close(lm.score(requests, [lm.look_up(torch.tensor(text))]), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("case", list(filter(trains_prefixes, CASES)))
+def test_what_a_text_left_behind_is_that_text_where_it_is_put_in(case: str) -> None:
+    lm, text = frozen(case), (9, 12, 17, 20, 33, 41, 57, 58)
+    requests = [Request((3, SOFT, *inputs), 2, VOCABULARY, 0) for inputs in INPUTS]
+    numbers = lm.trained.numbers((3, SOFT), lm.look_up(torch.tensor(text)), 1)
+    assert tuple(numbers.shape) == lm.trained.shape(len(text))
+    expected = torch.stack([whole(case, (3, *text, *inputs))[-1] for inputs in INPUTS])
+    torch.testing.assert_close(lm.score(requests, [numbers]), expected, **CLOSE)
 
 
 @every
@@ -173,7 +194,13 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(case: str, tmp_path: Pa
     assert lm.weights_digest() == before
 
 
-@pytest.mark.parametrize("case", ["qwen3_5_text", "mamba2", "deepseek_v3", "gemma4_text"])
+@every
+def test_what_can_be_trained_is_what_the_page_tells(case: str) -> None:
+    """The page is made of ``FAMILIES``; ``test_trained.py`` and ``test_parametrisation.py`` compare what is trained."""
+    assert (frozen(case).trained.why_none == "") == trains_prefixes(case)
+
+
+@pytest.mark.parametrize("case", ["deepseek_v3", "gemma4_text"])
 def test_where_layers_keep_something_else_no_keys_and_values_are_learned(case: str) -> None:
     data = toy(8, 0)
     with pytest.raises(ConfigError, match=f"tiny-{case} has none: .*; choose another base model or parametrisation"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -27,6 +27,7 @@ from softprompt.serving.engine import Engine
 from softprompt.serving.jobs import Busy, Closed, Event, Failure, FairQueue, Job, Limits, Piece, Scores, Ticket
 from softprompt.text.tokens import SOFT
 from tests.conftest import ALL, SIZES, make_tokenizer, tiny
+from tests.model.families import frozen
 from tests.model.test_frozen import mixed, soft
 from tests.servers import slowed
 
@@ -88,24 +89,14 @@ def text_of(events: Sequence[Event]) -> str:
     return "".join(event.text for event in events if isinstance(event, Piece))
 
 
-# --- the answers -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ALL)
-def test_mixed_jobs_get_the_answers_of_one_at_a_time(kind: str) -> None:
-    """Five soft prompts and the bare base model; greedy and seeded, streamed and whole, and scores, all at once."""
-    lm = tiny(kind)
-    requests, prompts = mixed(lm)
-    plans = [
-        (Sampling(max_new_tokens=9), True),
-        (Sampling(max_new_tokens=7, temperature=1.2, top_p=0.9, seed=5), False),
-        (None, False),
-    ]
-    jobs = [(r, sampling, stream) for r in requests for sampling, stream in plans]
-    with running(lm, rows=7) as engine:
-        inbox = Inbox()
-        tickets = engine.submit([job(r, prompts, s, stream=stream) for r, s, stream in jobs], inbox)
-        events = inbox.until_done(len(jobs))
+def expect_answers_of_one_at_a_time(
+    lm: FrozenLM,
+    prompts: Sequence[torch.Tensor],
+    jobs: Sequence[tuple[Request, Sampling | None, bool]],
+    tickets: Sequence[Ticket],
+    events: Mapping[int, Sequence[Event]],
+) -> None:
+    """Each job, a request with how it is answered and whether it is streamed, against ``lm`` with nothing beside it."""
     for index, (request, sampling, stream) in enumerate(jobs):
         found = events[index]
         if sampling is None:
@@ -127,19 +118,42 @@ def test_mixed_jobs_get_the_answers_of_one_at_a_time(kind: str) -> None:
         assert ticket.submitted <= ticket.started <= ticket.first
 
 
-def test_a_trained_kv_prefix_is_served_beside_plain_soft_prompts(llama: FrozenLM) -> None:
-    prompts = [soft(4), 0.3 * torch.randn(6, *llama.trained.kv_shape, generator=torch.Generator().manual_seed(3))]
+# --- the answers -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_mixed_jobs_get_the_answers_of_one_at_a_time(kind: str) -> None:
+    """Five soft prompts and the bare base model; greedy and seeded, streamed and whole, and scores, all at once."""
+    lm = tiny(kind)
+    requests, prompts = mixed(lm)
+    plans = [
+        (Sampling(max_new_tokens=9), True),
+        (Sampling(max_new_tokens=7, temperature=1.2, top_p=0.9, seed=5), False),
+        (None, False),
+    ]
+    jobs = [(r, sampling, stream) for r in requests for sampling, stream in plans]
+    with running(lm, rows=7) as engine:
+        inbox = Inbox()
+        tickets = engine.submit([job(r, prompts, s, stream=stream) for r, s, stream in jobs], inbox)
+        events = inbox.until_done(len(jobs))
+    expect_answers_of_one_at_a_time(lm, prompts, jobs, tickets, events)
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3_5_text", "mamba2"])
+def test_a_trained_prefix_is_served_beside_plain_soft_prompts(case: str) -> None:
+    lm = tiny(case) if case == "llama" else frozen(case)
+    prompts = [soft(4), 0.3 * torch.randn(lm.trained.shape(6), generator=torch.Generator().manual_seed(3))]
     requests = [Request((3, SOFT, 4, 60, 61, 62 + i), 3, ((70,), (71, 72)), i % 2) for i in range(6)]
     sampling = Sampling(max_new_tokens=7)
-    with running(llama) as engine:
+    with running(lm) as engine:
         inbox = Inbox()
         engine.submit([job(r, prompts, s) for r in requests for s in (sampling, None)], inbox)
         events = inbox.until_done(12)
     for index, request in enumerate(requests):
-        assert text_of(events[2 * index]) == generate(llama, [request], prompts, sampling)[0].text
+        assert text_of(events[2 * index]) == generate(lm, [request], prompts, sampling)[0].text
         (scores,) = events[2 * index + 1]
         assert isinstance(scores, Scores)
-        torch.testing.assert_close(torch.tensor(scores.logprobs), llama.score([request], prompts)[0])
+        torch.testing.assert_close(torch.tensor(scores.logprobs), lm.score([request], prompts)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_jobs_of_several_threads_are_all_answered(llama: FrozenLM) -> None:

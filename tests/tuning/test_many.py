@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +125,24 @@ class Killed(Exception):
     pass
 
 
+@contextmanager
+def killed_at_checkpoint(number: int) -> Iterator[None]:
+    """Inside, what trains dies in the place of writing its ``number``-th checkpoint."""
+    save, numbers = checkpoint.save, count(1)
+
+    def dies(*given: Any, **options: Any) -> None:
+        if next(numbers) == number:
+            raise Killed
+        save(*given, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", dies)
+        with pytest.raises(Killed):
+            yield
+
+
 @pytest.mark.parametrize("at", [1, 3, 6, 8, 11, 14])
-def test_trainings_that_were_killed_go_on_to_the_same_bits(
-    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trainings_that_were_killed_go_on_to_the_same_bits(at: int, tmp_path: Path) -> None:
     """The kill comes at any of the checkpoints that are written: some have the latest one, others do not."""
 
     def jobs(where: str, **options: Any) -> list[Training]:
@@ -134,20 +150,9 @@ def test_trainings_that_were_killed_go_on_to_the_same_bits(
 
     whole = jobs("whole")
     run(whole)
-    save, saved = checkpoint.save, 0
-
-    def dies(*given: Any, **options: Any) -> None:
-        nonlocal saved
-        saved += 1
-        if saved == at:
-            raise Killed
-        save(*given, **options)
-
     killed = jobs("parts")
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", dies)
-        with pytest.raises(Killed):
-            run(killed)
+    with killed_at_checkpoint(at):
+        run(killed)
     del killed
     resumed = jobs("parts", resume=True)
     run(resumed)

@@ -16,12 +16,12 @@ import torch
 from softprompt.data.example import Dataset
 from softprompt.errors import ConfigError, DataError, StoreError, TrainingError
 from softprompt.tasks.predict import Query, predict
-from softprompt.tuning import checkpoint
 from softprompt.tuning.gradients import Gradients, Work
 from softprompt.tuning.job import Job
 from softprompt.tuning.sweep import Sweep, cross
 from softprompt.tuning.training import Training
 from tests.conftest import TOY_LABELS, TOY_TEMPLATE, tiny, toy, toy_task, train_settings
+from tests.tuning.test_many import killed_at_checkpoint
 
 AXES: dict[str, Sequence[Any]] = {"lr": (0.05, 0.3, 1.0), "num_virtual_tokens": (4, 6), "seed": (0, 1)}
 """Twelve settings, the default of ``job`` among them."""
@@ -127,28 +127,11 @@ def test_what_is_said_of_the_gain_is_arithmetic_on_either_half(done: Sweep) -> N
     assert luck.stderr == pytest.approx(math.hypot(found.gain[0].stderr, found.gain[1].stderr))
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("at", [4, 9, 15, 21])
-def test_a_sweep_that_was_killed_goes_on_to_the_same_bits(
-    at: int, whole: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save, saved = checkpoint.save, 0
-
-    def dies(*given: Any, **options: Any) -> None:
-        nonlocal saved
-        saved += 1
-        if saved == at:
-            raise Killed
-        save(*given, **options)
-
+def test_a_sweep_that_was_killed_goes_on_to_the_same_bits(at: int, whole: Sweep, tmp_path: Path) -> None:
     killed = swept(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", dies)
-        with pytest.raises(Killed):
-            killed.run()
+    with killed_at_checkpoint(at):
+        killed.run()
     del killed
     resumed = swept(tmp_path, resume=True)
     resumed.run()

@@ -170,7 +170,7 @@ def test_validations_are_fewer_where_they_are_dear(
 ) -> None:
     """Every 5 steps here; where rows have many labels to score so seldom that all steps between two validations, each
     run forward and backward, are three times a validation; but five times in a run at least."""
-    monkeypatch.setattr("softprompt.tuning.training.EVAL_EVERY", 5)
+    monkeypatch.setattr("softprompt.tuning.training_time.EVAL_EVERY", 5)
     names = [f"{'abcdefgh'[i % 8]}{i} {'xyz'[i % 3]} label" for i in range(labels)]
     rows = tuple(Example({"input": f"row {i}"}, names[i % labels]) for i in range(80))
     data = Dataset(rows, "rows.jsonl", "0" * 64)

@@ -29,8 +29,8 @@ from softprompt.tasks.predict import Query, predict
 from softprompt.tasks.task import Task
 from softprompt.tuning.many import train_together
 from softprompt.tuning.training import Training
-from tests.conftest import tiny, toy, toy_task, train_settings
-from tests.model.families import frozen
+from tests.conftest import Ran, Run, make_tokenizer, tiny, toy, toy_task, train_settings
+from tests.model.families import frozen, make_model
 
 KINDS = ("qwen3_5_text", "mamba2", "lfm2")
 """Gated delta layers and attention; Mamba 2 without attention; short convolutions and attention."""
@@ -236,3 +236,45 @@ def test_the_document_says_what_the_file_holds(tmp_path: Path) -> None:
     assert (document["schema_version"], document["num_virtual_tokens"], document["word_end"]) == (3, 0, False)
     assert document["parts"][0] == ["layers.0.state", [4, 16, 8]]
     assert "hidden_size" not in document
+
+
+@pytest.mark.parametrize(("case", "places"), [("qwen3_5_text", 4), ("mamba2", 0)])
+def test_a_trained_state_on_the_command_line(case: str, places: int, run: Run, home: Path, tmp_path: Path) -> None:
+    folder = tmp_path / case
+    make_model(case).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    rows = [{"input": one.fields["input"], "target": one.target} for one in words(48).examples]
+    Path("words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    quick = ("--base", str(folder), "--parametrisation", "prefix", "--dtype", "fp32", "--eval-every", "4")
+
+    def train(name: str, *options: str) -> Ran:
+        return run("train", "words.jsonl", "--name", name, *quick, *options)
+
+    first = train("films", "--num-virtual-tokens", "4", "--steps", "8", "--json")
+    assert first.code == 0, first.err
+    numbers = frozen(case).trained.shape(4)[0]
+    assert (first.json["num_virtual_tokens"], first.json["numbers"]) == (places, numbers)
+    shown = run("show", "films", "--json").json
+    assert shown["num_virtual_tokens"] == places
+    assert {name: tuple(shape) for name, shape in shown["parts"].items()} == frozen(case).trained.shapes(4)
+    assert [one["num_virtual_tokens"] for one in run("list", "--json").json["soft_prompts"]] == [places]
+    evaluated = run("evaluate", "films", "words.jsonl", "--dtype", "fp32", "--json").json
+    predicted = run("predict", "films", "--file", "words.jsonl", "--dtype", "fp32", "--json").json["predictions"]
+    right = sum(one["text"] == row.target for one, row in zip(predicted, words(48).examples, strict=True))
+    assert evaluated["value"] == right / 48
+
+    again = train("more", "--init", "films", "--steps", "4")
+    assert again.code == 0, again.err
+    assert f"a trained state of {numbers:,} numbers" in again.out
+    assert (
+        "a trained state, which only the parametrisation prefix"
+        in train("x", "--init", "films", "--parametrisation", "plain").err
+    )
+    for command, said in (
+        (("inspect", "films"), "is a trained state, which has none"),
+        (("export", "films", "out", "--to", "peft"), "found a trained state in 'films', for which other tools have no"),
+    ):
+        refused = run(*command)
+        assert (refused.code, refused.out) == (2, "")
+        assert said in refused.err
+    assert run("inspect", "--json").json["soft_prompts"][0]["norm"] is None

@@ -1,6 +1,6 @@
 """Every command: its options and its help. What it does is in the module of its name, which is imported when it runs,
 so that help and completion need no torch. Those that bring a soft prompt to another task or base model are declared in
-``transfer_commands``."""
+``transfer_commands``, and those that bring it to other tools and the Hub in ``exchange_commands``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from softprompt.cli.exchange_commands import export_command, import_command, pull_command, push_command
 from softprompt.cli.groups import (
     Answering,
     Bounds,
@@ -52,11 +53,9 @@ from softprompt.cli.options import (
 from softprompt.cli.transfer_commands import recycle_command, transfer_command
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.errors import ConfigError
-from softprompt.exchange.formats import FORMATS
 from softprompt.tuning.config import TrainConfig
 
 _STORED = completed((), stored=True)
-_CHECK = typer.Option("--check/--no-check", help="Compare a few texts with what the other library computes.")
 
 
 # --- train ----------------------------------------------------------------------------------------
@@ -96,7 +95,7 @@ def train_command(
     from softprompt.cli.many import tune_files, tune_plan
     from softprompt.cli.plan_file import is_plan
     from softprompt.cli.task import Sources
-    from softprompt.cli.train import tune
+    from softprompt.cli.train import Options, tune
 
     plans = [source for source in train if is_plan(source)]
     if plans and len(train) > 1:
@@ -104,12 +103,13 @@ def train_command(
             f"Expected the plan {plans[0]} alone, found {len(train)} files; give one plan, or data files."
         )
     sources = Sources(train[0], validation, labels, columns)
+    options = Options(sources, template, output, learning, base, loading, as_json)
     if plans:
-        tune_plan(train[0], sources, template, output, learning, base, loading, as_json)
+        tune_plan(train[0], options)
     elif len(train) > 1:
-        tune_files(train, sources, template, output, learning, base, loading, as_json)
+        tune_files(train, options)
     else:
-        tune(sources, template, output, learning, base, loading, as_json)
+        tune(options)
 
 
 # --- sweep ----------------------------------------------------------------------------------------
@@ -458,127 +458,6 @@ def lm_eval_command(
 
     asked = Asked(tasks or (), data, columns, include_path, num_fewshot, limit, base_only, template, chat_template)
     run(name, asked, base, loading, as_json)
-
-
-# --- other tools ----------------------------------------------------------------------------------
-
-
-@expanded
-def export_command(
-    name: Name,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that is new or empty.")],
-    to: Annotated[str, option(f"{', '.join(FORMATS)}.", "peft", choices=FORMATS)] = "peft",
-    check: Annotated[bool, _CHECK] = True,
-    *,
-    base: Base = None,
-    loading: Loading,
-    as_json: Json = False,
-) -> None:
-    """Write a soft prompt in the form of another tool, exactly, with a README that says how to use it.
-
-    What stands before the soft prompt in its template becomes virtual tokens of its own, since other tools put virtual
-    tokens first. The check asks a few texts of both.
-
-    \b
-    softprompt export sst2 ./sst2-peft
-    softprompt export sst2 ./sst2-kv --to cartridge
-    """
-    from softprompt.cli.exchange import write
-
-    write(name, folder, to, check, base, loading, as_json)
-
-
-@expanded
-def import_command(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A PEFT folder, or a .npy or .safetensors file.")],
-    name: Annotated[str, option("What to call the soft prompt.")],
-    overwrite: Annotated[bool, flag("--overwrite", "Replace an earlier one of that name.")] = False,
-    template: Annotated[
-        str,
-        option(
-            "What stood around the text, with {soft_prompt}, fields and {target}; \\n: line end.",
-            "{soft_prompt}{input}{target}",
-        ),
-    ] = "{soft_prompt}{input}{target}",
-    labels: Annotated[str | None, option("Its labels, a,b or a=word|word,b=word or a .json file.", "free text")] = None,
-    task: Annotated[int | None, option("Which task of a multitask prompt, from 0.", min=0)] = None,
-    check: Annotated[bool, _CHECK] = True,
-    base: Annotated[str | None, model_option("The base model it was trained on.", "as its files say")] = None,
-    *,
-    loading: Loading,
-    as_json: Json = False,
-) -> None:
-    """Store a soft prompt that another tool trained, to be evaluated, served, inspected and trained further.
-
-    PEFT's prompt tuning, p-tuning, multitask prompt tuning, prefix tuning and cartridges; plain arrays. The check asks
-    a few texts of both.
-
-    \b
-    softprompt import ./my-peft-adapter --name tweets --template "{soft_prompt}Tweet text: {input} Label:{target}"
-    softprompt import prompt.npy --name qa --base ./my-model
-    softprompt train more.jsonl --name tweets-2 --init tweets
-    """
-    from softprompt.cli.exchange import Wanted, read
-
-    wanted = Wanted(name, overwrite, template, labels, task, check)
-    read(path, wanted, base, loading, as_json)
-
-
-@expanded
-def push_command(
-    name: Name,
-    repo: Annotated[str, typer.Argument(metavar="USER/REPO", help="A repository of the Hub; it is made if it is new.")],
-    private: Annotated[bool, flag("--private", "Make the repository a private one.")] = False,
-    revision: Annotated[str | None, option("A branch, which is made if it is new.", "main")] = None,
-    check: Annotated[bool, _CHECK] = True,
-    *,
-    base: Base = None,
-    loading: Loading,
-    as_json: Json = False,
-) -> None:
-    """Share a soft prompt on the Hugging Face Hub, with a model card, and as an adapter of PEFT.
-
-    The login is that of HF_TOKEN or `hf auth login`.
-
-    \b
-    softprompt push sst2 me/sst2
-    softprompt push sst2 me/sst2 --private --revision seed-1
-    """
-    from softprompt.cli.hub import push
-
-    push(name, repo, private, revision, check, base, loading, as_json)
-
-
-@expanded
-def pull_command(
-    repo: Annotated[str, typer.Argument(metavar="USER/REPO", help="A repository of the Hub.")],
-    name: Annotated[str | None, option("What to call the soft prompt.", "REPO")] = None,
-    revision: Annotated[str | None, option("A branch, tag or commit.", "main")] = None,
-    overwrite: Annotated[bool, flag("--overwrite", "Replace an earlier one of that name.")] = False,
-    template: Annotated[
-        str | None, option("PEFT alone: what stood around the text, as for import.", "{soft_prompt}{input}{target}")
-    ] = None,
-    labels: Annotated[str | None, option("PEFT alone: its labels, as for import.", "free text")] = None,
-    task: Annotated[int | None, option("PEFT alone: which task of a multitask prompt, from 0.", min=0)] = None,
-    check: Annotated[bool, _CHECK] = True,
-    base: Annotated[
-        str | None, model_option("The base model, which a repository of PEFT alone needs.", "it is not loaded")
-    ] = None,
-    *,
-    loading: Loading,
-    as_json: Json = False,
-) -> None:
-    """Store a soft prompt from the Hugging Face Hub, or an adapter of PEFT that is a prompt.
-
-    What lies there is untrusted: nothing is executed, and sizes are bounded.
-
-    \b
-    softprompt pull someone/sst2
-    softprompt pull someone/peft-tweets --name tweets --base ./my-model --template "{soft_prompt}{input} Label:{target}"
-    """
-    from softprompt.cli.hub import Wanted, pull
-
-    pull(repo, Wanted(name, revision, overwrite, template, labels, task, check), base, loading, as_json)
 
 
 # --- the store, and the demo ----------------------------------------------------------------------

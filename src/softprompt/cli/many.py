@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from softprompt.cli.groups import Learning, Output
 from softprompt.cli.options import Columns, Loading
 from softprompt.cli.place import Place
 from softprompt.cli.plan_file import Wanted, read_plan
-from softprompt.cli.task import Sources, task_name
-from softprompt.cli.train import described, document_of, job_of, prepared
+from softprompt.cli.task import task_name
+from softprompt.cli.train import Options, described, document_of, job_of, prepared
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.drawing.words import duration, plain_metric, simple_table
 from softprompt.errors import ConfigError, SoftPromptError, StoreError, TrainingError
@@ -31,49 +31,31 @@ from softprompt.tuning.job import Job, of_job
 from softprompt.tuning.training import Training
 
 
-def tune_plan(
-    source: str,
-    sources: Sources,
-    template: str,
-    output: Output,
-    learning: Learning,
-    base: str | None,
-    loading: Loading,
-    as_json: bool,
-) -> None:
+def tune_plan(source: str, options: Options) -> None:
     """Trains all jobs of a plan. Options of the command line count for all of them, and for more than the plan.
 
     Args:
         source: the plan's file.
-        sources, template, learning: what the options say; the training data are the plan's.
-        output, base, loading, as_json: as for one soft prompt.
+        options: what they say; the training data are the plan's.
 
     Raises:
         SoftPromptError: a mistake of the user's; each is a line with its job's name.
         typer.Exit: the user pressed Ctrl-C.
     """
-    if output.name is not None:
+    sources = options.sources
+    if options.output.name is not None:
         raise ConfigError(f"The names are those of the plan {source}; leave --name out.")
-    given: dict[str, Any] = {} if template == "default" else {"template": template}
+    given: dict[str, Any] = {} if options.template == "default" else {"template": options.template}
     asked = {"validation": sources.validation, "labels": sources.labels}
     given |= {name: value for name, value in asked.items() if value is not None}
-    for group, defaults in ((learning, Learning()), (sources.columns, Columns())):
+    for group, defaults in ((options.learning, Learning()), (sources.columns, Columns())):
         own = {field.name: getattr(group, field.name) for field in fields(defaults)}
         given |= {name: value for name, value in own.items() if value != getattr(defaults, name)}
     plan = read_plan(source, given)
-    train_all(plan.jobs, output, base or plan.base, plan.loaded_as(loading), as_json)
+    train_all(plan.jobs, options.output, options.base or plan.base, plan.loaded_as(options.loading), options.as_json)
 
 
-def tune_files(
-    files: Sequence[str],
-    sources: Sources,
-    template: str,
-    output: Output,
-    learning: Learning,
-    base: str | None,
-    loading: Loading,
-    as_json: bool,
-) -> None:
+def tune_files(files: Sequence[str], options: Options) -> None:
     """Trains a soft prompt on each of several data files, with the same options.
 
     Raises:
@@ -81,10 +63,10 @@ def tune_files(
         typer.Exit: the user pressed Ctrl-C.
     """
     wanted = [
-        Wanted(name, Sources(file, sources.validation, sources.labels, sources.columns), template, learning)
-        for file, name in zip(files, names_of(files, output.name), strict=True)
+        Wanted(name, replace(options.sources, train=file), options.template, options.learning)
+        for file, name in zip(files, names_of(files, options.output.name), strict=True)
     ]
-    train_all(wanted, output, base, loading, as_json)
+    train_all(wanted, options.output, options.base, options.loading, options.as_json)
 
 
 def names_of(files: Sequence[str], names: Sequence[str] | None) -> list[str]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from softprompt.cli.groups import Door, Elsewhere
 from softprompt.cli.options import Loading
 from softprompt.data.packages import DEFAULT_BASE
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, missing_library
 from softprompt.model.embedder import Embedder
 from softprompt.model.frozen import FrozenLM
 from softprompt.serving import listening
@@ -133,9 +133,7 @@ def _require_libraries(backend: str) -> None:
         for module in ("uvicorn", "softprompt.serving.server", *["softprompt.serving.upstream"] * (backend == "vllm")):
             import_module(module)
     except ImportError as error:
-        raise ConfigError(
-            f'Serving needs the library {error.name}, which is not installed; pip install "softprompt[serve]".'
-        ) from error
+        raise missing_library("Serving", error.name, "softprompt[serve]") from error
 
 
 def _backend(lm: FrozenLM, store: Store, limits: Limits, elsewhere: Elsewhere) -> tuple[Backend, Catalog]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,29 +35,40 @@ from softprompt.tuning.training import Training
 from softprompt.tuning.transfer import Trial
 
 
-def tune(
-    sources: Sources,
-    template: str,
-    output: Output,
-    learning: Learning,
-    base: str | None,
-    loading: Loading,
-    as_json: bool,
-    search: Search | None = None,
-) -> None:
+@dataclass(frozen=True)
+class Options:
+    """What the command line says of a training, or of each of several.
+
+    Attributes:
+        sources, template, learning: what is learned.
+        output: where it goes.
+        base, loading: the base model; None: the default one.
+        as_json: print what came of it for programs.
+    """
+
+    sources: Sources
+    template: str
+    output: Output
+    learning: Learning
+    base: str | None
+    loading: Loading
+    as_json: bool
+
+
+def tune(options: Options, search: Search | None = None) -> None:
     """Tunes a soft prompt, stores it, and says what came of it. With ``search``, it looks for a start first.
 
     Raises:
         SoftPromptError: a mistake of the user's, see each step.
         typer.Exit: the user pressed Ctrl-C.
     """
-    began = time.perf_counter()
+    began, output, learning = time.perf_counter(), options.output, options.learning
     place = Place.of(output.one_name, output.out, overwrite=output.overwrite, resume=output.resume)
-    job, trial = job_of(place.name, sources, template, learning, place.store), None
+    job, trial = job_of(place.name, options.sources, options.template, learning, place.store), None
     if search is not None:
         _require_no_other_start(job.config, learning)
     with place.claimed():
-        lm = loading.load(base or DEFAULT_BASE)
+        lm = options.loading.load(options.base or DEFAULT_BASE)
         if search is not None:
             trial = search.find(lm, job.on(lm), job.config)
             job = replace(
@@ -68,7 +79,7 @@ def tune(
         warn_truncated(training.truncated, training.task.max_length)
         say_alarms(training.watch.before)
         with tracking(output.track if is_first() else None, training, place.run.path / "tensorboard") as track:
-            _train_and_store(training, place, job.reading, began, track, as_json, trial)
+            _train_and_store(training, place, job.reading, began, track, options.as_json, trial)
 
 
 def _require_no_other_start(config: TrainConfig, learning: LearningOnce) -> None:

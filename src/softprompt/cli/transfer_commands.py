@@ -58,11 +58,12 @@ def transfer_command(
     softprompt transfer train.jsonl --name reviews --sources sst2 subj --trial-steps 100 --steps 400
     """
     from softprompt.cli.task import Sources
-    from softprompt.cli.train import tune
+    from softprompt.cli.train import Options, tune
     from softprompt.cli.transfer import Search
 
     search = Search(tuple(sources or ()), trial_steps)
-    tune(Sources(train, validation, labels, columns), template, output, learning, base, loading, as_json, search)
+    data = Sources(train, validation, labels, columns)
+    tune(Options(data, template, output, learning, base, loading, as_json), search)
 
 
 @expanded

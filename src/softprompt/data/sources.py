@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from softprompt.data.delimited import read_delimited
 from softprompt.data.encoding import text_of
 from softprompt.data.wording import first_line, kind, listed, quoted
-from softprompt.errors import ConfigError, DataError
+from softprompt.errors import ConfigError, DataError, missing_library
 from softprompt.files import StrPath, local_path
 
 COMPRESSED = (".gz", ".bz2", ".xz")
@@ -361,6 +361,4 @@ def _is_numpy(cell: Any) -> bool:
 
 
 def _needs_library(library: str, purpose: str) -> ConfigError:
-    return ConfigError(
-        f'Reading {purpose} needs the library {library}, which is not installed; pip install "softprompt[data]".'
-    )
+    return missing_library(f"Reading {purpose}", library, "softprompt[data]")

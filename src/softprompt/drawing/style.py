@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from softprompt.errors import ConfigError
+from softprompt.errors import missing_library
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,9 +68,7 @@ def style() -> Iterator[None]:
     try:
         import matplotlib.style
     except ImportError as error:
-        raise ConfigError(
-            'Drawing figures needs the library matplotlib, which is not installed; pip install "softprompt[compare]".'
-        ) from error
+        raise missing_library("Drawing figures", "matplotlib", "softprompt[compare]") from error
     with matplotlib.style.context(["default", dict(_STYLE)]):
         yield
 

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from softprompt.data.example import Dataset, Example
-from softprompt.errors import ConfigError, DataError, TemplateError
+from softprompt.errors import ConfigError, DataError, TemplateError, missing_library
 from softprompt.generation.decoder import generate
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request, Sampling
@@ -24,9 +24,7 @@ try:
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ModuleNotFoundError as error:
-    raise ConfigError(
-        f'lm-evaluation-harness needs the library {error.name}, which is not installed; pip install "softprompt[eval]".'
-    ) from error
+    raise missing_library("lm-evaluation-harness", error.name, "softprompt[eval]") from error
 
 AT_ONCE = 512
 """Requests between two reports of progress; inside, those of one context share its computation."""

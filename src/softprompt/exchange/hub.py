@@ -91,24 +91,8 @@ def push(
     revision: str | None = None,
     checked: bool = True,
 ) -> Pushed:
-    """Puts a soft prompt into a repository of the Hub, which is made if there is none, as one commit.
-
-    Its file there names no folders of this machine.
-
-    Args:
-        lm: its base model.
-        soft_prompt: what is pushed.
-        repo: ``USER/REPO``.
-        private: make the repository a private one.
-        revision: a branch, which is made if there is none; None: the main one.
-        checked: compare a few texts with what PEFT computes from its files, where it is installed.
-
-    Raises:
-        HubError: no login, no such user, no permission, or the Hub cannot be reached; the repository is public though
-            a private one is asked for, or holds something else.
-        BaseModelError: the soft prompt is of another base model.
-        ConfigError: PEFT computes other answers from its files.
-    """
+    """What :func:`softprompt.push` does, as one commit; the arguments and errors are its own, and ``checked`` its
+    ``check``. The file there names no folders of this machine."""
     require_repo(repo)
     require_login()
     files, peft, without_peft = _files(lm, soft_prompt, repo, revision, checked)

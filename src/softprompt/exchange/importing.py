@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from softprompt.exchange.peft_folder import PeftPrompt
 from softprompt.files import StrPath, local_path
 from softprompt.model.frozen import FrozenLM
 from softprompt.soft_prompts import artifact
-from softprompt.soft_prompts.metadata import library_versions
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.task import Task
 from softprompt.text.encoder import Encoder
@@ -100,21 +98,8 @@ def adopt(
     origin: dict[str, Any] = {"imported_from": "an array" if found.peft is None else dict(found.peft.settings)}
     if found.task is not None:
         origin["task"] = found.task
-    soft_prompt = SoftPrompt(
-        vectors=vectors,
-        name=name,
-        base=lm.name,
-        base_fingerprint=lm.fingerprint,
-        tokenizer_fingerprint=lm.tokenizer_fingerprint,
-        template=form.text,
-        verbalizer=None if verbalizer is None else dict(verbalizer.words),
-        word_end=verbalizer is not None and bool(Task(lm, form, verbalizer, len(vectors), lm.window).ends),
-        parametrisation="prefix" if vectors.dim() == 5 else "plain",
-        training=origin,
-        versions=library_versions(),
-        created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        base_settings=lm.settings,
-        quantized=lm.quantized,
+    soft_prompt = Task(lm, form, verbalizer, len(vectors), lm.window).soft_prompt(
+        vectors, name=name, parametrisation="prefix" if vectors.dim() == 5 else "plain", training=origin, data={}
     )
     return soft_prompt, _check(lm, soft_prompt, found) if checked else None
 

@@ -3,8 +3,6 @@ Recycling Parameter-Efficient Prompts")."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +10,6 @@ import torch
 from softprompt.errors import ConfigError
 from softprompt.exchange.formats import RECYCLING
 from softprompt.model.frozen import FrozenLM
-from softprompt.soft_prompts.metadata import library_versions
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.task import Task
 from softprompt.text.template import Template
@@ -80,23 +77,16 @@ def recycle(
     )
     verbalizer = None if soft_prompt.verbalizer is None else Verbalizer(dict(soft_prompt.verbalizer))
     task = Task(target, Template(soft_prompt.template), verbalizer, soft_prompt.num_virtual_tokens, target.window)
-    return replace(
-        soft_prompt,
+    return task.soft_prompt(
+        vectors,
         name=name,
-        vectors=vectors,
-        base=target.name,
-        base_fingerprint=target.fingerprint,
-        tokenizer_fingerprint=target.tokenizer_fingerprint,
-        base_settings=target.settings,
-        word_end=bool(task.ends),
+        parametrisation=soft_prompt.parametrisation,
         training={
             "recycled_from": {"name": soft_prompt.name, "base": soft_prompt.base, "fingerprint": source.fingerprint},
             "method": method,
             "common_tokens": len(pairs),
         },
-        metrics=(),
-        versions=library_versions(),
-        created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        data=soft_prompt.data,
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from softprompt.errors import ConfigError
+from softprompt.errors import missing_library
 from softprompt.inspection.statistics import LEVEL, SEED, adjusted, plain
 from softprompt.inspection.vocabulary import Vocabulary
 
@@ -160,9 +160,7 @@ def linkage(distances: NDArray[np.float64]) -> NDArray[np.float64]:
         from scipy.cluster import hierarchy
         from scipy.spatial.distance import squareform
     except ImportError as error:
-        raise ConfigError(
-            'Comparing soft prompts needs the library scipy, which is not installed; pip install "softprompt[compare]".'
-        ) from error
+        raise missing_library("Comparing soft prompts", "scipy", "softprompt[compare]") from error
     found: NDArray[np.float64] = hierarchy.linkage(squareform(distances, checks=False), "average")
     return found
 

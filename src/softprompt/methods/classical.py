@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from softprompt.data.example import Dataset, Example
-from softprompt.errors import ConfigError, DataError
+from softprompt.errors import ConfigError, DataError, missing_library
 from softprompt.methods.problem import Learned, Problem
 from softprompt.tasks.predict import Prediction, Progress
 
@@ -169,6 +169,4 @@ def _predictions(problem: Problem, vectorizer: Any, fitted: Any, examples: Seque
 
 
 def _needs_library() -> ConfigError:
-    return ConfigError(
-        'TF-IDF needs the library scikit-learn, which is not installed; pip install "softprompt[compare]".'
-    )
+    return missing_library("TF-IDF", "scikit-learn", "softprompt[compare]")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from softprompt.data.example import Example
-from softprompt.errors import ConfigError
+from softprompt.errors import missing_library
 from softprompt.methods.fine_tuning import learn
 from softprompt.methods.problem import Learned, Problem
 from softprompt.model.frozen import FrozenLM
@@ -163,9 +163,7 @@ def _import_peft(purpose: str) -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ConfigError(
-            f'{purpose} needs the library peft, which is not installed; pip install "softprompt[compare]".'
-        ) from error
+        raise missing_library(purpose, "peft", "softprompt[compare]") from error
     return peft
 
 

@@ -151,7 +151,7 @@ _ALL = (
     ),
     Method(
         name="prefix",
-        words="trained keys and values in every layer, the base model frozen (prefix tuning)",
+        words="trained keys and values, or initial states, in every layer, the base model frozen (prefix tuning)",
         run=_by("prompt_tuning", "soft_prompt", parametrisation="prefix"),
         kind="soft prompt",
         seeded=True,

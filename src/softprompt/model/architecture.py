@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from softprompt.errors import BaseModelError
-from softprompt.model.quantized import sizes_of
 from softprompt.model.state.kv import PrefixKV
 from softprompt.model.state.prefix import PrefixState
 from softprompt.model.state.recurrent import RecurrentState
@@ -90,6 +89,7 @@ class Family:
         attention: whether it has layers with attention.
         latent: whether its attention keeps latents, from which its ``expand_kv`` makes keys and values.
         refused: with which settings a model of it runs whole sequences all the same.
+        untrained: why what a prefix leaves behind cannot be trained in its place; empty if it can.
     """
 
     name: str
@@ -103,6 +103,7 @@ class Family:
     attention: bool = True
     latent: bool = False
     refused: tuple[Refusal, ...] = REFUSED
+    untrained: str = ""
 
     @property
     def recurrent(self) -> bool:
@@ -138,7 +139,13 @@ FAMILIES = (
     Family(name="Gemma 1", model_types=("gemma",)),
     Family(name="Gemma 2", model_types=("gemma2",), windows="by layer_types", head=CAPPED),
     Family(name="Gemma 3", model_types=("gemma3_text",), windows="by layer_types", head=CAPPED),
-    Family(name="Gemma 4", model_types=("gemma4_text",), windows="by layer_types", head=CAPPED),
+    Family(
+        name="Gemma 4",
+        model_types=("gemma4_text",),
+        windows="by layer_types",
+        head=CAPPED,
+        untrained="the heads of its layers differ in size",
+    ),
     Family(name="Mistral", model_types=("mistral",), windows="every layer"),
     Family(name="Ministral", model_types=("ministral",), windows="by layer_types"),
     Family(name="Ministral 3", model_types=("ministral3",), windows="every layer"),
@@ -155,7 +162,13 @@ FAMILIES = (
     Family(name="GLM-4", model_types=("glm", "glm4", "glm4_moe")),
     Family(name="Cohere 1", model_types=("cohere",), head=MULTIPLIED),
     Family(name="Cohere 2", model_types=("cohere2",), windows="by layer_types", head=MULTIPLIED),
-    Family(name="DeepSeek V2 and V3", model_types=("deepseek_v2", "deepseek_v3"), leaves=LATENTS, latent=True),
+    Family(
+        name="DeepSeek V2 and V3",
+        model_types=("deepseek_v2", "deepseek_v3"),
+        leaves=LATENTS,
+        latent=True,
+        untrained="it keeps latents",
+    ),
     Family(
         name="Qwen 3.5 and 3-Next",
         model_types=("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"),
@@ -333,26 +346,6 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     count = getattr(config, "num_hidden_layers", None)
     fitting = [m for name, m in lists.items() if len(m) == count and not re.search("vis(ion|ual)|audio", name)]
     return fitting[0] if fitting else max(lists.values(), key=len, default=nn.ModuleList())
-
-
-def matrix_ends(layers: nn.ModuleList, config: Any) -> int:
-    """How many numbers go into and come out of the matrix products of all layers for one token; of a mixture of
-    experts, those of as many experts as a token is sent to."""
-    chosen = getattr(config.get_text_config(), "num_experts_per_tok", None) or 1
-    ends = 0
-    for name, shape in (pair for layer in layers for pair in sizes_of(layer)):
-        expert = re.search(r"experts\.(\d+)\.", name)
-        if len(shape) == 2 and not (expert and int(expert[1]) >= chosen):
-            ends += sum(shape)
-        elif len(shape) == 3 and ".experts." in f".{name}":  # all experts in one
-            ends += chosen * sum(shape[1:])
-    return ends
-
-
-def kept_bytes(layers: nn.ModuleList, config: Any, dtype: torch.dtype, vocabulary: int) -> int:
-    """Bytes that a token of a pass with gradient takes: all that goes into and comes out of each matrix product, and
-    two copies of its logits."""
-    return dtype.itemsize * matrix_ends(layers, config) + 2 * torch.float32.itemsize * vocabulary
 
 
 def window_of(config: Any, tokenizer: Any) -> int:

@@ -6,7 +6,6 @@ import contextlib
 import copy as copying
 import math
 import os
-import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from softprompt.data.packages import DEFAULT_BASE
-from softprompt.errors import ConfigError, SoftPromptWarning
+from softprompt.errors import ConfigError
 from softprompt.files import StrPath, local_path
 from softprompt.model import attention, quantized, trial
 from softprompt.model.architecture import (
@@ -27,7 +26,6 @@ from softprompt.model.architecture import (
     embedding_table,
     family_of,
     feed,
-    kept_bytes,
     leave_out_images,
     require_causal,
     run_behind,
@@ -45,11 +43,12 @@ from softprompt.model.fast.layers import LayerModes
 from softprompt.model.fast.packed import PackedWeights
 from softprompt.model.fingerprint import fingerprint_model, fingerprint_tokenizer, model_settings, weights_digest
 from softprompt.model.loading import lasting, load_base, own_dtype, pick_device, pick_dtype
+from softprompt.model.memory import less_at_once, tokens_that_fit
 from softprompt.model.notes import heard
 from softprompt.model.prefixes import PrefixCache, PrefixOf
 from softprompt.model.reading import summed
 from softprompt.model.request import Request, prompt_of
-from softprompt.model.scoring import own_rows, scored
+from softprompt.model.scoring import scores, scores_and_greedy
 from softprompt.model.sharding import divide
 from softprompt.model.state.kv import Kept, PrefixKV
 from softprompt.model.state.prefix import PrefixState
@@ -58,16 +57,6 @@ from softprompt.model.state.slots import RowKV
 from softprompt.model.trained import TrainedPrefixes
 from softprompt.model.whole import Whole, WholeSequences
 from softprompt.text.tokens import SOFT, Tokens, frequent_tokens
-
-MAX_TOKENS = 2048
-"""Tokens in one micro-batch on a CPU, padding included: enough for matrix products near their peak, little enough for
-memory."""
-
-MOST_TOKENS = 16384
-"""On a GPU at most as many, from where on launching kernels costs little."""
-
-GPU_SHARE = 0.1
-"""Share of a GPU's memory that a micro-batch with gradient should not exceed by much."""
 
 GAIN_TOKENS = 100
 """Frequent tokens that ``FrozenLM.first_layer_gain`` is measured with."""
@@ -295,16 +284,8 @@ class FrozenLM(Embedder):
 
     @cached_property
     def tokens_at_once(self) -> int:
-        """The most tokens, padding included, in a micro-batch with gradient.
-
-        A GPU wants more than a CPU: passes over few tokens spend their time on launching kernels. It gets as many as
-        keep what backward needs within ``GPU_SHARE``.
-        """
-        if self.device.type != "cuda":
-            return MAX_TOKENS
-        memory = GPU_SHARE * torch.cuda.get_device_properties(self.device).total_memory
-        fitting = int(memory / kept_bytes(self._layers, self.model.config, self.dtype, self.embedding.shape[0]))
-        return min(max(MAX_TOKENS, fitting), MOST_TOKENS)
+        """The most tokens, padding included, in a micro-batch with gradient."""
+        return tokens_that_fit(self._layers, self.model.config, self.dtype, len(self.embedding), self.device)
 
     def weights_digest(self) -> str:
         """Hex digest of every bit of every weight in memory; no training may change it."""
@@ -545,15 +526,7 @@ class FrozenLM(Embedder):
             float32 ``[N, W]`` on the CPU, natural logarithm, summed over a word's tokens; ``-inf`` beyond a request's
             own words.
         """
-        own, width = own_rows(self, requests), max((len(request.words) for request in requests), default=0)
-        scores = torch.zeros(len(requests), width)
-        scores[list(own)] = -torch.inf
-        mine = [requests[i] for i in own]
-        for places, part, _ in scored(self, mine, soft_prompts, max_tokens, prefix_of, compare=False):
-            scores[[own[place] for place in places.tolist()], : part.shape[1]] = part.cpu()
-        if self.world.divides_scoring:
-            self.world.add_up(scores)  # the others' rows are zeros here
-        return scores
+        return scores(self, requests, soft_prompts, max_tokens, prefix_of)
 
     @torch.no_grad()
     def score_and_compare(
@@ -572,12 +545,7 @@ class FrozenLM(Embedder):
             float32 ``[N, W]`` as ``score`` gives them; bool ``[N, W]``, true where each of a word's tokens is the most
             probable one after those before it, false beyond a request's own words. Both on the CPU.
         """
-        width = max((len(request.words) for request in requests), default=0)
-        scores, greedy = torch.full((len(requests), width), -torch.inf), torch.zeros(len(requests), width).bool()
-        for places, part, same in scored(self, requests, soft_prompts, None, prefix_of, compare=True):
-            assert same is not None
-            scores[places, : part.shape[1]], greedy[places, : part.shape[1]] = part.cpu(), same.cpu()
-        return scores, greedy
+        return scores_and_greedy(self, requests, soft_prompts, prefix_of)
 
     # --- how the layers run -------------------------------------------------------------------------------------------
 
@@ -588,12 +556,4 @@ class FrozenLM(Embedder):
     def take_less_at_once(self, tokens: int) -> None:
         """After a pass of so many tokens did not fit into memory: ``tokens_at_once`` becomes half of them at most, with
         a ``SoftPromptWarning``."""
-        self.tokens_at_once = max(1, min(self.tokens_at_once, tokens) // 2)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        warnings.warn(
-            f"a pass did not fit into the memory of the device ({self.device}); it goes on in passes of at most "
-            f"{self.tokens_at_once} tokens, with the same result",
-            SoftPromptWarning,
-            stacklevel=3,
-        )
+        self.tokens_at_once = less_at_once(min(self.tokens_at_once, tokens), self.device)

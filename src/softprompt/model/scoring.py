@@ -19,7 +19,42 @@ from softprompt.model.state.prefix import PrefixState
 from softprompt.text.tokens import Tokens
 
 
-def own_rows(lm: Any, requests: Sequence[Request]) -> Sequence[int]:
+def scores(
+    lm: Any,
+    requests: Sequence[Request],
+    soft_prompts: Sequence[torch.Tensor],
+    max_tokens: int | None,
+    prefix_of: PrefixOf | None,
+) -> torch.Tensor:
+    """What ``FrozenLM.score`` gives; several processes share the work."""
+    own, width = _own_rows(lm, requests), _most_words(requests)
+    found = torch.zeros(len(requests), width)
+    found[list(own)] = -torch.inf
+    mine = [requests[i] for i in own]
+    for places, part, _ in _scored(lm, mine, soft_prompts, max_tokens, prefix_of, compare=False):
+        found[[own[place] for place in places.tolist()], : part.shape[1]] = part.cpu()
+    if lm.world.divides_scoring:
+        lm.world.add_up(found)  # the others' rows are zeros here
+    return found
+
+
+def scores_and_greedy(
+    lm: Any, requests: Sequence[Request], soft_prompts: Sequence[torch.Tensor], prefix_of: PrefixOf | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``FrozenLM.score_and_compare`` gives."""
+    width = _most_words(requests)
+    found, greedy = torch.full((len(requests), width), -torch.inf), torch.zeros(len(requests), width).bool()
+    for places, part, same in _scored(lm, requests, soft_prompts, None, prefix_of, compare=True):
+        assert same is not None
+        found[places, : part.shape[1]], greedy[places, : part.shape[1]] = part.cpu(), same.cpu()
+    return found, greedy
+
+
+def _most_words(requests: Sequence[Request]) -> int:
+    return max((len(request.words) for request in requests), default=0)
+
+
+def _own_rows(lm: Any, requests: Sequence[Request]) -> Sequence[int]:
     """The places of the requests that this process scores."""
     if not lm.world.divides_scoring:
         return range(len(requests))
@@ -27,7 +62,7 @@ def own_rows(lm: Any, requests: Sequence[Request]) -> Sequence[int]:
     return dealt[lm.world.rank]
 
 
-def scored(
+def _scored(
     lm: Any,
     requests: Sequence[Request],
     soft_prompts: Sequence[torch.Tensor],

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -13,6 +15,7 @@ from softprompt.errors import ConfigError, DataError, SoftPromptWarning, Templat
 from softprompt.model.embedder import Embedder
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request
+from softprompt.soft_prompts.metadata import library_versions
 from softprompt.soft_prompts.soft_prompt import SoftPrompt, check_base
 from softprompt.tasks.length import default_num_virtual_tokens
 from softprompt.tasks.scores import label_scores
@@ -147,6 +150,44 @@ class Task:
                 stacklevel=2,
             )
         return task
+
+    def soft_prompt(
+        self,
+        vectors: torch.Tensor,
+        *,
+        name: str,
+        parametrisation: str,
+        training: Mapping[str, Any],
+        data: Mapping[str, Any],
+        metrics: Sequence[Mapping[str, Any]] = (),
+    ) -> SoftPrompt:
+        """What was made for this task now, to be stored; :meth:`of` is the way back.
+
+        Args:
+            vectors: float32 ``[P, H]``, or of a KV prefix ``[P, L, 2, H_kv, D]``, or of a trained state ``[N]``, on the
+                CPU.
+            name, parametrisation, training, data, metrics: as ``SoftPrompt`` has them.
+        """
+        lm = self.lm
+        return SoftPrompt(
+            vectors=vectors,
+            name=name,
+            base=lm.name,
+            base_fingerprint=lm.fingerprint,
+            tokenizer_fingerprint=lm.tokenizer_fingerprint,
+            template=self.template.text,
+            verbalizer=None if self.verbalizer is None else dict(self.verbalizer.words),
+            word_end=bool(self.ends),
+            parametrisation=parametrisation,
+            training=training,
+            data=data,
+            metrics=tuple(metrics),
+            versions=library_versions(),
+            created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            base_settings=lm.settings,
+            quantized=lm.quantized,
+            parts=self.model.trained.shapes(self.num_virtual_tokens) if vectors.dim() == 1 else {},
+        )
 
     def without_soft_prompt(self, hard_text: str = "") -> Task:
         """The same task with readable text, or nothing, in the soft prompt's place."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from softprompt.data.example import Conversation, Dataset, Example
+from softprompt.data.wording import first_line
 from softprompt.errors import DataError, TemplateError
 from softprompt.text.encoder import Encoder
 from softprompt.text.template import Template, escaped
@@ -230,10 +231,9 @@ def rendered(
             )
         )
     except Exception as error:  # Jinja code of the model: whatever it raises
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise TemplateError(
             f"Expected messages that the base model's chat template takes, found some that it does not take "
-            f"({reason}); change their roles or order, or leave them out."
+            f"({first_line(error)}); change their roles or order, or leave them out."
         ) from error
 
 

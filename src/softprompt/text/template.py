@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from softprompt.data.wording import first_line
 from softprompt.errors import TemplateError
 
 if TYPE_CHECKING:
@@ -124,9 +125,8 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> Template:
     try:
         rendered = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # Jinja code of the model: whatever it raises
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise TemplateError(
-            f"Expected a chat template that takes one message of the user, found one that fails ({reason}); "
+            f"Expected a chat template that takes one message of the user, found one that fails ({first_line(error)}); "
             f"write a template instead."
         ) from error
     before, *rest = rendered.split(place)

@@ -16,7 +16,9 @@ from safetensors.torch import save as to_bytes
 from softprompt.errors import ConfigError, StoreError
 from softprompt.files import StrPath, atomic_writer, local_path
 from softprompt.model.loading import DTYPES
+from softprompt.tasks.task import Task
 from softprompt.tuning import history
+from softprompt.tuning.config import TrainConfig
 
 FILE = "checkpoint.safetensors"
 EARLIER = "checkpoint.earlier.safetensors"
@@ -138,12 +140,46 @@ def _decoded(found: dict[str, Any]) -> Any:
     return float(found["float"]) if found.keys() == {"float"} else found
 
 
+def identity(
+    task: Task, config: TrainConfig, total: int, given: torch.Tensor | None, data: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All that the numbers of a run depend on, which a checkpoint must agree with to be gone on with.
+
+    Args:
+        task, config: of the run.
+        total: steps planned.
+        given: the numbers that it starts from; None: by the rule ``config.init``.
+        data: fingerprints and row counts, as ``describe_rows`` gives them.
+
+    Returns:
+        JSON values under the names that a user knows.
+    """
+    settings = config.as_dict()
+    for name in ("checkpoint_every", "activation_checkpointing"):  # which change no number
+        del settings[name]
+    start = None if given is None else given.detach().float().cpu().contiguous().numpy().tobytes()
+    return {
+        **settings,
+        "init": config.init if start is None else "given",  # not the path, which may change
+        "start": None if start is None else hashlib.sha256(start).hexdigest(),
+        "total": total,
+        "template": task.template.text,
+        "labels": [task.labels, task.words, task.label_of_word, task.ends],
+        "base model": task.model.fingerprint,
+        "base settings": dict(task.model.settings),
+        "dtype": next(name for name, dtype in DTYPES.items() if dtype == task.model.dtype),
+        "quantized": task.model.quantized,
+        "training data": [data["train"]["fingerprint"], data["train"]["rows"]],
+        "validation data": [data["validation"]["fingerprint"], data["validation"]["rows"]],
+    }
+
+
 def require_same(folder: StrPath, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     """Refuses to go on with another run than the one that wrote the checkpoint.
 
     Args:
         folder: where the checkpoint is.
-        ours: all that the run's numbers depend on, under the names that a user knows; JSON values.
+        ours: the run's ``identity``.
         theirs: the same of the checkpoint, or as schema version 2 has it.
 
     Raises:

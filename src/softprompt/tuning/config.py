@@ -31,10 +31,10 @@ class TrainConfig:
         init_text: the text for ``text``: cut to P tokens, or repeated so that it ends whole.
         init_scale: factor on all initial vectors but the first, at least 1. None: the factor by which the base model's
             first layer lengthens hidden states (``FrozenLM.first_layer_gain``), so that what is learned reaches the
-            deeper layers too. Steps grow with it. A KV prefix always has 1.
+            deeper layers too. Steps grow with it. With ``prefix`` it is always 1.
         parametrisation: what is trained. ``plain``: the vectors. ``residual``, ``superpos``, ``mlp``: numbers that are
-            folded into vectors after training. ``prefix``: keys and values for every layer, a soft prompt of another
-            kind with a larger file.
+            folded into vectors after training. ``prefix``: keys and values for every layer, or what recurrent
+            layers start from, a soft prompt of another kind with a larger file.
         starts: how many runs, with different starts and orders of the data, do the first tenth of the steps. The best
             on the validation rows goes on (successive halving of one round, Jamieson and Talwalkar 2016). With
             ``auto``, further starts take ``labels`` or ``vocab``, which are drawn.

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
+from inspect import signature
 from typing import Any
 
 from softprompt.data.checks import Reading
@@ -101,6 +102,27 @@ class Job:
             labels=labels,
             references_field=references_field,
         )
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], number: int) -> Job:
+        """The ``number``-th of several jobs, from 1, read.
+
+        Args:
+            given: arguments of :meth:`read` and settings of ``TrainConfig`` by name, ``data`` among them.
+
+        Raises:
+            SoftPromptError: as for :meth:`read`, or an argument is unknown; the sentence names the job.
+        """
+        name = given.get("name", f"soft-prompt-{number}")
+        with of_job(name):
+            settings = [field.name for field in fields(TrainConfig)]
+            require_known(given, [*signature(cls.read).parameters, *settings], "argument", "a job has")
+            if "data" not in given:
+                raise ConfigError("expected data to train on, found none; give a path or rows as data.")
+            options = {key: value for key, value in given.items() if key not in settings}
+            chosen = {key: value for key, value in given.items() if key in settings}
+            options["config"] = with_settings(options.get("config"), chosen)
+            return cls.read(**{**options, "name": name})
 
     def on(self, lm: FrozenLM) -> Job:
         """The same with all that depends on the base model: its template, how answers are written, the length.

@@ -68,36 +68,6 @@ def initial_vectors(
     return vectors
 
 
-def first_vectors(task: Task, config: TrainConfig, number: int = 0) -> torch.Tensor:
-    """What the start of that number begins with by the rule ``config.init``: float32 ``[P, H]`` on the CPU.
-
-    All but the first are ``config.init_scale`` times as long as embeddings; that one is left as it is, since a sequence
-    begins with it and heads look at it that look at nothing else.
-    """
-    lm, words, init, text = task.lm, task.label_words, config.init, config.init_text
-    length, draw = config.start(number)
-    if init == "auto" and text is None and words and draw == 0:
-        options = label_list(lm, task.labels)
-        if len(tokens_of(lm, options)) <= length:
-            text = options
-    if init == "auto":
-        init = "text" if text and draw == 0 else "labels" if words else "vocab"
-    vectors = initial_vectors(lm, length, init=init, seed=config.seed + draw, text=text, label_words=words)
-    vectors[1:] *= init_scale(lm, config)
-    return vectors
-
-
-def init_scale(lm: Embedder, config: TrainConfig) -> float:
-    """How many times as long as embeddings the initial vectors are: those of a KV prefix, in which every layer has
-    numbers of its own, as long as they are."""
-    if config.parametrisation == "prefix":
-        return 1.0
-    if config.init_scale is not None:
-        return config.init_scale
-    assert isinstance(lm, FrozenLM), "what a layer does to an embedding takes a whole model"
-    return lm.first_layer_gain
-
-
 def first_numbers(task: Task, config: TrainConfig, number: int, given: torch.Tensor | None) -> torch.Tensor:
     """What the start of that number begins with: float32 ``[P, H]`` or a trained prefix, on the model's device.
 
@@ -129,3 +99,33 @@ def first_numbers(task: Task, config: TrainConfig, number: int, given: torch.Ten
             "set num_virtual_tokens to its length and use it with a base model of its width"
         )
     return given.detach().float().cpu().clone().to(lm.device)
+
+
+def first_vectors(task: Task, config: TrainConfig, number: int = 0) -> torch.Tensor:
+    """What the start of that number begins with by the rule ``config.init``: float32 ``[P, H]`` on the CPU.
+
+    All but the first are ``config.init_scale`` times as long as embeddings; that one is left as it is, since a sequence
+    begins with it and heads look at it that look at nothing else.
+    """
+    lm, words, init, text = task.lm, task.label_words, config.init, config.init_text
+    length, draw = config.start(number)
+    if init == "auto" and text is None and words and draw == 0:
+        options = label_list(lm, task.labels)
+        if len(tokens_of(lm, options)) <= length:
+            text = options
+    if init == "auto":
+        init = "text" if text and draw == 0 else "labels" if words else "vocab"
+    vectors = initial_vectors(lm, length, init=init, seed=config.seed + draw, text=text, label_words=words)
+    vectors[1:] *= init_scale(lm, config)
+    return vectors
+
+
+def init_scale(lm: Embedder, config: TrainConfig) -> float:
+    """How many times as long as embeddings the initial vectors are: those of a KV prefix, in which every layer has
+    numbers of its own, as long as they are."""
+    if config.parametrisation == "prefix":
+        return 1.0
+    if config.init_scale is not None:
+        return config.init_scale
+    assert isinstance(lm, FrozenLM), "what a layer does to an embedding takes a whole model"
+    return lm.first_layer_gain

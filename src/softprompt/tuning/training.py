@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -18,15 +17,12 @@ from softprompt.evaluation.validation import validator
 from softprompt.files import StrPath
 from softprompt.model.fast.compiled import graphs_compiled
 from softprompt.model.joined import share_beginnings
-from softprompt.model.loading import DTYPES
-from softprompt.model.request import Request
-from softprompt.soft_prompts.metadata import library_versions
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.task import Task
 from softprompt.text.tokens import SOFT
 from softprompt.tuning import checkpoint, compilation
 from softprompt.tuning.alarms import Watch
-from softprompt.tuning.config import DEFAULT_STEPS, EVAL_EVERY, INITS, TrainConfig
+from softprompt.tuning.config import INITS, TrainConfig
 from softprompt.tuning.gradients import Gradients, Share, Work
 from softprompt.tuning.history import History
 from softprompt.tuning.keeping import Keeper, better
@@ -39,7 +35,7 @@ from softprompt.tuning.run_folder import Hold, RunFolder
 from softprompt.tuning.start import first_numbers, init_scale
 from softprompt.tuning.state import State
 from softprompt.tuning.step import Alarm, Begun, Step
-from softprompt.tuning.training_time import Schedule
+from softprompt.tuning.training_time import Schedule, schedule_of
 
 
 class Training:
@@ -136,10 +132,11 @@ class Training:
         self.watch = Watch(task, examples, held_out)
         self._at_end: tuple[Alarm, ...] | None = None
         checked = [task.label_request(e) if task.words else task.target_request(e) for e in held_out]
-        self.schedule = self._schedule(share_beginnings(checked))
+        self.schedule = schedule_of(self.config, self._gradients, self._requests, share_beginnings(checked))
         self._start = start
         self._history = History(self.folder)
-        self._state = State.of(Keeper(self.config.patience), self._begin(0), self._should_compile())
+        compiled = compilation.wanted(self.config, self._gradients, self._requests, self.total)
+        self._state = State.of(Keeper(self.config.patience), self._begin(0), compiled)
         self._hold, self._iterating = Hold(self._run), False
         self._open_folder(resume)
 
@@ -466,17 +463,10 @@ class Training:
                 "would fit no model; load the base model anew, and report this unless you changed the weight yourself."
             )
         given = self._start is not None and self.config.init in INITS
-        return SoftPrompt(
-            vectors=(state.good if best is None else state.best).cpu(),
+        return self.task.soft_prompt(
+            (state.good if best is None else state.best).cpu(),
             name=self.name,
-            base=lm.name,
-            base_fingerprint=lm.fingerprint,
-            tokenizer_fingerprint=lm.tokenizer_fingerprint,
-            template=self.task.template.text,
-            verbalizer=None if self.task.verbalizer is None else dict(self.task.verbalizer.words),
-            word_end=bool(self.task.ends),
             parametrisation=self.config.parametrisation,
-            parts=lm.trained.shapes(self.task.num_virtual_tokens) if self.config.parametrisation == "prefix" else {},
             training={
                 **self.config.as_dict(),
                 "init_scale": init_scale(lm, self.config),
@@ -487,61 +477,13 @@ class Training:
                 "alarms": [alarm.kind for alarm in self.alarms],
             },
             data=self._data,
-            metrics=() if best is None else tuple({"split": "validation", **metric} for metric in best["metrics"]),
-            versions=library_versions(),
-            created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            base_settings=lm.settings,
-            quantized=lm.quantized,
+            metrics=() if best is None else [{"split": "validation", **metric} for metric in best["metrics"]],
         )
-
-    # --- preparation ------------------------------------------------------------------------------
-
-    def _schedule(self, checked: Sequence[Request]) -> Schedule:
-        """When validations come, and what each of them computes; ``checked`` are the requests of its rows."""
-        config, lm = self.config, self.task.model
-        if config.epochs is not None:
-            planned = max(1, math.ceil(config.epochs * len(self._requests) / config.batch_size))
-        else:
-            planned = config.steps or DEFAULT_STEPS
-        # by tokens alone, so that a resumed run has the same; a step runs them twice
-        step = 2 * config.batch_size * self._gradients.tokens(self._requests) / len(self._requests)
-        checking = self._gradients.tokens(checked)
-        interval = max(1, min(max(EVAL_EVERY, math.ceil(3 * checking / step)), planned // 5))
-        whole = (lm.tokens_of(row, config.longest) for row in checked)
-        tokens = checking if lm.shares_prefix else sum(whole)
-        return Schedule(planned, config.eval_every or interval, len(checked), tokens, tries=config.tries)
-
-    def _should_compile(self) -> bool:
-        lm = self.task.model
-        if not lm.compiles or self.config.compile == "off":
-            return False
-        rows = self.config.batch_size / len(self._requests)
-        tokens = self._gradients.tokens(self._requests) * rows + self.config.longest
-        return self.config.compile == "on" or compilation.pays(lm, self.total, tokens)
 
     # --- what survives a kill ---------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree with to be gone on with."""
-        task, data = self.task, self._data
-        settings = self.config.as_dict()
-        for name in ("checkpoint_every", "activation_checkpointing"):  # which change no number
-            del settings[name]
-        start = None if self._start is None else self._start.detach().float().cpu().contiguous().numpy().tobytes()
-        return {
-            **settings,
-            "init": self.config.init if start is None else "given",  # not the path, which may change
-            "start": None if start is None else hashlib.sha256(start).hexdigest(),
-            "total": self.total,
-            "template": task.template.text,
-            "labels": [task.labels, task.words, task.label_of_word, task.ends],
-            "base model": task.model.fingerprint,
-            "base settings": dict(task.model.settings),
-            "dtype": next(name for name, dtype in DTYPES.items() if dtype == task.model.dtype),
-            "quantized": task.model.quantized,
-            "training data": [data["train"]["fingerprint"], data["train"]["rows"]],
-            "validation data": [data["validation"]["fingerprint"], data["validation"]["rows"]],
-        }
+        return checkpoint.identity(self.task, self.config, self.total, self._start, self._data)
 
     def _open_folder(self, resume: bool) -> None:
         found = self._world.from_first(lambda: self._opened(resume))

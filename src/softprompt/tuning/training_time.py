@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from bisect import bisect_right
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+
+from softprompt.model.request import Request
+from softprompt.tuning.config import DEFAULT_STEPS, EVAL_EVERY, TrainConfig
+from softprompt.tuning.gradients import Gradients
 
 LATEST = 50
 """Steps, or validations, whose median tells what the next ones take."""
@@ -72,6 +78,31 @@ class Schedule:
     def validations_after(self, step: int) -> int:
         """How many validations come after the first ``step`` steps."""
         return len(self.validations) - bisect_right(self.validations, step)
+
+
+def schedule_of(
+    config: TrainConfig, gradients: Gradients, requests: Sequence[Request], checked: Sequence[Request]
+) -> Schedule:
+    """When the validations of a training come, and what each of them computes.
+
+    Args:
+        config: settings.
+        gradients: of the training.
+        requests: of its rows.
+        checked: of its validation rows.
+    """
+    lm = gradients.lm
+    if config.epochs is not None:
+        planned = max(1, math.ceil(config.epochs * len(requests) / config.batch_size))
+    else:
+        planned = config.steps or DEFAULT_STEPS
+    # by tokens alone, so that a resumed run has the same; a step runs them twice
+    step = 2 * config.batch_size * gradients.tokens(requests) / len(requests)
+    checking = gradients.tokens(checked)
+    interval = max(1, min(max(EVAL_EVERY, math.ceil(3 * checking / step)), planned // 5))
+    whole = (lm.tokens_of(row, config.longest) for row in checked)
+    tokens = checking if lm.shares_prefix else sum(whole)
+    return Schedule(planned, config.eval_every or interval, len(checked), tokens, tries=config.tries)
 
 
 class TrainingTime:
