@@ -89,7 +89,7 @@ def test_vectors_of_a_text_give_its_logits(case: str) -> None:
     torch.testing.assert_close(lm.score(requests, [lm.look_up(torch.tensor(text))]), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("case", list(filter(trains_prefixes, CASES)))
+@pytest.mark.parametrize("case", [case for case in CASES if trains_prefixes(case)])
 def test_what_a_text_left_behind_is_that_text_where_it_is_put_in(case: str) -> None:
     lm, text = frozen(case), (9, 12, 17, 20, 33, 41, 57, 58)
     requests = [Request((3, SOFT, *inputs), 2, VOCABULARY, 0) for inputs in INPUTS]

@@ -45,7 +45,7 @@ def cached(case: str, ids: Sequence[int], parts: Mapping[str, torch.Tensor]) -> 
     """Log-probabilities ``[T, V]`` after each of the ids behind ``SOFT``, by transformers alone. What its cache
     holds of the ids before it, or of a throw-away token, gives way to ``parts``; keys and values stand behind those."""
     model, place = plain(case), tuple(ids).index(SOFT)
-    cache = DynamicCache(config=model.config)
+    cache: Any = DynamicCache(config=model.config)
     model(input_ids=torch.tensor([ids[:place] or [5]]), **takes(model, cache))
     for number, layer in enumerate(cache.layers):
         layer.record_past = True  # else a convolution changes its window in place

@@ -154,7 +154,7 @@ def test_numbers_that_are_not_those_of_the_parts_are_not_saved(tmp_path: Path) -
     for wrong in (one.vectors[:-1], one.vectors[None], one.vectors.double()):
         with pytest.raises(ArtifactError, match=r"'films' should be float32 \[\d+\], the numbers of its parts"):
             replace(one, vectors=wrong).save(tmp_path / "x.safetensors")
-    with pytest.raises(ArtifactError, match=r"a field without a JSON form .*'parts'"):
+    with pytest.raises(ArtifactError, match=r"a field without a JSON form .*other tensors under 'parts'"):
         replace(one, parts={"model.embed_tokens": tuple(one.vectors.shape)}).save(tmp_path / "x.safetensors")
 
 
@@ -209,9 +209,9 @@ def test_what_has_no_form_for_a_state_says_so(tmp_path: Path) -> None:
     for to in ("peft", "prefix-tuning", "cartridge", "prompt-tuning", "npy", "safetensors", "vllm"):
         with pytest.raises(ConfigError, match="found a trained state in 'films', for which other tools have no format"):
             export(lm, one, to, tmp_path / to)
-    with pytest.raises(ConfigError, match="found a trained state, which no embeddings stand for; answer with softpro"):
+    with pytest.raises(ConfigError, match="found a trained state, which no embeddings of an input stand for; answer"):
         embedded(lm, one, [Example({"input": "a"}, None)])
-    with pytest.raises(ConfigError, match="'films' is a trained state, whose numbers mean nothing to another base"):
+    with pytest.raises(ConfigError, match="'films' is a trained state, which cannot be carried over to another"):
         recycle(lm, tiny("llama"), one, name="other")
     with pytest.raises(ConfigError, match="'films' is a trained state, which has none; inspect one of another"):
         require_vectors(one)

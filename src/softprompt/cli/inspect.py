@@ -186,7 +186,7 @@ def _of_one_base(store: Store) -> dict[str, SoftPrompt]:
     for entry in store.entries():
         if isinstance(entry.header, ArtifactError):
             stderr.print(f"warning: {entry.header}")
-        elif entry.header.parametrisation == "prefix":
+        elif entry.header.kind != "soft prompt":
             stderr.print(f"left out: {entry.name}, a {entry.header.kind}")
         else:
             found[entry.name] = SoftPrompt.load(entry.path)
@@ -253,7 +253,7 @@ def show_store(as_json: bool) -> None:
             stderr.print(f"warning: {entry.header}")
             continue
         soft_prompt = SoftPrompt.load(entry.path)
-        lengths = None if soft_prompt.parts else soft_prompt.vectors.flatten(1).norm(dim=1)
+        lengths = None if soft_prompt.kind == "trained state" else soft_prompt.vectors.flatten(1).norm(dim=1)
         listed.append(
             {
                 "name": entry.name,

@@ -140,6 +140,8 @@ def _configuration(learning: LearningOnce, store: Store) -> tuple[TrainConfig, S
                 f"--init must be one of {', '.join(INITS)}, or a soft prompt's name or path, not {init!r}; "
                 f"see `softprompt list`."
             ) from error
+        if start.decoder_virtual_tokens:
+            given.setdefault("decoder_virtual_tokens", start.decoder_virtual_tokens)
         length = given.setdefault("num_virtual_tokens", start_length(start, start.num_virtual_tokens))
         if start.num_virtual_tokens not in (0, length):
             raise ConfigError(

@@ -54,7 +54,8 @@ class Search:
         length = start_length(first, first.num_virtual_tokens)
         config = replace(config, num_virtual_tokens=length)
         assert isinstance(job.template, Template), "the job is on a base model"
-        task = Task(lm, job.template, job.verbalizer, length, config.max_length or lm.window)
+        window, ahead = config.max_length or lm.window, config.decoder_virtual_tokens
+        task = Task(lm, job.template, job.verbalizer, length, window, decoder_virtual_tokens=ahead)
         with notices() as notice:
             found = find_start(
                 task,

@@ -57,8 +57,8 @@ def bake(lm: FrozenLM, soft_prompt: SoftPrompt, *, kv: bool = False) -> Baked:
 
     Raises:
         BaseModelError: the soft prompt is of another base model.
-        ConfigError: input stands before the soft prompt; or there is a KV prefix and embeddings are asked for, or a
-            trained state; or the base model has no shared prefix and keys and values are.
+        ConfigError: input stands before the soft prompt; or there is a KV prefix and embeddings are asked for, or there
+            are several tensors; or the base model has no shared prefix and keys and values are.
     """
     task = Task.of(lm, soft_prompt)
     kinds = [part.kind for part in task.template.parts]
@@ -71,7 +71,7 @@ def bake(lm: FrozenLM, soft_prompt: SoftPrompt, *, kv: bool = False) -> Baked:
     vectors = soft_prompt.vectors
     if soft_prompt.parts:
         raise ConfigError(
-            f"Expected a soft prompt of embeddings, or of keys and values, found a trained state in "
+            f"Expected a soft prompt of embeddings, or of keys and values, found a {soft_prompt.kind} in "
             f"{soft_prompt.name!r}, for which other tools have no format; keep its own file."
         )
     if not kv:

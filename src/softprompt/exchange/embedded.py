@@ -37,11 +37,11 @@ def embedded(
         ConfigError: it is a KV prefix or a trained state, which are no embeddings, or there are no examples.
     """
     task = Task.of(lm, soft_prompt)
-    if soft_prompt.vectors.dim() != 2:
+    if soft_prompt.kind != "soft prompt":
         remedy = "answer with softprompt" if soft_prompt.parts else "export it --to cartridge and load that with PEFT"
         raise ConfigError(
-            f"Expected a soft prompt of embeddings, found a {soft_prompt.kind}, which no embeddings stand for; "
-            f"{remedy}."
+            f"Expected a soft prompt of embeddings, found a {soft_prompt.kind}, which no embeddings of an input stand "
+            f"for; {remedy}."
         )
     if not examples:
         raise ConfigError("Expected at least one input text, found none.")

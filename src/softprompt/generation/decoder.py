@@ -67,12 +67,14 @@ class Continuation:
         embedded: ``[T, H]``, the tokens that have not been run yet, at least one; without a prefix, the whole sequence.
         prefix: what the tokens before left behind; None for a model that runs whole sequences.
         token: the last token that was picked.
+        ahead: ``[N, H]``, what stands before the input of an encoder–decoder's decoder; None where there is none.
     """
 
     writer: Writer
     embedded: torch.Tensor
     prefix: PrefixState | None
     token: int = -1
+    ahead: torch.Tensor | None = None
 
 
 class Decoder:
@@ -95,7 +97,9 @@ class Decoder:
         """Takes rows in."""
         whole = [row for row in rows if row.prefix is None]
         self._whole += whole
-        self._growing.add([row.embedded for row in whole])
+        some = any(row.ahead is not None for row in whole)
+        ahead = [row.embedded[:0] if row.ahead is None else row.ahead for row in whole] if some else None
+        self._growing.add([row.embedded for row in whole], ahead)
         self._new += [row for row in rows if row.prefix is not None]
 
     def step(self) -> list[Continuation]:
@@ -309,7 +313,8 @@ def continuation(
         prefix_of: where its prefix comes from.
     """
     if not lm.shares_prefix:
-        return Continuation(writer, lm.embed(request.ids, vectors), None)
+        embedded, ahead = lm.inputs(request, vectors)
+        return Continuation(writer, embedded, None, ahead=ahead if len(ahead) else None)
     shared = min(request.shared, len(request.ids) - 1)
     prefix = prefix_of(request.ids[:shared], vectors)
     return Continuation(writer, lm.embed(request.ids[shared:], vectors), prefix)

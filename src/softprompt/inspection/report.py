@@ -82,11 +82,18 @@ class Report:
 
 
 def require_vectors(soft_prompt: SoftPrompt) -> None:
-    """Refuses a trained KV prefix or state, which has no embeddings to be read.
+    """Refuses a trained KV prefix or state, which has no embeddings to be read, and vectors of which some stand before
+    a decoder's input.
 
     Raises:
         ConfigError: it is one.
     """
+    if soft_prompt.decoder_virtual_tokens:
+        raise ConfigError(
+            f"Reading a soft prompt needs one whose vectors all stand in the input, but "
+            f"{soft_prompt.decoder_virtual_tokens} of '{soft_prompt.name}' stand before the decoder's; inspect one "
+            f"without decoder_virtual_tokens."
+        )
     if soft_prompt.vectors.dim() != 2:
         raise ConfigError(
             f"Reading a soft prompt needs vectors of the embedding width, but '{soft_prompt.name}' is a "

@@ -489,9 +489,38 @@ class FrozenLM(Embedder):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``score_concatenated``, and with ``compare`` bool ``[B, W]``: whether each token of a word is the most
         probable one."""
-        rows = [self.embed(request.ids, prompt_of(request, soft_prompts)) for request in requests]
+        inputs = [self.inputs(request, prompt_of(request, soft_prompts)) for request in requests]
+        ahead = [own for _, own in inputs] if any(request.ahead for request in requests) else None
         with self.eager():
-            return self.whole.score(rows, [request.words for request in requests], compare=compare)
+            words = [request.words for request in requests]
+            return self.whole.score([row for row, _ in inputs], words, compare=compare, ahead=ahead)
+
+    def inputs(self, request: Request, vectors: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """A request for ``whole``: its embedded input ``[T, H]``, and the vectors ``[N, H]`` before the decoder's.
+
+        Raises:
+            ConfigError: there are some, and this model's decoder cannot take them.
+        """
+        if vectors is None or not request.ahead:
+            return self.embed(request.ids, vectors), self.embedding.new_zeros(0, self.hidden_size, dtype=self.dtype)
+        self.require_ahead()
+        own, ahead = vectors[: -request.ahead], vectors[-request.ahead :]
+        return self.embed(request.ids, own), ahead.to(self.device, self.dtype)
+
+    def require_ahead(self) -> None:
+        """Raises a ``ConfigError`` where no virtual tokens can stand before a decoder's input."""
+        if self._why_nothing_ahead:
+            raise ConfigError(
+                f"Expected a base model whose decoder takes virtual tokens before its input, which {self.name} is not: "
+                f"{self._why_nothing_ahead}; leave decoder_virtual_tokens out."
+            )
+
+    @cached_property
+    def _why_nothing_ahead(self) -> str:
+        if not isinstance(self.whole, EncoderDecoder):
+            return "it is no encoder-decoder"
+        with self.eager():
+            return self.whole.why_nothing_ahead(self.hidden_size)
 
     def tokens_of(self, request: Request, num_virtual_tokens: int = 0) -> int:
         """How many tokens ``score_concatenated`` computes for a request."""

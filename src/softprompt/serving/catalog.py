@@ -195,6 +195,7 @@ class Catalog:
             "fields": list(task.template.fields),
             "labels": None if task.verbalizer is None else list(task.labels),
             "num_virtual_tokens": task.num_virtual_tokens,
+            **({"decoder_virtual_tokens": task.decoder_virtual_tokens} if task.decoder_virtual_tokens else {}),
             "parametrisation": soft_prompt.parametrisation,
             "bytes": stamp[1] if stamp else 0,
             "metrics": [dict(metric) for metric in soft_prompt.metrics],
@@ -300,12 +301,15 @@ class Catalog:
         own = model.bare if base_only else model.task
         length = own.num_virtual_tokens if own is not None and own.template.has_soft_prompt else None
         window = self._window if own is None else own.max_length
-        task = self._conversation(roles, length, window)
+        ahead = 0 if length is None or own is None else own.decoder_virtual_tokens
+        task = self._conversation(roles, length, ahead, window)
         fields = {f"message {number}": message.text for number, message in enumerate(messages, start=1)}
         usual = Sampling(max_new_tokens=USUAL_TOKENS) if own is None else default_sampling(own)
         return model.continuing(task, fields, wish, usual)
 
-    def _conversation_of(self, roles: tuple[str, ...], num_virtual_tokens: int | None, window: int) -> Task:
+    def _conversation_of(
+        self, roles: tuple[str, ...], num_virtual_tokens: int | None, decoder_virtual_tokens: int, window: int
+    ) -> Task:
         """``num_virtual_tokens`` is None without a soft prompt."""
         messages = [{"role": role, "content": f"{{message {number}}}"} for number, role in enumerate(roles, start=1)]
         tokenizer = self._lm.tokenizer
@@ -320,7 +324,8 @@ class Catalog:
             template = conversation_template(tokenizer, messages, opening=opening)
         except TemplateError as error:
             raise ApiError(400, str(error), param="messages") from error
-        return Task(self._lm, template, None, num_virtual_tokens or 0, window)
+        count = num_virtual_tokens or 0
+        return Task(self._lm, template, None, count, window, decoder_virtual_tokens=decoder_virtual_tokens)
 
 
 def _bytes_of(model: Model) -> int:
@@ -351,6 +356,7 @@ def content_of(soft_prompt: SoftPrompt, max_length: int) -> str:
     verbalizer = soft_prompt.verbalizer
     words = None if verbalizer is None else [[label, list(words)] for label, words in verbalizer.items()]
     content = [soft_prompt.template, words, max_length, *([True] if soft_prompt.word_end else [])]
+    content += [soft_prompt.decoder_virtual_tokens] if soft_prompt.decoder_virtual_tokens else []
     digest = hashlib.sha256(json.dumps(content).encode())
     digest.update(soft_prompt.vectors.contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -13,7 +13,8 @@ Where ``parametrisation`` is ``prefix``, the tensor is a trained KV prefix ``[P,
 
 A trained state has ``schema_version`` 3 and several tensors, such as ``layers.0.state``, ``layers.0.window`` and
 ``layers.3.keys`` ``[P, H_kv, D]``. ``parts`` lists their names and shapes in the order in which the digest takes them,
-``word_end`` is a field of its own, and ``num_virtual_tokens`` is 0 without keys.
+``word_end`` is a field of its own, and ``num_virtual_tokens`` is 0 without keys. A soft prompt with virtual tokens
+before a decoder's input is written likewise: its tensors are ``soft_prompt`` and ``decoder_soft_prompt`` ``[N, H]``.
 """
 
 from __future__ import annotations
@@ -34,20 +35,20 @@ from safetensors.numpy import save as safetensors_bytes
 
 from softprompt.errors import ArtifactError, StoreError
 from softprompt.files import StrPath, atomic_writer, local_path
-from softprompt.soft_prompts.metadata import Header, Metadata, size_names, sizes_of
+from softprompt.soft_prompts.metadata import AHEAD, MAIN, Header, Metadata, size_names, sizes_of
 
 if TYPE_CHECKING:
     import torch
 
 SCHEMA_VERSION = 3
-"""Of trained states, which earlier releases cannot read. All others have version 1, or 2 where label words have an end,
-which the releases before would leave out."""
+"""Of several tensors, which earlier releases cannot read. All others have version 1, or 2 where label words have an
+end, which the releases before would leave out."""
 
 SUFFIX = ".safetensors"
 
 MAX_HEADER_BYTES = 4 << 20  # a header of ours has a few kB; this bounds what a hostile file can make us parse
 
-_TENSOR = "soft_prompt"
+_TENSOR = MAIN
 
 _DOCUMENT = "softprompt"
 
@@ -59,11 +60,12 @@ _SETTINGS = "base_settings"  # only where there are some: files of earlier relea
 
 _QUANTIZED = "quantized"  # likewise
 
-_PARTS = "parts"  # of trained states
+_PARTS = "parts"  # of several tensors
 
 _WORD_END = "word_end"  # likewise; of others the version says it
 
 _PART = re.compile(r"layers\.\d{1,6}\.(keys|values|state|window)")
+"""What the tensors of a trained state are called."""
 
 
 def write(content: bytes, path: StrPath, name: str) -> None:
@@ -107,7 +109,8 @@ def read_header(path: StrPath) -> Header:
         ArtifactError: as for :func:`read`.
     """
     document, _ = _read(local_path(path))
-    names = ("num_virtual_tokens",) if _is_state(document) else size_names(document["parametrisation"])
+    is_state = _has_parts(document) and document["parametrisation"] == "prefix"
+    names = ("num_virtual_tokens",) if is_state else size_names(document["parametrisation"])
     return Header(sizes={name: document[name] for name in names}, **_fields(document))
 
 
@@ -139,7 +142,8 @@ def _read(path: Path) -> tuple[dict[str, Any], NDArray[np.float32]]:
                     found = f"{stored.get_dtype()} {stored.get_shape()}"
                     _refuse(path, f"the tensor '{name}' as F32 {shape}", found)
             tensors: list[NDArray[np.float32]] = [np.array(opened.get_tensor(name)) for name in shapes]  # copies
-            numbers = tensors[0] if list(shapes) == [_TENSOR] else np.concatenate([t.reshape(-1) for t in tensors])
+            is_state = _has_parts(document) and document["parametrisation"] == "prefix"
+            numbers = np.concatenate([t.reshape(-1) for t in tensors] if is_state else tensors)
     except SafetensorError as error:
         _refuse(path, "a whole safetensors file", f"'{error}'")
     except OSError as error:
@@ -153,13 +157,13 @@ def _read(path: Path) -> tuple[dict[str, Any], NDArray[np.float32]]:
     return document, numbers
 
 
-def _is_state(document: Mapping[str, Any]) -> bool:
+def _has_parts(document: Mapping[str, Any]) -> bool:
     return bool(document.get("schema_version") == SCHEMA_VERSION)
 
 
 def _shapes(document: Mapping[str, Any]) -> dict[str, list[int]]:
     """The shape of each tensor of the file by name, in the order in which the digest takes them."""
-    if _is_state(document):
+    if _has_parts(document):
         return dict(document[_PARTS])
     sizes = [document[name] for name in size_names(document["parametrisation"])]
     return {_TENSOR: [*sizes[:2], 2, *sizes[2:]] if sizes[2:] else sizes}
@@ -178,9 +182,11 @@ def encode(soft_prompt: Metadata, vectors: torch.Tensor) -> bytes:
     vectors = vectors.detach().cpu().contiguous()
     name = soft_prompt.name
     parts = soft_prompt.parts
-    if parts:
-        size = sum(map(math.prod, parts.values()))
+    size = sum(map(math.prod, parts.values()))
+    if parts and soft_prompt.parametrisation == "prefix":
         sound, form = vectors.ndim == 1 and len(vectors) == size, f"[{size}], the numbers of its parts, with each size"
+    elif parts:
+        sound, form = vectors.ndim == 2 and vectors.numel() == size, "[P + N, H], the rows of its parts, with each size"
     elif soft_prompt.parametrisation == "prefix":
         sound, form = vectors.ndim == 5 and vectors.shape[2] == 2, "[P, L, 2, H_kv, D] with P, L, H_kv and D"
     else:
@@ -296,7 +302,7 @@ def _fault(document: Mapping[str, Any]) -> str | None:
     verbalizer = document.get("verbalizer")
     if verbalizer is not None and not (isinstance(verbalizer, list) and all(map(_is_label_with_words, verbalizer))):
         return "no pairs of a label and its words under 'verbalizer'"
-    if _is_state(document):
+    if _has_parts(document):
         return _fault_of_parts(document)
     for key in size_names(document["parametrisation"]):
         if type(document.get(key)) is not int or document[key] < 1:
@@ -305,21 +311,26 @@ def _fault(document: Mapping[str, Any]) -> str | None:
 
 
 def _fault_of_parts(document: Mapping[str, Any]) -> str | None:
-    """What is wrong with what only the document of a trained state has."""
-    parts = document.get(_PARTS)
-    if document["parametrisation"] != "prefix" or type(document.get(_WORD_END)) is not bool:
-        return f"no '{_WORD_END}', or another parametrisation than 'prefix'"
+    """What is wrong with what only the document of several tensors has."""
+    parts, is_state = document.get(_PARTS), document["parametrisation"] == "prefix"
+    if type(document.get(_WORD_END)) is not bool:
+        return f"no boolean under '{_WORD_END}'"
     if not (isinstance(parts, list) and parts and all(map(_is_part, parts))) or len(dict(parts)) < len(parts):
-        return f"no pairs of a layer's tensor and its shape under '{_PARTS}'"
-    lengths = {shape[0] for name, shape in parts if name.endswith((".keys", ".values"))}
+        return f"no pairs of a tensor's name and its shape under '{_PARTS}'"
+    names = [name for name, _ in parts]
+    if names != [MAIN, AHEAD] if not is_state else any(_PART.fullmatch(name) is None for name in names):
+        return f"other tensors under '{_PARTS}' than its parametrisation has"
+    lengths = {shape[0] for name, shape in parts if name.endswith((".keys", ".values")) or name == MAIN}
     if type(document.get("num_virtual_tokens")) is not int or {document["num_virtual_tokens"]} != (lengths or {0}):
-        return "another 'num_virtual_tokens' than its keys and values have"
+        return "another 'num_virtual_tokens' than its tensors have"
+    if not is_state and [shape[1:] for _, shape in parts] != [[document.get("hidden_size")]] * 2:
+        return "another 'hidden_size' than its tensors have"
     return None
 
 
 def _is_part(pair: object) -> bool:
     match pair:
-        case [str() as name, [*shape]] if _PART.fullmatch(name):
+        case [str(), [*shape]]:
             return bool(shape) and all(type(size) is int and size > 0 for size in shape)
     return False
 
@@ -336,8 +347,8 @@ def _fields(document: Mapping[str, Any]) -> dict[str, Any]:
     verbalizer = document["verbalizer"]
     return {
         "verbalizer": None if verbalizer is None else {label: tuple(words) for label, words in verbalizer},
-        "word_end": document[_WORD_END] if _is_state(document) else document["schema_version"] > 1,
-        "parts": {name: tuple(shape) for name, shape in document[_PARTS]} if _is_state(document) else {},
+        "word_end": document[_WORD_END] if _has_parts(document) else document["schema_version"] > 1,
+        "parts": {name: tuple(shape) for name, shape in document[_PARTS]} if _has_parts(document) else {},
         "metrics": tuple(document["metrics"]),
         "base_settings": document.get(_SETTINGS, {}),
         "quantized": document.get(_QUANTIZED, ""),

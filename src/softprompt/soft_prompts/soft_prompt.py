@@ -25,7 +25,8 @@ class SoftPrompt(Metadata):
     Attributes:
         vectors: float32 ``[P, H]`` on the CPU, finite; row ``i`` is virtual token ``i``. Of a trained KV prefix
             ``[P, L, 2, H_kv, D]``: for each virtual token the keys (after any rotary embedding) and values of every
-            layer. Of a trained state ``[N]``: the tensors of ``parts``, one after the other.
+            layer. Of a trained state ``[N]``: the tensors of ``parts``, one after the other. The virtual tokens before
+            a decoder's input are the last rows.
     """
 
     vectors: torch.Tensor
@@ -39,6 +40,8 @@ class SoftPrompt(Metadata):
     def extent(self) -> str:
         """How much it is, in words: ``64 virtual tokens``; of a trained state its numbers, too."""
         tokens = f"{self.num_virtual_tokens} virtual tokens"
+        if self.decoder_virtual_tokens:
+            return f"{tokens}, and {self.decoder_virtual_tokens} before the decoder's input"
         if not self.parts:
             return tokens
         numbers = f"a trained state of {self.vectors.numel():,} numbers"

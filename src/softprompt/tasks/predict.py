@@ -49,8 +49,8 @@ class Query:
         task = self.task
         found = None if self.vectors is None else list(self.vectors.shape)
         trained = found is not None and len(found) != 2 and not task.model.trained.why_none
-        length = task.num_virtual_tokens
-        shape = task.model.trained.shape(length) if trained else (length, task.lm.hidden_size)
+        rows = task.num_virtual_tokens + task.decoder_virtual_tokens
+        shape = task.model.trained.shape(task.num_virtual_tokens) if trained else (rows, task.lm.hidden_size)
         wanted = list(shape) if task.template.has_soft_prompt else None
         if found != wanted:
             raise ConfigError(

@@ -23,6 +23,8 @@ class TrainConfig:
     Attributes:
         num_virtual_tokens: P, how many vectors are learned. None: 64, or with many labels as many as spell them all out
             (``tasks.length.default_num_virtual_tokens``).
+        decoder_virtual_tokens: how many more vectors are learned that stand before the decoder's input, of an
+            encoder–decoder.
         init: the start. ``text``: embeddings of ``init_text``. ``labels``: embeddings of the labels, the rest as
             ``vocab``. ``vocab``: embeddings of tokens drawn from the most frequent part of the vocabulary. ``random``:
             normal, with the RMS of the embedding table. ``auto``: ``text`` if there is an ``init_text``; with labels,
@@ -70,6 +72,7 @@ class TrainConfig:
     """
 
     num_virtual_tokens: int | None = None
+    decoder_virtual_tokens: int = 0
     init: str = "auto"
     init_text: str | None = None
     init_scale: float | None = None
@@ -113,6 +116,7 @@ class TrainConfig:
 
         return [
             at_least("num_virtual_tokens", 1),
+            at_least("decoder_virtual_tokens", 0),
             at_least("starts", 1),
             (
                 all(each >= 1 for each in self.lengths),

@@ -160,7 +160,9 @@ class Job:
             SoftPromptError: as for ``Training``.
         """
         assert isinstance(self.template, Template), "on() comes first"
-        task = Task(lm, self.template, self.verbalizer, self.config.longest, self.config.max_length or lm.window)
+        config = self.config
+        length, ahead = config.max_length or lm.window, config.decoder_virtual_tokens
+        task = Task(lm, self.template, self.verbalizer, config.longest, length, decoder_virtual_tokens=ahead)
         vectors = None if self.start is None else self.start.vectors
         return Training(
             task, self.rows, self.validation, self.config, name=self.name, start=vectors, folder=folder, resume=resume

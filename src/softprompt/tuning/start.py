@@ -14,6 +14,9 @@ from softprompt.tasks.task import Task
 from softprompt.text.tokens import frequent_tokens
 from softprompt.tuning.config import TrainConfig
 
+AHEAD_SEED = 1 << 20
+"""Added to the seed of what stands before a decoder's input, so that it is drawn apart."""
+
 
 def initial_vectors(
     lm: Embedder,
@@ -82,9 +85,12 @@ def first_numbers(task: Task, config: TrainConfig, number: int, given: torch.Ten
     """
     lm = task.model
     if given is None:
-        return first_vectors(task, config, number).to(lm.device)
+        vectors = first_vectors(task, config, number)
+        if config.decoder_virtual_tokens:
+            vectors = torch.cat([vectors, _ahead(task, config, number)])
+        return vectors.to(lm.device)
     length, _ = config.start(number)
-    expected: tuple[int, ...] = (length, lm.hidden_size)
+    expected: tuple[int, ...] = (length + config.decoder_virtual_tokens, lm.hidden_size)
     if given.dim() != 2:
         if config.parametrisation != "prefix":
             kind = "KV prefix" if given.dim() == 5 else "state"
@@ -118,6 +124,14 @@ def first_vectors(task: Task, config: TrainConfig, number: int = 0) -> torch.Ten
     vectors = initial_vectors(lm, length, init=init, seed=config.seed + draw, text=text, label_words=words)
     vectors[1:] *= init_scale(lm, config)
     return vectors
+
+
+def _ahead(task: Task, config: TrainConfig, number: int) -> torch.Tensor:
+    """What the virtual tokens before a decoder's input begin with, ``[N, H]``: the labels' words, or frequent tokens,
+    as long as embeddings; with ``random``, noise."""
+    init = "random" if config.init == "random" else "labels" if task.label_words else "vocab"
+    seed = config.seed + number + AHEAD_SEED
+    return initial_vectors(task.lm, config.decoder_virtual_tokens, init=init, seed=seed, label_words=task.label_words)
 
 
 def init_scale(lm: Embedder, config: TrainConfig) -> float:

@@ -108,6 +108,12 @@ class Training:
                 f"the task's template holds {found} virtual tokens, but {self.config.longest} are to be "
                 "learned; give Task and TrainConfig the same num_virtual_tokens, and the template a {soft_prompt}"
             )
+        if task.decoder_virtual_tokens != self.config.decoder_virtual_tokens:
+            raise ConfigError(
+                f"the task has {task.decoder_virtual_tokens} virtual tokens before the decoder's input, but "
+                f"{self.config.decoder_virtual_tokens} are to be learned; give Task and TrainConfig the same "
+                "decoder_virtual_tokens"
+            )
         if self.config.parametrisation == "prefix" and not task.model.trained.why_none:
             self.task = task = replace(task, num_virtual_tokens=task.model.trained.places(found))
         self._base_digest = task.model.digest_before
