@@ -119,10 +119,11 @@ def test_virtual_tokens_before_the_decoders_input(run: Run, rows: None, t5: str)
 def test_compare(run: Run, rows: None, t5: str) -> None:
     data = ("train.jsonl", "--validation", "dev.jsonl", "--test", "test.jsonl", "--out", "report")
     options = ("--bases", t5, "--budget", "0.5s", "--template", TEMPLATE, *FP32)
-    compared = run("compare", *data, *options, "--methods", "zero-shot", "soft-prompt", "--json")
+    methods = ("zero-shot", "soft-prompt", "soft-prompt-decoder")
+    compared = run("compare", *data, *options, "--methods", *methods, "--json")
     assert compared.code == 0, compared.err
     cells = {cell["method"]: (cell["status"], cell["trainable_parameters"]) for cell in compared.json["cells"]}
-    assert cells == {"zero-shot": ("done", 0), "soft-prompt": ("done", 64 * 32)}
+    assert cells == {"zero-shot": ("done", 0), "soft-prompt": ("done", 64 * 32), methods[2]: ("done", 80 * 32)}
 
 
 def test_what_vllm_cannot_serve_is_refused(run: Run, rows: None, t5: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from tests.conftest import tiny, toy, toy_task, train_settings
 from tests.encoder_decoders import KINDS, encoder_decoder, reference
 from tests.model.test_encoder_decoder import embedded
 
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 WORDS = ((50, 1), (50, 51, 1), (50, 51, 52, 1), (53,))
 REQUESTS = (
     Request((SOFT, 40, 41, 42, 43, 44, 1), 1, WORDS, 0, ahead=2),
@@ -98,9 +99,9 @@ def test_greedy_texts_are_those_of_whole_sequences(kind: str) -> None:
         assert found.ids == tuple(ids[: ids.index(1)] if 1 in ids else ids)
 
 
-def made(folder: Path | None = None, **options: object) -> Training:
+def made(folder: Path | None = None, **options: Any) -> Training:
     data, lm = toy(24, 0), encoder_decoder("t5")
-    settings: dict[str, object] = {"steps": 6, "eval_every": 3, "checkpoint_every": 2, "decoder_virtual_tokens": 2}
+    settings: dict[str, Any] = {"steps": 6, "eval_every": 3, "checkpoint_every": 2, "decoder_virtual_tokens": 2}
     task = replace(toy_task(lm, data), decoder_virtual_tokens=2)
     return Training(task, data, data, train_settings(**settings | options), name="both", folder=folder, resume=True)
 

@@ -30,6 +30,7 @@ class Method:
         seeded: it draws something, and runs once for every seed.
         validated: it is validated while it is trained, on the same rows as the others that are.
         of_several_seeds: it is made of the soft prompts of all seeds.
+        if_asked: it runs only where it is named.
         calibrates: the method whose answers it calibrates; None: it calibrates none.
         colour: of its marks and lines in figures.
         marker: of its marks, as matplotlib names them.
@@ -46,6 +47,7 @@ class Method:
     seeded: bool = False
     validated: bool = False
     of_several_seeds: bool = False
+    if_asked: bool = False
     calibrates: str | None = None
     colour: str = GREY
     marker: str = "o"

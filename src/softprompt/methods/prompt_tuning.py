@@ -22,10 +22,22 @@ LATEST = 50
 """Steps whose median tells how many more there is time for."""
 
 
-def soft_prompt(problem: Problem, parametrisation: str = "plain") -> Learned:
+def soft_prompt(problem: Problem, parametrisation: str = "plain", decoder_virtual_tokens: int = 0) -> Learned:
     """A soft prompt tuned with the default settings, in as many steps as the budget lasts for."""
-    config = TrainConfig(seed=problem.seed, parametrisation=parametrisation, validation_rows=problem.validation_rows)
-    task = Task(problem.lm, problem.template, problem.verbalizer, problem.num_virtual_tokens, problem.lm.window)
+    config = TrainConfig(
+        seed=problem.seed,
+        parametrisation=parametrisation,
+        validation_rows=problem.validation_rows,
+        decoder_virtual_tokens=decoder_virtual_tokens,
+    )
+    task = Task(
+        problem.lm,
+        problem.template,
+        problem.verbalizer,
+        problem.num_virtual_tokens,
+        problem.lm.window,
+        decoder_virtual_tokens=decoder_virtual_tokens,
+    )
     problem.notice("timing a step")
     config, pace = _within_budget(problem, task, config)
     training = Training(task, problem.train, problem.validation, config)

@@ -160,6 +160,17 @@ _ALL = (
         marker="s",
     ),
     Method(
+        name="soft-prompt-decoder",
+        words="trained vectors before the input, and 16 before the decoder's input, of an encoder–decoder",
+        run=_by("prompt_tuning", "soft_prompt", decoder_virtual_tokens=16),
+        kind="soft prompt",
+        seeded=True,
+        validated=True,
+        if_asked=True,
+        colour=PALETTE[0],
+        marker="v",
+    ),
+    Method(
         name="lora",
         words="trained low-rank changes of the base model's weights (LoRA), by the library PEFT",
         run=_by("peft", "lora"),
