@@ -438,6 +438,7 @@ class FrozenLM(Embedder):
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         if self._avoids_one_row and len(hidden) == 1:
             return self._logits(hidden.expand(2, -1))[:1]
+        hidden = hidden.to(self.dtype)  # Mamba 2 adds its layers up in fp32
         return self._head(self.model.get_output_embeddings()(hidden).float(), self._text_config)
 
     def slots(self) -> Slots:
