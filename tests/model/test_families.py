@@ -12,13 +12,15 @@ import torch
 from softprompt.errors import ConfigError
 from softprompt.generation.decoder import generate
 from softprompt.model.architecture import FAMILIES, WHOLE, Family
+from softprompt.model.fast.packed import computes_bf16
+from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request, Sampling
 from softprompt.text.tokens import SOFT
 from softprompt.tuning.gradients import Gradients, Layout
 from softprompt.tuning.objective import Objective
 from softprompt.tuning.training import Training
-from tests.conftest import SHARED, toy, toy_task, train_settings
-from tests.model.families import CASES, WHOLE_SEQUENCES, frozen, whole, whole_score
+from tests.conftest import SHARED, make_tokenizer, toy, toy_task, train_settings
+from tests.model.families import CASES, WHOLE_SEQUENCES, frozen, make_model, whole, whole_score
 
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 2e-5}
 WORDS = ((70, 71, 72), (70, 71, 80), (90,), (70, 81))
@@ -141,6 +143,20 @@ def test_a_single_virtual_token_behind_text_has_its_gradient(case: str) -> None:
     Gradients(lm).backward(Objective(), requests, [0, 0, 0], leaf)
     assert leaf.grad is not None
     assert float((leaf.grad - gradient).norm() / gradient.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if recurrent(case)])
+def test_in_16_bits_scores_are_near_and_greedy_texts_the_same_in_any_company(case: str) -> None:
+    """Mamba 2 adds its layers up in fp32, whatever the weights."""
+    lm = FrozenLM(make_model(case), make_tokenizer(), name=case, dtype="bf16", device="cpu")
+    requests, prompts = mixed()
+    found, exact = lm.score(requests, prompts), frozen(case).score(requests, prompts)
+    assert float((found - exact).abs().mean()) < 0.02 * float(exact.abs().mean())
+    sampling = Sampling(max_new_tokens=3)
+    together = generate(lm, requests[:4], prompts, sampling)
+    alone = [generate(lm, [each], prompts, sampling)[0] for each in requests[:4]]
+    if computes_bf16():
+        assert [each.ids for each in alone] == [each.ids for each in together]
 
 
 @every
