@@ -512,7 +512,8 @@ def test_where_the_compiler_does_not_work_layers_go_on_as_they_are(broken_compil
     lm.layers.set(compiled=True)
     assert lm.layers.compiled
     with pytest.warns(SoftPromptWarning, match=r"x.cpp:1: fatal error: Python.h: no file\)") as told:
-        assert torch.equal(gradient_of(lm), eager)
+        found = gradient_of(lm)  # its rows were laid out for compiled layers
+    torch.testing.assert_close(found, eager, rtol=1e-5, atol=1e-6)
     assert len(told) == 1
     assert broken_compiler
     assert not lm.layers.compiled

@@ -231,6 +231,7 @@ def document_of(
         "alarms": [alarm.as_dict() for alarm in training.alarms],
         "seconds": round(seconds, 3),
         "graphs": training.graphs,
+        "micro_batch": None if training.micro_batch is None else training.micro_batch.as_dict(),
     }
 
 

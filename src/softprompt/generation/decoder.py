@@ -3,7 +3,8 @@ between passes.
 
 A row's keys and values, those of its shared prefix included, lie in a slot of its own (``RowKV``): the prefix is copied
 there once, when the row joins, and each pass appends to the slots in place. Nothing is stacked or gathered from pass to
-pass, so rows of 32 soft prompts cost what rows of one cost.
+pass, so rows of 32 soft prompts cost what rows of one cost. On a GPU, rows that have begun move to slots at fixed
+addresses (``FixedKV``), and a pass over their last tokens is one captured graph.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Decoder:
     def __init__(self, lm: FrozenLM) -> None:
         self._lm = lm
         self._running: list[Continuation] = []
-        self._kv = lm.slots()  # row i of it is self._running[i]
+        self._kv = lm.slots(fixed=True)  # row i of it is self._running[i]
         self._new: list[Continuation] = []
         self._joining: deque[tuple[list[Continuation], Slots]] = deque()
         self._unread = 0  # passes since input was read
@@ -129,6 +130,10 @@ class Decoder:
         self._new = [row for row in self._new if id(row) not in gone]
         self._keep_whole([i for i, row in enumerate(self._whole) if id(row) not in gone])
 
+    def close(self) -> None:
+        """Gives its slots back, after an error, say; it is used no more."""
+        self._lm.fixed_rows.take_back(self._kv)
+
     def _group(self) -> None:
         """Puts the rows that are new in line: short inputs together, a long one alone, to be read in chunks."""
         for several in (True, False):
@@ -159,9 +164,7 @@ class Decoder:
         rows = list(self._running)
         if not rows:
             return []
-        tokens = torch.tensor([[row.token] for row in rows], device=self._lm.device)
-        embedded = self._lm.look_up(tokens)
-        self._take(rows, self._lm.next_logits(self._kv, embedded, [1] * len(rows)))
+        self._take(rows, self._lm.last_logits(self._kv, [row.token for row in rows]))
         for index in reversed(range(len(rows))):
             if rows[index].writer.done:
                 _remove(self._running, self._kv, index)
@@ -188,10 +191,8 @@ class Decoder:
         for index in reversed(range(len(rows))):
             if rows[index].writer.done:
                 _remove(going, kv, index)
-        if going and self._running:
-            self._kv.add([kv.row(index) for index in range(len(going))], 1)
-        elif going:
-            self._kv = kv
+        if going:
+            self._kv = self._kv.join(kv)
         self._running += going
         return rows
 

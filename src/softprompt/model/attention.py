@@ -186,8 +186,14 @@ def attend_fast(
     Args:
         query, key, value, mask, scaling: as for ``attend``.
         grouped: hand over each key head once, for all of its query heads. On CUDA, a mask and grouped heads together
-            would take the slow path that writes all scores down, so there each query head gets a copy of its own.
+            would take the slow path that writes all scores down. So there the query heads of a key head stand below
+            each other where they have one token each; else each gets a copy of the keys of its own.
     """
+    batch, heads, tokens, width = query.shape
+    if not grouped and tokens == 1 and heads != key.shape[1]:
+        below = query.reshape(batch, key.shape[1], -1, width)
+        out = nn.functional.scaled_dot_product_attention(below, key, value, attn_mask=mask, scale=scaling)
+        return out.reshape(batch, 1, heads, value.shape[3])
     if not grouped:
         key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
     out = nn.functional.scaled_dot_product_attention(

@@ -16,7 +16,7 @@ from torch import nn
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.errors import ConfigError
 from softprompt.files import StrPath, local_path
-from softprompt.model import attention, quantized, trial
+from softprompt.model import attention, continuing, quantized, trial
 from softprompt.model.architecture import (
     WHOLE,
     Family,
@@ -39,6 +39,7 @@ from softprompt.model.distributed import ALONE, World, own_device
 from softprompt.model.embedder import Embedder
 from softprompt.model.encoder_decoder import EncoderDecoder, decoder_start, require_embedded
 from softprompt.model.fast.blocks import can_use_blocks
+from softprompt.model.fast.fixed_rows import FixedRows
 from softprompt.model.fast.layers import LayerModes
 from softprompt.model.fast.packed import PackedWeights
 from softprompt.model.fingerprint import fingerprint_model, fingerprint_tokenizer, model_settings, weights_digest
@@ -74,7 +75,9 @@ class FrozenLM(Embedder):
         recurrent: whether some layers that prefixes enter have a state of one size for a memory.
         layers: how its decoder layers run in training.
         keeps_latents: whether its layers with attention keep latents.
+        fixed_rows: passes over the last tokens of rows that are continued, as CUDA graphs.
         whole: how it computes whole sequences, with nothing shared.
+        avoids_one_row: whether a row alone is computed twice.
         packed: its weights as a CPU's products of few rows want them; for continuing, token by token.
         world: the processes that share the work. All of them must ask for the same, in the same order.
         num_parameters: how many weights the base model has, shared ones counted once.
@@ -137,9 +140,10 @@ class FrozenLM(Embedder):
             self.whole = WholeSequences(self.model)
         # In 16 bits, a CPU rounds the matrix product of one row otherwise than that row's among others: where a row
         # alone is computed twice, its text is the same in any company.
-        self._avoids_one_row = self.device.type == "cpu" and self.dtype != torch.float32
+        self.avoids_one_row = self.device.type == "cpu" and self.dtype != torch.float32
         self.packed = PackedWeights(self.model)
         self.layers = LayerModes(self._layers)
+        self.fixed_rows = FixedRows(wanted=self.device.type == "cuda" and world.shard == "none")
         family = family_of(config)
         self.take_up(family, why_whole_sequences(config))
         if family is None and config.model_type not in WHOLE and not self.encoder_decoder:
@@ -154,7 +158,7 @@ class FrozenLM(Embedder):
         self._mask = Masks.of(self._text_config, family, self.dtype)
         self._head = family.head if family else Head()
         self.keeps_latents = family is not None and family.latent
-        self._by_blocks = self.compiles and self._mask.fits_blocks and can_use_blocks(self.device)
+        self._by_blocks = self.plain and self._mask.fits_blocks and can_use_blocks(self.device)
         if self.shares_prefix:
             attention.install(self.model, self._layers)
 
@@ -271,10 +275,15 @@ class FrozenLM(Embedder):
 
     @property
     def compiles(self) -> bool:
-        """Whether all layers can share compiled graphs: those that ask a cache by number, choose experts, or are
-        quantised, cannot."""
+        """Whether all layers can share compiled graphs: what is not ``plain``, and quantised layers, cannot."""
+        return self.plain and not self.quantized
+
+    @property
+    def plain(self) -> bool:
+        """Whether passes of one shape do the same and wait for nothing: layers that ask a cache by number or choose
+        experts do not, nor do those that others than us have quantised."""
         experts = any("experts" in name for name, _ in self._layers.named_parameters())
-        whole = self.world.shard == "none" and not self.quantized
+        whole = self.world.shard == "none" and quantized.is_own(self.model)
         return whole and self.shares_prefix and not (self.recurrent or self.keeps_latents or experts)
 
     @cached_property
@@ -409,7 +418,7 @@ class FrozenLM(Embedder):
     ) -> torch.Tensor:
         """Logits float32 ``[M, V]`` at the places that the rows' words are read from."""
         hidden = self._hidden(batch, prefix, vectors)
-        return self._logits(hidden[batch.read_lines, batch.read_columns])
+        return self.logits(hidden[batch.read_lines, batch.read_columns])
 
     def _hidden(self, batch: Batch, prefix: PrefixState | None, vectors: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states ``[B, T, H]`` of the rows after the last layer's norm."""
@@ -435,38 +444,34 @@ class FrozenLM(Embedder):
         )
         return out.last_hidden_state  # type: ignore[no-any-return]
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self._avoids_one_row and len(hidden) == 1:
-            return self._logits(hidden.expand(2, -1))[:1]
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Float32 ``[M, V]`` of hidden states ``[M, H]``."""
+        if self.avoids_one_row and len(hidden) == 1:
+            return self.logits(hidden.expand(2, -1))[:1]
         hidden = hidden.to(self.dtype)  # Mamba 2 adds its layers up in fp32
         return self._head(self.model.get_output_embeddings()(hidden).float(), self._text_config)
 
-    def slots(self) -> Slots:
-        """Where rows of this model grow."""
-        return RowStates() if self.recurrent else RowKV()
+    def slots(self, *, fixed: bool = False) -> Slots:
+        """Where rows of this model grow; ``fixed``: to be continued token by token, where captured graphs find them."""
+        if fixed and (self.recurrent or not self.shares_prefix):
+            self.fixed_rows.without("its layers have states" if self.recurrent else "it runs whole sequences")
+        if self.recurrent:
+            return RowStates()
+        return self.fixed_rows.slots() if fixed else RowKV()
 
     def next_logits(self, kv: Slots, embedded: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-        """Runs the next tokens of every row behind those in ``kv``, and appends them there.
+        """Runs the next tokens of every row behind those in ``kv``, and appends them there (``continuing``)."""
+        return continuing.next_logits(self, kv, embedded, counts)
 
-        Args:
-            kv: the rows so far, ``B`` of them.
-            embedded: ``[B, T, H]``, padded on the right.
-            counts: how many of the ``T`` tokens are each row's own, at least one; all, in a recurrent model.
+    def last_logits(self, kv: Slots, tokens: Sequence[int]) -> torch.Tensor:
+        """``next_logits`` of one token a row, by id. On a GPU nothing waits for it."""
+        return continuing.last_logits(self, kv, tokens)
 
-        Returns:
-            float32 ``[B, V]``, the logits after each row's last token.
-        """
-        columns = kv.extend(counts, embedded.shape[1])
-        alone = self._avoids_one_row and embedded.shape[:2] == (1, 1) and not self.recurrent
-        if alone:
-            embedded, columns, counts = embedded.expand(2, -1, -1), columns.expand(2, -1), [*counts, *counts]
-        own = torch.tensor(counts)
-        padding = torch.arange(embedded.shape[1]) >= own[:, None]
-        columns, places = columns.to(self.device), torch.arange(kv.width, device=self.device)[None]
-        sees, positions = columns[..., None] >= places[:, None], columns.masked_fill(padding.to(self.device), 0)
-        hidden = run_behind(self._core, embedded, self._mask(sees, positions, places), positions, kv)
-        logits = self._logits(hidden[torch.arange(len(own)), own - 1])
-        return logits[:1] if alone else logits
+    def behind(self, kv: Any, embedded: torch.Tensor, columns: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Hidden states ``[B, T, H]`` of tokens that stand in those columns of their slots, both int64 ``[B, T]``."""
+        places = torch.arange(kv.width, device=self.device)[None]
+        mask = self._mask(columns[..., None] >= places[:, None], positions, places)
+        return run_behind(self._core, embedded, mask, positions, kv)
 
     # --- the concatenation path: the reference, and what serves every other architecture ----------
 
@@ -586,4 +591,5 @@ class FrozenLM(Embedder):
     def take_less_at_once(self, tokens: int) -> None:
         """After a pass of so many tokens did not fit into memory: ``tokens_at_once`` becomes half of them at most, with
         a ``SoftPromptWarning``."""
+        self.fixed_rows.free()
         self.tokens_at_once = less_at_once(min(self.tokens_at_once, tokens), self.device)

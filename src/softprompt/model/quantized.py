@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 from softprompt.errors import BaseModelError, ConfigError
+from softprompt.model.fast import fp8
 from softprompt.model.fingerprint import sampled, stored_tensors
 from softprompt.model.notes import quieten_bitsandbytes, say
 
@@ -46,7 +47,9 @@ CODES = {torch.int8, torch.uint8, torch.int16, torch.int32, *(torch.float8_e4m3f
 
 class CodedLinear(nn.Module):
     """A frozen linear layer in ``int8``, ``int4`` or ``fp8``: what it computes is the product with the weight that its
-    codes stand for, and so is the gradient in its inputs. That weight is made anew for each product.
+    codes stand for, and so is the gradient in its inputs. That weight is made anew for each product; where the device
+    multiplies fp8, large layers of a model in 16 bits multiply codes instead, with each row of their inputs rounded to
+    fp8 as well.
 
     ``int8`` and ``fp8`` (e4m3) have a scale for each row, the largest absolute value over the largest code; ``int4``
     a scale and an offset for each ``GROUP`` of neighbours in a row. All are rounded to the nearest.
@@ -56,10 +59,13 @@ class CodedLinear(nn.Module):
         scales: float32 ``[out, 1]``, or bfloat16 ``[out, groups, 1]``.
         offsets: bfloat16 ``[out, groups, 1]``, of ``int4`` alone.
         bias: ``[out]``, or None.
+        by_codes: whether codes are multiplied.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, precision: str) -> None:
         super().__init__()
+        self.by_codes = precision == "fp8" and fp8.multiplies_fp8(weight.device) and fp8.fits(*weight.shape)
+        self._turned: torch.Tensor | None = None
         self.out_features, self.in_features = weight.shape
         self.precision = precision
         numbers, self._dtype = weight.detach().float(), weight.dtype
@@ -94,6 +100,12 @@ class CodedLinear(nn.Module):
         product: torch.Tensor = _Product.apply(inputs, self)  # type: ignore[no-untyped-call]
         return product if self.bias is None else product + self.bias.to(product.dtype)
 
+    def turned(self) -> torch.Tensor:
+        """The codes' transpose as the kernel takes it, made for the first gradient: another byte for each weight."""
+        if self._turned is None or self._turned.device != self.codes.device:
+            self._turned = self.codes.detach().t().contiguous()
+        return self._turned
+
     def extra_repr(self) -> str:
         """As torch shows a linear layer."""
         return f"in_features={self.in_features}, out_features={self.out_features}, precision={self.precision}"
@@ -105,11 +117,22 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, layer: CodedLinear) -> torch.Tensor:
         ctx.layer = layer
-        return nn.functional.linear(inputs, layer.decoded(inputs.dtype))
+        if not _by_codes(inputs, layer):
+            return nn.functional.linear(inputs, layer.decoded(inputs.dtype))
+        return fp8.product(inputs.flatten(0, -2), layer.codes, layer.scales).view(*inputs.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient @ ctx.layer.decoded(gradient.dtype), None
+        layer: CodedLinear = ctx.layer
+        if not _by_codes(gradient, layer):
+            return gradient @ layer.decoded(gradient.dtype), None
+        # The scales belong to what is summed over here, so they go with the gradient.
+        scaled = gradient.flatten(0, -2) * layer.scales.view(1, -1)
+        return fp8.product(scaled, layer.turned(), None).view(*gradient.shape[:-1], -1).to(gradient.dtype), None
+
+
+def _by_codes(numbers: torch.Tensor, layer: CodedLinear) -> bool:
+    return layer.by_codes and numbers.dtype != torch.float32
 
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:
@@ -317,6 +340,11 @@ def is_quantized(module: nn.Module) -> bool:
     """Whether a module's own weights are codes."""
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     return any(tensor.dtype in CODES or hasattr(tensor, "__tensor_flatten__") for tensor in own)
+
+
+def is_own(model: nn.Module) -> bool:
+    """Whether all of a model's quantised layers, if there are any, are ours, which wait for nothing."""
+    return all(isinstance(module, CodedLinear) for module in model.modules() if is_quantized(module))
 
 
 def codes_of(model: nn.Module) -> set[int]:

@@ -18,11 +18,13 @@ from typing import Literal
 import torch
 
 from softprompt.errors import ConfigError, SoftPromptWarning, TrainingError
-from softprompt.model.batch import Batch, Row, micro_batches, stream
+from softprompt.model.batch import Batch, Row, collate, micro_batches, stream, without_lone_rows
 from softprompt.model.distributed import noticing_loss
-from softprompt.model.fast.graphs import Graphs
+from softprompt.model.fast.compiled import graphs_compiled
+from softprompt.model.fast.graphs import Graphs, sent
+from softprompt.model.fast.measured import Gauge, Measuring
 from softprompt.model.frozen import FrozenLM
-from softprompt.model.joined import Joined, apart, join
+from softprompt.model.joined import Joined, apart, join, picked, word_places
 from softprompt.model.prefixes import PrefixOf
 from softprompt.model.request import Request
 from softprompt.model.state.prefix import Detached, PrefixState
@@ -115,6 +117,8 @@ class Gradients:
         max_tokens: the most tokens, padding included, in one pass; by default ``lm.tokens_at_once``. A step that does
             not fit into memory is repeated in smaller passes, with the same result.
         may_recompute: whether a row that does not fit alone is tried with activations that are computed again.
+        measuring: finds ``max_tokens`` and whether activations are computed again, from what the first steps take; on
+            a GPU, where it is not given. The result is the same whatever it finds: gradients are sums.
     """
 
     def __init__(
@@ -129,9 +133,18 @@ class Gradients:
         self.may_recompute = may_recompute
         self.graphs = Graphs()
         self.layout = layout
-        self.fixed = lm.device.type == "cuda" and lm.compiles
+        self.fixed = lm.device.type == "cuda" and lm.plain
         self.max_tokens = max_tokens
+        measurable = lm.device.type == "cuda" and lm.world.size == 1 and max_tokens is None
+        self.measuring = Measuring(Gauge(lm.device) if measurable else None, may_recompute=may_recompute)
+        self._compiled_before = graphs_compiled()
         self._text_before: PrefixOf = lm.kept_prefixes(1)
+
+    @property
+    def costs(self) -> dict[str, int]:
+        """What steps cost once: ``compiled``, how many graphs ``torch.compile`` has made since this was made, and
+        ``captured``, how many CUDA graphs were captured."""
+        return {"compiled": graphs_compiled() - self._compiled_before, "captured": self.graphs.captured}
 
     def prepare(self, shares: Sequence[Share]) -> Work:
         """Lays a step out; computes nothing on the device. Of several processes, each takes some of every share's rows.
@@ -203,31 +216,37 @@ class Gradients:
         most = self.max_tokens or self.lm.tokens_at_once
         joined = [(number, one) for number, share in enumerate(shares) for one in self._units(share, shared)]
         rows = [one.row(number) for number, one in joined]
-        layout = (self.layout or self._best(shares, joined, rows, most)) if shared else "concatenation"
+        layout = (self.layout or self._best(shares, rows, most)) if shared else "concatenation"
         lengths = [self._length(shares[number], one, shared) for number, one in joined]
         batches = list[Batch]()
         if layout == "stream" and rows:
             groups = [list(range(len(rows)))]
             prefixes = [(share.shared, share.shape[0]) for share in shares]
-            batches = [stream(rows, prefixes, fixed=self.fixed)]
+            requests = sum(len(one.requests) for _, one in joined)
+            batches = [stream(rows, prefixes, fixed=self.fixed, least_rows=requests)]
         else:
             groups = micro_batches(lengths, most)
+            if self.lm.layers.compiled:
+                groups = without_lone_rows(groups)
         own = 0 if idle else len(groups)
         groups = [*groups, *[[0]] * (passes - len(groups))]
         if layout == "two stages":
-            starts, cpu = [self._prefix_length(share) for share in shares], torch.device("cpu")
-            batches = [self.lm.collate([rows[i] for i in group], starts, cpu) for group in groups]
+            starts = [self._prefix_length(share) for share in shares]
+            batches = [self._lines([rows[i] for i in group], starts) for group in groups]
         return Work(whole, places, shares, layout, joined, groups, batches, len(groups) - own, tokens, saved)
 
-    def _best(
-        self, shares: Sequence[Share], joined: Sequence[tuple[int, Joined]], rows: Sequence[Row], most: int
-    ) -> Layout:
+    def _lines(self, rows: Sequence[Row], starts: Sequence[int]) -> Batch:
+        """Rows behind prefixes of ``starts`` tokens, on the CPU."""
+        cpu = torch.device("cpu")
+        if self.lm.layers.compiled:  # torch.compile takes a size of 1 for a constant, so a lone line is another graph
+            return collate(rows, starts, cpu, least_lines=2)
+        return self.lm.collate(rows, starts, cpu)
+
+    def _best(self, shares: Sequence[Share], rows: Sequence[Row], most: int) -> Layout:
         total = sum(self._prefix_length(share) for share in shares) + sum(row.length for row in rows)
         if self.lm.device.type != "cuda":
             most = min(most, STREAM_TOKENS)
         plain = all(len(share.shape) == 2 and share.shared.index(SOFT) <= SHORT_TEXT for share in shares)
-        # How conversations are taken apart again is another index for each batch, which a graph cannot hold.
-        plain = plain and not (self.fixed and any(len(one.requests) > 1 for _, one in joined))
         may_stream = plain and not self.lm.recurrent and self.lm.world.shard != "fsdp"
         return "stream" if may_stream and total <= most else "two stages"
 
@@ -280,7 +299,10 @@ class Gradients:
         before = [None if own.grad is None else own.grad.clone() for own in vectors]
         while True:
             try:
-                return ways[work.layout](work, vectors)
+                self.measuring.begin()
+                losses = ways[work.layout](work, vectors)
+                self._measure(work)
+                return losses
             except torch.OutOfMemoryError as error:
                 if self.lm.world.shard != "none":  # the others are in the middle of the same layer
                     raise TrainingError(
@@ -291,8 +313,22 @@ class Gradients:
                     own.grad = gradient
                 work = self._smaller(work, error)
 
+    def _measure(self, work: Work) -> None:
+        """Takes what was found in the passes of a step."""
+        if work.batches:
+            tokens = max(batch.ids.numel() for batch in work.batches)
+            longest = max(one.row().length for _, one in work.rows)
+        else:
+            lengths = [self._length(work.shares[number], one, shared=False) for number, one in work.rows]
+            tokens, longest = max(max(lengths[i] for i in group) * len(group) for group in work.groups), max(lengths)
+        found = self.measuring.end(tokens, longest, recomputed=self.lm.layers.recomputed)
+        if found is not None:
+            self.max_tokens = self.lm.tokens_at_once = found.tokens
+            self.lm.layers.set(recomputed=found.recomputed)
+
     def _smaller(self, work: Work, error: torch.OutOfMemoryError) -> Work:
         """The same step in smaller passes; where each has one row already, with activations that are computed again."""
+        self.measuring.stop()
         if work.layout == "stream" or any(len(group) > 1 for group in work.groups):
             lengths = [one.row().length for _, one in work.rows]
             self.lm.take_less_at_once(max(sum(lengths[i] for i in group) for group in work.groups))
@@ -327,21 +363,26 @@ class Gradients:
 
     def _add_by_stream(self, work: Work, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
         laid, shares = work.batches[0], work.shares
-        joined = [one for _, one in work.rows]
+        index = word_places([one for _, one in work.rows], laid.num_words, laid.size * laid.num_words)
         gold = [shares[number].gold[place] for number, one in work.rows for place in one.places]
-        weights = [share.weight for share in shares]
         counts, lengths = [len(share.requests) for share in shares], [share.shape[0] for share in shares]
-        rows = sum(counts)
         objectives = [share.objective for share in shares]
         words = [max(len(request.words) for request in share.requests) for share in shares]
-        integers = torch.cat([*(t.flatten() for t in laid.tensors.values()), torch.tensor([*gold, *weights])])
-        if self.lm.device.type == "cuda":
-            integers = integers.pin_memory()
+        places = torch.tensor([], dtype=torch.long) if index is None else index.flatten()
+        given = [
+            torch.cat([tensor.flatten() for tensor in laid.tensors.values()]),
+            torch.tensor(gold),
+            torch.tensor([share.weight for share in shares]),
+            places,
+        ]
+        sizes = [len(part) for part in given]
 
         def run(integers: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, ...]:
             leaf = numbers.detach().requires_grad_()
-            inside, right, divisors = torch.split(integers, [len(integers) - rows - len(counts), rows, len(counts)])
-            scores = apart(self.lm.score_stream(laid.filled(inside), leaf), joined)
+            inside, right, divisors, places = torch.split(integers, sizes)
+            scores = self.lm.score_stream(laid.filled(inside), leaf)
+            if index is not None:
+                scores = picked(scores, places.view(index.shape))
             parts = zip(objectives, torch.split(scores, counts), torch.split(right, counts), words, strict=True)
             losses = torch.stack([each.loss(own[:, :width], gold) for each, own, gold, width in parts]) / divisors
             (gradient,) = torch.autograd.grad(losses.sum(), leaf)
@@ -350,11 +391,12 @@ class Gradients:
         shape = (
             tuple((name, tensor.shape) for name, tensor in laid.tensors.items()),
             laid.num_words,
+            None if index is None else index.shape,
             *zip(counts, lengths, words, objectives, strict=True),
         )
         numbers = torch.cat([own.detach() for own in vectors])
-        given = integers.to(self.lm.device, non_blocking=True), numbers
-        losses, gradient = self.graphs(shape, run, *given) if self.fixed else run(*given)
+        both = sent(torch.cat(given), self.lm.device), numbers
+        losses, gradient = self.graphs(shape, run, *both) if self.fixed else run(*both)
         for own, part in zip(vectors, torch.split(gradient, lengths), strict=True):
             own.grad = part.clone() if own.grad is None else own.grad + part
         return losses

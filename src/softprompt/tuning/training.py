@@ -15,7 +15,7 @@ from softprompt.data.example import Dataset, Example, check_targets
 from softprompt.errors import ConfigError, ProcessError, StoreError, TrainingError
 from softprompt.evaluation.validation import validator
 from softprompt.files import StrPath
-from softprompt.model.fast.compiled import graphs_compiled
+from softprompt.model.fast.measured import MicroBatch
 from softprompt.model.joined import share_beginnings
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.task import Task
@@ -90,10 +90,9 @@ class Training:
                 have one, or a checkpoint of a run with other settings or data.
             StoreError: another training holds ``folder``, it cannot be written, or its checkpoint is damaged.
         """
-        config = config or TrainConfig()
+        self.config = config = config or TrainConfig()
         if config.num_virtual_tokens is None:
-            config = replace(config, num_virtual_tokens=max(1, task.num_virtual_tokens))
-        self.config = config
+            self.config = replace(config, num_virtual_tokens=max(1, task.num_virtual_tokens))
         self.task, self.name = task, name
         self._world = task.model.world
         if not self._world.writes:  # the first process does, for all
@@ -128,7 +127,6 @@ class Training:
             ["" if example.conversation is None else example.conversation.origin for example in examples],
         )
         self._gradients = Gradients(task.model, may_recompute=self.config.activation_checkpointing != "off")
-        self._compiled_before = graphs_compiled()
         self._works: dict[tuple[int, int], Work] = {}
         self._prepare(examples)
         if self.config.parametrisation == "prefix":
@@ -194,12 +192,13 @@ class Training:
 
     @property
     def graphs(self) -> dict[str, int]:
-        """What its steps cost once: ``compiled``, how many graphs ``torch.compile`` has made since the training was
-        prepared, and ``captured``, how many CUDA graphs there are."""
-        return {
-            "compiled": graphs_compiled() - self._compiled_before,
-            "captured": self._gradients.graphs.captured,
-        }
+        """What its steps cost once (``Gradients.costs``)."""
+        return self._gradients.costs
+
+    @property
+    def micro_batch(self) -> MicroBatch | None:
+        """What its passes compute at once, from measured memory; None where that was not measured."""
+        return self._gradients.measuring.found
 
     @property
     def alarms(self) -> tuple[Alarm, ...]:
@@ -287,7 +286,8 @@ class Training:
         self._hold.take()
         try:
             self._iterating = True
-            lm.layers.set(compiled=self._state.compiled, recomputed=self.config.activation_checkpointing == "on")
+            again = self.config.activation_checkpointing == "on" or self._gradients.measuring.recomputes
+            lm.layers.set(compiled=self._state.compiled, recomputed=again)
             yield
         finally:
             lm.layers.set(compiled=False, recomputed=False)
@@ -572,7 +572,7 @@ class Training:
         if self._run is None:
             return
         try:
-            self._run.log(step.as_dict())
+            self._run.log(step.as_dict() | self._gradients.measuring.news())
             if step.validation is not None:
                 self._history.write(self._state.validations, self._state.keeper.best)
         except OSError as error:

@@ -234,6 +234,21 @@ class RowStates(_Memories):
             held = [self.memories[part]] if part in self.memories else []
             self.memories[part] = torch.cat([*held, *(start.memories[index] for start in starts)])
 
+    def join(self, others: object) -> RowStates:
+        """Rows that have grown elsewhere, behind those that are there; copied, unless there are none.
+
+        Args:
+            others: ``RowStates``.
+
+        Returns:
+            Where all of them are now.
+        """
+        assert isinstance(others, RowStates), "rows of another kind need slots of another kind"
+        if not self.lengths:
+            return others
+        self.add([others.row(index) for index in range(len(others.lengths))], 1)
+        return self
+
     def row(self, index: int) -> RecurrentState:
         """A row so far; a view."""
         kv = self._kv.row(index) if self._attention else PrefixKV((), (), (self.lengths[index],))
