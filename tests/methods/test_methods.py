@@ -327,7 +327,7 @@ def test_a_compiler_that_does_not_work_is_tried_once(
     monkeypatch.setattr(problems, "can_compile", lambda lm: True)
     with pytest.warns(SoftPromptWarning, match="could not be compiled"):
         assert prompt_tuning.soft_prompt(problem(llama, budget=300.0)).chosen["steps"] == 3
-    assert len(broken_compiler) == llama.kv_shape[0] - 1
+    assert len(broken_compiler) == llama.trained.kv_shape[0] - 1
 
 
 def siblings(lm: FrozenLM, count: int) -> tuple[SoftPrompt, ...]:

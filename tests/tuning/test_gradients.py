@@ -98,7 +98,7 @@ def test_other_architectures_train_several_one_after_the_other() -> None:
 
 def test_kv_prefixes_and_vectors_are_trained_together(llama: FrozenLM) -> None:
     each, vectors = shares(llama)
-    numbers = llama.prefix_numbers((*each[1].shared,), vectors[1])
+    numbers = llama.trained.numbers((*each[1].shared,), vectors[1])
     kv = Share(each[1].objective, each[1].requests, each[1].gold, tuple(numbers.shape))
     vectors[1] = numbers.requires_grad_()
     both, other = Gradients(llama), Gradients(llama)

@@ -94,6 +94,9 @@ class LearningOnce:
         str | None, _learn(f"A published recipe as start: {', '.join(PRESETS)}.", choices=tuple(PRESETS))
     ] = None
     num_virtual_tokens: Annotated[int | None, _learn("How many vectors to learn.", "64, more for many labels")] = None
+    decoder_virtual_tokens: Annotated[
+        int | None, _learn("How many more stand before the decoder's input, of an encoder-decoder.", 0)
+    ] = None
     init: Annotated[
         str | None,
         _learn(

@@ -21,6 +21,7 @@ from softprompt.errors import ConfigError, StoreError, TrainingError
 from softprompt.files import strict_json
 from softprompt.model.distributed import is_first, launched
 from softprompt.model.frozen import FrozenLM
+from softprompt.soft_prompts.metadata import start_length
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
 from softprompt.terminal.console import print_rows, say_reading, stderr, warn_truncated
@@ -137,8 +138,10 @@ def _configuration(learning: LearningOnce, store: Store) -> tuple[TrainConfig, S
                 f"--init must be one of {', '.join(INITS)}, or a soft prompt's name or path, not {init!r}; "
                 f"see `softprompt list`."
             ) from error
-        length = given.setdefault("num_virtual_tokens", start.num_virtual_tokens)
-        if length != start.num_virtual_tokens:
+        if start.decoder_virtual_tokens:
+            given.setdefault("decoder_virtual_tokens", start.decoder_virtual_tokens)
+        length = given.setdefault("num_virtual_tokens", start_length(start, start.num_virtual_tokens))
+        if start.num_virtual_tokens not in (0, length):
             raise ConfigError(
                 f"--num-virtual-tokens is {length}, but the soft prompt {init!r} to start from has "
                 f"{start.num_virtual_tokens}; leave the option out."
@@ -239,7 +242,7 @@ def _report(
     record, size = soft_prompt.training, path.stat().st_size
     print_rows(
         [
-            ("soft prompt", f"{soft_prompt.name}, {soft_prompt.num_virtual_tokens} virtual tokens"),
+            ("soft prompt", f"{soft_prompt.name}, {soft_prompt.extent}"),
             ("file", f"{path} ({size:,} bytes)"),
             ("base model", f"{soft_prompt.base}" + ", unchanged, bit for bit" * bool(training.base_unchanged)),
             *(("validation", plain_metric(metric)) for metric in soft_prompt.metrics),
@@ -275,6 +278,7 @@ def described(soft_prompt: SoftPrompt, path: Path) -> dict[str, Any]:
         "bytes": path.stat().st_size,
         "base": soft_prompt.base,
         "num_virtual_tokens": soft_prompt.num_virtual_tokens,
+        "numbers": soft_prompt.vectors.numel(),
         "metrics": list(soft_prompt.metrics),
         "steps": record["steps_done"],
         **{key: record[key] for key in ("best_step", "stopped", "loss", "tokens", "train_seconds")},

@@ -65,7 +65,8 @@ class Plan:
         if self.starts < 1:
             raise ConfigError(f"At least 1 start is needed, not {self.starts}; give --starts 1 or more.")
         if not self.methods:
-            object.__setattr__(self, "methods", tuple(name for name in METHODS if not self._lacks(name)))
+            usual = (name for name, method in METHODS.items() if not method.if_asked)
+            object.__setattr__(self, "methods", tuple(name for name in usual if not self._lacks(name)))
         for method in self.methods:
             if method not in METHODS:
                 raise ConfigError(f"A method must be one of {', '.join(METHODS)}, not {method!r}; choose one.")

@@ -69,6 +69,7 @@ class Continuation:
         prefix: what the tokens before left behind; None for a model that runs whole sequences.
         whole: makes what is read of the whole sequence, ``[T, H]``, before anything is written.
         token: the last token that was picked.
+        ahead: ``[N, H]``, what stands before the input of an encoder–decoder's decoder; None where there is none.
     """
 
     writer: Writer
@@ -76,6 +77,7 @@ class Continuation:
     prefix: PrefixState | None
     whole: Callable[[], torch.Tensor]
     token: int = -1
+    ahead: torch.Tensor | None = None
 
 
 class Decoder:
@@ -98,7 +100,9 @@ class Decoder:
         """Takes rows in."""
         whole = [row for row in rows if row.prefix is None]
         self._whole += whole
-        self._growing.add([row.embedded for row in whole])
+        some = any(row.ahead is not None for row in whole)
+        ahead = [row.embedded[:0] if row.ahead is None else row.ahead for row in whole] if some else None
+        self._growing.add([row.embedded for row in whole], ahead)
         self._new += [row for row in rows if row.prefix is not None]
 
     def step(self) -> list[Continuation]:
@@ -286,7 +290,7 @@ def _generated(
     writers = [Writer(lm.tokenizer, ends, sampling, sampling.seed + i) for i in numbers]
     prompts = [prompt_of(request, soft_prompts) for request in requests]
     rooms = [
-        len(request.ids) + (0 if vectors is None else len(vectors)) + sampling.max_new_tokens
+        len(request.ids) + (0 if vectors is None else lm.trained.length(vectors.shape)) + sampling.max_new_tokens
         for request, vectors in zip(requests, prompts, strict=True)
     ]
     waiting = sorted(range(len(requests)), key=rooms.__getitem__)
@@ -326,9 +330,10 @@ def continuation(
     def whole() -> torch.Tensor:
         return lm.rows(request.ids, vectors)
 
-    length = 0 if vectors is None else len(vectors)
+    length = 0 if vectors is None else lm.trained.length(vectors.shape)
     if not lm.shares_prefix or len(request.ids) + length > lm.longest_steady:
-        return Continuation(writer, whole(), None, whole)
+        embedded, ahead = lm.inputs(request, vectors)
+        return Continuation(writer, embedded, None, whole, ahead=ahead if len(ahead) else None)
     shared = min(request.shared, len(request.ids) - 1)
     prefix = prefix_of(request.ids[:shared], vectors)
     return Continuation(writer, lm.rows(request.ids[shared:], vectors), prefix, whole)

@@ -37,6 +37,7 @@ class Method:
         of_several_seeds: it is made of the soft prompts of all seeds.
         alone: of several processes, the first one runs it while the others wait: it trains weights, or by another
             library's loop.
+        if_asked: it runs only where it is named.
         calibrates: the method whose answers it calibrates; None: it calibrates none.
         colour: of its marks and lines in figures.
         marker: of its marks, as matplotlib names them.
@@ -55,6 +56,7 @@ class Method:
     validated: bool = False
     of_several_seeds: bool = False
     alone: bool = False
+    if_asked: bool = False
     calibrates: str | None = None
     colour: str = GREY
     marker: str = "o"

@@ -36,16 +36,20 @@ STATE = "spent.json"
 """What was spent of the budget, and how the curve went, beside the checkpoints."""
 
 
-def soft_prompt(problem: Problem, parametrisation: str = "plain") -> Learned:
+def soft_prompt(problem: Problem, parametrisation: str = "plain", decoder_virtual_tokens: int = 0) -> Learned:
     """A soft prompt tuned with the default settings, in as many steps as the budget lasts for."""
-    (found,) = soft_prompts([problem], parametrisation=parametrisation)
+    (found,) = soft_prompts([problem], parametrisation=parametrisation, decoder_virtual_tokens=decoder_virtual_tokens)
     if isinstance(found, SoftPromptError):
         raise found
     return found
 
 
 def soft_prompts(
-    problems: Sequence[Problem], folder: Path | None = None, *, parametrisation: str = "plain"
+    problems: Sequence[Problem],
+    folder: Path | None = None,
+    *,
+    parametrisation: str = "plain",
+    decoder_virtual_tokens: int = 0,
 ) -> list[Learned | SoftPromptError]:
     """The same for several seeds, in shared passes: each is the training that it would be alone.
 
@@ -56,11 +60,12 @@ def soft_prompts(
         problems: alike but for their seeds.
         folder: where checkpoints are kept, and what was spent; a run that was stopped there goes on.
         parametrisation: what is trained.
+        decoder_virtual_tokens: of an encoder–decoder, before its decoder's input.
 
     Returns:
         For each, what was learned, or why nothing was.
     """
-    return _Run(problems, folder, parametrisation).learned()
+    return _Run(problems, folder, parametrisation, decoder_virtual_tokens).learned()
 
 
 @dataclass
@@ -127,16 +132,25 @@ class _Run:
     With several starts, all of a seed do the first tenth of the steps. The best of them on validation rows goes on.
     """
 
-    def __init__(self, problems: Sequence[Problem], folder: Path | None, parametrisation: str) -> None:
+    def __init__(self, problems: Sequence[Problem], folder: Path | None, parametrisation: str, ahead: int) -> None:
         first = problems[0]
         self._problems, self._first, self._world = problems, first, first.lm.world
-        self._folder, self._parametrisation = folder, parametrisation
-        self._task = Task(first.lm, first.template, first.verbalizer, first.num_virtual_tokens, first.lm.window)
+        self._folder, self._parametrisation, self._ahead = folder, parametrisation, ahead
+        self._task = Task(
+            first.lm,
+            first.template,
+            first.verbalizer,
+            first.num_virtual_tokens,
+            first.lm.window,
+            decoder_virtual_tokens=ahead,
+        )
         self._task.remember()
         self._spent = {each.seed: 0.0 for each in problems}
         self._left: dict[int, int] = {}  # seed → its start that goes on, once they were compared
         self._seats: list[_Seat] = []
-        config = TrainConfig(parametrisation=parametrisation, validation_rows=first.validation_rows)
+        config = TrainConfig(
+            parametrisation=parametrisation, validation_rows=first.validation_rows, decoder_virtual_tokens=ahead
+        )
         saved = self._world.from_first(self._saved)
         curves: dict[str, list[dict[str, float]]] = {}
         if saved is None:
@@ -299,6 +313,7 @@ class _Run:
             "base model": [first.lm.fingerprint, str(first.lm.dtype), first.lm.quantized],
             "budget": first.budget,
             "parametrisation": self._parametrisation,
+            "decoder virtual tokens": self._ahead,
             "starts": first.starts,
         }
 

@@ -165,7 +165,7 @@ _ALL = (
     ),
     Method(
         name="prefix",
-        words="trained keys and values in every layer, the base model frozen (prefix tuning)",
+        words="trained keys and values, or initial states, in every layer, the base model frozen (prefix tuning)",
         run=_by("prompt_tuning", "soft_prompt", parametrisation="prefix"),
         together=_together(parametrisation="prefix"),
         kind="soft prompt",
@@ -173,6 +173,18 @@ _ALL = (
         validated=True,
         colour=PALETTE[3],
         marker="s",
+    ),
+    Method(
+        name="soft-prompt-decoder",
+        words="trained vectors before the input, and 16 before the decoder's input, of an encoder–decoder",
+        run=_by("prompt_tuning", "soft_prompt", decoder_virtual_tokens=16),
+        together=_together(decoder_virtual_tokens=16),
+        kind="soft prompt",
+        seeded=True,
+        validated=True,
+        if_asked=True,
+        colour=PALETTE[0],
+        marker="v",
     ),
     Method(
         name="lora",

@@ -84,6 +84,7 @@ class Family:
         latent: whether its attention keeps latents, from which its ``expand_kv`` makes keys and values.
         but: what else a user should know of it, for the table of the documentation.
         refused: with which settings a model of it runs whole sequences all the same.
+        untrained: why what a prefix leaves behind cannot be trained in its place; empty if it can.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Family:
     latent: bool = False
     but: str = ""
     refused: tuple[Refusal, ...] = REFUSED
+    untrained: str = ""
 
     @property
     def recurrent(self) -> bool:
@@ -129,13 +131,21 @@ FAMILIES = (
     Family(name="Gemma 1", model_types=("gemma",)),
     Family(name="Gemma 2", model_types=("gemma2",), windows="by layer_types", head=CAPPED),
     Family(name="Gemma 3", model_types=("gemma3_text",), windows="by layer_types", head=CAPPED),
-    Family(name="Gemma 3n", model_types=("gemma3n_text",), windows="by layer_types", head=CAPPED, but=PARTS),
+    Family(
+        name="Gemma 3n",
+        model_types=("gemma3n_text",),
+        windows="by layer_types",
+        head=CAPPED,
+        but=PARTS,
+        untrained="some of its layers read the keys and values of others",
+    ),
     Family(
         name="Gemma 4",
         model_types=("gemma4_text",),
         windows="by layer_types",
         head=CAPPED,
         but=f"of E2B and E4B, {PARTS}",
+        untrained="the heads of its layers differ in size",
     ),
     Family(name="Mistral", model_types=("mistral",), windows="every layer"),
     Family(name="Ministral", model_types=("ministral",), windows="by layer_types"),
@@ -153,7 +163,13 @@ FAMILIES = (
     Family(name="GLM-4", model_types=("glm", "glm4", "glm4_moe")),
     Family(name="Cohere 1", model_types=("cohere",), head=MULTIPLIED),
     Family(name="Cohere 2", model_types=("cohere2",), windows="by layer_types", head=MULTIPLIED),
-    Family(name="DeepSeek V2 and V3", model_types=("deepseek_v2", "deepseek_v3"), leaves=LATENTS, latent=True),
+    Family(
+        name="DeepSeek V2 and V3",
+        model_types=("deepseek_v2", "deepseek_v3"),
+        leaves=LATENTS,
+        latent=True,
+        untrained="it keeps latents",
+    ),
     Family(
         name="Qwen 3.5 and 3-Next",
         model_types=("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"),

@@ -57,6 +57,7 @@ from softprompt.model.state.kv import Kept, PrefixKV
 from softprompt.model.state.prefix import PrefixState
 from softprompt.model.state.recurrent import Pass, RecurrentState, RowStates, Slots
 from softprompt.model.state.slots import RowKV, give_back_freed
+from softprompt.model.trained import TrainedPrefixes
 from softprompt.model.whole import Whole, WholeSequences
 from softprompt.text.tokens import SOFT, Tokens, frequent_tokens
 
@@ -76,6 +77,8 @@ class FrozenLM(Embedder):
         longest_steady: the most tokens of a sequence whose prefix can be computed once.
         recurrent: whether some layers that prefixes enter have a state of one size for a memory.
         layers: how its decoder layers run in training.
+        keeps_latents: whether its layers with attention keep latents.
+        hands_over: whether some of its layers read the keys and values of others.
         fixed_rows: passes over the last tokens of rows that are continued, as CUDA graphs.
         whole: how it computes whole sequences, with nothing shared.
         avoids_one_row: whether a row alone is computed twice.
@@ -156,8 +159,8 @@ class FrozenLM(Embedder):
         self._text_config = self.model.config.get_text_config()
         self._mask = Masks.of(self._text_config, family, self.dtype)
         self._head = family.head if family else Head()
-        self._keeps_latents = family is not None and family.latent
-        self._hands_over = bool(getattr(self._text_config, "num_kv_shared_layers", 0))
+        self.keeps_latents = family is not None and family.latent
+        self.hands_over = bool(getattr(self._text_config, "num_kv_shared_layers", 0))
         self._by_blocks = self.plain and self._mask.fits_blocks and can_use_blocks(self.device)
         if self.shares_prefix:
             attention.install(self.model, self._layers)
@@ -281,26 +284,13 @@ class FrozenLM(Embedder):
         """Whether passes of one shape do the same and wait for nothing: layers that ask a cache by number or choose
         experts do not, nor do those that hand keys and values to others or that others than us have quantised."""
         experts = any("experts" in name for name, _ in self._layers.named_parameters())
-        whole = self.world.shard == "none" and quantized.is_own(self.model) and not self._hands_over
-        return whole and self.shares_prefix and not (self.recurrent or self._keeps_latents or experts)
+        whole = self.world.shard == "none" and quantized.is_own(self.model) and not self.hands_over
+        return whole and self.shares_prefix and not (self.recurrent or self.keeps_latents or experts)
 
     @cached_property
-    def why_no_kv(self) -> str:
-        """Why keys and values of this model cannot be a trained prefix, in plain words; empty if they can."""
-        if self.world.shard == "tp":
-            return "its heads are divided over several processes"
-        if self._hands_over:
-            return "some of its layers read the keys and values of others"
-        if not self.shares_prefix or self.recurrent or self._keeps_latents:
-            return self.why_whole_sequences or "not all of its layers keep keys and values, but a state or latents"
-        with torch.no_grad(), self.eager():
-            shapes = {tensor.shape for tensor in self.prefix_kv((), None).tensors}
-        return "the keys and values of its layers differ in size" if len(shapes) > 1 else ""
-
-    @cached_property
-    def kv_shape(self) -> tuple[int, ...]:
-        """``(L, 2, H_kv, D)``, the shape of a virtual token of a trained KV prefix; only without ``why_no_kv``."""
-        return tuple(self.prefix_numbers((), None).shape[1:])
+    def trained(self) -> TrainedPrefixes:
+        """What this model can take as a trained prefix."""
+        return TrainedPrefixes(self)
 
     @cached_property
     def tokens_at_once(self) -> int:
@@ -325,8 +315,9 @@ class FrozenLM(Embedder):
 
         Args:
             ids: the prefix's token ids, ``SOFT`` where ``vectors`` stand; may be empty.
-            vectors: float ``[P, H]``, or a trained KV prefix ``[P, L, 2, H_kv, D]``, which stands at ``SOFT`` as it is:
-                tokens before it do not see it, those behind it do; None if ``ids`` holds no ``SOFT``.
+            vectors: float ``[P, H]``, or a trained prefix, ``[P, L, 2, H_kv, D]`` or ``[N]``, which stands at ``SOFT``
+                as it is: tokens before it do not see it, those behind it do. What tokens before it left in recurrent
+                layers, a trained state replaces. None if ``ids`` holds no ``SOFT``.
             before: one prefix that is known already and that ``ids`` stand behind.
 
         Returns:
@@ -334,17 +325,10 @@ class FrozenLM(Embedder):
         """
         if vectors is None or vectors.dim() == 2 or SOFT not in ids:
             return self._run_prefix(ids, vectors, before)
-        if self.why_no_kv:
-            raise ConfigError(
-                f"Expected vectors as a soft prompt for {self.name}, found a trained KV prefix, which it cannot take: "
-                f"{self.why_no_kv}."
-            )
-        place = list(ids).index(SOFT)
-        known = PrefixKV.of_numbers(vectors.to(self.device, self.dtype))
+        place, known = list(ids).index(SOFT), self.trained.state(vectors)
         if place:
             before = self._run_prefix(ids[:place], None, before)
         if before is not None:
-            assert isinstance(before, PrefixKV)
             known = before.join(known)
         behind = ids[place + 1 :]
         return self._run_prefix(behind, None, known) if behind else known
@@ -360,21 +344,6 @@ class FrozenLM(Embedder):
             return first.stack(others)
         rows = [self.rows(ids, own) for ids, own in zip(prefixes, vectors, strict=True)]
         return self._run_prefixes(rows, [len(row) for row in rows], None)
-
-    @torch.no_grad()
-    def prefix_numbers(self, ids: Sequence[int], vectors: torch.Tensor | None) -> torch.Tensor:
-        """A prefix as the numbers of a trained KV prefix.
-
-        Args:
-            ids, vectors: as for ``prefix_kv``; only without ``why_no_kv``.
-
-        Returns:
-            float32 ``[P, L, 2, H_kv, D]``, of all of its tokens, keys after any rotary embedding.
-        """
-        with self.eager():
-            prefix = self.prefix_kv(ids, vectors)
-        assert isinstance(prefix, PrefixKV)
-        return prefix.numbers().float().contiguous()
 
     def _run_prefix(self, ids: Sequence[int], vectors: torch.Tensor | None, before: PrefixState | None) -> PrefixState:
         """What ``before`` leaves behind, and behind it ``ids``, which see it."""
@@ -402,7 +371,7 @@ class FrozenLM(Embedder):
         seen = torch.arange(start + embedded.shape[1], device=self.device).expand(len(rows), -1)
         positions = seen[:, start:]
         # A cache is asked in code that knows its layer's number, which would be compiled for each layer anew.
-        keeping: dict[str, Any] = {"past_key_values": kept} if self._keeps_latents else {"keep": kept.layers}
+        keeping: dict[str, Any] = {"past_key_values": kept} if self.keeps_latents else {"keep": kept.layers}
         self._core(
             **inputs(self._core, embedded),
             attention_mask=self._mask(positions[..., None] >= seen[:, None], positions, seen),
@@ -481,6 +450,7 @@ class FrozenLM(Embedder):
         """Float32 ``[M, V]`` of hidden states ``[M, H]``."""
         if self.avoids_one_row and len(hidden) == 1:
             return self.logits(hidden.expand(2, -1))[:1]
+        hidden = hidden.to(self.dtype)  # Mamba 2 adds its layers up in fp32
         return self._head(self.model.get_output_embeddings()(hidden).float(), self._text_config)
 
     def slots(self, *, fixed: bool = False) -> Slots:
@@ -527,9 +497,38 @@ class FrozenLM(Embedder):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``score_concatenated``, and with ``compare`` bool ``[B, W]``: whether each token of a word is the most
         probable one."""
-        rows = [self.rows(request.ids, prompt_of(request, soft_prompts)) for request in requests]
+        inputs = [self.inputs(request, prompt_of(request, soft_prompts)) for request in requests]
+        ahead = [own for _, own in inputs] if any(request.ahead for request in requests) else None
         with self.eager():
-            return self.whole.score(rows, [request.words for request in requests], compare=compare)
+            words = [request.words for request in requests]
+            return self.whole.score([row for row, _ in inputs], words, compare=compare, ahead=ahead)
+
+    def inputs(self, request: Request, vectors: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """A request for ``whole``: its embedded input ``[T, H]``, and the vectors ``[N, H]`` before the decoder's.
+
+        Raises:
+            ConfigError: there are some, and this model's decoder cannot take them.
+        """
+        if vectors is None or not request.ahead:
+            return self.rows(request.ids, vectors), self.embedding.new_zeros(0, self.hidden_size, dtype=self.dtype)
+        self.require_ahead()
+        own, ahead = vectors[: -request.ahead], vectors[-request.ahead :]
+        return self.embed(request.ids, own), ahead.to(self.device, self.dtype)
+
+    def require_ahead(self) -> None:
+        """Raises a ``ConfigError`` where no virtual tokens can stand before a decoder's input."""
+        if self._why_nothing_ahead:
+            raise ConfigError(
+                f"Expected a base model whose decoder takes virtual tokens before its input, which {self.name} is not: "
+                f"{self._why_nothing_ahead}; leave decoder_virtual_tokens out."
+            )
+
+    @cached_property
+    def _why_nothing_ahead(self) -> str:
+        if not isinstance(self.whole, EncoderDecoder):
+            return "it is no encoder-decoder"
+        with self.eager():
+            return self.whole.why_nothing_ahead(self.hidden_size)
 
     def tokens_of(self, request: Request, num_virtual_tokens: int = 0) -> int:
         """How many tokens ``score_concatenated`` computes for a request."""
@@ -563,8 +562,7 @@ class FrozenLM(Embedder):
 
         Args:
             requests: each with at least one word.
-            soft_prompts: float ``[P_k, H]`` each, or trained KV prefixes ``[P_k, L, 2, H_kv, D]``; ``Request.prompt``
-                points into them.
+            soft_prompts: float ``[P_k, H]`` each, or trained prefixes; ``Request.prompt`` points into them.
             max_tokens: the most tokens, padding included, in one forward pass; by default twice ``tokens_at_once``.
             prefix_of: where prefixes come from; by default as many are kept as there are soft prompts, for as long as
                 this call lasts.

@@ -22,6 +22,8 @@ class Request:
         words: continuations to score, as token ids.
         prompt: index of the request's soft prompt among those handed over with it; None for the bare base model.
         truncated: whether input text was cut to fit the window.
+        ahead: how many of its soft prompt's vectors, the last ones, stand before the decoder's input of an
+            encoder–decoder.
         conversation: which conversation it is an answer of, whose answers share what they begin with; empty for none.
     """
 
@@ -31,6 +33,7 @@ class Request:
     prompt: int | None = None
     truncated: bool = False
     conversation: str = ""
+    ahead: int = 0
 
     @property
     def shares_prefix(self) -> bool:

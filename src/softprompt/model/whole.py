@@ -13,11 +13,14 @@ from torch import nn
 from softprompt.model.per_layer import inputs, read
 from softprompt.text.tokens import Tokens
 
+Ahead = Sequence[torch.Tensor] | None
+"""Of each row, vectors ``[N, H]`` before its decoder's input, which only encoder–decoders have; None: nowhere any."""
+
 
 class Growing(Protocol):
     """Rows that are continued, token by token, in the order in which they came."""
 
-    def add(self, rows: Sequence[torch.Tensor]) -> None:
+    def add(self, rows: Sequence[torch.Tensor], ahead: Ahead = None) -> None:
         """Takes embedded rows ``[T, H]`` in, behind those that are there; computes nothing."""
 
     def logits(self) -> torch.Tensor:
@@ -35,10 +38,11 @@ class Whole(Protocol):
     each token where that is more (``per_layer.read``)."""
 
     def score(
-        self, rows: Sequence[torch.Tensor], words: Sequence[Sequence[Tokens]], *, compare: bool
+        self, rows: Sequence[torch.Tensor], words: Sequence[Sequence[Tokens]], *, compare: bool, ahead: Ahead = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Log-probabilities float32 ``[B, W]`` of each row's words, as ``FrozenLM.score`` gives them, differentiable in
-        the rows; and with ``compare`` bool ``[B, W]``, whether each token of a word is the most probable one."""
+        the rows and in ``ahead``; and with ``compare`` bool ``[B, W]``, whether each token of a word is the most
+        probable one."""
 
     def tokens(self, length: int, words: Sequence[Tokens]) -> int:
         """How many tokens ``score`` computes for an input of ``length`` tokens with these words."""
@@ -67,9 +71,10 @@ class WholeSequences:
         self._longest_steady = longest_steady
 
     def score(
-        self, rows: Sequence[torch.Tensor], words: Sequence[Sequence[Tokens]], *, compare: bool
+        self, rows: Sequence[torch.Tensor], words: Sequence[Sequence[Tokens]], *, compare: bool, ahead: Ahead = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See ``Whole``."""
+        assert ahead is None, "it has no decoder of its own"
         device = rows[0].device
         places = [(r, w, word) for r, several in enumerate(words) for w, word in enumerate(several)]
         whole = [
@@ -142,8 +147,9 @@ class _Repeated:
         self._whole = whole
         self._rows: list[torch.Tensor] = []
 
-    def add(self, rows: Sequence[torch.Tensor]) -> None:
+    def add(self, rows: Sequence[torch.Tensor], ahead: Ahead = None) -> None:
         """See ``Growing``."""
+        assert ahead is None, "it has no decoder of its own"
         self._rows += rows
 
     def logits(self) -> torch.Tensor:

@@ -90,6 +90,7 @@ class Encoder:
         target: str | Tokens | None,
         append_eos: bool,
         reserve: int = 0,
+        ahead: int = 0,
     ) -> TokenSequence:
         """One example as tokens, at most ``max_length`` of them.
 
@@ -103,6 +104,7 @@ class Encoder:
             target: the text to place as target, its tokens, or None for a sequence that ends before it.
             append_eos: whether the end-of-sequence token follows a target that is a text.
             reserve: tokens to keep free for the target if its own are fewer, for example for generation.
+            ahead: virtual tokens before a decoder's input.
 
         Raises:
             TemplateError: the example lacks a field, the template and the target leave no room for one token of each
@@ -115,7 +117,7 @@ class Encoder:
         fixed = self.num_fixed + num_virtual_tokens * self.template.has_soft_prompt
         num_target = max(len(target_ids), reserve)
         if self.encoder_decoder:
-            self._require_short(example, num_target, max_length)
+            self._require_short(example, num_target, max_length - ahead)
             num_target = 0
         room = max_length - fixed - num_target
         needed = sum(length > 0 for length in lengths)

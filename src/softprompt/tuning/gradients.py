@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -53,7 +53,7 @@ class Share:
         objective: their loss.
         requests: all with the same shared part.
         gold: index of each row's word or label, as ``Objective.loss`` takes it.
-        shape: of the soft prompt's numbers, ``(P, H)`` or ``(P, L, 2, H_kv, D)``.
+        shape: of the soft prompt's numbers, ``(P, H)``, ``(P, L, 2, H_kv, D)`` or ``(N,)``.
         whole: by what the summed loss is divided, where these are some of a step's rows; None: they are all of them.
     """
 
@@ -77,11 +77,6 @@ class Share:
     def shared(self) -> Tokens:
         """The token ids of the shared part, the soft prompt's place included."""
         return self.requests[0].ids[: self.requests[0].shared]
-
-    @property
-    def prefix_length(self) -> int:
-        """Tokens of the prefix."""
-        return len(self.shared) - 1 + self.shape[0]
 
 
 @dataclass(frozen=True)
@@ -164,12 +159,17 @@ class Gradients:
             ConfigError: several soft prompts, and a base model whose weights are in parts (FSDP2).
         """
         world = self.lm.world
-        shared = all(can_share(self.lm, r, share.shape[0]) for share in shares for r in share.requests)
+        shares = [_opened(share) for share in shares]
+        shared = all(
+            can_share(self.lm, request, self.lm.trained.length(share.shape))
+            for share in shares
+            for request in share.requests
+        )
         shared = shared and self.layout != "concatenation"
         units = [self._units(share, shared) for share in shares]
         lengths = [[self._length(share, one, shared) for one in own] for share, own in zip(shares, units, strict=True)]
         tokens = tuple(
-            sum(own) + (share.prefix_length if shared else 0) for share, own in zip(shares, lengths, strict=True)
+            sum(own) + (self._prefix_length(share) if shared else 0) for share, own in zip(shares, lengths, strict=True)
         )
         saved = tuple(sum(one.saved for one in own) if shared else 0 for own in units)
         if not world.divides_steps:
@@ -206,6 +206,10 @@ class Gradients:
         """The tokens that a row alone needs."""
         return one.row().length if shared else self.lm.tokens_of(one.requests[0], share.shape[0])
 
+    def _prefix_length(self, share: Share) -> int:
+        """Tokens of a share's prefix."""
+        return len(share.shared) - 1 + self.lm.trained.length(share.shape)
+
     def _laid_out(
         self,
         whole: Sequence[Share],
@@ -238,9 +242,9 @@ class Gradients:
         own = 0 if idle else len(groups)
         groups = [*groups, *[[0]] * (passes - len(groups))]
         if layout == "two stages":
-            starts = [share.prefix_length for share in shares]
+            starts = [self._prefix_length(share) for share in shares]
             batches = [self._lines([rows[i] for i in group], starts) for group in groups]
-        together = _neighbours([share.prefix_length for share in shares], most)
+        together = _neighbours([self._prefix_length(share) for share in shares], most)
         return Work(whole, places, shares, layout, joined, groups, batches, together, len(groups) - own, tokens, saved)
 
     def _at_most(
@@ -250,7 +254,7 @@ class Gradients:
         of them hardly more than its memory, and larger passes are not faster there."""
         if len(shares) < 2 or self.lm.device.type == "cuda":
             return most
-        own = [share.prefix_length for share in shares]
+        own = [self._prefix_length(share) for share in shares]
         for (number, _), length in zip(joined, lengths, strict=True):
             own[number] += length
         return min(most, max(SHARED_TOKENS, *own))
@@ -263,7 +267,7 @@ class Gradients:
         return self.lm.collate(rows, starts, cpu)
 
     def _best(self, shares: Sequence[Share], rows: Sequence[Row], most: int) -> Layout:
-        total = sum(share.prefix_length for share in shares) + sum(row.length for row in rows)
+        total = sum(self._prefix_length(share) for share in shares) + sum(row.length for row in rows)
         if self.lm.device.type != "cuda":
             most = min(most, STREAM_TOKENS)
         plain = all(len(share.shape) == 2 and share.shared.index(SOFT) <= SHORT_TEXT for share in shares)
@@ -376,7 +380,7 @@ class Gradients:
 
         Args:
             objective, requests, gold: as in ``Share``.
-            vectors: float32 ``[P, H]`` or ``[P, L, 2, H_kv, D]``, a leaf.
+            vectors: float32 ``[P, H]``, ``[P, L, 2, H_kv, D]`` or ``[N]``, a leaf.
         """
         work = self.prepare([Share(objective, requests, gold, tuple(vectors.shape))])
         return float(self.add(work, [vectors])[0]), work.tokens[0]
@@ -447,7 +451,7 @@ class Gradients:
             return self.lm.prefixes_kv([work.shares[i].shared for i in part], [vectors[i] for i in part])
         shared = work.shares[0].shared
         place = shared.index(SOFT)
-        if self.lm.recurrent and len(vectors[0]) == 1 and place == len(shared) - 1:
+        if self.lm.recurrent and tuple(vectors[0].shape) == (1, self.lm.hidden_size) and place == len(shared) - 1:
             place = 0  # behind a state, some layers run one token alone in place, through which no gradient goes
         before = self._text_before(shared[:place], None) if place else None
         return self.lm.prefix_kv(shared[place:], vectors[0], before)
@@ -500,6 +504,15 @@ def _neighbours(lengths: Sequence[int], most: int) -> list[list[int]]:
         else:
             groups.append([number])
     return groups
+
+
+def _opened(share: Share) -> Share:
+    """A share in which not one token alone is shared behind a trained state: some layers would run it in place, through
+    which no gradient goes. It becomes each row's own."""
+    if len(share.shape) > 1 or len(share.shared) - 2 != share.shared.index(SOFT):
+        return share
+    requests = [replace(request, shared=request.shared - 1) for request in share.requests]
+    return replace(share, requests=requests)
 
 
 def _places(units: Sequence[Joined]) -> list[int]:

@@ -22,7 +22,7 @@ class State:
     Attributes:
         keeper: which validation is kept.
         learner: the start that is trained now.
-        good: float32 ``[P, H]`` or ``[P, L, 2, H_kv, D]``, the last numbers whose loss was finite.
+        good: float32 ``[P, H]``, ``[P, L, 2, H_kv, D]`` or ``[N]``, the last numbers whose loss was finite.
         best: float32 of the same shape, the numbers of the validation that is kept.
         leader: the best of several starts so far; None with one, and when they are compared.
         step, tokens, seconds: what was done: optimizer steps, tokens computed, wall time without validations.

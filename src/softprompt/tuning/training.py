@@ -81,8 +81,8 @@ class Training:
                 ``config.validation_rows``).
             config: defaults if None.
             name: name of the soft prompt.
-            start: float ``[P, H]``, or for a KV prefix ``[P, L, 2, H_kv, D]``, to start from instead of
-                ``config.init``.
+            start: float ``[P, H]``, or for a KV prefix ``[P, L, 2, H_kv, D]``, or for a trained state ``[N]``, to start
+                from instead of ``config.init``.
             folder: where checkpoints, ``log.jsonl`` and the history of the vectors are kept; None keeps none. It is
                 held, so that no other training writes there, until the iteration ends or the training is deleted.
             resume: go on from the checkpoint in ``folder``, if there is one.
@@ -112,6 +112,14 @@ class Training:
                 f"the task's template holds {found} virtual tokens, but {self.config.longest} are to be "
                 "learned; give Task and TrainConfig the same num_virtual_tokens, and the template a {soft_prompt}"
             )
+        if task.decoder_virtual_tokens != self.config.decoder_virtual_tokens:
+            raise ConfigError(
+                f"the task has {task.decoder_virtual_tokens} virtual tokens before the decoder's input, but "
+                f"{self.config.decoder_virtual_tokens} are to be learned; give Task and TrainConfig the same "
+                "decoder_virtual_tokens"
+            )
+        if self.config.parametrisation == "prefix" and not task.model.trained.why_none:
+            self.task = task = replace(task, num_virtual_tokens=task.model.trained.places(found))
         self._base_digest = task.model.digest_before
         self.base_unchanged: bool | None = None
         examples, held_out = split_rows(train, validation, self.config)
@@ -216,7 +224,7 @@ class Training:
 
     @property
     def vectors(self) -> torch.Tensor:
-        """The soft prompt as it is now, trained or not: float32 ``[P, H]`` or ``[P, L, 2, H_kv, D]`` on the CPU."""
+        """The soft prompt as it is now, trained or not: float32 ``[P, H]`` or a trained prefix, on the CPU."""
         return self._state.learner.numbers().cpu()
 
     def _prepare(self, examples: Sequence[Example]) -> None:
