@@ -17,8 +17,8 @@ from softprompt.text.tokens import SOFT
 from softprompt.tuning.gradients import Gradients
 from softprompt.tuning.objective import Objective
 from tests.conftest import tiny
-from tests.model.families import CASES, frozen, plain, whole, whole_score
-from tests.model.test_families import CLOSE, INPUTS, VOCABULARY, recurrent, soft
+from tests.model.families import CASES, frozen, plain, soft, whole, whole_score
+from tests.model.test_families import CLOSE, INPUTS, VOCABULARY, recurrent
 
 STATES = [case for case in CASES if recurrent(case)]
 every = pytest.mark.parametrize("case", STATES)
