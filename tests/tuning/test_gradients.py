@@ -390,8 +390,11 @@ def test_passes_of_several_hold_no_more_tokens_than_the_largest_of_them_alone(
     monkeypatch.setattr("softprompt.tuning.gradients.SHARED_TOKENS", 20)
     each, vectors = shares(llama)
     longest = max(
-        len(share.shared) - 1 + share.shape[0] + sum(len(r.ids) - r.shared + sum(map(len, r.words)) for r in share.requests)
-        for share in each
+        len(share.shared)
+        - 1
+        + share.shape[0]
+        + sum(len(r.ids) - r.shared + sum(map(len, r.words)) for r in share.requests)
+        for share, own in zip(each, vectors, strict=True)
     )
     many = [each[i % 3] for i in range(count)]
     own = [vectors[i % 3].detach().clone().requires_grad_() for i in range(count)]
