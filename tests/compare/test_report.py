@@ -336,6 +336,24 @@ def test_one_answer_to_nearly_all_rows_is_said_under_the_table(tmp_path: Path) -
     assert not [line for line in printed(cells) if "answers" in line]
 
 
+def test_alarms_are_said_once_under_the_table_and_on_the_page(tmp_path: Path) -> None:
+    keys = [("soft-prompt", 0), ("soft-prompt", 1), ("lora", 0), ("few-shot", 0)]
+    cells = [make_cell(name, "sst2", "smollm2-135m", seed, 0.0) for name, seed in keys]
+    assert not [line for line in printed(cells) if "alarm" in line]  # of a release that did not write them down
+    few = {"kind": "few_rows", "sentence": "8 rows to train with are very few"}
+    chance = {"kind": "chance", "sentence": "the validation accuracy of 0.52 is that of the most frequent label"}
+    for cell, alarms in zip(cells, ([few], [few], [few, chance], []), strict=True):
+        cell["alarms"] = alarms
+    said = [
+        f"alarm: soft-prompt, seeds 0, 1; lora, seed 0: {few['sentence']}",
+        f"alarm: lora, seed 0: {chance['sentence']}",
+    ]
+    assert [line for line in printed(cells) if "alarm" in line] == said
+    page = unescape(report.write(cells, tmp_path)[0].read_text("utf-8"))
+    for line in said:
+        assert f"<p>A{line[1:]}</p>" in page
+
+
 def test_how_many_rows_trained_methods_were_validated_on_is_said(tmp_path: Path) -> None:
     cells = [make_cell(name, "sst2", "smollm2-135m", 0, 0.0) for name in ("soft-prompt", "lora", "few-shot")]
     assert not [line for line in printed(cells) if "validated" in line]  # of a release that did not write it down

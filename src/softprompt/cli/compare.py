@@ -125,6 +125,8 @@ def run_cells(plan: Plan, out: Path, load: Callable[[str], FrozenLM], clock: Clo
                     found = f"{cell['metric']} {number(cell['metric'], cell['value'])}, in {took(cell)}"
                     left = f"; about {roughly(expected.left(todo[place:]).total)} left" * (place < len(todo))
                     stderr.print(f"{place:>3}/{len(todo)}  {what}: {found}{left}")
+                    for alarm in cell["alarms"]:
+                        stderr.print(f"warning: {what}: {alarm['sentence']}")
                 else:
                     stderr.print(f"{place:>3}/{len(todo)}  {what} failed: {cell['reason']}")
         finally:

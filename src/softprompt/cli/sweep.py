@@ -27,10 +27,12 @@ from softprompt.files import atomic_writer, local_path, strict_json
 from softprompt.soft_prompts.store import Store
 from softprompt.terminal.console import say_reading, stderr, stdout
 from softprompt.terminal.many import watch_together
+from softprompt.terminal.training import say_alarms
 from softprompt.tuning import checkpoint, history
 from softprompt.tuning.config import INITS
 from softprompt.tuning.job import Job
 from softprompt.tuning.sweep import Selection, Sweep, cross
+from softprompt.tuning.training import Training
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def _keep_best(found: Sweep, place: Place) -> None:
     if leader is None:
         stderr.print("interrupted before the first validation; nothing was stored; to go on, add --resume")
     else:
-        place.save(replace(leader.result(), name=place.name))
+        _store(leader, place)
         stderr.print(
             f"interrupted; the best so far ({leader.name}, step {leader.step:,}) is stored; to go on, give the same "
             f"command with --resume"
@@ -148,10 +150,18 @@ def _keep_best(found: Sweep, place: Place) -> None:
     raise typer.Exit(130)
 
 
+def _store(training: Training, place: Place) -> None:
+    """Stores a setting's soft prompt under the sweep's name, and checks that the file answers as it does."""
+    soft_prompt = replace(training.result(), name=place.name)
+    place.save(soft_prompt)
+    training.watch.require_same_answers(place.path, soft_prompt)
+
+
 def _written(found: Sweep, selection: Selection, place: Place, out: Path) -> _Ended:
     """Stores the best, keeps what its run left behind, and writes results and plot."""
     best = found.training(found.best)
-    place.save(replace(best.result(), name=place.name))
+    _store(best, place)
+    say_alarms(best.alarms)
     for name in (checkpoint.LOG, history.FILE):
         with suppress(FileNotFoundError):
             shutil.copyfile(found.folder(found.best) / name, place.run.path / name)

@@ -58,6 +58,7 @@ def soft_prompt(problem: Problem, parametrisation: str = "plain") -> Learned:
         curve=tuple(curve),
         soft_prompt=found,
         validation_rows=found.data["validation"]["rows"],
+        alarms=training.alarms,
     )
 
 
