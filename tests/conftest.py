@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -34,6 +35,13 @@ from softprompt.tuning.config import TrainConfig
 
 # A shell's background job ignores Ctrl-C, and so would all programs that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: no collection of garbage need look through it again, and tests ask for many."""
+    gc.collect()
+    gc.freeze()
+
 
 SENTENCES = [
     "a stirring , funny and finally transporting film",

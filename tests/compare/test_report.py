@@ -132,6 +132,8 @@ def test_an_interval_that_ends_at_zero_is_no_verdict(side: int, seeds: int, tmp_
         assert "There is no verdict against the better of LoRA" in report.verdict(cells)
     two = [{**cell, "task": task, "curve": []} for task in ("sst2", "cr") for cell in cells]
     assert "none of 2, and on 2 the interval allows no verdict (sst2, cr)" in report.verdict(two)
+    if seeds != 3:  # figures are dear, and the page shows what the lines above have shown of each
+        return
     page = report.write(two, tmp_path)[0].read_text("utf-8")
     (counts,) = re.findall(r"<tr><td>lora</td>((?:<td[^>]*>[^<]*</td>)+)</tr>", page.split("Over all tasks")[1])[:1]
     assert re.findall(r">([^<]*)</td>", counts)[:3] == ["0", "0", "2"]
