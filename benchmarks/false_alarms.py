@@ -13,10 +13,12 @@ import argparse
 import json
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from softprompt.api import load_model
+from softprompt.compare.plan import cut
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.errors import SoftPromptError
 from softprompt.model.frozen import FrozenLM
@@ -30,7 +32,9 @@ def trained(lm: FrozenLM, folder: Path, config: TrainConfig) -> dict[str, Any]:
     """What a training on one data set came to, as JSON values."""
     began = time.perf_counter()
     train, validation = (str(folder / name) for name in FILES)
-    job = Job.read(train, validation, name=folder.name, config=config).on(lm)
+    job = Job.read(train, validation, name=folder.name, config=config)
+    rows = cut(job.rows, config.steps * config.batch_size, config.seed)  # no more are seen, and each is tokenized
+    job = replace(job, rows=rows).on(lm)
     training = job.training(lm)
     meanwhile = [{"step": step.number, **alarm.as_dict()} for step in training for alarm in step.alarms]
     best = training.result()

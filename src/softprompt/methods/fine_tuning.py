@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -94,8 +94,8 @@ class Run:
 
     best: Mapping[str, float]
     curve: tuple[dict[str, float], ...]
-    keeper: Keeper
-    trend: Trend
+    keeper: Keeper = field(default_factory=lambda: Keeper(0))
+    trend: Trend = field(default_factory=Trend)
 
 
 NOTHING: Mapping[str, float] = {"step": 0, "value": -math.inf, "loss": math.inf}
