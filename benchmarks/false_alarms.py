@@ -33,7 +33,9 @@ def trained(lm: FrozenLM, folder: Path, config: TrainConfig) -> dict[str, Any]:
     began = time.perf_counter()
     train, validation = (str(folder / name) for name in FILES)
     job = Job.read(train, validation, name=folder.name, config=config)
-    rows = cut(job.rows, config.steps * config.batch_size, config.seed)  # no more are seen, and each is tokenized
+    rows = cut(
+        job.rows, (config.steps or 0) * config.batch_size, config.seed
+    )  # no more are seen, and each is tokenized
     job = replace(job, rows=rows).on(lm)
     training = job.training(lm)
     meanwhile = [{"step": step.number, **alarm.as_dict()} for step in training for alarm in step.alarms]
