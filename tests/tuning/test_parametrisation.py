@@ -424,11 +424,12 @@ def test_every_parametrisation_learns_and_changes_no_weight(kind: str, tmp_path:
     lm = tiny("llama")
     before, table = lm.weights_digest(), lm.embedding.clone()
     data, validation = toy(300, 0), toy(100, 1)
-    settings = {"batch_size": 16, "steps": 80, "eval_every": 40, "loss": "labels"}
+    long = 160 if kind in ("mlp", "prefix") else 80  # which learn more slowly
+    settings = {"batch_size": 16, "steps": long, "eval_every": long // 4, "loss": "labels"}
     config = train_settings(num_virtual_tokens=8, parametrisation=kind, **settings)
     training = Training(toy_task(lm, data, 8), data, validation, config)
     steps = list(training)
-    assert sum(step.loss for step in steps[-10:]) / 10 < 0.6 * steps[0].loss
+    assert sum(step.loss for step in steps[-10:]) / 10 < 0.5 * steps[0].loss
     made = training.result()
     assert lm.weights_digest() == before
     assert torch.equal(lm.embedding, table)
