@@ -38,6 +38,7 @@ from benchmarks.train_step import (
     matrix_peak,
     of_one_bucket,
     our_step,
+    sharing_weights,
     step_of,
     useful_operations,
     useful_tokens,
@@ -81,8 +82,8 @@ MODELS = {
     "8B": shape(4096, 14336, 32, 32, 8, 128256, rope_theta=500000.0, tie_word_embeddings=False),  # Llama 3.1 8B
 }
 
-OURS, EAGER = "softprompt", "softprompt-eager"
-"""Ours as it trains long runs, with compiled layers, and as it trains short ones."""
+OURS, EAGER, FP8 = "softprompt", "softprompt-eager", "softprompt-fp8"
+"""Ours as it trains long runs, with compiled layers, as it trains short ones, and with linear layers in fp8."""
 
 SMALL_PAIRS = (
     (EAGER, 100, "peft"),
@@ -93,12 +94,13 @@ SMALL_PAIRS = (
     (OURS, 100, "peft-layers"),
 )
 PAIRS = {
-    "tiny": ((EAGER, 100, "peft"), (OURS, 100, "peft-compiled"), (OURS, 20, "peft-layers")),
+    "tiny": ((EAGER, 100, "peft"), (FP8, 100, OURS), (OURS, 100, "peft-compiled"), (OURS, 20, "peft-layers")),
     "135M": SMALL_PAIRS,
-    "1.7B": SMALL_PAIRS,
+    "1.7B": (*SMALL_PAIRS[:2], (FP8, 100, OURS), *SMALL_PAIRS[2:]),
     "8B": (
         (EAGER, 100, "peft"),
         (OURS, 100, "peft"),
+        (FP8, 100, OURS),
         (OURS, 100, "peft-layers"),
         (OURS, 20, "peft"),
         (OURS, 20, "peft-layers"),
@@ -109,7 +111,7 @@ PAIRS = {
 anything is compiled. The whole of 8B takes long to compile, and its kernels are so long that launching them costs
 little: its layers come first."""
 
-NEEDS = {"peft": 15, "peft-compiled": 60, "peft-layers": 25}
+NEEDS = {"peft": 15, OURS: 20, "peft-compiled": 60, "peft-layers": 25}
 """Seconds that a pair with this peer takes at least; where fewer are left, it is left out."""
 
 MOST_SECONDS = 15
@@ -347,21 +349,20 @@ def pair(
     options: argparse.Namespace, lm: FrozenLM, plain: Any, ours: str, num_virtual_tokens: int, peer: str, peak: float
 ) -> None:
     """Ours and one peer in turns; two lines of figures, and one for each side's first step."""
-    settings = {
-        "num_virtual_tokens": num_virtual_tokens,
-        "max_tokens": None,
-        "compile": "on" if ours == OURS else "off",
-    }
-    choices = argparse.Namespace(**{**vars(options), **settings})
+    settings = {"num_virtual_tokens": num_virtual_tokens, "max_tokens": None}
     data = read_dataset(options.work / "rows.jsonl", fields=("input",))
     batches = of_one_bucket(all_batches(lm, data, num_virtual_tokens, options.batch_size))
     batches = batches[: options.warmup + options.steps]
     sides, graphs = [], dict[str, Graphs]()
-    for name, kind in ((ours, "softprompt"), (peer, peer)):
-        ways = Gradients(lm)
-        step = our_step(lm, ways, choices) if kind == "softprompt" else step_of(kind, lm, plain, choices)
-        side = Side(name, step, options.device)
-        graphs[name] = ways.graphs
+    for name in (ours, peer):
+        choices = argparse.Namespace(**vars(options), **settings, compile="on" if name == OURS else "off")
+        if name in (OURS, EAGER, FP8):
+            own = lm if name != FP8 else in_fp8(lm, plain)
+            ways = Gradients(own)
+            graphs[name] = ways.graphs
+            side = Side(name, our_step(own, ways, choices), options.device)
+        else:
+            side = Side(name, step_of(name, lm, plain, choices), options.device)
         side.run(batches[0], timed=False)
         assert side.first_seconds is not None
         line = {"model": options.model, "num_virtual_tokens": num_virtual_tokens, "side": name}
@@ -392,14 +393,21 @@ def pair(
             memory_above_model_bytes=side.peak_bytes if options.device == "cuda" else None,
             compiled_graphs=side.compiled,
             compiled_graphs_in_timed_steps=side.compiled_late,
-            cuda_graphs_captured=graphs[side.name].captured if side.name == ours else None,
-            cuda_graphs_skipped=None if side.name == ours else counters["inductor"]["cudagraph_skips"],
+            cuda_graphs_captured=graphs[side.name].captured if side.name in graphs else None,
+            cuda_graphs_skipped=None if side.name in graphs else counters["inductor"]["cudagraph_skips"],
             first_step_seconds=side.first_seconds,
             loss=side.first[0] if side.first else None,
             batch_size=options.batch_size,
             dtype=options.dtype,
             **(together if side.name == ours else {}),
         )
+
+
+def in_fp8(lm: FrozenLM, plain: Any) -> FrozenLM:
+    """The same model with its linear layers in fp8."""
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == lm.dtype)
+    model = sharing_weights(plain)
+    return FrozenLM(model, lm.tokenizer, name=lm.name, dtype=dtype, device=str(lm.device), quantize="fp8")
 
 
 # --- evaluation and decoding ---------------------------------------------------------------------------
@@ -422,8 +430,28 @@ def answers(options: argparse.Namespace) -> None:
             torch.cuda.empty_cache()
 
 
+def generated_by_transformers(lm: FrozenLM, plain: Any, rows: list[torch.Tensor], new: int) -> int:
+    """Continues embedded rows ``[T, H]`` by transformers' own ``generate``, greedily, padded on the left as its guide
+    says; returns how many tokens were written, those behind an end token left out."""
+    width = max(map(len, rows))
+    padded = torch.stack([torch.nn.functional.pad(row, (0, 0, width - len(row), 0)) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=lm.device)
+    end = lm.tokenizer.eos_token_id
+    with torch.no_grad():
+        found = plain.generate(
+            inputs_embeds=padded.to(lm.dtype),
+            attention_mask=mask,
+            max_new_tokens=new,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+    return int((found != end).sum())
+
+
 def answers_of(options: argparse.Namespace, model: str) -> None:
-    lm, _ = load_model(options, model)
+    lm, plain = load_model(options, model)
+    plain.set_attn_implementation("sdpa")
     data = read_dataset(options.work / "rows.jsonl", fields=("input",))
     task = Task.for_data(lm, data, Template(DEFAULT_TEMPLATE), num_virtual_tokens=100)
     vectors = [initial_vectors(lm, 100, init="vocab", seed=0).to(lm.device)]
@@ -441,9 +469,14 @@ def answers_of(options: argparse.Namespace, model: str) -> None:
         texts = generate_texts(lm, opened[start : start + rows], vectors, sampling, batch_size=rows, prefix_of=kept)
         return sum(len(text.ids) for text in texts)
 
+    def by_transformers(start: int, rows: int) -> int:
+        embedded = [lm.embed(request.ids, vectors[0]) for request in opened[start : start + rows]]
+        return generated_by_transformers(lm, plain, embedded, new)
+
     kinds: tuple[tuple[str, Callable[[int, int], int]], ...] = (
         ("rows scored", score),
         ("tokens generated", generate),
+        ("tokens generated by transformers", by_transformers),
     )
     for what, work in kinds:
         for rows in (1, options.batch_size):
@@ -464,7 +497,8 @@ def answers_of(options: argparse.Namespace, model: str) -> None:
                 per_second=done / sum(times),
                 seconds=seconds,
                 calls=len(times),
-                new_tokens=new if work is generate else None,
+                new_tokens=None if work is score else new,
+                cuda_graphs_captured=lm.fixed_rows.graphs.captured if work is generate else None,
             )
 
 

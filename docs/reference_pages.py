@@ -23,7 +23,7 @@ from rich.text import Text
 
 import softprompt
 from softprompt.cli.main import command_line
-from softprompt.model.architecture import FAMILIES, WHOLE
+from softprompt.model.architecture import FAMILIES, REFUSED, WHOLE
 from softprompt.tuning.config import TrainConfig
 
 FOLDER = Path(__file__).parent / "reference"
@@ -265,30 +265,36 @@ def train_config_page() -> str:
 
 # --- architectures -------------------------------------------------------------------------------
 
-REFUSED_TYPES = (
-    ("Gemma 3n", ("gemma3n", "gemma3n_text"), "its layers get more of a token than its embedding"),
-    ("Gemma 4 E2B and E4B", (), "the same"),
-    ("Encoders", ("bert", "roberta"), "their tokens see those behind them"),
-)
+REFUSED_TYPES = (("Encoders", ("bert", "roberta"), "their tokens see those behind them"),)
 
 
 def architectures_page() -> str:
     """Every family of models: which path it takes, what a prefix leaves behind, and why not."""
     rows = []
     for family in FAMILIES:
-        unless = "; ".join(f"`{refusal.setting}`: {refusal.why}" for refusal in family.refused)
-        rows.append((family.name, codes(family.model_types), "fast", family.leaves, f"whole sequences with {unless}"))
-    rows += [(kind, codes((kind,)), "whole sequences", "", why) for kind, why in WHOLE.items()]
-    rows += [(name, codes(kinds), "refused", "", why) for name, kinds, why in REFUSED_TYPES]
+        own = [r for r in family.refused if r not in REFUSED]
+        unless = "; ".join(f"whole sequences with `{refusal.setting}`: {refusal.why}" for refusal in own)
+        trained = f"no: {family.untrained}" if family.untrained else "yes"
+        but = "; ".join(part for part in (family.but, unless) if part)
+        rows.append((family.name, codes(family.model_types), "fast", family.leaves, trained, but))
+    rows += [(kind, codes((kind,)), "whole sequences", "", "no", why) for kind, why in WHOLE.items()]
+    rows += [(name, codes(kinds), "refused", "", "", why) for name, kinds, why in REFUSED_TYPES]
     parts = [
         "# Architectures",
         "Each type of model that is said to be fast is tested against whole sequences: the logits of a text, mixed "
         "batches, gradients, greedy texts. [The shared prefix](../explain/shared_prefix.md) says what fast means. "
         "The type is `model_type` in `config.json`. Where a model also sees pictures, it is the type of the language "
         "model inside it.",
+        "A model of any of these runs whole sequences all the same with "
+        + "; ".join(f"`{refusal.setting}`: {refusal.why}" for refusal in REFUSED)
+        + ". Where the angles of positions are others in long sequences (`rope_type` `longrope`, as in Phi 3.5 and 4, "
+        "or `dynamic`), sequences longer than `original_max_position_embeddings` run whole, each alone, and shorter "
+        "ones are fast. A text that becomes longer while it is written goes on whole.",
         "A model that is not in the table is tried when it is loaded. A few texts run on both paths. It is fast if "
         "they come out alike, and runs whole sequences otherwise. One line on stderr says which.",
-        table(("family", "type", "path", "what a prefix leaves behind", "but"), rows),
+        "`--parametrisation prefix` trains what a prefix leaves behind ([Trained prefixes](../explain/learned.md#kv-"
+        "prefixes-and-trained-states)). It, too, is tested for each type of model that has it.",
+        table(("family", "type", "path", "what a prefix leaves behind", "can be trained", "but"), rows),
     ]
     return "\n\n".join(parts) + "\n"
 

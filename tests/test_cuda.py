@@ -15,6 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from softprompt.data.example import Example
 from softprompt.generation.decoder import generate
+from softprompt.model.coded import CodedLinear
+from softprompt.model.fast import fp8
 from softprompt.model.fast.compiled import graphs_compiled
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.memory import GPU_SHARE, MAX_TOKENS, MOST_TOKENS
@@ -87,6 +89,64 @@ def test_texts(kind: str, temperature: float) -> None:
     found = generate(gpu, requests(gpu, "open"), PROMPTS, sampling)
     assert found == generate(cpu, requests(cpu, "open"), PROMPTS, sampling)
     assert len({one.ids for one in found}) > 1
+    if kind in SHARED:
+        assert gpu.fixed_rows.graphs.failed == ""
+        assert gpu.fixed_rows.graphs.captured >= 1
+
+
+def test_rows_continued_again_capture_nothing_more() -> None:
+    gpu = tiny("llama", DEVICE)
+    for _ in range(2):  # the second time, the memory is large enough
+        generate(gpu, requests(gpu, "open"), PROMPTS, Sampling(max_new_tokens=12))
+    before = gpu.fixed_rows.graphs.captured
+    generate(gpu, requests(gpu, "open")[::-1], PROMPTS, Sampling(max_new_tokens=12))
+    assert gpu.fixed_rows.graphs.captured == before
+
+
+def test_conversations_in_a_captured_stream() -> None:
+    talk = [
+        Request((3, SOFT, 60, *said), 2, ((70, 71, 72),), 0, conversation="one")
+        for said in ((), (70, 71, 5), (70, 71, 5, 70, 71, 9))
+    ]
+    rows, found = [*talk, Request((3, SOFT, 61, 62), 2, ((7, 8),), 0)], []
+    for lm in (tiny("llama", DEVICE), tiny("llama")):
+        ways = Gradients(lm)
+        vectors = PROMPTS[0].to(lm.device, copy=True).requires_grad_()
+        loss, _ = ways.backward(Objective(), rows, [0] * 4, vectors)
+        assert ways.graphs.failed == ""
+        assert ways.graphs.captured == (lm.device.type == DEVICE)
+        assert vectors.grad is not None
+        found.append((loss, vectors.grad.cpu()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-6)
+
+
+def test_the_micro_batch_is_found_in_the_first_steps() -> None:
+    lm = FrozenLM(make_model("llama"), make_tokenizer(), name="measured", dtype="fp32", device=DEVICE)
+    data = toy(40, 0)
+    training = Training(toy_task(lm, data), data, toy(8, 1), train_settings())
+    for _ in training:
+        pass
+    assert training.micro_batch is not None
+    assert training.micro_batch.tokens == lm.tokens_at_once == MOST_TOKENS
+    assert not training.micro_batch.recomputed
+    assert training.micro_batch.bytes_a_token > 1
+
+
+def test_codes_in_fp8_are_multiplied() -> None:
+    if not fp8.multiplies_fp8(torch.device(DEVICE)):
+        pytest.skip("this GPU does not multiply fp8")
+    generator = torch.Generator().manual_seed(0)
+    layer = CodedLinear(torch.randn(2048, 4096, generator=generator).to(DEVICE), None, "fp8")
+    assert layer.by_codes
+    for rows in (1, 3, 200):
+        inputs = torch.randn(rows, 4096, generator=generator).to(DEVICE, torch.bfloat16).requires_grad_()
+        gradient = torch.randn(rows, 2048, generator=generator).to(DEVICE, torch.bfloat16)
+        found = layer(inputs)
+        (passed,) = torch.autograd.grad(found, inputs, gradient)
+        weight = layer.decoded(torch.float32)
+        for ours, exact in ((found, inputs.float() @ weight.T), (passed, gradient.float() @ weight)):
+            assert float((ours.float() - exact).norm() / exact.norm()) < 0.04
 
 
 @pytest.mark.parametrize("kind", SHARED)

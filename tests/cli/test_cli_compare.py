@@ -97,7 +97,7 @@ def test_the_majority_class_stands_first_with_its_metrics(run: Run, base: str, t
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, run: Any) -> None:
     """Has something else run as the method ``name``."""
-    monkeypatch.setitem(registry.METHODS, name, replace(registry.METHODS[name], run=run))
+    monkeypatch.setitem(registry.METHODS, name, replace(registry.METHODS[name], run=run, together=None))
 
 
 def test_a_failed_cell_is_told_and_the_rest_goes_on(

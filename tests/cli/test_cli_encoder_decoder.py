@@ -84,13 +84,46 @@ def test_the_whole_way(run: Run, rows: None, t5: str, tmp_path: Path) -> None:
         assert [one["choices"][0]["finish_reason"] for one in asked] == ["stop", "stop"]
 
 
+def test_virtual_tokens_before_the_decoders_input(run: Run, rows: None, t5: str) -> None:
+    tuned = trained(run, t5, "both", "--decoder-virtual-tokens", "2", "--checkpoint-every", "20")
+    assert tuned.code == 0, tuned.err
+    assert (tuned.json["num_virtual_tokens"], tuned.json["numbers"]) == (4, 6 * 32)
+    shown = run("show", "both", "--json").json
+    assert shown["parts"] == {"soft_prompt": [4, 32], "decoder_soft_prompt": [2, 32]}
+    found = run("evaluate", "both", "test.jsonl", *FP32, "--metric", "accuracy", "--json").json
+    assert found["value"] > 0.95
+    texts = ("the plot of a great movie", "a bad film")
+    said = run("predict", "both", *texts, *FP32, "--json")
+    assert [row["text"] for row in said.json["predictions"]] == ["positive", "negative"]
+    more = ("train", "few.jsonl", "--base", t5, "--name", "more", "--init", "both", "--steps", "1", *FP32)
+    again = run(*more, "--template", TEMPLATE)
+    assert again.code == 0, again.err
+    assert "4 virtual tokens, and 2 before the decoder's input" in again.out
+    for command, reason in (
+        (("export", "both", "--to", "npy", "numpy", *FP32), "found a soft prompt of encoder and decoder in 'both'"),
+        (("export", "both", "--to", "peft", "peft", *FP32), "for which other tools have no format"),
+        (("inspect", "both", *FP32), "2 of 'both' stand before the decoder's"),
+    ):
+        refused = run(*command)
+        assert (refused.code, refused.out) == (2, "")
+        assert reason in refused.err
+    with serving(Store().path("both").parent, load=lambda: FrozenLM.load(t5, dtype="fp32", device="cpu")) as server:
+        answers = server.post("/v1/classify", {"model": "both", "input": list(texts)})["data"]
+        written = [server.post("/v1/completions", {"model": "both", "prompt": text}) for text in texts]
+    assert [row["label"] for row in answers] == ["positive", "negative"]
+    for row, answer in zip(answers, said.json["predictions"], strict=True):
+        assert row["probabilities"] == pytest.approx(answer["probabilities"], abs=1e-5)
+    assert [one["choices"][0]["text"] for one in written] == ["positive", "negative"]
+
+
 def test_compare(run: Run, rows: None, t5: str) -> None:
     data = ("train.jsonl", "--validation", "dev.jsonl", "--test", "test.jsonl", "--out", "report")
     options = ("--bases", t5, "--budget", "0.5s", "--template", TEMPLATE, *FP32)
-    compared = run("compare", *data, *options, "--methods", "zero-shot", "soft-prompt", "--json")
+    methods = ("zero-shot", "soft-prompt", "soft-prompt-decoder")
+    compared = run("compare", *data, *options, "--methods", *methods, "--json")
     assert compared.code == 0, compared.err
     cells = {cell["method"]: (cell["status"], cell["trainable_parameters"]) for cell in compared.json["cells"]}
-    assert cells == {"zero-shot": ("done", 0), "soft-prompt": ("done", 64 * 32)}
+    assert cells == {"zero-shot": ("done", 0), "soft-prompt": ("done", 64 * 32), methods[2]: ("done", 80 * 32)}
 
 
 def test_what_vllm_cannot_serve_is_refused(run: Run, rows: None, t5: str) -> None:

@@ -123,6 +123,54 @@ def test_options_count_for_more_than_a_plan(run: Run, files: Path, base: str) ->
     assert document["base"] == base
 
 
+def test_a_mix_is_one_soft_prompt_that_others_start_from(train: Run, run: Run, home: Path, files: Path) -> None:
+    ran = train("films.jsonl", "stars.jsonl", "--mix", "--cap", "18", "--name", "source", *SMALL, "--json")
+    assert ran.code == 0, ran.err
+    assert [(one["name"], one["rows"]) for one in ran.json["data"]["mix"]] == [("films", 30), ("stars", 20)]
+    assert [line.split() for line in ran.err.splitlines() if "50.0 %" in line] == [
+        ["films", "18", "50.0", "%"],
+        ["stars", "18", "50.0", "%"],
+    ]
+    assert SoftPrompt.load(home / "source.safetensors").num_virtual_tokens == 4
+    assert run("predict", "source", "a stirring film", "--json", "--dtype", "fp32").code == 0
+    given = train("films.jsonl", "--name", "given", "--init", "source", "--lr", "1e-9")
+    assert given.code == 0, given.err
+    torch.testing.assert_close(vectors(home, "given"), vectors(home, "source"), rtol=1e-4, atol=1e-4)
+
+
+def test_each_job_of_a_mix_has_a_template_and_labels_of_its_own(train: Run, home: Path, files: Path) -> None:
+    own = {
+        "train": "films.jsonl",
+        "template": "{soft_prompt}{input} is {target}",
+        "labels": {"negative": "bad", "positive": "good"},
+    }
+    source = plan(files, {"defaults": {"num_virtual_tokens": 4}, "jobs": [own, {"train": "stars.jsonl"}]})
+    ran = train(source, "--mix", "--name", "source")
+    assert ran.code == 0, ran.err
+    stored = SoftPrompt.load(home / "source.safetensors")
+    assert stored.template == own["template"]
+    assert stored.verbalizer == {"negative": ("bad",), "positive": ("good",)}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("films.jsonl", "--mix"), "at least 2 data files"),
+        (("films.jsonl", "stars.jsonl", "--cap", "5"), "add --mix"),
+        (("films.jsonl", "films.jsonl", "--mix"), "'films'"),
+        (("films.jsonl", "stars.jsonl", "--mix", "--validation", "films.jsonl"), "a tenth of each file"),
+        (("films.jsonl", "stars.jsonl", "--mix", "--labels", "a,b"), "its own"),
+        (("films.jsonl", "stars.jsonl", "--mix", "--loss", "labels"), "--loss"),
+        (("jobs.json", "--mix"), "other settings"),
+    ],
+)
+def test_mistakes_of_a_mix(options: tuple[str, ...], said: str, run: Run, files: Path) -> None:
+    plan(files, {"jobs": [{"train": "films.jsonl"}, {"train": "stars.jsonl", "lr": 0.1}]}, "jobs.json")
+    ran = run("train", *options, "--name", "source")
+    assert (ran.code, ran.out) == (2, "")
+    assert said in ran.err.replace("\n", " ")
+
+
 JOB = {"name": "a", "train": "films.jsonl"}
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
-from tests.conftest import QUICK, Run
+from tests.conftest import QUICK, Run, write_labels
 from tests.processes import together
 
 Spawn = Callable[..., Any]
@@ -90,6 +90,54 @@ def test_a_lost_process_ends_the_run_and_another_number_goes_on(
     assert {m["metric"]: m["value"] for m in found["metrics"]} == pytest.approx(
         {m["metric"]: m["value"] for m in measured["metrics"]}, rel=1e-4
     )
+
+
+def test_a_sweep_is_that_of_one_process(spawn: Spawn, run: Run, home: Path, options: list[str]) -> None:
+    settings = ["--lrs", "0.1,0.3,1", "--lengths", "4,6", "--patience", "0", "--eval-every", "1"]
+    asked = ["sweep", "train.jsonl", *options, *settings, "--json"]
+    alone = run(*asked, "--name", "alone")
+    assert alone.code == 0, alone.err
+    first, silent = several(spawn, home, 2, *asked, "--name", "films")
+    assert first[0] == 0, first[2]
+    assert silent == (0, "", "")
+    found, expected = json.loads(first[1]), alone.json
+    assert found["rungs"] == expected["rungs"]
+    assert len(found["candidates"]) == 7
+    for ours, theirs in zip(found["candidates"], expected["candidates"], strict=True):
+        assert (ours["setting"], ours["steps"], ours["dropped_at"], ours["chosen"]) == tuple(
+            theirs[key] for key in ("setting", "steps", "dropped_at", "chosen")
+        )
+        assert ours["score"] == pytest.approx(theirs["score"], abs=1e-4)
+    vectors = [SoftPrompt.load(home / f"{name}.safetensors").vectors for name in ("films", "alone")]
+    torch.testing.assert_close(*vectors, rtol=1e-4, atol=1e-4)
+    assert not (home / ".runs" / "films" / "sweep").exists()
+
+
+def test_a_comparison_is_divided_or_done_by_the_first(spawn: Spawn, run: Run, home: Path, base: str) -> None:
+    write_labels(Path("dev.jsonl"), 10)
+    data = ["train.jsonl", "--validation", "dev.jsonl", "--test", "test.jsonl", "--bases", base]
+    data += ["--dtype", "fp32", "--device", "cpu", "--budget", "1s", "--json"]
+    methods = ["zero-shot", "few-shot", "tf-idf", "soft-prompt", "soft-prompt-ensemble", "full-fine-tuning"]
+    asked = ["compare", *data, "--out", "report", "--methods", *methods, "--seeds", "2"]
+    first, silent = several(spawn, home, 2, *asked)
+    assert first[0] == 0, first[2]
+    assert silent == (0, "", "")
+    cells = json.loads(first[1])["cells"]
+    assert cells == json.loads(Path("report/results.json").read_text())
+    assert {cell["status"] for cell in cells} == {"done"}, [cell["reason"] for cell in cells]
+    assert [(cell["method"], cell["seed"]) for cell in cells] == [
+        (method, seed)
+        for method in methods
+        for seed in range(2 if method in ("few-shot", "soft-prompt", "full-fine-tuning") else 1)
+    ]
+    assert Path("report/report.html").exists()
+    assert not Path("report/training").exists()
+    scores = {(cell["method"], cell["seed"]): cell["value"] for cell in cells}
+    (path,) = Path("report/soft-prompts").glob("*.soft-prompt.1.safetensors")
+    measured = run("evaluate", str(path), "test.jsonl", "--dtype", "fp32", "--metric", "accuracy", "--json")
+    assert measured.json["value"] == scores["soft-prompt", 1]
+    alone = run("compare", *data, "--out", "alone", "--methods", "zero-shot", "tf-idf")
+    assert [cell["value"] for cell in alone.json["cells"]] == [scores["zero-shot", 0], scores["tf-idf", 0]]
 
 
 @pytest.mark.parametrize(

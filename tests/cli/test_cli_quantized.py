@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import softprompt as sp
 from tests.conftest import Ran, Run
 
 FEW = ("--num-virtual-tokens", "4", "--steps", "4")
@@ -24,6 +26,7 @@ def test_trained_served_and_measured_in_few_bits(run: Run, train: Run, home: Pat
 
     same = run("evaluate", "films", "test.jsonl", "--quantize", "int8", "--dtype", "fp32", "--json")
     assert same.json["precision"] == "int8"
+    assert same.json["captured_graphs"] == 0  # on a CPU
     assert "trained on its base model" not in same.err
     other = run("evaluate", "films", "test.jsonl", "--dtype", "fp32", "--json")
     assert other.err.count("was trained on its base model int8, and is used on it unquantised") == 1
@@ -41,6 +44,30 @@ def test_trained_served_and_measured_in_few_bits(run: Run, train: Run, home: Pat
     shown = run("evaluate", "films", "test.jsonl", "--on", "int8", "bf16")
     assert shown.code == 0
     assert "accuracy: difference" in shown.out
+
+
+def test_the_difference_of_the_loss_is_that_of_each_row(run: Run, train: Run, base: str, home: Path) -> None:
+    """Oracle: minus the log-probability of each row's label, from Python, on a model in each precision."""
+    assert train("train.jsonl", "--name", "films", *FEW).code == 0
+    asked = ("evaluate", "films", "test.jsonl", "--dtype", "fp32", "--on", "int4", "fp32")
+    found = run(*asked, "--json").json
+    rows = [json.loads(line) for line in Path("test.jsonl").read_text().splitlines()]
+    soft_prompt, losses = sp.SoftPrompt.load(home / "films.safetensors"), []
+    for precision in (None, "int4"):
+        lm = sp.load_model(base, dtype="fp32", device="cpu", quantize=precision)
+        answers = sp.predict(lm, soft_prompt, [row["input"] for row in rows])
+        pairs = zip(answers, rows, strict=True)
+        losses.append(np.array([-(answer.logprobs or {})[row["target"]] for answer, row in pairs]))
+    plain, four = losses
+    told = found["on"][0]["loss_difference"]
+    assert told["n"] == 12
+    assert told["value"] == pytest.approx(float((four - plain).mean()), abs=1e-5)
+    assert told["stderr"] == pytest.approx(float((four - plain).std(ddof=1)) / 12**0.5, abs=1e-5)
+    assert (told["first_loss"], told["loss"]) == pytest.approx((plain.mean(), four.mean()), abs=1e-5)
+    assert told["stderr"] > 0
+    same = found["on"][1]["loss_difference"]
+    assert (same["value"], same["stderr"]) == (0, 0)
+    assert f"loss in fp32: {plain.mean():.4f} nats a row, +0.0000 ± 0.0000" in run(*asked).out
 
 
 def test_fp8_has_two_spellings(run: Run, train: Run) -> None:
@@ -65,7 +92,9 @@ def test_free_text_in_other_precisions(run: Run, train: Run) -> None:
     Path("texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert train("texts.jsonl", "--name", "texts", "--labels", "none", *FEW).code == 0
     asked = ("evaluate", "texts", "texts.jsonl", "--max-new-tokens", "4", "--on", "int8", "--json")
-    assert run(*asked).json["on"][0]["difference"]["metric"] == "bleu"
+    eight = run(*asked).json["on"][0]
+    assert eight["difference"]["metric"] == "bleu"
+    assert eight["loss_difference"]["n"] == 12
     perplexity = run(*asked, "--metric", "perplexity").json
     assert perplexity["on"][0]["difference"] is None
     assert perplexity["on"][0]["metric"] == "perplexity"

@@ -156,6 +156,11 @@ def test_mistakes_are_one_sentence_before_anything_is_served(
             ["--prompts", "sst", "film"],
             f"There is no soft prompt 'sst' in {store.home}: similar names are 'sst2'; see `softprompt list`.",
         ),
+        (
+            ["--backend", "vllm", "--upstream", "http://localhost:1", "--quantize", "int8"],
+            "--quantize is for --backend local, where softprompt computes; leave it out, and start vLLM with a "
+            "quantised model.",
+        ),
         (["--api-key", " "], "The API key is blank; give another one, or none to let anyone ask."),
         (["--max-rows", "0"], "The server's limit on rows must be at least 1, not 0."),
         (["--time-limit", "0"], "The server's limit on seconds must be above 0, not 0.0."),

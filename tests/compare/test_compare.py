@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -26,10 +27,11 @@ from softprompt.data.example import Dataset, Example
 from softprompt.errors import BaseModelError, ConfigError, TrainingError
 from softprompt.evaluation import metrics
 from softprompt.methods.method import Method
-from softprompt.methods.problem import Learned, Problem
+from softprompt.methods.problem import PROBE, Learned, Problem
 from softprompt.methods.registry import METHODS
 from softprompt.model.frozen import FrozenLM
 from softprompt.tasks.predict import Prediction, Progress
+from softprompt.tuning.gradients import Gradients, Work
 from tests.conftest import TOY_LABELS, TOY_TEMPLATE, make_model, make_tokenizer, tiny, toy
 
 RAN: list[tuple[str, int]] = []
@@ -72,7 +74,10 @@ class MadeUp:
         monkeypatch.setattr("softprompt.compare.plan.METHODS", self._made)
 
     def __setitem__(self, name: str, run: Run) -> None:
-        self._made[name] = replace(METHODS[name], run=run)
+        self.add(replace(METHODS[name], run=run, together=None))
+
+    def add(self, method: Method) -> None:
+        self._made[method.name] = method
         for known in [known for known in METHODS if known in self._made]:  # in their order
             self._made[known] = self._made.pop(known)
 
@@ -274,6 +279,51 @@ def test_an_interruption_loses_the_cell_at_hand_only(tmp_path: Path, made_up: Ma
     with pytest.raises(KeyboardInterrupt):
         run_all(found)
     assert [key.method for key in comparison(tmp_path).todo()] == ["lora"]
+
+
+def real(monkeypatch: pytest.MonkeyPatch, made_up: MadeUp, steps: int = 6) -> None:
+    """The soft prompt's own method, with few steps."""
+    monkeypatch.setattr("softprompt.methods.prompt_tuning.most_steps", lambda rows, batch_size: steps)
+    made_up.add(METHODS["soft-prompt"])
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_seeds_learn_together_and_go_on_after_a_kill(
+    tmp_path: Path, made_up: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real(monkeypatch, made_up)
+    add, rounds = Gradients.add, itertools.count()
+    at = PROBE + 3
+
+    def dies(gradients: Gradients, work: Work, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
+        assert len(vectors) == 3
+        if next(rounds) == at:
+            raise Killed
+        return add(gradients, work, vectors)
+
+    monkeypatch.setattr(Gradients, "add", dies)
+    options: dict[str, Any] = {"methods": ("soft-prompt",), "seeds": 3, "budget": 200.0}
+    with pytest.raises(Killed):
+        run_all(comparison(tmp_path, **options))
+    found = comparison(tmp_path, **options)
+    first = found.run(found.todo()[0])
+    assert next(rounds) == at + 1 + 6 - 2  # from the checkpoint of the validation at step 2
+    assert found.learned == {Key("tiny", "soft-prompt", 1), Key("tiny", "soft-prompt", 2)}
+    assert (tmp_path / "training").exists()
+    del found  # killed again, with all learned: nothing is computed anew
+    rest = run_all(comparison(tmp_path, **options))
+    assert next(rounds) == at + 1 + 6 - 2 + 1
+    cells = json.loads((tmp_path / "results.json").read_text())
+    assert cells == [first, *rest]
+    assert [cell["learned_with"] for cell in cells] == [[1, 2], [0, 2], [0, 1]]
+    assert all(cell["seconds"] >= cell["train_seconds"] > 0 for cell in cells)
+    report.write(cells, tmp_path)
+    assert "soft-prompt learned for several seeds in shared passes" in (tmp_path / "report.html").read_text()
+    assert {cell["status"] for cell in cells} == {"done"}
+    assert not (tmp_path / "training").exists()
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,9 @@ def test_every_family_is_in_the_table_with_its_path() -> None:
         WHOLE, "whole sequences"
     )
     assert {kind: path for kind, path in paths.items() if path != "refused"} == told
-    assert {row[0]: row[3] for row in rows[2:] if row[2] == "fast"} == {f.name: f.leaves for f in FAMILIES}
+    fast = [row for row in rows[2:] if row[2] == "fast"]
+    assert {row[0]: row[3] for row in fast} == {f.name: f.leaves for f in FAMILIES}
+    assert {row[0]: row[4].removeprefix("no: ") for row in fast} == {f.name: f.untrained or "yes" for f in FAMILIES}
 
 
 # --- figures -------------------------------------------------------------------------------------

@@ -224,7 +224,7 @@ def test_greedy_texts_with_a_soft_prompt_are_those_of_transformers(kind: str) ->
 def test_a_kv_prefix_gives_what_its_soft_prompt_gives() -> None:
     lm = tiny("llama")
     soft = made(lm)
-    kv = replace(soft, vectors=lm.prefix_numbers([SOFT], soft.vectors), parametrisation="prefix")
+    kv = replace(soft, vectors=lm.trained.numbers([SOFT], soft.vectors), parametrisation="prefix")
     pairs = [pair for pair in PAIRS if pair[0]]
     found = SoftPromptLM(lm, kv).loglikelihood(asked("loglikelihood", *pairs), disable_tqdm=True)
     assert_same(found, SoftPromptLM(lm, soft).loglikelihood(asked("loglikelihood", *pairs), disable_tqdm=True))

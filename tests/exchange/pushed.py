@@ -37,6 +37,6 @@ def made(lm: FrozenLM, **options: Any) -> SoftPrompt:
         "data": {"validation": {"source": "/home/me/secret/dev.jsonl", "fingerprint": "ab", "rows": 100}},
         "base_settings": lm.settings,
     }
-    shape = (4, *lm.kv_shape) if options.get("parametrisation") == "prefix" else (4, lm.hidden_size)
+    shape = (4, *lm.trained.kv_shape) if options.get("parametrisation") == "prefix" else (4, lm.hidden_size)
     vectors = 0.15 * torch.randn(shape, generator=torch.Generator().manual_seed(1))
     return SoftPrompt(vectors=vectors, **fields | options)

@@ -55,7 +55,7 @@ def made(lm: FrozenLM, seed: int, template: str, kv: bool = False) -> SoftPrompt
     """A random soft prompt."""
     draw = torch.Generator().manual_seed(seed)
     count = 3 + seed % 5
-    shape = (count, *lm.kv_shape) if kv else (count, lm.hidden_size)
+    shape = (count, *lm.trained.kv_shape) if kv else (count, lm.hidden_size)
     return SoftPrompt(
         vectors=torch.randn(shape, generator=draw) * (0.5 if kv else 1.0) * lm.embedding_rms,
         name=f"random-{seed}",

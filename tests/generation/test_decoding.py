@@ -387,7 +387,7 @@ def test_rows_picked_together_are_picked_as_each_alone() -> None:
 
 
 def test_a_pass_is_read_by_the_host_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many rows pick their most probable token."""
+    """However many rows pick or draw their token, in ways of their own, and whatever is noted beside it."""
     read = 0
     lists = torch.Tensor.tolist
 
@@ -399,7 +399,35 @@ def test_a_pass_is_read_by_the_host_once(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.Tensor, "tolist", counted)
     for name in ("item", "__int__", "__float__", "__bool__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, None)
-    writers = [Writer(make_tokenizer(), {1}, Sampling(), 0) for _ in range(32)]
-    take(writers, torch.randn(32, 320, generator=torch.Generator().manual_seed(0)))
-    assert read == 1
-    assert all(len(writer.ids) == 1 for writer in writers)
+    ways = [
+        (Sampling(), None),
+        (Sampling(temperature=0.7), None),
+        (Sampling(temperature=1.5, top_p=0.5), None),
+        (Sampling(temperature=1.0, top_p=0.9), 3),
+    ]
+    logits = torch.randn(32, 320, generator=torch.Generator().manual_seed(0))
+    for kinds in (1, 4):
+        writers = [
+            Writer(make_tokenizer(), {1}, ways[i % kinds][0], i, top_logprobs=ways[i % kinds][1]) for i in range(32)
+        ]
+        read = 0
+        take(writers, logits)
+        assert read == 1
+        assert all(writer.count == 1 for writer in writers)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.3, 0.8), (2.0, 0.99)])
+def test_draws_are_those_of_torch(temperature: float, top_p: float) -> None:
+    """Oracle: ``torch.multinomial`` on the row's sorted nucleus, or on all of it, with a generator of the same seed."""
+    logits = 2 * torch.randn(20, 320, generator=torch.Generator().manual_seed(1))
+    sampling = Sampling(temperature=temperature, top_p=top_p)
+    tokens = take([Writer(make_tokenizer(), {1}, sampling, seed) for seed in range(20)], logits)
+    for seed, (row, token) in enumerate(zip(logits, tokens, strict=True)):
+        probabilities = (row / temperature).softmax(dim=0)
+        order = torch.arange(320)
+        if top_p < 1:
+            probabilities, order = probabilities.sort(descending=True)
+            probabilities[probabilities.cumsum(dim=0) - probabilities >= top_p] = 0
+        drawn = torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(seed))
+        assert token == int(order[drawn])
+    assert len(set(tokens)) > 5

@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from softprompt.errors import ConfigError, SoftPromptWarning, TrainingError
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.methods import problem as problems
 from softprompt.methods import prompt_tuning
-from softprompt.methods.problem import Problem
+from softprompt.methods.problem import Learned, Problem
 from softprompt.model.fast.layers import LayerModes
 from softprompt.model.frozen import FrozenLM
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
@@ -28,7 +29,7 @@ from softprompt.tasks.length import VIRTUAL_TOKENS
 from softprompt.tasks.predict import Query, predict
 from softprompt.tasks.task import Task
 from softprompt.tuning.config import DEFAULT_STEPS, TrainConfig
-from softprompt.tuning.gradients import Gradients
+from softprompt.tuning.gradients import Gradients, Work
 from softprompt.tuning.step import Step
 from softprompt.tuning.training import Training
 from tests.conftest import TOY_LABELS, TOY_TEMPLATE, toy
@@ -122,6 +123,150 @@ def test_the_end_moves_when_steps_take_another_time_than_those_that_were_timed(
     assert learned.curve[-1]["step"] == learned.chosen["steps"]
 
 
+@pytest.fixture
+def shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings of at most 12 steps."""
+    monkeypatch.setattr("softprompt.methods.prompt_tuning.most_steps", lambda rows, batch_size: 12)
+
+
+def of_seeds(lm: FrozenLM, *seeds: int, **options: Any) -> list[Problem]:
+    return [problem(lm, seed=seed, **options) for seed in seeds]
+
+
+@pytest.mark.usefixtures("shorter")
+@pytest.mark.parametrize("parametrisation", ["plain", "prefix"])
+def test_seeds_in_shared_passes_are_each_what_they_are_alone(llama: FrozenLM, parametrisation: str) -> None:
+    began = time.perf_counter()
+    found = prompt_tuning.soft_prompts(of_seeds(llama, 0, 5, began=began), parametrisation=parametrisation)
+    took, spent = time.perf_counter() - began, 0.0
+    for seed, together in zip((0, 5), found, strict=True):
+        assert isinstance(together, Learned)
+        alone = prompt_tuning.soft_prompt(problem(llama, seed=seed), parametrisation)
+        assert together.soft_prompt is not None
+        assert alone.soft_prompt is not None
+        torch.testing.assert_close(together.soft_prompt.vectors, alone.soft_prompt.vectors, rtol=2e-4, atol=2e-4)
+        assert together.chosen == alone.chosen
+        assert [point["step"] for point in together.curve] == [point["step"] for point in alone.curve]
+        assert together.soft_prompt.training["seed"] == seed
+        spent += together.seconds or 0.0
+    assert 0.3 * took < spent <= took
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.usefixtures("shorter")
+def test_seeds_that_were_killed_go_on_with_what_they_had_spent(
+    llama: FrozenLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add, rounds = Gradients.add, itertools.count()
+
+    def dies(*given: Any) -> Any:
+        if next(rounds) == problems.PROBE + 10:
+            raise Killed
+        time.sleep(0.01)
+        return add(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Gradients, "add", dies)
+        with pytest.raises(Killed):
+            prompt_tuning.soft_prompts(of_seeds(llama, 0, 3), tmp_path)
+    done = itertools.count()
+
+    def counting(*given: Any) -> Any:
+        next(done)
+        return add(*given)
+
+    monkeypatch.setattr(Gradients, "add", counting)
+    resumed = prompt_tuning.soft_prompts(of_seeds(llama, 0, 3), tmp_path)
+    assert next(done) == 12 - 8  # from the checkpoint of the validation at step 8
+    again = prompt_tuning.soft_prompts(of_seeds(llama, 0, 3), tmp_path)  # ended, and not yet given up
+    assert next(done) == 12 - 8 + 1
+    whole = prompt_tuning.soft_prompts(of_seeds(llama, 0, 3))
+    for one, twice, other in zip(resumed, again, whole, strict=True):
+        assert isinstance(one, Learned)
+        assert isinstance(twice, Learned)
+        assert isinstance(other, Learned)
+        assert one.soft_prompt is not None
+        assert twice.soft_prompt is not None
+        assert other.soft_prompt is not None
+        torch.testing.assert_close(one.soft_prompt.vectors, other.soft_prompt.vectors, rtol=0, atol=0)
+        torch.testing.assert_close(one.soft_prompt.vectors, twice.soft_prompt.vectors, rtol=0, atol=0)
+        assert [point["step"] for point in one.curve] == [4, 8, 12]
+        assert (one.seconds or 0.0) > 0.01 * (problems.PROBE + 8) / 2
+
+
+def test_of_several_starts_the_best_goes_on(llama: FrozenLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each start is a training with its seed, and they are ranked by what that scores after a tenth of the steps."""
+    monkeypatch.setattr("softprompt.methods.prompt_tuning.most_steps", lambda rows, batch_size: 20)
+    monkeypatch.setattr("softprompt.methods.prompt_tuning.TrainConfig", partial(TrainConfig, patience=0))
+    add, sizes = Gradients.add, list[int]()
+
+    def seen(gradients: Gradients, work: Work, vectors: Any) -> Any:
+        sizes.append(len(vectors))
+        if len(sizes) == problems.PROBE + 9:
+            raise Killed
+        return add(gradients, work, vectors)
+
+    monkeypatch.setattr(Gradients, "add", seen)
+    asked = of_seeds(llama, 0, 1, starts=3)
+    with pytest.raises(Killed):
+        prompt_tuning.soft_prompts(asked, tmp_path)
+    found = prompt_tuning.soft_prompts(asked, tmp_path)
+    assert sizes[: problems.PROBE + 2] == [2] * problems.PROBE + [6] * 2
+    assert set(sizes[problems.PROBE + 2 :]) == {2}
+    assert len(sizes) == problems.PROBE + 9 + 20 - 8
+    for one, each in zip(found, asked, strict=True):
+        assert isinstance(one, Learned)
+        scores, runs = [], list[Training]()
+        for start in range(3):
+            made: dict[str, Any] = {
+                "seed": each.seed + start * prompt_tuning.START_SEEDS,
+                "init": "labels" if start else "auto",
+            }
+            config = TrainConfig(steps=20, eval_every=2, patience=0, **made)
+            task = Task(llama, TOY_TEMPLATE, TOY_LABELS, VIRTUAL_TOKENS, llama.window)
+            runs.append(Training(task, each.train, each.validation, config))
+            for step in runs[-1]:
+                if step.number == 2:
+                    assert step.validation is not None
+                    scores.append(step.validation["score"])
+                    if start != max(range(len(scores)), key=scores.__getitem__):
+                        break
+        best = max(range(3), key=scores.__getitem__)
+        assert one.chosen["start"] == best
+        assert one.soft_prompt is not None
+        torch.testing.assert_close(one.soft_prompt.vectors, runs[best].result().vectors, rtol=2e-4, atol=2e-4)
+
+
+def test_another_budget_or_other_seeds_begin_anew(llama: FrozenLM, tmp_path: Path) -> None:
+    assert isinstance(prompt_tuning.soft_prompts(of_seeds(llama, 0, budget=1e-9), tmp_path)[0], Learned)
+    for options in ({"budget": 2e-9}, {"seed": 1}):
+        found = prompt_tuning.soft_prompts([problem(llama, **{"budget": 1e-9, **options})], tmp_path)[0]
+        assert isinstance(found, Learned)
+        assert found.chosen["steps"] == 1
+
+
+def test_seeds_may_take_the_budget_of_each_together(llama: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shared pass takes a second here, as a pass of one would: twice the time of one, so twice as many steps."""
+    clock, add = [0.0], Gradients.add
+
+    def slow(*given: Any) -> Any:
+        clock[0] += 1.0
+        return add(*given)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(Gradients, "add", slow)
+    monkeypatch.setattr("softprompt.methods.prompt_tuning.TrainConfig", partial(TrainConfig, patience=0))
+    found = prompt_tuning.soft_prompts(of_seeds(llama, 0, 1, budget=30.0, began=0.0))
+    assert clock[0] == pytest.approx(60.0, abs=2.0)
+    for one in found:
+        assert isinstance(one, Learned)
+        assert one.chosen["steps"] == pytest.approx(60 - problems.PROBE, abs=2)
+        assert one.seconds == pytest.approx(30.0, abs=1.0)
+
+
 @pytest.mark.parametrize(("a_row", "rows"), [(0.01, 300), (0.1, 200), (10.0, 100)])
 def test_where_validations_are_dear_they_are_of_fewer_rows(
     llama: FrozenLM, monkeypatch: pytest.MonkeyPatch, a_row: float, rows: int
@@ -182,7 +327,7 @@ def test_a_compiler_that_does_not_work_is_tried_once(
     monkeypatch.setattr(problems, "can_compile", lambda lm: True)
     with pytest.warns(SoftPromptWarning, match="could not be compiled"):
         assert prompt_tuning.soft_prompt(problem(llama, budget=300.0)).chosen["steps"] == 3
-    assert len(broken_compiler) == llama.kv_shape[0] - 1
+    assert len(broken_compiler) == llama.trained.kv_shape[0] - 1
 
 
 def siblings(lm: FrozenLM, count: int) -> tuple[SoftPrompt, ...]:

@@ -96,7 +96,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_chunk_size": 6,
             "layer_types": ["chunked_attention", "full_attention"],
             "no_rope_layers": [1, 0],
-            "attn_temperature_tuning": False,
+            "attn_temperature_tuning": True,
+            "floor_scale": 3,
+            "attn_scale": 0.9,
         },
     ),
     "qwen2_moe": ("qwen2_moe", EXPERTS),
@@ -129,6 +131,35 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "hidden_size_per_layer_input": 0,
             "num_kv_shared_layers": 0,
             "global_head_dim": 16,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3n_text": (
+        "gemma3n_text",
+        {
+            **SLIDING,
+            "num_hidden_layers": 5,
+            "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 6,
+            "vocab_size_per_layer_input": 320,
+            "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0, 0.0],
+            "laurel_rank": 4,
+            "altup_num_inputs": 2,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma4_text-by_layer": (
+        "gemma4_text",
+        {
+            **SLIDING,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 6,
+            "vocab_size_per_layer_input": 320,
+            "global_head_dim": 16,
+            "use_double_wide_mlp": True,
             "final_logit_softcapping": 3.0,
         },
     ),
@@ -235,6 +266,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 WHOLE_SEQUENCES = {"bloom", "codegen", "falcon", "gptj", "mamba", "mpt", "nemotron", "stablelm"}
 """The cases that take the concatenation path; all others are fast."""
 
+BY_LAYER = {"gemma3n_text", "gemma4_text-by_layer"}
+"""The cases whose layers get a part of their own of each token, by its id."""
+
 
 def make_model(case: str) -> Any:
     """A tiny model with seeded random weights, large enough that attention is far from uniform."""
@@ -265,6 +299,11 @@ def plain(case: str) -> Any:
     return model
 
 
+def soft(length: int, seed: int = 0) -> torch.Tensor:
+    """Vectors ``[length, 32]`` of the size of the tiny models' embeddings."""
+    return 0.15 * torch.randn(length, 32, generator=torch.Generator().manual_seed(seed))
+
+
 def whole(case: str, ids: Sequence[int], soft: torch.Tensor | None = None) -> torch.Tensor:
     """Log-probabilities ``[T, V]`` by ``plain`` of one sequence; ``soft`` ``[P, H]`` where ``ids`` has ``SOFT``."""
     model = plain(case)
@@ -272,6 +311,13 @@ def whole(case: str, ids: Sequence[int], soft: torch.Tensor | None = None) -> to
         lookup, factor = model.get_input_embeddings(), 2.0 if case == "falcon_h1" else 1.0  # of tokens alone
         pieces: list[Any] = [soft if token == SOFT else factor * lookup(torch.tensor([token])) for token in ids]
         inputs = {"inputs_embeds": torch.cat(pieces)[None]}
+        if case in BY_LAYER:  # a virtual token has the part of each layer that padding has
+            places = [
+                token
+                for own in ids
+                for token in ([0] * len(soft if soft is not None else ()) if own == SOFT else [own])
+            ]
+            inputs["per_layer_inputs"] = model.model.get_per_layer_inputs(torch.tensor([places]))
     else:
         inputs = {"input_ids": torch.tensor([ids])}
     logits = model(**inputs, use_cache=False).logits[0]

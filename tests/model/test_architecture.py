@@ -125,10 +125,10 @@ def test_every_family_is_one_that_transformers_knows() -> None:
     [
         ("llama", {}, ""),
         ("stablelm", {}, "it is of type stablelm"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, ""),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, ""),
         ("gemma3_text", {"head_dim": 8, "final_logit_softcapping": 30.0}, ""),
-        ("llama4_text", {"attn_temperature_tuning": True}, "attn_temperature_tuning"),
+        ("llama4_text", {"attn_temperature_tuning": True}, ""),
         ("gemma3_text", {"head_dim": 8}, ""),
     ],
 )
@@ -318,25 +318,6 @@ def test_another_release_of_the_configuration_gives_the_same_settings() -> None:
 
 
 # --- more than an embedding ------------------------------------------------------------------------
-
-PER_LAYER: dict[str, Any] = {
-    "head_dim": 8,
-    "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": 320,
-    "num_kv_shared_layers": 0,
-    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
-}
-NARROW: dict[str, Any] = {
-    "intermediate_size": [48, 48, 48],
-    "laurel_rank": 4,
-    "activation_sparsity_pattern": [0.0, 0.0, 0.0],
-}
-
-
-@pytest.mark.parametrize(("kind", "options"), [("gemma3n_text", PER_LAYER | NARROW), ("gemma4_text", PER_LAYER)])
-def test_a_model_with_more_of_a_token_than_its_embedding_is_refused(kind: str, options: dict[str, Any]) -> None:
-    with pytest.raises(BaseModelError, match=r"more of a token than its embedding.*give another base model"):
-        frozen(model_of(kind, **options).eval())
 
 
 def test_tokens_that_are_not_their_embeddings_are_noticed() -> None:

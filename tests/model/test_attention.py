@@ -17,14 +17,15 @@ from softprompt.model.attention import attend, attend_fast, attend_shared
 from tests.conftest import SHARED, SIZES, make_model, tiny
 
 
+@pytest.mark.parametrize("tokens", [5, 1])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attention_is_pytorchs(kv_heads: int) -> None:
+def test_attention_is_pytorchs(kv_heads: int, tokens: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(3, 4, 5, 8, generator=generator)
+    query = torch.randn(3, 4, tokens, 8, generator=generator)
     key, value = (torch.randn(3, kv_heads, 9, 8, generator=generator) for _ in range(2))
-    sees = torch.rand(3, 1, 5, 9, generator=generator) < 0.5
+    sees = torch.rand(3, 1, tokens, 9, generator=generator) < 0.5
     sees[..., 0] = True
-    mask = torch.zeros(3, 1, 5, 9).masked_fill(~sees, torch.finfo(torch.float32).min)
+    mask = torch.zeros(3, 1, tokens, 9).masked_fill(~sees, torch.finfo(torch.float32).min)
     expected = functional.scaled_dot_product_attention(query, key, value, sees, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(attend(query, key, value, mask, 0.3), expected.transpose(1, 2))
     for grouped in (True, False):

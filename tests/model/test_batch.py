@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softprompt.model.batch import Row, build_trie, collate, micro_batches
+from softprompt.model.batch import Row, build_trie, collate, micro_batches, without_lone_rows
 from softprompt.model.request import Request
 from softprompt.model.state.kv import PrefixKV
 from softprompt.text.tokens import Tokens
@@ -212,6 +212,27 @@ def test_micro_batches_hold_each_row_once_within_the_budget(lengths: list[int], 
     for group, following in itertools.pairwise(groups):  # no group could have taken one more
         assert lengths[group[0]] * (len(group) + 1) > max_tokens
         assert lengths[following[0]] <= lengths[group[-1]]
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(60, 200))
+def test_no_group_of_several_rows_leaves_one_alone(lengths: list[int], max_tokens: int) -> None:
+    """Every row once, no more tokens than before in a group, as many groups, and no lone row but of three at most."""
+    before = micro_batches(lengths, max_tokens)
+    groups = without_lone_rows(before)
+    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+    assert len(groups) == len(before)
+    assert all(max(lengths[i] for i in group) * len(group) <= max(max_tokens, 60) for group in groups)
+    for number, group in enumerate(groups):
+        assert len(group) > 1 or number == 0 or len(groups[number - 1]) <= 2
+
+
+@given(st.lists(st.integers(1, 60), min_size=2, max_size=12))
+def test_two_rows_are_never_one_line_where_two_are_wanted(lengths: list[int]) -> None:
+    rows = [Row((7,) * length) for length in lengths]
+    found = collate(rows, (5,), CPU, least_lines=2)
+    assert len(found.ids) >= 2
+    assert found.size == len(rows)
+    assert len(collate(rows[:1], (5,), CPU, least_lines=2).ids) == 1
 
 
 def test_micro_batches_by_hand() -> None:

@@ -11,14 +11,16 @@ import torch
 
 from softprompt.errors import ConfigError
 from softprompt.generation.decoder import generate
-from softprompt.model.architecture import FAMILIES, WHOLE
+from softprompt.model.architecture import FAMILIES, WHOLE, Family
+from softprompt.model.fast.packed import computes_bf16
+from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request, Sampling
 from softprompt.text.tokens import SOFT
 from softprompt.tuning.gradients import Gradients, Layout
 from softprompt.tuning.objective import Objective
 from softprompt.tuning.training import Training
-from tests.conftest import SHARED, toy, toy_task, train_settings
-from tests.model.families import CASES, WHOLE_SEQUENCES, frozen, whole, whole_score
+from tests.conftest import SHARED, make_tokenizer, toy, toy_task, train_settings
+from tests.model.families import BY_LAYER, CASES, WHOLE_SEQUENCES, frozen, make_model, soft, whole, whole_score
 
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 2e-5}
 WORDS = ((70, 71, 72), (70, 71, 80), (90,), (70, 81))
@@ -28,14 +30,20 @@ INPUTS = ((60,), (61, 62, 63, 64, 65, 66, 67, 68, 69), (62, 60, 61))
 every = pytest.mark.parametrize("case", CASES)
 
 
+def family_of(case: str) -> Family | None:
+    """The record of a case's language model; None if it runs whole sequences."""
+    kind = {"gemma3": "gemma3_text"}.get(CASES[case][0], CASES[case][0])
+    return next((family for family in FAMILIES if {kind, f"{kind}_text"} & set(family.model_types)), None)
+
+
 def recurrent(case: str) -> bool:
-    family = next((family for family in FAMILIES if CASES[case][0] in family.model_types), None)
+    family = family_of(case)
     return family is not None and family.recurrent
 
 
-def soft(length: int, seed: int = 0) -> torch.Tensor:
-    """Vectors ``[length, 32]`` of the size of the tiny models' embeddings."""
-    return 0.15 * torch.randn(length, 32, generator=torch.Generator().manual_seed(seed))
+def trains_prefixes(case: str) -> bool:
+    family = family_of(case)
+    return family is not None and not family.untrained
 
 
 def mixed() -> tuple[list[Request], list[torch.Tensor]]:
@@ -75,7 +83,22 @@ def test_vectors_of_a_text_give_its_logits(case: str) -> None:
     lm, text = frozen(case), (9, 12, 17, 20, 33, 41, 57, 58)
     requests = [Request((3, SOFT, *inputs), 2, VOCABULARY, 0) for inputs in INPUTS]
     expected = torch.stack([whole(case, (3, *text, *inputs))[-1] for inputs in INPUTS])
-    torch.testing.assert_close(lm.score(requests, [lm.look_up(torch.tensor(text))]), expected, **CLOSE)
+    embedded = lm.look_up(torch.tensor(text))
+    found = lm.score(requests, [embedded])
+    if case in BY_LAYER:  # which of a text is more than its vectors
+        assert (found - expected).abs().max() > 5e-4
+        expected = torch.stack([whole(case, request.ids, embedded)[-1] for request in requests])
+    torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if trains_prefixes(case)])
+def test_what_a_text_left_behind_is_that_text_where_it_is_put_in(case: str) -> None:
+    lm, text = frozen(case), (9, 12, 17, 20, 33, 41, 57, 58)
+    requests = [Request((3, SOFT, *inputs), 2, VOCABULARY, 0) for inputs in INPUTS]
+    numbers = lm.trained.numbers((3, SOFT), lm.look_up(torch.tensor(text)), 1)
+    assert tuple(numbers.shape) == lm.trained.shape(len(text))
+    expected = torch.stack([whole(case, (3, *text, *inputs))[-1] for inputs in INPUTS])
+    torch.testing.assert_close(lm.score(requests, [numbers]), expected, **CLOSE)
 
 
 @every
@@ -122,6 +145,20 @@ def test_a_single_virtual_token_behind_text_has_its_gradient(case: str) -> None:
     assert float((leaf.grad - gradient).norm() / gradient.norm()) < 1e-5
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if recurrent(case)])
+def test_in_16_bits_scores_are_near_and_greedy_texts_the_same_in_any_company(case: str) -> None:
+    """Mamba 2 adds its layers up in fp32, whatever the weights."""
+    lm = FrozenLM(make_model(case), make_tokenizer(), name=case, dtype="bf16", device="cpu")
+    requests, prompts = mixed()
+    found, exact = lm.score(requests, prompts), frozen(case).score(requests, prompts)
+    assert float((found - exact).abs().mean()) < 0.02 * float(exact.abs().mean())
+    sampling = Sampling(max_new_tokens=3)
+    together = generate(lm, requests[:4], prompts, sampling)
+    alone = [generate(lm, [each], prompts, sampling)[0] for each in requests[:4]]
+    if computes_bf16():
+        assert [each.ids for each in alone] == [each.ids for each in together]
+
+
 @every
 def test_greedy_texts_are_those_of_whole_sequences(case: str) -> None:
     requests, prompts = mixed()
@@ -153,7 +190,7 @@ def test_nothing_that_ran_changes_what_runs_later(case: str) -> None:
     assert torch.equal(gradient(learned), first)
 
 
-@pytest.mark.parametrize("case", ["qwen3_5_text", "mamba2", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("case", ["qwen3_5_text", "mamba2", "deepseek_v3", "gpt_oss", "gemma3n_text"])
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(case: str, tmp_path: Path) -> None:
     lm, data = frozen(case), toy(8, 0)
     before = lm.weights_digest()
@@ -173,7 +210,13 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(case: str, tmp_path: Pa
     assert lm.weights_digest() == before
 
 
-@pytest.mark.parametrize("case", ["qwen3_5_text", "mamba2", "deepseek_v3", "gemma4_text"])
+@every
+def test_what_can_be_trained_is_what_the_page_tells(case: str) -> None:
+    """The page is made of ``FAMILIES``; ``test_trained.py`` and ``test_parametrisation.py`` compare what is trained."""
+    assert (frozen(case).trained.why_none == "") == trains_prefixes(case)
+
+
+@pytest.mark.parametrize("case", ["deepseek_v3", "gemma4_text", "gemma4_text-by_layer"])
 def test_where_layers_keep_something_else_no_keys_and_values_are_learned(case: str) -> None:
     data = toy(8, 0)
     with pytest.raises(ConfigError, match=f"tiny-{case} has none: .*; choose another base model or parametrisation"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import subprocess
 import sys
 import threading
 import warnings
@@ -183,3 +184,17 @@ def test_the_command_line_says_what_transformers_says_of_a_model(tmp_path: Path,
     ran = run("train", "train.jsonl", "--name", "two", "--base", str(folder), *quick)
     assert ran.code == 0
     assert "Note: " not in ran.err
+
+
+def test_what_bitsandbytes_says_when_others_import_it_is_not_shown() -> None:
+    code = (
+        "import logging, warnings\n"
+        "from softprompt.model.notes import hear_warnings\n"
+        "with warnings.catch_warnings():\n"
+        "    hear_warnings()\n"
+        "own = logging.getLogger('bitsandbytes.backends.cpu.ops')\n"
+        "own.warning('Failed to load CPU gemm_4bit_forward from kernels-community: none')\n"
+        "own.warning('a real one')\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stderr == "a real one\n"

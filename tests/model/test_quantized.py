@@ -4,16 +4,21 @@ and what is refused."""
 from __future__ import annotations
 
 import copy
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import softprompt as sp
 from softprompt.errors import BaseModelError, ConfigError, PrecisionWarning, SoftPromptWarning
+from softprompt.model.coded import CodedLinear
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.quantized import bytes_of
 from softprompt.model.request import Request, Sampling
@@ -109,6 +114,70 @@ def test_a_layer_of_zeros_stays_zero() -> None:
         assert (dense(lm.model.model.layers[0].mlp.down_proj) == 0).all()
 
 
+def coded(precision: str, shape: tuple[int, int] = (48, 100)) -> Any:
+    torch.manual_seed(0)
+    return CodedLinear(0.1 * torch.randn(shape), None, precision)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("rows", [1, 3, 17, 60])
+@pytest.mark.parametrize(
+    ("shape", "packed"), [((48, 128), False), ((48, 128), True), ((48, 100), True), ((7, 33), True)]
+)
+def test_any_number_of_rows_gives_the_product_in_16_bits(
+    precision: str, rows: int, shape: tuple[int, int], packed: bool
+) -> None:
+    layer = coded(precision, shape)
+    if packed:
+        layer.packed = layer.lay_out()
+        assert (layer.packed is not None) == (precision == "int4" and shape[0] == 48)
+    inputs = torch.randn(2, rows, shape[1]).bfloat16().requires_grad_()
+    weight = dense(layer)
+    exact = inputs.detach().float() @ weight.T
+    found = layer(inputs)
+    assert float((found.detach().float() - exact).norm() / exact.norm()) < 0.01
+    sent = torch.randn(found.shape).bfloat16()
+    (gradient,) = torch.autograd.grad(found, inputs, sent)
+    exact = sent.float() @ weight
+    assert float((gradient.float() - exact).norm() / exact.norm()) < 0.01
+
+
+def test_every_code_is_the_number_that_it_stands_for() -> None:
+    """Of e4m3, all but the two that are none: numbers, and those below the smallest normal one."""
+    layer = coded("fp8", (2, 128))
+    every = torch.arange(256, dtype=torch.uint8).view(2, 128)
+    layer.codes.data = every.view(torch.float8_e4m3fn)
+    numbers = every.view(torch.float8_e4m3fn).float()
+    real = numbers.isfinite()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert torch.equal(layer.numbers(dtype).float()[real], numbers[real])
+    four = coded("int4", (4, 128))
+    four.codes.data = every.view(4, 64)
+    expected = torch.stack([every % 16, every // 16], dim=-1).view(4, 2, 64).float()
+    assert torch.equal(four.numbers(torch.bfloat16).float(), expected)
+
+
+def test_in_fp16_sums_of_codes_do_not_overflow() -> None:
+    layer = coded("int8", (8, 4096))
+    inputs = torch.full((20, 4096), 8.0).half()
+    exact = inputs.float() @ dense(layer).T
+    torch.testing.assert_close(layer(inputs).float(), exact, rtol=0.01, atol=0.3)
+
+
+def test_the_stored_weights_are_let_go(tmp_path: Path) -> None:
+    """A file stays mapped as long as one of its tensors is used; so do all of its pages."""
+    make_model("llama").save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    lm = FrozenLM.load(tmp_path, device="cpu", dtype="fp32", quantize="int8")
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("not Linux")
+    assert str(tmp_path) not in maps.read_text()
+    whole = FrozenLM.load(tmp_path, device="cpu", dtype="fp32")
+    assert str(tmp_path) in maps.read_text()  # as it is without
+    assert whole.fingerprint == lm.fingerprint
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_training_learns_and_changes_no_bit(precision: str) -> None:
     lm = loaded(precision, dtype="bf16")
@@ -177,6 +246,20 @@ def made(lm: FrozenLM, *, labels: bool = False) -> SoftPrompt:
     )
 
 
+def test_the_server_answers_as_predict_does() -> None:
+    lm = loaded("int8")
+    prompt = made(lm, labels=True)
+    asked = {"model": "films", "messages": [{"role": "user", "content": "a great film"}]}
+    running = sp.serve(lm, {"films": prompt}, port=0, block=False)
+    try:
+        reply = httpx.post(f"{running.url}/v1/chat/completions", json=asked, timeout=30)
+        assert reply.status_code == 200, reply.text
+        answer = reply.json()["choices"][0]["message"]["content"]
+    finally:
+        running.close()
+    assert answer == sp.predict(lm, prompt, "a great film")[0].text
+
+
 # --- one soft prompt, several precisions ----------------------------------------------------------
 
 
@@ -221,7 +304,7 @@ def test_a_run_is_not_gone_on_with_in_another_precision(tmp_path: Path) -> None:
 
 def stored(folder: Path, **options: Any) -> Path:
     """The tiny model as bitsandbytes saves it."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     plain = folder / "plain"
     make: Any = BitsAndBytesConfig
@@ -268,11 +351,98 @@ def test_a_folder_that_is_quantised(
 
 
 @needs_bitsandbytes
+def test_one_that_is_loaded_already_is_the_same_base_model(tmp_path: Path) -> None:
+    """But one whose table was changed since is not."""
+    models: Any = AutoModelForCausalLM
+    folder = stored(tmp_path, load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    first, second, third = (models.from_pretrained(folder, device_map={"": "cpu"}) for _ in range(3))
+    loaded_here = FrozenLM.load(folder).fingerprint
+    assert FrozenLM.wrap(first, make_tokenizer()).fingerprint == loaded_here
+    second.get_input_embeddings().weight.data[3] += 1
+    assert FrozenLM.wrap(second, make_tokenizer()).fingerprint != loaded_here
+    third.config._name_or_path = str(tmp_path / "elsewhere")
+    assert FrozenLM.wrap(third, make_tokenizer()).fingerprint != loaded_here
+
+
+@needs_bitsandbytes
 def test_a_quantised_model_is_not_quantised_again(tmp_path: Path) -> None:
     folder = stored(tmp_path, load_in_4bit=True, bnb_4bit_quant_type="nf4")
     with pytest.raises(BaseModelError, match=r"stored in nf4 and cannot be quantised to int8; leave --quantize out"):
         FrozenLM.load(folder, quantize="int8")
     assert FrozenLM.load(folder, quantize="nf4").quantized == "nf4"
+
+
+FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+"""The numbers of e2m1; the fourth bit is the sign."""
+
+
+def packed(folder: Path, method: str, width: int = 256) -> dict[str, torch.Tensor]:
+    """Writes a tiny model in a format, by hand; returns the weights that its codes stand for."""
+    model = make_model("llama", hidden_size=128, intermediate_size=width)
+    options: dict[str, Any] = {"activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    if method == "mxfp4":
+        sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320, "sliding_window": 6}
+        sizes |= {"num_local_experts": 2, "num_experts_per_tok": 1, "pad_token_id": 0, "eos_token_id": 1}
+        models: Any = AutoModelForCausalLM
+        model = models.from_config(AutoConfig.for_model("gpt_oss", **sizes)).bfloat16()
+        options = {"modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    written, stands_for = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    torch.manual_seed(0)
+    for name, weight in model.state_dict().items():
+        if method == "mxfp4" and weight.dim() == 3:  # [experts, in, out]; each has a scale for 32 of in
+            experts, inner, outer = weight.shape
+            codes = torch.randint(0, 16, (experts, outer, inner // 32, 32))
+            exponents = torch.randint(118, 124, (experts, outer, inner // 32))
+            numbers = FP4[codes % 8] * (1 - 2 * (codes // 8)) * torch.exp2(exponents - 127.0)[..., None]
+            stands_for[name] = numbers.view(experts, outer, inner).transpose(1, 2)
+            written[f"{name}_blocks"] = (codes[..., 0::2] | codes[..., 1::2] << 4).to(torch.uint8)
+            written[f"{name}_scales"] = exponents.to(torch.uint8)
+        elif method == "fp8" and "_proj" in name:
+            codes = (50 * torch.randn(weight.shape)).to(torch.float8_e4m3fn)
+            scales = 2.0 ** -torch.randint(9, 11, [-(-size // 128) for size in weight.shape])
+            blocks = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
+            stands_for[name] = codes.float() * blocks[: len(weight), : weight.shape[1]]
+            written |= {name: codes, f"{name}_scale_inv": scales}
+        else:
+            written[name] = weight.bfloat16().contiguous()
+    if model.config.tie_word_embeddings:
+        del written["lm_head.weight"]
+    model.config.quantization_config = {"quant_method": method, **options}
+    model.config.save_pretrained(folder)
+    save_file(written, folder / "model.safetensors", metadata={"format": "pt"})
+    make_tokenizer().save_pretrained(folder)
+    return stands_for
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "fp8"])
+def test_what_needs_a_gpu_is_unpacked_on_a_cpu_and_may_be_quantised_anew(tmp_path: Path, method: str) -> None:
+    stands_for = packed(tmp_path, method)
+    with pytest.warns(SoftPromptWarning) as told:
+        lm = FrozenLM.load(tmp_path, device="cpu")
+    assert [str(one.message) for one in told if "unpacked to 16 bits" in str(one.message)] == [
+        f"the weights of {tmp_path} are unpacked to 16 bits: the products of {method.upper()} weights need a CUDA GPU, "
+        "and the device is cpu"
+    ]
+    assert [str(one.message) for one in told if "says" in str(one.message) and "RoPE" not in str(one.message)] == []
+    found = lm.model.state_dict()
+    assert stands_for
+    for name, weight in stands_for.items():
+        assert torch.equal(found[name].float(), weight.bfloat16().float())
+    soft = vectors(lm).requires_grad_()
+    (gradient,) = torch.autograd.grad(lm.score_concatenated(REQUESTS, [soft])[0, 0], soft)
+    assert gradient.norm() > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = FrozenLM.load(tmp_path, device="cpu", quantize="int8")
+    assert (again.quantized, again.fingerprint) == ("int8", lm.fingerprint)
+
+
+def test_parts_of_blocks_are_refused(tmp_path: Path) -> None:
+    """Transformers takes the block's size for the weight's divided by the number of scales."""
+    packed(tmp_path, "fp8", width=192)
+    with pytest.raises(BaseModelError, match=r"do not divide its model.*192.*give the model that it was made of"):
+        FrozenLM.load(tmp_path, device="cpu")
 
 
 def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
@@ -318,7 +488,7 @@ def test_layers_without_a_gradient_are_refused() -> None:
 
 
 def test_an_unknown_precision_and_a_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="--quantize must be one of nf4, int8, int4, fp8, not 'int3'"):
+    with pytest.raises(ConfigError, match="--quantize must be one of nf4, int8, int4, fp8, gguf, not 'int3'"):
         loaded("int3")
     monkeypatch.setattr("softprompt.model.quantized.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r'bitsandbytes, which is not installed; pip install "softprompt\[nf4\]"'):
@@ -326,8 +496,6 @@ def test_an_unknown_precision_and_a_missing_library(monkeypatch: pytest.MonkeyPa
 
 
 def test_few_linear_layers_are_told() -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2, "vocab_size": 320}
     config = AutoConfig.for_model("mixtral", **sizes, **experts, pad_token_id=0, bos_token_id=1, eos_token_id=1)

@@ -27,6 +27,7 @@ from softprompt.serving.engine import Engine
 from softprompt.serving.jobs import Busy, Closed, Event, Failure, FairQueue, Job, Limits, Piece, Scores, Ticket
 from softprompt.text.tokens import SOFT
 from tests.conftest import ALL, SIZES, make_tokenizer, tiny
+from tests.model.families import frozen
 from tests.model.test_frozen import mixed, soft
 from tests.servers import slowed
 
@@ -138,19 +139,21 @@ def test_mixed_jobs_get_the_answers_of_one_at_a_time(kind: str) -> None:
     expect_answers_of_one_at_a_time(lm, prompts, jobs, tickets, events)
 
 
-def test_a_trained_kv_prefix_is_served_beside_plain_soft_prompts(llama: FrozenLM) -> None:
-    prompts = [soft(4), 0.3 * torch.randn(6, *llama.kv_shape, generator=torch.Generator().manual_seed(3))]
+@pytest.mark.parametrize("case", ["llama", "qwen3_5_text", "mamba2"])
+def test_a_trained_prefix_is_served_beside_plain_soft_prompts(case: str) -> None:
+    lm = tiny(case) if case == "llama" else frozen(case)
+    prompts = [soft(4), 0.3 * torch.randn(lm.trained.shape(6), generator=torch.Generator().manual_seed(3))]
     requests = [Request((3, SOFT, 4, 60, 61, 62 + i), 3, ((70,), (71, 72)), i % 2) for i in range(6)]
     sampling = Sampling(max_new_tokens=7)
-    with running(llama) as engine:
+    with running(lm) as engine:
         inbox = Inbox()
         engine.submit([job(r, prompts, s) for r in requests for s in (sampling, None)], inbox)
         events = inbox.until_done(12)
     for index, request in enumerate(requests):
-        assert text_of(events[2 * index]) == generate(llama, [request], prompts, sampling)[0].text
+        assert text_of(events[2 * index]) == generate(lm, [request], prompts, sampling)[0].text
         (scores,) = events[2 * index + 1]
         assert isinstance(scores, Scores)
-        torch.testing.assert_close(torch.tensor(scores.logprobs), llama.score([request], prompts)[0])
+        torch.testing.assert_close(torch.tensor(scores.logprobs), lm.score([request], prompts)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_jobs_of_several_threads_are_all_answered(llama: FrozenLM) -> None:

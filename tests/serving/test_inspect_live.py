@@ -59,7 +59,7 @@ def test_what_cannot_be_looked_into_is_refused(server: Running) -> None:
     bare = httpx.get(f"{server.url}/v1/soft_prompts/sst2/inspection")
     assert bare.status_code == 401
     stored = server.catalog.store.load("sst2")
-    prefix = torch.zeros(2, *server.lm.kv_shape)
+    prefix = torch.zeros(2, *server.lm.trained.kv_shape)
     server.catalog.store.save(replace(stored, name="kv", vectors=prefix, parametrisation="prefix"))
     server.catalog.load("kv", server.catalog.store.path("kv"))
     assert look(server, "kv", 400)["error"]["message"] == (

@@ -428,7 +428,7 @@ def test_a_prefix_that_does_not_fill_the_blocks_is_told_when_it_is_loaded(
 def test_a_trained_kv_prefix_is_refused(server: Running) -> None:
     lm, path = make_lm(), server.catalog.store.home.parent / "kv.safetensors"
     made = soft_prompt(lm, "kv", "{soft_prompt}{input} {target}")
-    vectors = 0.1 * torch.randn(4, *lm.kv_shape)
+    vectors = 0.1 * torch.randn(4, *lm.trained.kv_shape)
     replace(made, vectors=vectors, parametrisation="prefix").save(path)
     with pytest.raises(ConfigError) as caught:
         server.catalog.load("kv", path)

@@ -304,9 +304,9 @@ def test_another_tools_safetensors_file(tmp_path: Path) -> None:
 
 def test_a_newer_schema(tmp_path: Path) -> None:
     path = tmp_path / "x"
-    write_document(path, {"schema_version": 3, "whatever": "comes"})
+    write_document(path, {"schema_version": 4, "whatever": "comes"})
     assert sentence(path) == (
-        f"{path} has schema version 3, but this release of softprompt reads up to 2; update softprompt."
+        f"{path} has schema version 4, but this release of softprompt reads up to 3; update softprompt."
     )
 
 
@@ -314,7 +314,7 @@ def test_a_newer_schema(tmp_path: Path) -> None:
 def test_a_schema_version_that_never_was(tmp_path: Path, version: object) -> None:
     path = tmp_path / "x"
     write_document(path, {"schema_version": version})
-    assert f"a schema version from 1 to 2, found {version!r}; " in sentence(path)
+    assert f"a schema version from 1 to 3, found {version!r}; " in sentence(path)
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,8 @@ def test_text_before_the_soft_prompt_is_computed_in_the_first_step_only(
     llama: FrozenLM, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A later step has the gradient of an objective that knows nothing yet."""
-    shape = (5, llama.hidden_size) if kind == "vectors" else (5, *llama.kv_shape)
-    assert not llama.why_no_kv  # which runs a prefix of its own when it is first asked for
+    shape = (5, llama.hidden_size) if kind == "vectors" else (5, *llama.trained.kv_shape)
+    assert not llama.trained.why_no_kv  # which runs a prefix of its own when it is first asked for
     run_prefix, ran = FrozenLM._run_prefix, []
 
     def spied(lm: FrozenLM, ids: Sequence[int], *rest: Any) -> PrefixState:

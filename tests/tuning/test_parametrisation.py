@@ -23,7 +23,7 @@ from softprompt.tasks.task import Task
 from softprompt.text.template import Template
 from softprompt.text.tokens import SOFT, frequent_tokens
 from softprompt.tuning.config import PARAMETRISATIONS
-from softprompt.tuning.parametrisation import SAMPLED, Parametrisation, kv_of, parametrise
+from softprompt.tuning.parametrisation import SAMPLED, Parametrisation, parametrise, prefix_of
 from softprompt.tuning.start import initial_vectors
 from softprompt.tuning.training import Training
 from tests.conftest import (
@@ -257,14 +257,14 @@ def cached_score(kind: str, request: Request, word: Sequence[int], kv: torch.Ten
 def some_kv(lm: FrozenLM, length: int = 6, seed: int = 0) -> torch.Tensor:
     """A KV prefix as no vectors would give it."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(length, *lm.kv_shape, generator=generator)
+    return torch.randn(length, *lm.trained.kv_shape, generator=generator)
 
 
 @pytest.mark.parametrize("kind", SHARED)
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_kv_prefix_is_transformers_own_cache(kind: str, template: str) -> None:
     lm = tiny(kind)
-    assert lm.kv_shape == (3, 2, 4 if kind in ("gpt2", "gpt_neox", "opt") else 2, 8)
+    assert lm.trained.kv_shape == (3, 2, 4 if kind in ("gpt2", "gpt_neox", "opt") else 2, 8)
     kv, task = some_kv(lm), Task(lm, Template(template), TOY_LABELS, 6, 128)
     requests = [task.label_request(Example({"input": text}, None)) for text in TEXTS]
     expected = torch.stack([torch.stack([cached_score(kind, r, word, kv) for word in r.words]) for r in requests])
@@ -293,7 +293,7 @@ def test_before_training_a_kv_prefix_is_the_plain_soft_prompt(kind: str, templat
     for form in ("plain", "prefix"):
         training = Training(task, data, data, train_settings(init="vocab", seed=3, parametrisation=form))
         made[form] = training.vectors
-    assert made["prefix"].shape == (6, *lm.kv_shape)
+    assert made["prefix"].shape == (6, *lm.trained.kv_shape)
     torch.testing.assert_close(made["plain"], start)
     requests = [task.label_request(example) for example in data.examples]
     scores = [lm.score(requests, [made[form]]) for form in ("plain", "prefix")]
@@ -307,7 +307,7 @@ def test_a_kv_prefix_starts_from_another_soft_prompt_of_either_kind() -> None:
     config = train_settings(parametrisation="prefix")
     torch.testing.assert_close(Training(task, data, data, config, start=kv).vectors, kv)
     of_vectors = Training(task, data, data, config, start=vectors).vectors
-    torch.testing.assert_close(of_vectors, kv_of(lm, (), vectors))
+    torch.testing.assert_close(of_vectors, prefix_of(lm, (), vectors))
     for start, settings, sentence in (
         (
             kv,
@@ -468,7 +468,7 @@ def test_what_is_kept_is_folded(kind: str, monkeypatch: pytest.MonkeyPatch) -> N
     list(training)
     made = training.result()
     assert torch.equal(made.vectors, seen[1])
-    assert made.vectors.shape[1:] == (tiny("llama").kv_shape if kind == "prefix" else (32,))
+    assert made.vectors.shape[1:] == (tiny("llama").trained.kv_shape if kind == "prefix" else (32,))
 
 
 def test_a_kv_prefix_on_the_command_line(run: Run, train: Run, home: Path) -> None:

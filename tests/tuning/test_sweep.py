@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -87,6 +88,26 @@ def test_a_third_goes_on_at_each_rung_and_the_default_always(done: Sweep) -> Non
     ends = {number: found["score"] for number, found in sweep.found.items() if found["dropped_at"] is None}
     assert sweep.best == max(ends, key=ends.__getitem__)
     assert len(ends) in (2, 3)
+
+
+def test_a_row_is_tokenized_once_whatever_the_number_of_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, made = tiny("llama"), job(30)
+    texts: Counter[str] = Counter()
+    tokenize = type(lm.tokenizer).__call__
+
+    def counted(tokenizer: Any, text: Any, *given: Any, **options: Any) -> Any:
+        texts.update([text] if isinstance(text, str) else text)
+        return tokenize(tokenizer, text, *given, **options)
+
+    monkeypatch.setattr(type(lm.tokenizer), "__call__", counted)
+    Sweep(lm, made, AXES, tmp_path)
+    assert made.validation is not None
+    chosen = {one.fields["input"] for one in made.rows.examples}
+    assert len(chosen) > 20
+    for value in chosen:
+        assert sum(count for text, count in texts.items() if text.strip() == value.strip()) == 1
 
 
 def test_the_best_is_what_a_training_with_its_settings_is(done: Sweep) -> None:

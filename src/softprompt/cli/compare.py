@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from softprompt.cli.task import Sources, task_name, template_from
 from softprompt.compare import report
 from softprompt.compare.comparison import Comparison
 from softprompt.compare.comparison_time import ComparisonTime, Parts
-from softprompt.compare.plan import Plan, cut
+from softprompt.compare.plan import Key, Plan, cut
 from softprompt.data.checks import Reading
 from softprompt.data.encoding import decode
 from softprompt.data.packages import DEFAULT_BASE
@@ -25,6 +25,7 @@ from softprompt.drawing.words import duration, number, roughly, short_names
 from softprompt.errors import DataError
 from softprompt.files import local_path, strict_json
 from softprompt.methods.registry import METHODS
+from softprompt.model.distributed import is_first
 from softprompt.model.frozen import FrozenLM
 from softprompt.tasks.reading import require_no_chat
 from softprompt.terminal.console import Clock, notices, say_reading, stderr, stdout
@@ -52,7 +53,7 @@ def compare(
     plan, taken = _planned(sources, test, template, comparing, bases)
     say_reading(taken)
     out = local_path(comparing.out)
-    with RunFolder(out, plan.task, "comparison"):
+    with RunFolder(out, plan.task, "comparison") if is_first() else nullcontext():
         comparison = run_cells(plan, out, loading.load_quietly)
     wanted = [cell for cell in comparison.cells if cell["base"] in plan.bases and cell["method"] in plan.methods]
     if as_json:
@@ -85,6 +86,7 @@ def _planned(
         bases=tuple(dict.fromkeys(bases or (DEFAULT_BASE,))),
         methods=tuple(dict.fromkeys(comparing.methods or ())),
         seeds=comparing.seeds,
+        starts=comparing.starts,
         budget=seconds(comparing.budget),
         instructions=tuple(map(with_line_ends, (*(comparing.instruction or ()), *texts))),
     )
@@ -115,22 +117,25 @@ def run_cells(plan: Plan, out: Path, load: Callable[[str], FrozenLM], clock: Clo
         try:
             for place, key in enumerate(todo, start=1):
                 what = f"{key.method}, seed {key.seed}" + f", {names[key.base]}" * (len(names) > 1)
-                doing.begin(
-                    f"cell {place} of {len(todo)}, {key.method}, seed {key.seed}, {names[key.base]}",
-                    partial(expected.left, todo[place - 1 :]),
-                )
+
+                def left(spent: float, keys: Sequence[Key] = todo[place - 1 :]) -> Parts:
+                    return expected.left(keys, spent, comparison.learned)
+
+                doing.begin(f"cell {place} of {len(todo)}, {key.method}, seed {key.seed}, {names[key.base]}", left)
                 cell = comparison.run(key)
                 expected.saw(cell)
                 if cell["status"] == "done":
                     found = f"{cell['metric']} {number(cell['metric'], cell['value'])}, in {took(cell)}"
-                    left = f"; about {roughly(expected.left(todo[place:]).total)} left" * (place < len(todo))
-                    stderr.print(f"{place:>3}/{len(todo)}  {what}: {found}{left}")
+                    rest = f"; about {roughly(expected.left(todo[place:], learned=comparison.learned).total)} left" * (
+                        place < len(todo)
+                    )
+                    stderr.print(f"{place:>3}/{len(todo)}  {what}: {found}{rest}")
                     for alarm in cell["alarms"]:
                         stderr.print(f"warning: {what}: {alarm['sentence']}")
                 else:
                     stderr.print(f"{place:>3}/{len(todo)}  {what} failed: {cell['reason']}")
         finally:
-            if comparison.cells:
+            if comparison.cells and is_first():
                 report.write(comparison.cells, out)
     return comparison
 

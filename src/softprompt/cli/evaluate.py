@@ -99,6 +99,7 @@ def measure(
                 "dtype": str(lm.dtype).removeprefix("torch."),
                 "precision": lm.precision,
                 "seconds": round(time.perf_counter() - began, 3),
+                "captured_graphs": lm.fixed_rows.graphs.captured,
             }
         )
         return

@@ -82,7 +82,7 @@ def read(path: str, wanted: Wanted, base: str | None, loading: Loading, as_json:
         return
     print_rows(
         [
-            ("soft prompt", f"{wanted.name}, {soft_prompt.num_virtual_tokens} virtual tokens"),
+            ("soft prompt", f"{wanted.name}, {soft_prompt.extent}"),
             ("file", str(stored)),
             ("base model", lm.name),
             ("template", soft_prompt.template),

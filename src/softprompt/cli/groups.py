@@ -94,6 +94,9 @@ class LearningOnce:
         str | None, _learn(f"A published recipe as start: {', '.join(PRESETS)}.", choices=tuple(PRESETS))
     ] = None
     num_virtual_tokens: Annotated[int | None, _learn("How many vectors to learn.", "64, more for many labels")] = None
+    decoder_virtual_tokens: Annotated[
+        int | None, _learn("How many more stand before the decoder's input, of an encoder-decoder.", 0)
+    ] = None
     init: Annotated[
         str | None,
         _learn(
@@ -150,6 +153,27 @@ class Learning(LearningOnce):
 
 
 @dataclass(frozen=True)
+class Mixing:
+    """Whether several data files make one soft prompt."""
+
+    mix: Annotated[
+        bool, flag("--mix", "One soft prompt of all files or jobs of a plan, to start others from.", panel="Learning")
+    ] = False
+    cap: Annotated[int | None, _learn("With --mix: the most rows of a file in an epoch.", 2000, min=1)] = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether they do.
+
+        Raises:
+            ConfigError: there is a cap without a mix.
+        """
+        if self.cap is not None and not self.mix:
+            raise ConfigError("--cap is for a mix of several files; add --mix, or leave it out.")
+        return self.mix
+
+
+@dataclass(frozen=True)
 class Sweeping:
     """Which settings are tried, and where the best goes."""
 
@@ -178,6 +202,7 @@ class Comparing:
     instruction: Annotated[list[str] | None, _compare("Hard prompts; the best on validation counts.")] = None
     instructions: Annotated[Path | None, _compare("A file of hard prompts: one a line, or a JSON list.")] = None
     seeds: Annotated[int, _compare("Seeds of each method that draws something.", 1)] = 1
+    starts: Annotated[int, _compare("Starts of each soft prompt, the best of which goes on.", 1)] = 1
     budget: Annotated[str, _compare("Time to learn for each cell: 90s, 10m, 1h.", "10m")] = "10m"
     test_rows: Annotated[int | None, _compare("The most test rows, a seeded choice.", "all")] = None
     task: Annotated[str | None, _compare("The task's name in the results.", "as TRAIN")] = None

@@ -121,7 +121,7 @@ def pull(repo: str, wanted: Wanted, base: str | None, loading: Loading, as_json:
         )
         return
     rows = [
-        ("soft prompt", f"{name}, {soft_prompt.num_virtual_tokens} virtual tokens"),
+        ("soft prompt", f"{name}, {soft_prompt.extent}"),
         ("file", str(stored)),
         ("from", f"{repo}, commit {found.commit}"),
         ("needs", f"the base model {soft_prompt.base} (fingerprint {soft_prompt.base_fingerprint[:12]})"),

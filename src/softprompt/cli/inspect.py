@@ -186,8 +186,8 @@ def _of_one_base(store: Store) -> dict[str, SoftPrompt]:
     for entry in store.entries():
         if isinstance(entry.header, ArtifactError):
             stderr.print(f"warning: {entry.header}")
-        elif entry.header.parametrisation == "prefix":
-            stderr.print(f"left out: {entry.name}, a trained KV prefix")
+        elif entry.header.kind != "soft prompt":
+            stderr.print(f"left out: {entry.name}, a {entry.header.kind}")
         else:
             found[entry.name] = SoftPrompt.load(entry.path)
     if not found:
@@ -253,7 +253,7 @@ def show_store(as_json: bool) -> None:
             stderr.print(f"warning: {entry.header}")
             continue
         soft_prompt = SoftPrompt.load(entry.path)
-        lengths = soft_prompt.vectors.flatten(1).norm(dim=1)
+        lengths = None if soft_prompt.kind == "trained state" else soft_prompt.vectors.flatten(1).norm(dim=1)
         listed.append(
             {
                 "name": entry.name,
@@ -262,7 +262,9 @@ def show_store(as_json: bool) -> None:
                 "labels": None if soft_prompt.verbalizer is None else list(soft_prompt.verbalizer),
                 "init": soft_prompt.training.get("init"),
                 "steps": soft_prompt.training.get("steps_done"),
-                "norm": {"least": float(lengths.min()), "mean": float(lengths.mean()), "most": float(lengths.max())},
+                "norm": None
+                if lengths is None
+                else {"least": float(lengths.min()), "mean": float(lengths.mean()), "most": float(lengths.max())},
                 "metrics": list(soft_prompt.metrics),
             }
         )
@@ -284,8 +286,8 @@ def show_store(as_json: bool) -> None:
                 "free text" if each["labels"] is None else f"{len(each['labels'])} labels",
                 "" if metric is None else f"{metric['metric']} {number(metric['metric'], metric['value'])}",
                 str(each["init"] or ""),
-                f"{each['norm']['mean']:.2f}",
-                f"{each['norm']['least']:.2f} to {each['norm']['most']:.2f}",
+                f"{each['norm']['mean']:.2f}" if each["norm"] else "",
+                f"{each['norm']['least']:.2f} to {each['norm']['most']:.2f}" if each["norm"] else "a trained state",
             ]
         )
     columns = ["name", "base model", ">P", "task", "validation", "init", ">mean norm", ">norms"]

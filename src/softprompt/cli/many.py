@@ -43,17 +43,22 @@ def tune_plan(source: str, options: Options) -> None:
         SoftPromptError: a mistake of the user's; each is a line with its job's name.
         typer.Exit: the user pressed Ctrl-C.
     """
-    sources = options.sources
     if options.output.name is not None:
         raise ConfigError(f"The names are those of the plan {source}; leave --name out.")
+    plan = read_plan(source, given_in(options))
+    train_all(plan.jobs, options.output, options.base or plan.base, plan.loaded_as(options.loading), options.as_json)
+
+
+def given_in(options: Options) -> dict[str, Any]:
+    """What the options of the command line say, by the names that a plan has for it."""
+    sources = options.sources
     given: dict[str, Any] = {} if options.template == "default" else {"template": options.template}
     asked = {"validation": sources.validation, "labels": sources.labels}
     given |= {name: value for name, value in asked.items() if value is not None}
     for group, defaults in ((options.learning, Learning()), (sources.columns, Columns())):
         own = {field.name: getattr(group, field.name) for field in fields(defaults)}
         given |= {name: value for name, value in own.items() if value != getattr(defaults, name)}
-    plan = read_plan(source, given)
-    train_all(plan.jobs, options.output, options.base or plan.base, plan.loaded_as(options.loading), options.as_json)
+    return given
 
 
 def tune_files(files: Sequence[str], options: Options) -> None:
@@ -295,7 +300,7 @@ def _store(asked: _Asked, training: Training, seconds: float) -> None:
     except SoftPromptError as error:
         asked.fault = str(error)
         return
-    asked.document = document_of(training, soft_prompt, asked.path, asked.job.reading, seconds)
+    asked.document = document_of(training, soft_prompt, asked.path, asked.job.reading.as_dict(), seconds)
     if training.ended:
         (_place(asked).run.path / checkpoint.FILE).unlink(missing_ok=True)
     if training.stopped == "not finite":

@@ -143,12 +143,12 @@ Sharding = Annotated[
         choices=SHARDS,
     ),
 ]
-PRECISIONS = ("nf4", "int8", "int4", "fp8")
+PRECISIONS = ("nf4", "int8", "int4", "fp8", "gguf")
 Quantize = Annotated[
     str | None,
     model_option(
         "nf4, int8, int4 or fp8: what the linear layers of the base model are stored in. nf4 needs the library "
-        "bitsandbytes.",
+        "bitsandbytes. gguf: the blocks of the GGUF file.",
         "as they are",
         choices=PRECISIONS,
     ),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import math
+import statistics
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -157,6 +159,7 @@ def _compared(runs: Sequence[_Run]) -> Iterator[dict[str, Any]]:
             "base_bytes": run.base_bytes,
             **run.found.as_dict(),
             "difference": _difference(run, runs[0]),
+            "loss_difference": _loss_difference(run, runs[0]),
             "seconds": run.seconds,
         }
 
@@ -172,8 +175,20 @@ def _difference(run: _Run, first: _Run) -> dict[str, Any] | None:
     return {"metric": metric, "value": value, "low": low, "high": high, "same_answers": same}
 
 
+def _loss_difference(run: _Run, first: _Run) -> dict[str, Any] | None:
+    """How much higher the mean loss of the targets is than the first's, in nats, with the standard error of the
+    difference on the same rows; None where no metric needed it."""
+    rows = [b - a for a, b in zip(first.found.losses, run.found.losses, strict=True)]
+    if not rows:
+        return None
+    first_loss, loss = (statistics.fmean(one.found.losses) for one in (first, run))
+    stderr = statistics.stdev(rows) / math.sqrt(len(rows)) if len(rows) > 1 else None
+    return {"value": statistics.fmean(rows), "stderr": stderr, "n": len(rows), "loss": loss, "first_loss": first_loss}
+
+
 def _show(runs: Sequence[_Run]) -> None:
-    """A row a precision: the headline, and the difference to the first row with its 95 % interval."""
+    """A row a precision: the headline, and the difference to the first row with its 95 % interval; and how much higher
+    the loss is, in nats a row, with its standard error."""
     name, compared = runs[0].found.headline.name, COMPARED_BY[runs[0].sampling is not None]
     table = simple_table("base model", ">MB", f">{name}", f">{compared}: difference", ">95 % interval", ">same answers")
     for run in runs:
@@ -184,3 +199,8 @@ def _show(runs: Sequence[_Run]) -> None:
             cells = [value, f"{low} to {high}", f"{100 * difference['same_answers']:.1f} %"]
         table.add_row(run.precision, f"{run.base_bytes / 1e6:,.0f}", number(name, run.found.headline.value), *cells)
     stdout.print(table)
+    for run in runs[1:]:
+        loss = _loss_difference(run, runs[0])
+        if loss is not None:
+            spread = "" if loss["stderr"] is None else f" ± {loss['stderr']:.4f}"
+            stdout.print(f"loss in {run.precision}: {loss['loss']:.4f} nats a row, {loss['value']:+.4f}{spread}")

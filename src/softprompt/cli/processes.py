@@ -11,7 +11,7 @@ from types import FrameType
 from softprompt.errors import ConfigError
 from softprompt.model.distributed import World, is_first, launched
 
-DIVIDED = ("train", "evaluate", "predict")
+DIVIDED = ("train", "sweep", "compare", "evaluate", "predict")
 """Commands whose work several processes share."""
 
 

@@ -74,7 +74,7 @@ def carry(name: str, wanted: Wanted, test: str | None, columns: Columns, loading
         return
     print_rows(
         [
-            ("soft prompt", f"{made.name}, {made.num_virtual_tokens} virtual tokens"),
+            ("soft prompt", f"{made.name}, {made.extent}"),
             ("file", str(path)),
             ("base model", f"{target.name}, from {source.name}"),
             ("map", f"{wanted.method}, {common:,} common tokens"),

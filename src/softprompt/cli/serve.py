@@ -85,6 +85,11 @@ def serve(
     if door.api_key is not None and not door.api_key.strip():
         raise ConfigError("The API key is blank; give another one, or none to let anyone ask.")
     _check_upstreams(elsewhere.backend, elsewhere.upstream)
+    if elsewhere.backend == "vllm" and loading.precision:
+        raise ConfigError(
+            "--quantize is for --backend local, where softprompt computes; leave it out, and start vLLM with a "
+            "quantised model."
+        )
     ensembles = together.by_name()
     store = Store()
     everything = prompts is None or "all" in prompts
@@ -144,6 +149,11 @@ def _backend(lm: FrozenLM, store: Store, limits: Limits, elsewhere: Elsewhere) -
         return Engine(lm, limits), Catalog(lm, store, limits.window(lm))
     if lm.encoder_decoder:
         raise ConfigError(f"vLLM serves no encoder-decoders such as {lm.name}; serve it with --backend local.")
+    if lm.reads_parts:
+        raise ConfigError(
+            f"vLLM is handed embeddings alone, and the layers of {lm.name} get more of each token; serve it with "
+            "--backend local."
+        )
     from softprompt.serving.upstream import Upstreams, check_model
 
     embedder = Embedder.of(lm, own_table=True)

@@ -24,6 +24,7 @@ from softprompt.drawing import style
 from softprompt.drawing.words import duration
 from softprompt.errors import ConfigError, StoreError
 from softprompt.files import atomic_writer, local_path, strict_json
+from softprompt.model.distributed import is_first, launched
 from softprompt.soft_prompts.store import Store
 from softprompt.terminal.console import say_reading, stderr, stdout
 from softprompt.terminal.many import watch_together
@@ -65,8 +66,9 @@ def sweep(
         pass
     store = Store()
     place = Place.at(sweeping.name, store, overwrite=sweeping.overwrite, resume=sweeping.resume, kind="sweep")
-    place.run.require_free()
-    place.check()
+    if is_first():  # of several processes, the others write nothing
+        place.run.require_free()
+        place.check()
     keep = _share(sweeping.keep)
     job = job_of(place.name, sources, template, learning, store)
     axes = axes_of(sweeping, job)
@@ -138,11 +140,14 @@ def _share(text: str) -> Fraction:
 
 def _keep_best(found: Sweep, place: Place) -> None:
     """Stores the best so far after Ctrl-C, and ends."""
+    if launched():  # several processes were interrupted at different places
+        stderr.print("interrupted; to go on, give the same command with --resume")
+        raise typer.Exit(130)
     leader = found.leader
     if leader is None:
         stderr.print("interrupted before the first validation; nothing was stored; to go on, add --resume")
     else:
-        _store(leader, place)
+        _store(leader, place, interrupted=True)
         stderr.print(
             f"interrupted; the best so far ({leader.name}, step {leader.step:,}) is stored; to go on, give the same "
             f"command with --resume"
@@ -150,11 +155,12 @@ def _keep_best(found: Sweep, place: Place) -> None:
     raise typer.Exit(130)
 
 
-def _store(training: Training, place: Place) -> None:
+def _store(training: Training, place: Place, *, interrupted: bool = False) -> None:
     """Stores a setting's soft prompt under the sweep's name, and checks that the file answers as it does."""
     soft_prompt = replace(training.result(), name=place.name)
     place.save(soft_prompt)
-    training.watch.require_same_answers(place.path, soft_prompt)
+    if not (interrupted and launched()):  # several processes were interrupted at different places
+        training.watch.require_same_answers(place.path, soft_prompt)
 
 
 def _written(found: Sweep, selection: Selection, place: Place, out: Path) -> _Ended:
@@ -162,10 +168,12 @@ def _written(found: Sweep, selection: Selection, place: Place, out: Path) -> _En
     best = found.training(found.best)
     _store(best, place)
     say_alarms(best.alarms)
+    ended = _Ended(found, selection, out / "results.json", out / "sweep.png")
+    if not is_first():
+        return ended
     for name in (checkpoint.LOG, history.FILE):
         with suppress(FileNotFoundError):
             shutil.copyfile(found.folder(found.best) / name, place.run.path / name)
-    ended = _Ended(found, selection, out / "results.json", out / "sweep.png")
     try:
         with atomic_writer(ended.results) as file:
             file.write(strict_json({"name": place.name, **report.document(found, selection)}).encode())

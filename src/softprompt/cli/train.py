@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ from softprompt.cli.options import Loading, in_utf8
 from softprompt.cli.place import Place
 from softprompt.cli.task import Sources, template_from
 from softprompt.cli.transfer import Search
-from softprompt.data.checks import Reading
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.drawing.words import duration, plain_metric
 from softprompt.errors import ConfigError, StoreError, TrainingError
 from softprompt.files import strict_json
 from softprompt.model.distributed import is_first, launched
 from softprompt.model.frozen import FrozenLM
+from softprompt.soft_prompts.metadata import start_length
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
 from softprompt.terminal.console import print_rows, say_reading, stderr, warn_truncated
@@ -29,7 +30,7 @@ from softprompt.tuning import checkpoint
 from softprompt.tuning.config import INITS, TrainConfig
 from softprompt.tuning.config import preset as published
 from softprompt.tuning.job import Job
-from softprompt.tuning.tracking import Track, tracking
+from softprompt.tuning.tracking import tracking
 from softprompt.tuning.training import Training
 from softprompt.tuning.transfer import Trial
 
@@ -76,9 +77,7 @@ def tune(options: Options, search: Search | None = None) -> None:
         job, training = prepared(job, place, lm)
         say_reading(job.reading)
         warn_truncated(training.truncated, training.task.max_length)
-        say_alarms(training.watch.before)
-        with tracking(output.track if is_first() else None, training, place.run.path / "tensorboard") as track:
-            _train_and_store(training, place, job.reading, began, track, options.as_json, trial)
+        train_and_store(training, place, job.reading.as_dict(), began, output.track, options.as_json, trial)
 
 
 def _require_no_other_start(config: TrainConfig, learning: LearningOnce) -> None:
@@ -139,8 +138,10 @@ def _configuration(learning: LearningOnce, store: Store) -> tuple[TrainConfig, S
                 f"--init must be one of {', '.join(INITS)}, or a soft prompt's name or path, not {init!r}; "
                 f"see `softprompt list`."
             ) from error
-        length = given.setdefault("num_virtual_tokens", start.num_virtual_tokens)
-        if length != start.num_virtual_tokens:
+        if start.decoder_virtual_tokens:
+            given.setdefault("decoder_virtual_tokens", start.decoder_virtual_tokens)
+        length = given.setdefault("num_virtual_tokens", start_length(start, start.num_virtual_tokens))
+        if start.num_virtual_tokens not in (0, length):
             raise ConfigError(
                 f"--num-virtual-tokens is {length}, but the soft prompt {init!r} to start from has "
                 f"{start.num_virtual_tokens}; leave the option out."
@@ -157,14 +158,50 @@ def _lengths(text: str) -> tuple[int, ...]:
         ) from error
 
 
-def _train_and_store(
-    training: Training, place: Place, taken: Reading, began: float, track: Track, as_json: bool, trial: Trial | None
+def train_and_store(
+    training: Training,
+    place: Place,
+    taken: Mapping[str, Any],
+    began: float,
+    tracker: str | None,
+    as_json: bool,
+    trial: Trial | None = None,
 ) -> None:
+    """Trains, stores the soft prompt and says what came of it.
+
+    Args:
+        training: what is trained.
+        place: where it goes; claimed.
+        taken: what the data were taken for, JSON values.
+        began: clock time at which the command began.
+        tracker: what is told of each step, one of ``TRACKERS``.
+        as_json: print one JSON object.
+        trial: what was found to start from.
+
+    Raises:
+        SoftPromptError: the training failed, or its soft prompt cannot be stored.
+        typer.Exit: the user pressed Ctrl-C.
+    """
+    say_alarms(training.watch.before)
     interrupted = False
-    try:
-        watch(training, track=track)
-    except KeyboardInterrupt:
-        interrupted = True
+    with tracking(tracker if is_first() else None, training, place.run.path / "tensorboard") as track:
+        try:
+            watch(training, track=track)
+        except KeyboardInterrupt:
+            interrupted = True
+        _store(training, place, taken, began, as_json, trial, interrupted=interrupted)
+
+
+def _store(
+    training: Training,
+    place: Place,
+    taken: Mapping[str, Any],
+    began: float,
+    as_json: bool,
+    trial: Trial | None,
+    *,
+    interrupted: bool,
+) -> None:
     if training.step == 0 and interrupted:
         stderr.print("interrupted before the first step; nothing was stored")
         raise typer.Exit(130)
@@ -193,7 +230,7 @@ def _report(
     training: Training,
     soft_prompt: SoftPrompt,
     path: Path,
-    taken: Reading,
+    taken: Mapping[str, Any],
     seconds: float,
     as_json: bool,
     trial: Trial | None,
@@ -205,7 +242,7 @@ def _report(
     record, size = soft_prompt.training, path.stat().st_size
     print_rows(
         [
-            ("soft prompt", f"{soft_prompt.name}, {soft_prompt.num_virtual_tokens} virtual tokens"),
+            ("soft prompt", f"{soft_prompt.name}, {soft_prompt.extent}"),
             ("file", f"{path} ({size:,} bytes)"),
             ("base model", f"{soft_prompt.base}" + ", unchanged, bit for bit" * bool(training.base_unchanged)),
             *(("validation", plain_metric(metric)) for metric in soft_prompt.metrics),
@@ -217,17 +254,18 @@ def _report(
 
 
 def document_of(
-    training: Training, soft_prompt: SoftPrompt, path: Path, taken: Reading, seconds: float
+    training: Training, soft_prompt: SoftPrompt, path: Path, taken: Mapping[str, Any], seconds: float
 ) -> dict[str, Any]:
     """What came of a training, for programs."""
     return {
         **described(soft_prompt, path),
         "base_unchanged": training.base_unchanged,
-        "data": taken.as_dict(),
+        "data": dict(taken),
         "truncated": training.truncated,
         "alarms": [alarm.as_dict() for alarm in training.alarms],
         "seconds": round(seconds, 3),
         "graphs": training.graphs,
+        "micro_batch": None if training.micro_batch is None else training.micro_batch.as_dict(),
     }
 
 
@@ -240,6 +278,7 @@ def described(soft_prompt: SoftPrompt, path: Path) -> dict[str, Any]:
         "bytes": path.stat().st_size,
         "base": soft_prompt.base,
         "num_virtual_tokens": soft_prompt.num_virtual_tokens,
+        "numbers": soft_prompt.vectors.numel(),
         "metrics": list(soft_prompt.metrics),
         "steps": record["steps_done"],
         **{key: record[key] for key in ("best_step", "stopped", "loss", "tokens", "train_seconds")},

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from softprompt.drawing.words import simple_table
 from softprompt.errors import ArtifactError, ConfigError
 from softprompt.model.frozen import FrozenLM
+from softprompt.soft_prompts.metadata import start_length
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store
 from softprompt.tasks.task import Task
@@ -49,10 +50,12 @@ class Search:
             SoftPromptError: as for ``find_start``.
         """
         sources = self._sources(lm, config)
-        length = next(iter(sources.values())).num_virtual_tokens
+        first = next(iter(sources.values()))
+        length = start_length(first, first.num_virtual_tokens)
         config = replace(config, num_virtual_tokens=length)
         assert isinstance(job.template, Template), "the job is on a base model"
-        task = Task(lm, job.template, job.verbalizer, length, config.max_length or lm.window)
+        window, ahead = config.max_length or lm.window, config.decoder_virtual_tokens
+        task = Task(lm, job.template, job.verbalizer, length, window, decoder_virtual_tokens=ahead)
         with notices() as notice:
             found = find_start(
                 task,
@@ -72,10 +75,11 @@ class Search:
         kind = config.parametrisation == "prefix"
         if self.sources:
             named = {name: store.load(name) for name in self.sources}
-            length = config.num_virtual_tokens or next(iter(named.values())).num_virtual_tokens
+            first = next(iter(named.values()))
+            length = config.num_virtual_tokens or start_length(first, first.num_virtual_tokens)
             for name, one in named.items():
                 Task.of(lm, one)
-                if one.num_virtual_tokens != length or (one.parametrisation == "prefix") != kind:
+                if one.num_virtual_tokens not in (0, length) or (one.parametrisation == "prefix") != kind:
                     raise ConfigError(
                         f"Expected sources of {length} virtual tokens, learned as this training learns, found {name!r} "
                         f"with {one.num_virtual_tokens} ({one.parametrisation}); leave it out."
@@ -88,9 +92,9 @@ class Search:
                 continue
             if (header.parametrisation == "prefix") == kind:
                 found[entry.name] = store.load(entry.name)
-        lengths = Counter(one.num_virtual_tokens for one in found.values())
+        lengths = Counter(start_length(one, one.num_virtual_tokens) for one in found.values())
         wanted = config.num_virtual_tokens or max(lengths, key=lambda length: (lengths[length], length), default=0)
-        fitting = {name: one for name, one in found.items() if one.num_virtual_tokens == wanted}
+        fitting = {name: one for name, one in found.items() if one.num_virtual_tokens in (0, wanted)}
         if not fitting:
             of_length = f" of {wanted} virtual tokens" if wanted else ""
             raise ConfigError(

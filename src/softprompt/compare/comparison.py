@@ -11,8 +11,8 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ import torch
 from softprompt.compare.comparison_time import Speed
 from softprompt.compare.measure import lm_bytes, peak_memory, plain_perplexity
 from softprompt.compare.plan import Key, Plan
-from softprompt.errors import BaseModelError, ConfigError, SoftPromptError
+from softprompt.compare.together import Group
+from softprompt.errors import BaseModelError, ConfigError, ProcessError, SoftPromptError, TrainingError
 from softprompt.evaluation.evaluate import (
     headline,
     headline_difference,
@@ -32,6 +33,7 @@ from softprompt.evaluation.metrics import Metric
 from softprompt.files import StrPath, atomic_writer, finite, local_path
 from softprompt.methods.problem import Learned, Problem, affordable_rows
 from softprompt.methods.registry import METHODS, OURS
+from softprompt.model.distributed import ALONE, World
 from softprompt.model.frozen import FrozenLM
 from softprompt.soft_prompts import artifact
 from softprompt.soft_prompts.metadata import library_versions
@@ -40,6 +42,26 @@ from softprompt.tasks.predict import Prediction
 
 BESIDE_ACCURACY = ("macro_f1", "mcc")
 """What labels are measured by besides the headline: accuracy hides that a rare label is never found."""
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """What was learned for a cell, before it is measured.
+
+    Attributes:
+        found: what was learned, or why nothing was.
+        peak: the most bytes that learning took, of all cells of the group.
+        group: which learned together.
+    """
+
+    found: Learned | SoftPromptError
+    peak: int
+    group: Group
+
+    def taken(self) -> Learned:
+        if isinstance(self.found, SoftPromptError):
+            raise self.found
+        return self.found
 
 
 class Comparison:
@@ -71,11 +93,16 @@ class Comparison:
         """
         self.plan, self.folder, self._load, self._notice = plan, local_path(folder), load, notice
         self._loaded: tuple[str, FrozenLM, float] | None = None
+        self._world = World.join()
+        self._ran: set[Key] = set()
+        self._apart: set[tuple[str, str]] = set()
+        self._waiting: dict[Key, _Waiting] = {}
+        self._groups: dict[Key, Group] = {}
         self._checked = False
         self._rows_of_base: dict[str, int] = {}
         self._speeds: dict[str, Speed] = {}
         self._plain_seconds = 0.0
-        self.cells: list[dict[str, Any]] = _read_cells(self.folder / "results.json")
+        self.cells: list[dict[str, Any]] = self._world.from_first(lambda: _read_cells(self.folder / "results.json"))
         for cell in self.cells:
             theirs = {"task": cell["task"], "metric": cell.get("metric", plan.metric), **cell["identity"]}
             known = cell["method"] if cell["method"] in plan.methods else OURS
@@ -90,6 +117,11 @@ class Comparison:
         """The plan's cells that are not done, in the order in which to run them."""
         done = {_key(cell) for cell in self.cells if cell["status"] == "done"}
         return [key for key in self.plan.keys if key not in done]
+
+    @property
+    def learned(self) -> frozenset[Key]:
+        """Cells whose method has learned, together with that of an earlier cell, and that are not measured yet."""
+        return frozenset(self._waiting)
 
     def speeds(self) -> dict[str, Speed]:
         """What each base model that there are cells for takes here; loads each of them once, if none was run yet.
@@ -106,21 +138,40 @@ class Comparison:
         """Runs one cell, keeps what came of it, and returns it.
 
         A method that finds too little memory, or numbers that are not finite, or that says itself what is wrong, makes
-        a cell with status ``failed`` and its reason; the next try runs it again. ``seconds`` is all that it took.
+        a cell with status ``failed`` and its reason; the next try runs it again. ``seconds`` is all that it took. The
+        first cell of a method that learns for several seeds in shared passes does so for all that are left; each cell
+        counts its part of that time.
 
         Raises:
             BaseModelError: before the first cell, a base model of the plan cannot be loaded.
         """
         self._check_bases()
-        began = time.perf_counter()
+        began, self._together_seconds = time.perf_counter(), 0.0
+        self._ran.add(key)
         torch.compiler.reset()  # it keeps few graphs of a function; beyond, layers would run uncompiled without a word
         try:
-            cell = self._measured(key, *self._base(key.base))
+            lm, before = self._base(key.base)
+            problem = self._problem(key, lm)
+            if METHODS[key.method].alone:
+                cell = self._world.alone(lambda: self._measured_alone(key, problem, before))
+            else:
+                cell = self._measured(key, problem, before)
+        except ProcessError:
+            raise
         except (SoftPromptError, FloatingPointError, RuntimeError, MemoryError) as error:
             if isinstance(error, RuntimeError) and not _may_happen(error):
                 raise  # a mistake of ours, which must not look like a method that does not work
-            reason = str(error) or type(error).__name__
-            cell = {"status": "failed", "reason": " ".join(reason.split())[:300], "value": None}
+            if self._world.size > 1 and not isinstance(error, SoftPromptError):
+                raise self._of_this_process(error) from error
+            cell = {"status": "failed", "reason": _reason(error), "value": None}
+        self.cells = self._world.from_first(lambda: self._with(key, cell, began))
+        if key in self._groups and self._world.writes:
+            self._groups[key].done(key)
+        self._groups.pop(key, None)
+        return next(one for one in self.cells if _key(one) == key)
+
+    def _with(self, key: Key, cell: dict[str, Any], began: float) -> list[dict[str, Any]]:
+        """All cells with a new one, which are written down."""
         cell = {"task": self.plan.task, "method": key.method, "base": key.base, "seed": key.seed, **cell}
         cell |= {"budget_seconds": self.plan.budget, "identity": self.plan.identity(key.method)}
         cell["versions"] = library_versions()
@@ -128,9 +179,17 @@ class Comparison:
         order = {method: place for place, method in enumerate(METHODS)}
         self.cells.sort(key=lambda one: (one["base"], order[one["method"]], one["seed"]))
         self._compare_with_ours()
-        cell["seconds"] = round(time.perf_counter() - began, 1)
+        part = cell["train_seconds"] if cell.get("learned_with") is not None else 0.0
+        cell["seconds"] = round(time.perf_counter() - began - self._together_seconds + part, 1)
         _write_json(self.folder / "results.json", self.cells)
-        return cell
+        return self.cells
+
+    def _of_this_process(self, error: BaseException) -> TrainingError:
+        """What happened to one of several processes, and perhaps not to the others, so that they cannot go on."""
+        return TrainingError(
+            f"Process {self._world.rank} of {self._world.size} cannot go on ({_reason(error)}); the cells that are "
+            f"done stay: give the same command with fewer processes on a machine, or leave the method out."
+        )
 
     def _check_bases(self, timed: bool = False) -> None:
         """Loads and asks each base model that there are cells for once, the first of them last: it is used next."""
@@ -168,6 +227,8 @@ class Comparison:
         self._notice(f"timing {base} on some test rows")
         try:
             self._speeds[base] = Speed.of(self.plan, lm, load, self._plain_seconds)
+        except ProcessError:
+            raise
         except (SoftPromptError, RuntimeError, MemoryError) as error:
             if isinstance(error, RuntimeError) and not _may_happen(error):
                 raise
@@ -184,35 +245,56 @@ class Comparison:
             self._plain_seconds = time.perf_counter() - began
         return self._loaded[1:]
 
-    def _measured(self, key: Key, lm: FrozenLM, before: float) -> dict[str, Any]:
+    def _problem(self, key: Key, lm: FrozenLM) -> Problem:
+        """What a cell's method is to learn; its budget begins to run when it is returned."""
         plan, method = self.plan, METHODS[key.method]
         problem = Problem(
             lm=lm,
-            fresh=lambda: self._load(key.base),
+            fresh=lambda: _for_one(self._load(key.base)),
             template=plan.form,
             verbalizer=plan.verbalizer,
             train=plan.train,
             validation=plan.validation,
             seed=key.seed,
+            starts=plan.starts,
             budget=plan.budget,
             instructions=plan.instructions,
             notice=self._notice,
-            siblings=tuple(self._soft_prompts(key.base)) if method.of_several_seeds else (),
+            siblings=self._soft_prompts(key.base) if method.of_several_seeds else (),
         )
         if method.validated:
             rows = self._validation_rows(problem, key.base)
             problem = replace(problem, validation_rows=rows, began=time.perf_counter())
+        return problem
+
+    def _measured_alone(self, key: Key, problem: Problem, before: float) -> dict[str, Any]:
+        """A cell of one process, whatever the others do."""
+        world, problem.lm.world = problem.lm.world, ALONE
+        try:
+            return self._measured(key, problem, before)
+        except (FloatingPointError, RuntimeError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and not _may_happen(error):
+                raise
+            raise TrainingError(_reason(error)) from error
+        finally:
+            problem.lm.world = world
+
+    def _measured(self, key: Key, problem: Problem, before: float) -> dict[str, Any]:
+        plan, method, lm = self.plan, METHODS[key.method], problem.lm
+        waiting = self._learn_together(key, problem) if method.together is not None else None
         with peak_memory(lm) as peak:
             began = time.perf_counter()
-            learned = method.run(problem)
-            seconds = time.perf_counter() - began
+            learned = method.run(problem) if waiting is None else waiting.taken()
+            seconds = time.perf_counter() - began if learned.seconds is None else learned.seconds
+            began = time.perf_counter()
             self._notice("answering the test rows")
             predictions = learned.answer(plan.test.examples, self._rows_done)
-            answering = time.perf_counter() - began - seconds
+            answering = time.perf_counter() - began
         metric = headline(plan.metric, plan.test, predictions)
         answered = most_frequent_answer(plan.test, predictions)
-        _write_json(self.folder / "predictions" / f"{key.file_name}.json", [_plain(one) for one in predictions])
-        if learned.soft_prompt is not None:
+        if self._world.writes:
+            _write_json(self.folder / "predictions" / f"{key.file_name}.json", [_plain(one) for one in predictions])
+        if learned.soft_prompt is not None and self._world.writes:
             named = replace(learned.soft_prompt, name=key.file_name)
             named.save(self.folder / "soft-prompts" / f"{key.file_name}{artifact.SUFFIX}")
         if method.of_several_seeds:  # what its members took
@@ -230,7 +312,9 @@ class Comparison:
             "bytes": learned.bytes,
             "train_seconds": round(seconds, 1),
             "answer_seconds": round(answering, 1),
-            "peak_memory_bytes": peak[0] + (lm_bytes(lm) if learned.adapted is None else 0),
+            **({} if waiting is None else {"learned_with": [seed for seed in waiting.group.seeds if seed != key.seed]}),
+            "peak_memory_bytes": max(peak[0], waiting.peak if waiting else 0)
+            + (lm_bytes(lm) if learned.adapted is None else 0),
             "latency_ms": round(self._latency(learned), 2),
             "forgetting": {"before": before, "after": after, "ratio": after / before},
             "validation": learned.validation,
@@ -241,6 +325,36 @@ class Comparison:
             "threads": torch.get_num_threads(),
             "dtype": str(lm.dtype).removeprefix("torch."),
         }
+
+    def _learn_together(self, key: Key, problem: Problem) -> _Waiting:
+        """What a cell's method has learned, in shared passes with that of the other cells of the method."""
+        if key not in self._waiting:
+            began = time.perf_counter()
+            try:
+                self._learn_group(key, problem)
+            except (SoftPromptError, RuntimeError, MemoryError) as error:
+                one = len(self._groups[key].keys) == 1 or isinstance(error, ProcessError) or self._world.size > 1
+                if one or (isinstance(error, RuntimeError) and not _may_happen(error)):
+                    raise
+                self._notice("one by one, since shared passes did not work here")
+                self._apart.add((key.base, key.method))
+                self._groups[key].drop()
+                self._learn_group(key, replace(problem, began=time.perf_counter()))
+            finally:
+                self._together_seconds = time.perf_counter() - began
+        return self._waiting.pop(key)
+
+    def _learn_group(self, key: Key, problem: Problem) -> None:
+        together = METHODS[key.method].together
+        assert together is not None
+        left = [one for one in self.todo() if one == key or one not in self._ran]
+        left = [key] if (key.base, key.method) in self._apart else left
+        group = self._world.from_first(lambda: Group.of(self.folder, key, left))
+        self._groups |= dict.fromkeys(group.keys, group)
+        with peak_memory(problem.lm) as peak:
+            found = together([replace(problem, seed=one.seed) for one in group.keys], group.path)
+        for one, own in zip(group.keys, found, strict=True):
+            self._waiting[one] = _Waiting(own, peak[0], group)
 
     def _validation_rows(self, problem: Problem, base: str) -> int:
         """The same for every method that is trained on a base model: as the cells have it, or timed once."""
@@ -274,11 +388,14 @@ class Comparison:
             times.append(1000 * (time.perf_counter() - began))
         return statistics.median(times[1:] or times)  # the first one warms up
 
-    def _soft_prompts(self, base: str) -> Iterator[SoftPrompt]:
-        for seed in range(self.plan.seeds):
-            path = self._file("soft-prompts", Key(base, OURS, seed), artifact.SUFFIX)
-            if path is not None:
-                yield SoftPrompt.load(path)
+    def _soft_prompts(self, base: str) -> tuple[SoftPrompt, ...]:
+        keys = [Key(base, OURS, seed) for seed in range(self.plan.seeds)]
+
+        def load() -> tuple[SoftPrompt, ...]:
+            paths = [self._file("soft-prompts", key, artifact.SUFFIX) for key in keys]
+            return tuple(SoftPrompt.load(path) for path in paths if path is not None)
+
+        return self._world.from_first(load)
 
     def _compare_with_ours(self) -> None:
         """Gives every cell its difference to the soft prompt of the same base and seed, or else of seed 0."""
@@ -327,6 +444,16 @@ _EXPECTED = re.compile(
 def _may_happen(error: RuntimeError) -> bool:
     """Whether an error of torch's says that memory was too small, or that numbers were not finite."""
     return type(error).__name__ == "LinAlgError" or _EXPECTED.search(str(error)) is not None
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join((str(error) or type(error).__name__).split())[:300]
+
+
+def _for_one(lm: FrozenLM) -> FrozenLM:
+    """A base model whose work is not divided."""
+    lm.world = ALONE
+    return lm
 
 
 def _key(cell: Mapping[str, Any]) -> Key:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from softprompt.methods.hard_prompt import CHOICE_ROWS, GROWTH, NEAREST_GROWTH, SHOT_TOKENS
@@ -67,7 +67,7 @@ class Speed:
         task = Task(lm, plan.form.replace_soft_prompt(""), plan.verbalizer, 0, lm.window)
         queries = [Query(task, example) for example in some]
         alone = _seconds(lambda: predict(queries[:1]))
-        if alone < SLOW:
+        if lm.world.from_first(lambda: alone < SLOW):  # of several processes, the clock of the first counts
             alone = _seconds(lambda: predict(queries[:1]))
         row = _seconds(lambda: predict(queries)) / len(queries)
         requests = [task.label_request(one) if task.words else task.open_request(one, 1) for one in some]
@@ -190,16 +190,21 @@ class ComparisonTime:
         ]
         return parts.times(statistics.fmean(factors)) if factors else parts
 
-    def left(self, keys: Sequence[Key], spent: float = 0.0) -> Parts:
+    def left(self, keys: Sequence[Key], spent: float = 0.0, learned: Collection[Key] = ()) -> Parts:
         """What the cells ``keys`` are expected to take, of the first of which ``spent`` seconds are over.
 
-        A base model is loaded again when its turn comes, but for that of the first cell.
+        A base model is loaded again when its turn comes, but for that of the first cell. Where seeds learn together,
+        they do so in the first cell of them: what that takes beyond its own part is theirs, and of cells that have
+        ``learned`` the rest alone is left.
         """
         found = Parts()
         for place, key in enumerate(keys):
             parts = self.cell(key)
-            if place == 0:
-                parts = _stretched(parts, max(0.0, parts.total - spent))
+            if key in learned:
+                parts = replace(parts, learning=0.0)
+            first = keys[0]
+            if place == 0 or (METHODS[key.method].together and (key.base, key.method) == (first.base, first.method)):
+                parts, spent = _stretched(parts, max(0.0, parts.total - spent)), max(0.0, spent - parts.total)
             elif key.base != keys[place - 1].base and key.base in self._speeds:
                 parts += Parts(rest=self._speeds[key.base].load)
             found += parts

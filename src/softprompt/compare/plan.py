@@ -36,6 +36,7 @@ class Plan:
         bases: ids of base models.
         methods: names from ``METHODS``.
         seeds: methods that draw something run with the seeds 0 to ``seeds - 1``.
+        starts: how many starts each soft prompt has; the best on validation rows goes on after a tenth of the steps.
         budget: seconds that each cell may learn for, all choices included.
         instructions: hard prompts for ``instruction`` and ``few-shot``.
 
@@ -52,6 +53,7 @@ class Plan:
     bases: tuple[str, ...] = ("smollm2-135m",)
     methods: tuple[str, ...] = ()
     seeds: int = 1
+    starts: int = 1
     budget: float = 600.0
     instructions: tuple[str, ...] = ()
 
@@ -60,8 +62,11 @@ class Plan:
             raise ConfigError(f"The budget must be above 0 seconds, not {self.budget}; give for instance 10m.")
         if self.seeds < 1:
             raise ConfigError(f"At least 1 seed is needed, not {self.seeds}; give --seeds 1 or more.")
+        if self.starts < 1:
+            raise ConfigError(f"At least 1 start is needed, not {self.starts}; give --starts 1 or more.")
         if not self.methods:
-            object.__setattr__(self, "methods", tuple(name for name in METHODS if not self._lacks(name)))
+            usual = (name for name, method in METHODS.items() if not method.if_asked)
+            object.__setattr__(self, "methods", tuple(name for name in usual if not self._lacks(name)))
         for method in self.methods:
             if method not in METHODS:
                 raise ConfigError(f"A method must be one of {', '.join(METHODS)}, not {method!r}; choose one.")
@@ -118,6 +123,8 @@ class Plan:
         }
         if words is not None and overlap(word for several in words.values() for word in several):
             content["label_ends"] = True  # earlier releases could not predict all of these labels
+        if METHODS[method].together is not None and self.starts > 1:
+            content["starts"] = self.starts
         if METHODS[method].reads_instructions:
             content["instructions"] = list(self.instructions)
         return {key: _digest(value) if key in ("instructions", "labels") else value for key, value in content.items()}

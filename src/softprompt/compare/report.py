@@ -473,6 +473,12 @@ def _what_was_compared(page: Page, cells: Sequence[Cell]) -> None:
         "Every method saw the same rows, in the same template, and was scored in the same way. Whatever could be "
         f"chosen was chosen on validation rows; the test rows, which are reported here, decided nothing.{budget}"
     )
+    if shared := sorted({cell["method"] for cell in cells if cell.get("learned_with")}):
+        page.paragraph(
+            f"{' and '.join(shared)} learned for several seeds in shared passes. What a pass takes is divided evenly "
+            "among them, and each had its own budget, so that it did more steps in it than alone. Their memory is that "
+            "of all of them together."
+        )
     page.paragraph(
         "Scores are followed by ± one standard error. Differences are the method minus the soft prompt, in points, "
         "with a 95 % interval in brackets: ▲ better, ▼ worse than the soft prompt, both beyond that interval. Where "

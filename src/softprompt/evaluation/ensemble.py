@@ -122,6 +122,7 @@ def evaluate_ensemble(
         together.predictions,
         together.truncated,
         together.most_frequent,
+        together.losses,
         ensemble.names,
         alone,
         measures.proportion("disagreement", differ),

@@ -98,12 +98,15 @@ class Evaluation:
         predictions: the answers, in the order of the rows; empty if no metric needed them.
         truncated: how many rows had input text cut.
         most_frequent: the answer that was given most often; None if no metric needed answers.
+        losses: of each row minus the log-probability of its target, in nats: of a label among all labels, of free text
+            all its tokens, the end token included. Empty if no metric needed them.
     """
 
     metrics: tuple[Metric, ...]
     predictions: tuple[Prediction, ...]
     truncated: int
     most_frequent: OneAnswer | None = None
+    losses: tuple[float, ...] = ()
 
     @property
     def headline(self) -> Metric:
@@ -167,12 +170,13 @@ def evaluate(
     if task.verbalizer is not None:
         answers = predict(queries, normalise=normalise, progress=progress)
         found_metrics = label_metrics(task.labels, dataset, answers, names)
-        return Evaluation(found_metrics, tuple(answers), _truncated(answers), most_frequent_answer(dataset, answers))
+        often, losses = most_frequent_answer(dataset, answers), tuple(label_losses(dataset, answers))
+        return Evaluation(found_metrics, tuple(answers), _truncated(answers), often, losses)
 
     writes = names != ("perplexity",)
     passes = writes + ("perplexity" in names)
     found: dict[str, Metric] = {}
-    answers, truncated = [], 0
+    answers, truncated, nll = [], 0, list[float]()
     if writes:
         answers = predict(queries, sampling=sampling, progress=_share(progress, 0, passes))
         found = text_metrics(dataset, answers, names)
@@ -182,7 +186,8 @@ def evaluate(
         found["perplexity"] = measures.perplexity(nll, tokens)
         truncated = truncated if writes else cut
     measured = tuple(found[name] for name in names)
-    return Evaluation(measured, tuple(answers), truncated, most_frequent_answer(dataset, answers) if writes else None)
+    often = most_frequent_answer(dataset, answers) if writes else None
+    return Evaluation(measured, tuple(answers), truncated, often, tuple(nll))
 
 
 def require_targets(dataset: Dataset, task: Task) -> None:
@@ -229,18 +234,20 @@ def label_metrics(
     gold = [str(example.target) for example in dataset.examples]
     answers = [prediction.text for prediction in predictions]
 
-    def log_loss() -> Metric:
-        rows = zip(predictions, gold, strict=True)
-        return measures.log_loss([-(prediction.logprobs or {})[label] for prediction, label in rows])
-
     compute: dict[str, Callable[[], Metric]] = {
         "accuracy": lambda: measures.accuracy(answers, gold),
         "macro_f1": lambda: measures.macro_f1(answers, gold, labels),
         "mcc": lambda: measures.mcc(answers, gold, labels),
-        "log_loss": log_loss,
+        "log_loss": lambda: measures.log_loss(label_losses(dataset, predictions)),
         "calibration_error": lambda: measures.calibration_error(*confidences(dataset, predictions)),
     }
     return tuple(compute[name]() for name in names)
+
+
+def label_losses(dataset: Dataset, predictions: Sequence[Prediction]) -> list[float]:
+    """Minus the log-probability of each row's label, in nats, of answers with labels."""
+    rows = zip(predictions, dataset.examples, strict=True)
+    return [-(prediction.logprobs or {})[str(row.target)] for prediction, row in rows]
 
 
 def confidences(dataset: Dataset, predictions: Sequence[Prediction]) -> tuple[list[float], list[bool]]:

@@ -103,7 +103,7 @@ class SoftPromptLM(TemplateLM):  # type: ignore[misc]
         first = _first_tokens(lm)
         self._first = first if self._vectors else ()  # what stands before the soft prompt
         self._before = (*first, SOFT) if self._vectors else ()
-        self.num_virtual_tokens = sum(map(len, self._vectors))
+        self.num_virtual_tokens = sum(lm.trained.length(own.shape) for own in self._vectors)
         self._prefix_of = lm.kept_prefixes(1)
 
     # --- what the harness asks about the model ----------------------------------------------------

@@ -57,8 +57,8 @@ def bake(lm: FrozenLM, soft_prompt: SoftPrompt, *, kv: bool = False) -> Baked:
 
     Raises:
         BaseModelError: the soft prompt is of another base model.
-        ConfigError: input stands before the soft prompt; or there is a KV prefix and embeddings are asked for, or the
-            base model has no shared prefix and keys and values are.
+        ConfigError: input stands before the soft prompt; or there is a KV prefix and embeddings are asked for, or there
+            are several tensors; or the base model has no shared prefix and keys and values are.
     """
     task = Task.of(lm, soft_prompt)
     kinds = [part.kind for part in task.template.parts]
@@ -69,6 +69,11 @@ def bake(lm: FrozenLM, soft_prompt: SoftPrompt, *, kv: bool = False) -> Baked:
         )
     before = task.encoder.before_soft_prompt
     vectors = soft_prompt.vectors
+    if soft_prompt.parts:
+        raise ConfigError(
+            f"Expected a soft prompt of embeddings, or of keys and values, found a {soft_prompt.kind} in "
+            f"{soft_prompt.name!r}, for which other tools have no format; keep its own file."
+        )
     if not kv:
         if vectors.dim() != 2:
             raise ConfigError(
@@ -76,12 +81,12 @@ def bake(lm: FrozenLM, soft_prompt: SoftPrompt, *, kv: bool = False) -> Baked:
                 "stand for; export it --to prefix-tuning or cartridge."
             )
         return Baked(torch.cat([lm.look_up(_ids(lm, before)).float().cpu(), vectors]), before, task)
-    if lm.why_no_kv:
+    if lm.trained.why_no_kv:
         raise ConfigError(
-            f"Expected a base model whose keys and values can be read, which {lm.name} is not: {lm.why_no_kv}; export "
-            f"embeddings."
+            f"Expected a base model whose keys and values can be read, which {lm.name} is not: {lm.trained.why_no_kv}; "
+            f"export embeddings."
         )
-    return Baked(lm.prefix_numbers((*before, SOFT), vectors).cpu(), before, task)
+    return Baked(lm.trained.numbers((*before, SOFT), vectors).cpu(), before, task)
 
 
 def _ids(lm: FrozenLM, ids: Tokens) -> torch.Tensor:

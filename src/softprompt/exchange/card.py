@@ -93,11 +93,12 @@ def card(
     """
     base = hub_id(soft_prompt.base)
     kind = "keys and values of every layer" if soft_prompt.vectors.dim() == 5 else "embeddings"
+    what = soft_prompt.extent if soft_prompt.parts else f"{soft_prompt.extent}, {kind}"
     of = f"[{base}](https://huggingface.co/{base})" if base else "a base model that is not on the Hub"
     lines = [
         f"# {markdown(soft_prompt.name)}",
         "",
-        f"A soft prompt for {of}: {soft_prompt.num_virtual_tokens} virtual tokens, {kind}.",
+        f"A soft prompt for {of}: {what}.",
         "The base model stays as it is. It was made with [softprompt](https://pypi.org/project/softprompt).",
         "",
         *_about_base(soft_prompt, base),
@@ -251,8 +252,8 @@ def _with_peft(
 def _with_vllm(task: Task, soft_prompt: SoftPrompt, repo: str, base: str | None) -> list[str]:
     if task.lm.encoder_decoder:
         return ["vLLM serves no encoder–decoders.", ""]
-    if soft_prompt.vectors.dim() == 5:
-        return ["vLLM takes no trained keys and values.", ""]
+    if soft_prompt.vectors.dim() != 2:
+        return ["vLLM takes no trained keys and values, and no states.", ""]
     ours = shlex.quote(soft_prompt.base) if base else _SOMEWHERE
     theirs = ours if base == soft_prompt.base else _SOMEWHERE
     lines = [

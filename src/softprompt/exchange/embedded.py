@@ -34,13 +34,20 @@ def embedded(
 
     Raises:
         BaseModelError: the soft prompt is of another base model.
-        ConfigError: it is a KV prefix, which is no embedding, or there are no examples.
+        ConfigError: it is a KV prefix or a trained state, which are no embeddings, there are no examples, or the
+            model's layers get more of a token than its embedding.
     """
-    task = Task.of(lm, soft_prompt)
-    if soft_prompt.vectors.dim() != 2:
+    if lm.reads_parts:
         raise ConfigError(
-            "Expected a soft prompt of embeddings, found a trained KV prefix, which no embeddings stand for; "
-            "export it --to cartridge and load that with PEFT."
+            f"transformers' own generate takes embeddings alone, and the layers of {lm.name} get more of each token; "
+            "take softprompt.predict."
+        )
+    task = Task.of(lm, soft_prompt)
+    if soft_prompt.kind != "soft prompt":
+        remedy = "answer with softprompt" if soft_prompt.parts else "export it --to cartridge and load that with PEFT"
+        raise ConfigError(
+            f"Expected a soft prompt of embeddings, found a {soft_prompt.kind}, which no embeddings of an input stand "
+            f"for; {remedy}."
         )
     if not examples:
         raise ConfigError("Expected at least one input text, found none.")

@@ -107,12 +107,12 @@ def adopt(
 def _fitting(lm: FrozenLM, found: Found) -> torch.Tensor:
     """The numbers in our form, if they are of this base model's sizes."""
     numbers, is_kv = found.numbers, found.numbers.dim() == 5 or (found.peft is not None and found.peft.is_kv)
-    if is_kv and lm.why_no_kv:
+    if is_kv and lm.trained.why_no_kv:
         raise ConfigError(
-            f"Expected a base model that can take a prefix of keys and values, which {lm.name} cannot: {lm.why_no_kv}; "
-            f"use it with PEFT."
+            f"Expected a base model that can take a prefix of keys and values, which {lm.name} cannot: "
+            f"{lm.trained.why_no_kv}; use it with PEFT."
         )
-    wanted = lm.kv_shape if is_kv else (lm.hidden_size,)
+    wanted = lm.trained.kv_shape if is_kv else (lm.hidden_size,)
     width = 1
     for size in wanted:
         width *= size

@@ -54,10 +54,10 @@ def recycle(
     if method not in RECYCLING:
         raise ConfigError(f"The method must be one of {', '.join(RECYCLING)}, not {method!r}; choose one.")
     Task.of(source, soft_prompt)
-    if soft_prompt.parametrisation == "prefix":
+    if soft_prompt.kind != "soft prompt":
         raise ConfigError(
-            f"{soft_prompt.name!r} is a KV prefix, whose keys and values mean nothing to another base model; recycle a "
-            f"soft prompt of vectors."
+            f"{soft_prompt.name!r} is a {soft_prompt.kind}, which cannot be carried over to another base model; "
+            f"recycle a soft prompt of vectors alone."
         )
     if source.fingerprint == target.fingerprint:
         raise ConfigError(f"{soft_prompt.name!r} was tuned on {target.name} already; give another base model.")

@@ -3,13 +3,14 @@ between passes.
 
 A row's keys and values, those of its shared prefix included, lie in a slot of its own (``RowKV``): the prefix is copied
 there once, when the row joins, and each pass appends to the slots in place. Nothing is stacked or gathered from pass to
-pass, so rows of 32 soft prompts cost what rows of one cost.
+pass, so rows of 32 soft prompts cost what rows of one cost. On a GPU, rows that have begun move to slots at fixed
+addresses (``FixedKV``), and a pass over their last tokens is one captured graph.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -66,13 +67,17 @@ class Continuation:
         writer: what becomes of it.
         embedded: ``[T, H]``, the tokens that have not been run yet, at least one; without a prefix, the whole sequence.
         prefix: what the tokens before left behind; None for a model that runs whole sequences.
+        whole: makes what is read of the whole sequence, ``[T, H]``, before anything is written.
         token: the last token that was picked.
+        ahead: ``[N, H]``, what stands before the input of an encoder–decoder's decoder; None where there is none.
     """
 
     writer: Writer
     embedded: torch.Tensor
     prefix: PrefixState | None
+    whole: Callable[[], torch.Tensor]
     token: int = -1
+    ahead: torch.Tensor | None = None
 
 
 class Decoder:
@@ -81,7 +86,7 @@ class Decoder:
     def __init__(self, lm: FrozenLM) -> None:
         self._lm = lm
         self._running: list[Continuation] = []
-        self._kv = lm.slots()  # row i of it is self._running[i]
+        self._kv = lm.slots(fixed=True)  # row i of it is self._running[i]
         self._new: list[Continuation] = []
         self._joining: deque[tuple[list[Continuation], Slots]] = deque()
         self._unread = 0  # passes since input was read
@@ -95,7 +100,9 @@ class Decoder:
         """Takes rows in."""
         whole = [row for row in rows if row.prefix is None]
         self._whole += whole
-        self._growing.add([row.embedded for row in whole])
+        some = any(row.ahead is not None for row in whole)
+        ahead = [row.embedded[:0] if row.ahead is None else row.ahead for row in whole] if some else None
+        self._growing.add([row.embedded for row in whole], ahead)
         self._new += [row for row in rows if row.prefix is not None]
 
     def step(self) -> list[Continuation]:
@@ -125,6 +132,10 @@ class Decoder:
         self._new = [row for row in self._new if id(row) not in gone]
         self._keep_whole([i for i, row in enumerate(self._whole) if id(row) not in gone])
 
+    def close(self) -> None:
+        """Gives its slots back, after an error, say; it is used no more."""
+        self._lm.fixed_rows.take_back(self._kv)
+
     def _group(self) -> None:
         """Puts the rows that are new in line: short inputs together, a long one alone, to be read in chunks."""
         for several in (True, False):
@@ -152,16 +163,25 @@ class Decoder:
         self._joining.append((rows, kv))
 
     def _decode(self) -> list[Continuation]:
+        self._leave_shared()
         rows = list(self._running)
         if not rows:
             return []
-        tokens = torch.tensor([[row.token] for row in rows], device=self._lm.device)
-        embedded = self._lm.look_up(tokens)
-        self._take(rows, self._lm.next_logits(self._kv, embedded, [1] * len(rows)))
+        self._take(rows, self._lm.last_logits(self._kv, [row.token for row in rows]))
         for index in reversed(range(len(rows))):
             if rows[index].writer.done:
                 _remove(self._running, self._kv, index)
         return rows
+
+    def _leave_shared(self) -> None:
+        """Rows that become too long for what they began with go on as whole sequences."""
+        for index in reversed(range(len(self._running))):
+            if self._kv.lengths[index] >= self._lm.longest_steady:
+                row = self._running[index]
+                written = torch.tensor(row.writer.ids, dtype=torch.long, device=self._lm.device)
+                self._whole.append(row)
+                self._growing.add([torch.cat([row.whole(), self._lm.read(written)])])
+                _remove(self._running, self._kv, index)
 
     def _read(self) -> list[Continuation]:
         """Runs a chunk of the rows that are first in line; rows whose input has been read begin."""
@@ -184,10 +204,8 @@ class Decoder:
         for index in reversed(range(len(rows))):
             if rows[index].writer.done:
                 _remove(going, kv, index)
-        if going and self._running:
-            self._kv.add([kv.row(index) for index in range(len(going))], 1)
-        elif going:
-            self._kv = kv
+        if going:
+            self._kv = self._kv.join(kv)
         self._running += going
         return rows
 
@@ -272,7 +290,7 @@ def _generated(
     writers = [Writer(lm.tokenizer, ends, sampling, sampling.seed + i) for i in numbers]
     prompts = [prompt_of(request, soft_prompts) for request in requests]
     rooms = [
-        len(request.ids) + (0 if vectors is None else len(vectors)) + sampling.max_new_tokens
+        len(request.ids) + (0 if vectors is None else lm.trained.length(vectors.shape)) + sampling.max_new_tokens
         for request, vectors in zip(requests, prompts, strict=True)
     ]
     waiting = sorted(range(len(requests)), key=rooms.__getitem__)
@@ -308,8 +326,14 @@ def continuation(
         writer: writes the continuation.
         prefix_of: where its prefix comes from.
     """
-    if not lm.shares_prefix:
-        return Continuation(writer, lm.embed(request.ids, vectors), None)
+
+    def whole() -> torch.Tensor:
+        return lm.rows(request.ids, vectors)
+
+    length = 0 if vectors is None else lm.trained.length(vectors.shape)
+    if not lm.shares_prefix or len(request.ids) + length > lm.longest_steady:
+        embedded, ahead = lm.inputs(request, vectors)
+        return Continuation(writer, embedded, None, whole, ahead=ahead if len(ahead) else None)
     shared = min(request.shared, len(request.ids) - 1)
     prefix = prefix_of(request.ids[:shared], vectors)
-    return Continuation(writer, lm.embed(request.ids[shared:], vectors), prefix)
+    return Continuation(writer, lm.rows(request.ids[shared:], vectors), prefix, whole)

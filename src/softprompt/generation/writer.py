@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from softprompt.model.fast.graphs import sent
+
 if TYPE_CHECKING:
     from softprompt.model.request import Sampling
 
@@ -143,8 +145,8 @@ class Writer:
 
 def take(writers: Sequence[Writer], logits: torch.Tensor) -> list[int]:
     """Chooses the next token of each continuation and appends it there; where its scores are not numbers, the
-    continuation ends. All rows are worked on at once, and read by the host once; once more where tokens are drawn, and
-    where log-probabilities are noted.
+    continuation ends. All rows are worked on at once where the logits are, and read by the host once; another time
+    where ``NUCLEUS`` tokens are too few for a draw.
 
     Args:
         writers: ``B`` continuations.
@@ -153,74 +155,123 @@ def take(writers: Sequence[Writer], logits: torch.Tensor) -> list[int]:
     Returns:
         The tokens.
     """
-    best, likeliest = logits.max(dim=-1)
-    tokens: list[int]
-    tokens, failed = torch.stack([likeliest, best.isnan().long()]).tolist()
-    drawing = [i for i, writer in enumerate(writers) if writer.sampling.temperature > 0 and not failed[i]]
+    drawing = [i for i, writer in enumerate(writers) if writer.sampling.temperature > 0]
+    noting = [i for i, writer in enumerate(writers) if writer.top_logprobs is not None]
+    best, chosen = logits.max(dim=-1)
+    draws = None
     if drawing:
         ways = [(writers[i].sampling, writers[i].generator) for i in drawing]
-        for i, token in zip(drawing, _draw(_rows(logits, drawing), ways), strict=True):
-            tokens[i] = token
-    noting = [
-        i
-        for i, writer in enumerate(writers)
-        if writer.top_logprobs is not None and not failed[i] and tokens[i] not in writer.ends
-    ]
-    notes = dict(zip(noting, _notes(logits, noting, writers, tokens), strict=True))
+        draws = _Draws(_rows(logits, drawing), ways)
+        chosen = chosen.index_copy(0, sent(torch.tensor(drawing), logits.device), draws.chosen)
+    # Numbers of tokens are exact in float32: below 2^24.
+    told = [chosen.float(), best.isnan().float()]
+    if draws is not None:
+        told.append(draws.short.float())
+    if noting:
+        told.append(_noted(logits, chosen, noting, max(writers[i].top_logprobs or 0 for i in noting)).flatten())
+    numbers: list[float] = torch.cat(told).tolist()
+    rows = len(writers)
+    tokens, failed, rest = list(map(int, numbers[:rows])), numbers[rows : 2 * rows], numbers[2 * rows :]
+    again = []
+    if draws is not None:
+        again = [n for n, (i, short) in enumerate(zip(drawing, rest, strict=False)) if short and not failed[i]]
+        rest = rest[len(drawing) :]
+        for n in again:
+            tokens[drawing[n]] = draws.from_all(n)
+    if noting and again:
+        found = sent(torch.tensor(tokens), logits.device)
+        rest = _noted(logits, found, noting, max(writers[i].top_logprobs or 0 for i in noting)).flatten().tolist()
+    each = len(rest) // max(1, len(noting))
+    notes = {i: rest[n * each : (n + 1) * each] for n, i in enumerate(noting)}
     for i, writer in enumerate(writers):
         if failed[i]:
             writer.finish = "error"
         else:
-            writer.put(tokens[i], notes.get(i))
+            writer.put(tokens[i], _note(writer, tokens[i], notes[i]) if i in notes else None)
     return tokens
 
 
-def _rows(logits: torch.Tensor, chosen: Sequence[int]) -> torch.Tensor:
-    return logits if len(chosen) == len(logits) else logits[torch.tensor(chosen, device=logits.device)]
+def _rows(tensor: torch.Tensor, chosen: Sequence[int]) -> torch.Tensor:
+    return tensor if len(chosen) == len(tensor) else tensor[sent(torch.tensor(chosen), tensor.device)]
 
 
-def _notes(
-    logits: torch.Tensor, noting: Sequence[int], writers: Sequence[Writer], tokens: Sequence[int]
-) -> list[TokenLogprob]:
-    """What is noted beside the tokens of the rows ``noting``."""
-    if not noting:
-        return []
-    tops = [writers[i].top_logprobs or 0 for i in noting]
+def _noted(logits: torch.Tensor, chosen: torch.Tensor, noting: Sequence[int], most: int) -> torch.Tensor:
+    """What is noted beside the tokens of the rows ``noting``, float32 ``[N, 1 + 2K]``: the log-probability of the token
+    ``chosen``, then those of the ``K`` most probable ones, then which these are."""
     logprobs = _rows(logits, noting).log_softmax(dim=-1)
-    values, ids = logprobs.topk(min(max(tops), logprobs.shape[1]))
-    own = logprobs.gather(1, torch.tensor([[tokens[i]] for i in noting], device=logits.device))
-    numbers = torch.cat([own, values, ids.to(own.dtype)], dim=1).tolist()  # ids are exact in float32: below 2^24
-    width, notes = values.shape[1], []
-    for i, row, top in zip(noting, numbers, tops, strict=True):
-        others = zip(map(int, row[1 + width :]), row[1 : 1 + width], strict=True)
-        notes.append(writers[i].note(tokens[i], row[0], list(others)[:top]))
-    return notes
+    values, ids = logprobs.topk(min(most, logprobs.shape[1]))
+    own = logprobs.gather(1, _rows(chosen, noting)[:, None])
+    return torch.cat([own, values, ids.to(own.dtype)], dim=1)
+
+
+def _note(writer: Writer, token: int, numbers: Sequence[float]) -> TokenLogprob | None:
+    """A row of ``_noted`` in words; None for a token that ends the text."""
+    if token in writer.ends:
+        return None
+    width = (len(numbers) - 1) // 2
+    others = zip(map(int, numbers[1 + width :]), numbers[1 : 1 + width], strict=True)
+    return writer.note(token, numbers[0], list(others)[: writer.top_logprobs])
 
 
 def draw(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """An index of float32 ``[V]`` logits, drawn by temperature (above 0) and nucleus."""
-    return _draw(logits[None], [(sampling, generator)])[0]
+    draws = _Draws(logits[None], [(sampling, generator)])
+    return draws.from_all(0) if bool(draws.short[0]) else int(draws.chosen[0])
 
 
-def _draw(logits: torch.Tensor, ways: Sequence[tuple[Sampling, torch.Generator]]) -> list[int]:
-    """An index of each row of float32 ``[B, V]`` logits, each drawn in its own way. Draws are the CPU's, whatever the
-    device, and of a nucleus only the most probable tokens come there."""
-    temperatures = [max(sampling.temperature, LEAST_TEMPERATURE) for sampling, _ in ways]
-    probabilities = (logits / torch.tensor(temperatures, device=logits.device)[:, None]).softmax(dim=-1)
-    drawn: dict[int, int] = {}
-    nucleus = [i for i, (sampling, _) in enumerate(ways) if sampling.top_p < 1]
-    if nucleus:
-        values, ids = _rows(probabilities, nucleus).topk(min(NUCLEUS, logits.shape[1]))
-        for i, kept, order in zip(nucleus, values.cpu(), ids.cpu(), strict=True):
-            sampling, generator = ways[i]
-            if float(kept.sum()) < sampling.top_p:
-                kept, order = probabilities[i].cpu().sort(descending=True)
-            kept[kept.cumsum(dim=0) - kept >= sampling.top_p] = 0
-            drawn[i] = int(order[torch.multinomial(kept, 1, generator=generator)])
-    whole = [i for i in range(len(ways)) if i not in drawn]
-    for i, row in zip(whole, _rows(probabilities, whole).cpu() if whole else (), strict=True):
-        drawn[i] = int(torch.multinomial(row, 1, generator=ways[i][1]))
-    return [drawn[i] for i in range(len(ways))]
+class _Draws:
+    """An index of each row of float32 ``[B, V]`` logits, each drawn in its own way, all at once.
+
+    A draw is the largest of the probabilities divided by exponential noise, as ``torch.multinomial`` draws. The noise
+    is the CPU's, whatever the device: a row draws the same everywhere, and in any company.
+
+    Attributes:
+        chosen: int64 ``[B]``, the indices.
+        short: bool ``[B]``, where the ``NUCLEUS`` most probable ones are too few; ``from_all`` has the index there.
+    """
+
+    def __init__(self, logits: torch.Tensor, ways: Sequence[tuple[Sampling, torch.Generator]]) -> None:
+        device = logits.device
+        settings = [(max(sampling.temperature, LEAST_TEMPERATURE), sampling.top_p) for sampling, _ in ways]
+        temperatures, limits = sent(torch.tensor(settings), device).unbind(dim=1)
+        self._ways = ways
+        self._probabilities = (logits / temperatures[:, None]).softmax(dim=-1)
+        self._before: dict[int, torch.Tensor] = {}  # the generator's state
+        nucleus = [i for i, (sampling, _) in enumerate(ways) if sampling.top_p < 1]
+        whole = [i for i, (sampling, _) in enumerate(ways) if sampling.top_p >= 1]
+        chosen, short = list[torch.Tensor](), list[torch.Tensor]()
+        if nucleus:
+            self._before = {i: ways[i][1].get_state() for i in nucleus}
+            values, ids = _rows(self._probabilities, nucleus).topk(min(NUCLEUS, logits.shape[1]))
+            limits = _rows(limits, nucleus)
+            kept = values.masked_fill(values.cumsum(dim=1) - values >= limits[:, None], 0)
+            best = (kept / self._noise(nucleus, kept)).argmax(dim=1, keepdim=True)
+            chosen.append(ids.gather(1, best)[:, 0])
+            short.append(values.sum(dim=1) < limits)
+        if whole:
+            kept = _rows(self._probabilities, whole)
+            chosen.append((kept / self._noise(whole, kept)).argmax(dim=1))
+            short.append(torch.zeros(len(whole), dtype=torch.bool, device=device))
+        order = [*nucleus, *whole]
+        places = sorted(range(len(order)), key=order.__getitem__)
+        self.chosen, self.short = torch.cat(chosen), torch.cat(short)
+        if nucleus and whole:
+            index = sent(torch.tensor(places), device)
+            self.chosen, self.short = self.chosen[index], self.short[index]
+
+    def _noise(self, rows: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        """Exponential noise for some of the rows, ``[N, M]`` as ``like``; made while the device computes."""
+        noise = [torch.empty(like.shape[1]).exponential_(generator=self._ways[i][1]) for i in rows]
+        return sent(torch.stack(noise), like.device)
+
+    def from_all(self, row: int) -> int:
+        """The index that a row draws from all of its tokens in order."""
+        sampling, generator = self._ways[row]
+        if row in self._before:
+            generator.set_state(self._before[row])
+        kept, order = self._probabilities[row].cpu().sort(descending=True)
+        kept[kept.cumsum(dim=0) - kept >= sampling.top_p] = 0
+        return int(order[torch.multinomial(kept, 1, generator=generator)])
 
 
 class _Characters:

@@ -172,7 +172,7 @@ def _continuation(task: Task, vectors: torch.Tensor, example: Example, k: int) -
 def _next_logprobs(lm: FrozenLM, request: Request, vectors: torch.Tensor | None) -> torch.Tensor:
     """Log-probabilities float32 ``[V]`` of the next token by the model's own forward."""
     row = lm.whole.growing()
-    row.add([lm.embed(request.ids, vectors)])
+    row.add([lm.rows(request.ids, vectors)])
     return row.logits()[0].log_softmax(dim=-1).cpu()
 
 
@@ -225,7 +225,7 @@ def attention(
         total = None
         for request in requests:
             with torch.no_grad():
-                layers = lm.whole.attention(lm.embed(request.ids, soft))
+                layers = lm.whole.attention(lm.rows(request.ids, soft))
             if not layers:
                 return None
             at = request.ids.index(SOFT)

@@ -82,15 +82,22 @@ class Report:
 
 
 def require_vectors(soft_prompt: SoftPrompt) -> None:
-    """Refuses a trained KV prefix, which has no embeddings to be read.
+    """Refuses a trained KV prefix or state, which has no embeddings to be read, and vectors of which some stand before
+    a decoder's input.
 
     Raises:
         ConfigError: it is one.
     """
+    if soft_prompt.decoder_virtual_tokens:
+        raise ConfigError(
+            f"Reading a soft prompt needs one whose vectors all stand in the input, but "
+            f"{soft_prompt.decoder_virtual_tokens} of '{soft_prompt.name}' stand before the decoder's; inspect one "
+            f"without decoder_virtual_tokens."
+        )
     if soft_prompt.vectors.dim() != 2:
         raise ConfigError(
-            f"Reading a soft prompt needs vectors of the embedding width, but '{soft_prompt.name}' is a trained KV "
-            f"prefix, which has none; inspect one of another parametrisation."
+            f"Reading a soft prompt needs vectors of the embedding width, but '{soft_prompt.name}' is a "
+            f"{soft_prompt.kind}, which has none; inspect one of another parametrisation."
         )
 
 
@@ -107,7 +114,7 @@ def inspect_vectors(
         about_way: why it is not, if it was looked for.
 
     Raises:
-        ConfigError: it is a KV prefix.
+        ConfigError: it is a KV prefix or a trained state.
     """
     require_vectors(soft_prompt)
     vectors = soft_prompt.vectors
@@ -151,7 +158,7 @@ def inspect(
         way, about_way: as for ``inspect_vectors``.
 
     Raises:
-        ConfigError: it is a KV prefix, or texts are given for a template with several fields.
+        ConfigError: it is a KV prefix or a trained state, or texts are given for a template with several fields.
     """
     require_vectors(soft_prompt)
     examples = behaviour.examples_of(task, texts) if texts else ()

@@ -20,6 +20,7 @@ from softprompt.evaluation.validation import validator
 from softprompt.methods.problem import Learned, Problem
 from softprompt.model.batch import Row, micro_batches
 from softprompt.model.frozen import FrozenLM
+from softprompt.model.request import can_share
 from softprompt.model.state.prefix import PrefixState
 from softprompt.tasks.predict import Prediction, Progress, Query, default_sampling, predict
 from softprompt.tuning.alarms import Watch
@@ -127,7 +128,7 @@ class Tuner:
         self._order = RowOrder([None if task.verbalizer is None else example.target for example in self.examples])
         self._validator = validator(task, self.held_out)
         self._no_prefix: PrefixState | None = None
-        if lm.shares_prefix:
+        if all(can_share(lm, request, 0) for request in self._requests):
             with torch.no_grad():
                 self._no_prefix = lm.prefix_kv((), None)
         self._start = _copied(self._weights)

@@ -229,7 +229,7 @@ def _best(
         began = time.perf_counter()
         answer = _answer(problem, prompt, calibrate)
         found = rank(problem, rows, answer(rows.examples, None))
-        last = _Tried(prompt, answer, found, time.perf_counter() - began)
+        last = _Tried(prompt, answer, found, problem.seconds_since(began))
         if best is None or last.rank > best.rank:
             best = last
     assert best is not None, "there is one to try"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from softprompt.drawing.style import GREY
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from softprompt.errors import SoftPromptError
     from softprompt.methods.problem import Learned, Problem
 
 Kind = Literal["floor", "hard prompt", "soft prompt", "weights"]
@@ -23,6 +26,8 @@ class Method:
         name: what it is called in results and options.
         words: what it is, in one line.
         run: learns from the problem's rows.
+        together: learns for several seeds in shared passes, with a folder for its checkpoints; None: it cannot. Of
+            each, what was learned or why nothing was.
         kind: what it adapts.
         needs_labels: it cannot do free text.
         reads_instructions: the user's hard prompts change what it does.
@@ -30,6 +35,9 @@ class Method:
         seeded: it draws something, and runs once for every seed.
         validated: it is validated while it is trained, on the same rows as the others that are.
         of_several_seeds: it is made of the soft prompts of all seeds.
+        alone: of several processes, the first one runs it while the others wait: it trains weights, or by another
+            library's loop.
+        if_asked: it runs only where it is named.
         calibrates: the method whose answers it calibrates; None: it calibrates none.
         colour: of its marks and lines in figures.
         marker: of its marks, as matplotlib names them.
@@ -39,6 +47,7 @@ class Method:
     name: str
     words: str
     run: Callable[[Problem], Learned]
+    together: Callable[[Sequence[Problem], Path], list[Learned | SoftPromptError]] | None = None
     kind: Kind
     needs_labels: bool = False
     reads_instructions: bool = False
@@ -46,6 +55,8 @@ class Method:
     seeded: bool = False
     validated: bool = False
     of_several_seeds: bool = False
+    alone: bool = False
+    if_asked: bool = False
     calibrates: str | None = None
     colour: str = GREY
     marker: str = "o"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from softprompt.data.example import Example
-from softprompt.errors import missing_library
+from softprompt.errors import ConfigError, missing_library
 from softprompt.evaluation.validation import validator
 from softprompt.methods.fine_tuning import learn
 from softprompt.methods.problem import Learned, Problem
@@ -80,6 +80,11 @@ def peft_prompt_tuning(problem: Problem) -> Learned:
         ConfigError: ``peft`` is not installed.
     """
     peft = _import_peft("PEFT's prompt tuning")
+    if problem.lm.reads_parts:
+        raise ConfigError(
+            f"PEFT hands the base model embeddings alone, and the layers of {problem.lm.name} get more of each token; "
+            "leave peft-prompt-tuning out of --methods."
+        )
     lm = problem.fresh()
     lm.model.set_attn_implementation("sdpa")  # what transformers gives a user
     config = TrainConfig(lr=PEFT_LR, warmup=0.0, schedule="linear", clip=0.0, seed=problem.seed)

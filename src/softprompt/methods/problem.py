@@ -55,6 +55,7 @@ class Problem:
         siblings: the soft prompts of all seeds, for what is made of several.
         validation_rows: how many of them are used, a seeded choice, to validate what is being trained; the same for
             every trained method (:func:`affordable_rows`).
+        starts: how many starts a soft prompt has, the best of which goes on after a tenth of the steps.
         began: clock time at which the budget began to run.
 
     Raises:
@@ -73,6 +74,7 @@ class Problem:
     notice: Callable[[str], None] = lambda _: None
     siblings: tuple[SoftPrompt, ...] = ()
     validation_rows: int = TrainConfig().validation_rows
+    starts: int = 1
     began: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
@@ -93,7 +95,11 @@ class Problem:
     @property
     def seconds_left(self) -> float:
         """What is left of the budget; below 0 when it is spent."""
-        return self.budget - (time.perf_counter() - self.began)
+        return self.budget - self.seconds_since(self.began)
+
+    def seconds_since(self, began: float) -> float:
+        """Seconds since that clock time; of several processes, by the clock of the first, so that all decide alike."""
+        return self.lm.world.from_first(lambda: time.perf_counter() - began)
 
     @property
     def worth_compiling(self) -> bool:
@@ -124,6 +130,7 @@ class Learned:
         adapted: the changed copy of the base model; None if the base model itself is used, unchanged.
         soft_prompt: what was tuned, to be kept.
         validation_rows: how many rows each point of the curve was validated on; 0 where there is none.
+        seconds: its part of the time, where it was learned together with others; None: all that its run took.
         alarms: what gives reason to doubt what was trained; none where nothing is.
     """
 
@@ -136,6 +143,7 @@ class Learned:
     adapted: FrozenLM | None = None
     soft_prompt: SoftPrompt | None = None
     validation_rows: int = 0
+    seconds: float | None = None
     alarms: tuple[Alarm, ...] = ()
 
 
@@ -150,5 +158,5 @@ def affordable_rows(problem: Problem) -> int:
     validator(task, some[:8])(torch.empty(0))  # the first call of a model is slow
     began = time.perf_counter()
     validator(task, some)(torch.empty(0))
-    a_row = (time.perf_counter() - began) / len(some)
+    a_row = problem.seconds_since(began) / len(some)
     return min(most, max(len(some), int(problem.budget * CHECKING / LEAST_CHECKS / a_row)))

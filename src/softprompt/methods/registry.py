@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -12,6 +12,9 @@ from softprompt.drawing.style import PALETTE
 from softprompt.methods.method import Method
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from softprompt.errors import SoftPromptError
     from softprompt.methods.problem import Learned, Problem
 
 OURS = "soft-prompt"
@@ -28,6 +31,15 @@ def _by(module: str, function: str, **options: Any) -> Callable[[Problem], Learn
 def _run(module: str, function: str, options: dict[str, Any], problem: Problem) -> Learned:
     found: Learned = getattr(import_module(f"softprompt.methods.{module}"), function)(problem, **options)
     return found
+
+
+def _together(**options: Any) -> Callable[[Sequence[Problem], Path], list[Learned | SoftPromptError]]:
+    def learn(problems: Sequence[Problem], folder: Path) -> list[Learned | SoftPromptError]:
+        from softprompt.methods.prompt_tuning import soft_prompts
+
+        return soft_prompts(problems, folder, **options)
+
+    return learn
 
 
 def _and_calibrated(method: Method, function: str) -> tuple[Method, Method]:
@@ -115,6 +127,7 @@ _ALL = (
         run=_by("peft", "peft_prompt_tuning"),
         kind="soft prompt",
         seeded=True,
+        alone=True,
         colour=PALETTE[4],
         marker="v",
     ),
@@ -122,6 +135,7 @@ _ALL = (
         name=OURS,
         words="trained vectors in front of the input text, the base model frozen",
         run=_by("prompt_tuning", "soft_prompt"),
+        together=_together(),
         kind="soft prompt",
         seeded=True,
         validated=True,
@@ -151,8 +165,9 @@ _ALL = (
     ),
     Method(
         name="prefix",
-        words="trained keys and values in every layer, the base model frozen (prefix tuning)",
+        words="trained keys and values, or initial states, in every layer, the base model frozen (prefix tuning)",
         run=_by("prompt_tuning", "soft_prompt", parametrisation="prefix"),
+        together=_together(parametrisation="prefix"),
         kind="soft prompt",
         seeded=True,
         validated=True,
@@ -160,11 +175,24 @@ _ALL = (
         marker="s",
     ),
     Method(
+        name="soft-prompt-decoder",
+        words="trained vectors before the input, and 16 before the decoder's input, of an encoder–decoder",
+        run=_by("prompt_tuning", "soft_prompt", decoder_virtual_tokens=16),
+        together=_together(decoder_virtual_tokens=16),
+        kind="soft prompt",
+        seeded=True,
+        validated=True,
+        if_asked=True,
+        colour=PALETTE[0],
+        marker="v",
+    ),
+    Method(
         name="lora",
         words="trained low-rank changes of the base model's weights (LoRA), by the library PEFT",
         run=_by("peft", "lora"),
         kind="weights",
         seeded=True,
+        alone=True,
         validated=True,
         colour=PALETTE[2],
         marker="^",
@@ -175,6 +203,7 @@ _ALL = (
         run=_by("fine_tuning", "full_fine_tuning"),
         kind="weights",
         seeded=True,
+        alone=True,
         validated=True,
         colour=PALETTE[1],
         marker="P",

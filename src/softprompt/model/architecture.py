@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from softprompt.errors import BaseModelError
 from softprompt.model.state.kv import PrefixKV
 from softprompt.model.state.prefix import PrefixState
 from softprompt.model.state.recurrent import RecurrentState
@@ -36,17 +36,11 @@ class Refusal:
 
     def applies(self, config: Any) -> bool:
         """Whether a model of this configuration has it."""
-        found = [getattr(config, self.setting, None)]
-        if self.setting == "rope_type":  # some models have one for each kind of layer
-            rotary = getattr(config, "rope_parameters", None) or {}
-            found = [kind.get("rope_type") for kind in (rotary, *rotary.values()) if isinstance(kind, dict)]
-        return any(value in self.values if self.values else bool(value) for value in found)
+        found = getattr(config, self.setting, None)
+        return found in self.values if self.values else bool(found)
 
 
-REFUSED = (
-    Refusal("rope_type", ("dynamic", "longrope"), "the angles of the positions stretch with the length of what runs"),
-    Refusal("use_bidirectional_attention", (), "tokens see those behind them"),
-)
+REFUSED = (Refusal("use_bidirectional_attention", (), "tokens see those behind them"),)
 
 
 @dataclass(frozen=True)
@@ -88,7 +82,9 @@ class Family:
         head: what becomes of its logits.
         attention: whether it has layers with attention.
         latent: whether its attention keeps latents, from which its ``expand_kv`` makes keys and values.
+        but: what else a user should know of it, for the table of the documentation.
         refused: with which settings a model of it runs whole sequences all the same.
+        untrained: why what a prefix leaves behind cannot be trained in its place; empty if it can.
     """
 
     name: str
@@ -101,7 +97,9 @@ class Family:
     head: Head = Head()
     attention: bool = True
     latent: bool = False
+    but: str = ""
     refused: tuple[Refusal, ...] = REFUSED
+    untrained: str = ""
 
     @property
     def recurrent(self) -> bool:
@@ -113,19 +111,15 @@ CAPPED = Head(cap="final_logit_softcapping")
 MULTIPLIED = Head(multiplier="logit_scale")
 DIVIDED = Head(divisor="logits_scaling")
 LATENTS = "latents in every layer"
+PARTS = (
+    "a virtual token's parts for each layer are those of padding, so a soft prompt that starts from a text does not "
+    "start with that text's logits"
+)
 STATES = "keys and values in the layers with attention, the state and the convolution's window in the others"
 
 FAMILIES = (
     Family(name="Llama 1 to 3", model_types=("llama",)),
-    Family(
-        name="Llama 4",
-        model_types=("llama4_text",),
-        windows="by layer_types",
-        refused=(
-            *REFUSED,
-            Refusal("attn_temperature_tuning", (), "queries are scaled by positions that the model counts itself"),
-        ),
-    ),
+    Family(name="Llama 4", model_types=("llama4_text",), windows="by layer_types"),
     Family(name="Qwen 2 and 3", model_types=("qwen2", "qwen3"), windows="by layer_types"),
     Family(name="Qwen 2 MoE", model_types=("qwen2_moe",), windows="by layer_types"),
     Family(name="Qwen 3 MoE", model_types=("qwen3_moe",), windows="every layer"),
@@ -137,7 +131,22 @@ FAMILIES = (
     Family(name="Gemma 1", model_types=("gemma",)),
     Family(name="Gemma 2", model_types=("gemma2",), windows="by layer_types", head=CAPPED),
     Family(name="Gemma 3", model_types=("gemma3_text",), windows="by layer_types", head=CAPPED),
-    Family(name="Gemma 4", model_types=("gemma4_text",), windows="by layer_types", head=CAPPED),
+    Family(
+        name="Gemma 3n",
+        model_types=("gemma3n_text",),
+        windows="by layer_types",
+        head=CAPPED,
+        but=PARTS,
+        untrained="some of its layers read the keys and values of others",
+    ),
+    Family(
+        name="Gemma 4",
+        model_types=("gemma4_text",),
+        windows="by layer_types",
+        head=CAPPED,
+        but=f"of E2B and E4B, {PARTS}",
+        untrained="the heads of its layers differ in size",
+    ),
     Family(name="Mistral", model_types=("mistral",), windows="every layer"),
     Family(name="Ministral", model_types=("ministral",), windows="by layer_types"),
     Family(name="Ministral 3", model_types=("ministral3",), windows="every layer"),
@@ -154,7 +163,13 @@ FAMILIES = (
     Family(name="GLM-4", model_types=("glm", "glm4", "glm4_moe")),
     Family(name="Cohere 1", model_types=("cohere",), head=MULTIPLIED),
     Family(name="Cohere 2", model_types=("cohere2",), windows="by layer_types", head=MULTIPLIED),
-    Family(name="DeepSeek V2 and V3", model_types=("deepseek_v2", "deepseek_v3"), leaves=LATENTS, latent=True),
+    Family(
+        name="DeepSeek V2 and V3",
+        model_types=("deepseek_v2", "deepseek_v3"),
+        leaves=LATENTS,
+        latent=True,
+        untrained="it keeps latents",
+    ),
     Family(
         name="Qwen 3.5 and 3-Next",
         model_types=("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"),
@@ -237,13 +252,6 @@ USUAL_WINDOW = 32_768
 LARGEST_WINDOW = 100_000_000
 """More than any model has; tokenizers without a limit say 10³⁰."""
 
-LEAST_SIGHT = 1e-6
-"""Share of the largest gradient that one in a later token must have to count: rounding is far below, sight above."""
-
-
-ROUNDED = 0.02
-"""Share of the size of logits that computing them again in 16 bits may change them by."""
-
 
 def family_of(config: Any) -> Family | None:
     """The family of a model of this configuration, or of the language model inside it; None if it is of none."""
@@ -261,6 +269,21 @@ def why_whole_sequences(config: Any) -> str:
     text = config.get_text_config()
     found = [refusal for refusal in family.refused if refusal.applies(text)]
     return "; ".join(f"with the setting {refusal.setting} of its configuration {refusal.why}" for refusal in found)
+
+
+def longest_steady(config: Any) -> int:
+    """The most tokens of a sequence up to which the angles of positions do not depend on its length; beyond, they
+    stretch with it (``dynamic``), or all of them are others (``longrope``)."""
+    text = config.get_text_config()
+    rotary = getattr(text, "rope_parameters", None) or {}
+    found = [LARGEST_WINDOW]
+    for kind in (rotary, *rotary.values()):  # some models have one for each kind of layer
+        name = kind.get("rope_type") if isinstance(kind, dict) else None
+        if name == "longrope":
+            found.append(kind["original_max_position_embeddings"])
+        elif name and "dynamic" in name:
+            found.append(text.max_position_embeddings)
+    return min(found)
 
 
 def feed(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -299,12 +322,14 @@ def leave_out_images(model: Any) -> None:
             setattr(core, name, None)
 
 
-def run_behind(core: Any, embedded: torch.Tensor, mask: Any, positions: torch.Tensor, cache: Any) -> torch.Tensor:
+def run_behind(
+    core: Any, inputs: Mapping[str, torch.Tensor], mask: Any, positions: torch.Tensor, cache: Any
+) -> torch.Tensor:
     """Hidden states ``[B, T, H]`` after the last layer's norm, of tokens behind what a cache holds.
 
     Args:
         core: the language model without its head.
-        embedded: ``[B, T, H]``.
+        inputs: what is read of the tokens, as ``per_layer.inputs`` gives it.
         mask: as its layers take it.
         positions: int64 ``[B, T]``.
         cache: what stands where transformers expects its own.
@@ -313,7 +338,7 @@ def run_behind(core: Any, embedded: torch.Tensor, mask: Any, positions: torch.Te
     options = {"cache_params" if "cache_params" in takes else "past_key_values": cache}  # Mamba says the former
     if "position_ids" in takes:
         options["position_ids"] = positions
-    out = core(inputs_embeds=embedded, attention_mask=mask, use_cache=True, **options)
+    out = core(**inputs, attention_mask=mask, use_cache=True, **options)
     return out.last_hidden_state  # type: ignore[no-any-return]
 
 
@@ -342,51 +367,3 @@ def window_of(config: Any, tokenizer: Any) -> int:
     return next(
         (int(size) for size in said if isinstance(size, int | float) and 0 < size <= LARGEST_WINDOW), USUAL_WINDOW
     )
-
-
-def require_causal(model: Any, name: str, *, rms: float) -> None:
-    """Refuses a model in which a token sees those behind it (of a causal one, the gradient of early logits in later
-    tokens is zero), or that makes more of a token than its embedding.
-
-    Args:
-        model: of transformers, in evaluation mode.
-        name: what the user calls it.
-        rms: root mean square of its embeddings.
-
-    Raises:
-        BaseModelError: it is an encoder, takes no embedded tokens, or feeds its layers more than those.
-    """
-    kind, lookup = model.config.model_type, model.get_input_embeddings()
-    more = BaseModelError(
-        f"the base model {name!r} ({kind}) feeds its layers more of a token than its embedding, which is all that a "
-        "virtual token has; give another base model"
-    )
-    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None):
-        raise more
-    noise = rms * torch.randn(1, 4, lookup.weight.shape[1], generator=torch.Generator().manual_seed(0))
-    leaf = noise.to(lookup.weight.device, lookup.weight.dtype).requires_grad_()
-    ids = torch.arange(4, device=leaf.device)[None]
-
-    def logits(**inputs: torch.Tensor) -> torch.Tensor:
-        out = model(**inputs, attention_mask=torch.ones_like(ids), use_cache=False)
-        return out.logits.float()  # type: ignore[no-any-return]
-
-    try:
-        with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(logits(inputs_embeds=leaf + 0)[:, :2].square().mean(), leaf)
-        with torch.no_grad():
-            by_ids, by_vectors = logits(input_ids=ids), logits(inputs_embeds=feed(model, ids))
-    except Exception as error:  # of transformers alone
-        reason = " ".join(str(error).split()).split(". ")[0][:200]
-        raise BaseModelError(
-            f"the base model {name!r} ({kind}) does not compute logits and gradients from embedded "
-            f"tokens ({type(error).__name__}: {reason}); give another causal language model"
-        ) from error
-    found = gradient.float().nan_to_num(0.0).abs()  # an overflow is no sign of sight
-    if found[:, 2:].max() > LEAST_SIGHT * found.max():
-        raise BaseModelError(
-            f"the base model {name!r} is an encoder ({kind}): its tokens see those behind them; "
-            "give a causal language model"
-        )
-    if (by_ids - by_vectors).norm() > ROUNDED * by_ids.norm():
-        raise more

@@ -52,6 +52,9 @@ WITHOUT_EFFECT = frozenset(
 )
 """What transformers hands to attention besides, and a mask and embedded positions have taken care of."""
 
+TEMPERATURE = "attn_temperature_tuning"
+"""Transformers' name of the switch by which a layer's attention scales its queries by position."""
+
 BLOCK = 512
 """Keys that PyTorch's attention on a CPU works on at once."""
 
@@ -186,8 +189,14 @@ def attend_fast(
     Args:
         query, key, value, mask, scaling: as for ``attend``.
         grouped: hand over each key head once, for all of its query heads. On CUDA, a mask and grouped heads together
-            would take the slow path that writes all scores down, so there each query head gets a copy of its own.
+            would take the slow path that writes all scores down. So there the query heads of a key head stand below
+            each other where they have one token each; else each gets a copy of the keys of its own.
     """
+    batch, heads, tokens, width = query.shape
+    if not grouped and tokens == 1 and heads != key.shape[1]:
+        below = query.reshape(batch, key.shape[1], -1, width)
+        out = nn.functional.scaled_dot_product_attention(below, key, value, attn_mask=mask, scale=scaling)
+        return out.reshape(batch, 1, heads, value.shape[3])
     if not grouped:
         key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
     out = nn.functional.scaled_dot_product_attention(
@@ -353,6 +362,7 @@ def _attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     keep: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
+    scaled_at: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Transformers' attention call: with a floating-point mask ``[B, 1, T, P + S]`` it is ours, else ``sdpa``'s, which
@@ -382,6 +392,10 @@ def _attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if keep is not None:
         keep.append((key, value))
+    if scaled_at is not None:
+        of: Any = module  # as transformers' Llama4TextAttention has it
+        scales = torch.log1p(torch.floor((scaled_at.float() + 1.0) / of.floor_scale)) * of.attn_scale + 1.0
+        query = (query * scales[:, None, :, None]).to(query.dtype)
     if prefix_layer is not None and not prefix_layer[0].shape[2]:
         prefix_layer = None  # an empty prefix
     if prefix_layer is not None and hasattr(module, "expand_kv"):
@@ -428,8 +442,10 @@ def _in_whole_blocks(
     return key, value, nn.functional.pad(mask, (0, extra), value=torch.finfo(mask.dtype).min)
 
 
-def _pick_layer(index: int) -> Any:
-    """A forward pre-hook that hands a layer its own part of ``prefix`` (a state) and its own list in ``keep``."""
+def _pick_layer(index: int, layer: nn.Module) -> Any:
+    """A forward pre-hook that hands a layer its own part of ``prefix`` (a state) and its own list in ``keep``; where
+    its queries are scaled by positions that it would count itself (Llama 4), also those that are meant."""
+    scaling = [m for m in layer.modules() if getattr(m, TEMPERATURE, False) and not getattr(m, "use_rope", True)]
 
     def hook(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -439,6 +455,12 @@ def _pick_layer(index: int) -> Any:
             kwargs["prefix_layer"] = prefix.layer(index)
         if kwargs.get("keep") is not None:
             kwargs["keep"] = kwargs["keep"][index]
+        for module in scaling:
+            mask = kwargs.get("attention_mask")
+            ours = isinstance(mask, torch.Tensor) and mask.is_floating_point()
+            setattr(module, TEMPERATURE, not ours)
+            if ours:
+                kwargs["scaled_at"] = kwargs["position_ids"]
         return args, kwargs
 
     return hook
@@ -457,4 +479,4 @@ def install(model: nn.Module, layers: nn.ModuleList) -> None:
         return
     setattr(model, INSTALLED, True)
     for index, layer in enumerate(layers):
-        layer.register_forward_pre_hook(_pick_layer(index), with_kwargs=True)
+        layer.register_forward_pre_hook(_pick_layer(index, layer), with_kwargs=True)

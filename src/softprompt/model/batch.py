@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -141,7 +142,7 @@ class Batch:
         step_read, step_token, step_slot: ``[N]``: step ``s`` reads place ``step_read[s]``, predicts
             ``step_token[s]`` and counts for word ``step_slot[s] % num_words`` of row ``step_slot[s] // num_words``;
             what is padded counts for a row behind the last.
-        word_counts: ``[rows]``, how many words each row has.
+        word_counts: ``[rows]``, how many words each row has; 0 of one that is padding.
         width: tokens in the longest prefix that was computed before.
         num_words: the most words that a row has.
     """
@@ -238,9 +239,11 @@ class _Layout:
         soft: Sequence[int] | None,
         *,
         fixed: bool,
+        least_rows: int = 0,
     ) -> Batch:
-        """All of it on the CPU; ``fixed``: reads and steps are padded to one of a few numbers."""
-        rows = len(self._counts)
+        """All of it on the CPU; ``fixed``: reads and steps are padded to one of a few numbers, and rows to
+        ``least_rows``."""
+        rows = max(len(self._counts), least_rows if fixed else 0)
         reads, steps = list(self._reads), self._steps
         if fixed:
             reads += [(0, 0)] * (rounded_up(len(reads), FEWEST_READS) - len(reads))
@@ -263,15 +266,16 @@ class _Layout:
             step_read=tensor(step[:, 0]),
             step_token=tensor(step[:, 1]),
             step_slot=tensor(step[:, 2]),
-            word_counts=tensor([self._counts[index] for index in range(rows)]),
+            word_counts=tensor([self._counts.get(index, 0) for index in range(rows)]),
             width=width,
             num_words=self._num_words,
         )
 
 
-def _pack(rows: Sequence[Row], width: int) -> list[list[int]]:
+def _pack(rows: Sequence[Row], width: int, least: int) -> list[list[int]]:
     """Lines of rows with the same prefix, of the length which is the cheapest: padding costs, and in a long line tokens
-    are held against rows that they may not see. ``width`` is the longest prefix."""
+    are held against rows that they may not see. ``width`` is the longest prefix; there are at least ``least`` lines, or
+    one for each row."""
     lengths, prefixes = [row.length for row in rows], [row.prefix for row in rows]
     longest = max(lengths)
     capacities = range(longest, max(longest, LONGEST_LINE) + 1, 8)
@@ -280,7 +284,8 @@ def _pack(rows: Sequence[Row], width: int) -> list[list[int]]:
         length = max(sum(lengths[index] for index in line) for line in lines)
         return len(lines) * length * (BESIDES_ATTENTION + width + length)
 
-    return min((_first_fit(lengths, prefixes, capacity) for capacity in capacities), key=cost)
+    found = (_first_fit(lengths, prefixes, capacity) for capacity in capacities)
+    return min((lines for lines in found if len(lines) >= min(least, len(rows))), key=cost)
 
 
 def _first_fit(lengths: Sequence[int], prefixes: Sequence[int], capacity: int) -> list[list[int]]:
@@ -299,16 +304,17 @@ def _first_fit(lengths: Sequence[int], prefixes: Sequence[int], capacity: int) -
     return lines
 
 
-def collate(rows: Sequence[Row], prefix_lengths: Sequence[int], device: torch.device) -> Batch:
+def collate(rows: Sequence[Row], prefix_lengths: Sequence[int], device: torch.device, *, least_lines: int = 1) -> Batch:
     """Lays ``rows`` out as lines.
 
     Args:
         rows: at least one.
         prefix_lengths: tokens in each shared prefix that ``Row.prefix`` may name; ``(0,)`` where there is none.
         device: where the tensors shall lie.
+        least_lines: how many lines there are at least, if there are as many rows.
     """
     width = max(prefix_lengths)
-    lines = _pack(rows, width)
+    lines = _pack(rows, width, least_lines)
     layout = _Layout(len(lines), max(sum(rows[i].length for i in line) for line in lines), _most_words(rows))
     lengths = [prefix_lengths[rows[line[0]].prefix] for line in lines]
     for number, line in enumerate(lines):
@@ -320,7 +326,7 @@ def collate(rows: Sequence[Row], prefix_lengths: Sequence[int], device: torch.de
     return layout.batch(lengths, width, chosen, None, fixed=False).to(device)
 
 
-def stream(rows: Sequence[Row], prefixes: Sequence[tuple[Tokens, int]], *, fixed: bool) -> Batch:
+def stream(rows: Sequence[Row], prefixes: Sequence[tuple[Tokens, int]], *, fixed: bool, least_rows: int = 0) -> Batch:
     """Lays prefixes and rows out as one stream: ``[prefix 0 | its rows | prefix 1 | its rows | …]``.
 
     Args:
@@ -328,13 +334,17 @@ def stream(rows: Sequence[Row], prefixes: Sequence[tuple[Tokens, int]], *, fixed
         prefixes: of each prefix that ``Row.prefix`` may name, its token ids with one ``SOFT``, and how many vectors
             stand there.
         fixed: pad to one of a few shapes, so that few CUDA graphs serve all batches.
+        least_rows: the rows to pad to, where rows hold several requests and their number varies.
 
     Returns:
         A batch on the CPU.
     """
     starts = [len(ids) - 1 + count for ids, count in prefixes]
     length = sum(starts) + sum(row.length for row in rows)
-    layout = _Layout(1, rounded_up(length, SHORTEST_STREAM) if fixed else length, _most_words(rows))
+    words = _most_words(rows)
+    if fixed and least_rows > len(rows):
+        words = 1 << (words - 1).bit_length()
+    layout = _Layout(1, rounded_up(length, SHORTEST_STREAM) if fixed else length, words)
     soft: list[int] = []
     begin = 0
     for number, (ids, count) in enumerate(prefixes):
@@ -347,7 +357,7 @@ def stream(rows: Sequence[Row], prefixes: Sequence[tuple[Tokens, int]], *, fixed
             if row.prefix == number:
                 begin = layout.row(row, index, 0, begin, starts[number])
         layout.ends[0, first:end] = begin
-    return layout.batch([0], 0, None, soft, fixed=fixed)
+    return layout.batch([0], 0, None, soft, fixed=fixed, least_rows=least_rows)
 
 
 def _most_words(rows: Sequence[Row]) -> int:
@@ -378,3 +388,13 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         else:
             groups.append([index])
     return groups
+
+
+def without_lone_rows(groups: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Groups of ``micro_batches`` of which none has a single row where that can be: one that would, takes in the
+    shortest of the group before it, if that has more than two. Its rows and their padding stay within the limit."""
+    found = [list(group) for group in groups]
+    for before, group in pairwise(found):
+        if len(group) == 1 and len(before) > 2:
+            group.insert(0, before.pop())
+    return found

@@ -9,6 +9,7 @@ Importing this module loads no torch.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -157,6 +158,43 @@ class World:
         if error is not None:
             raise error
         return value  # type: ignore[no-any-return]
+
+    def alone(self, find: Callable[[], T]) -> T:
+        """What the first process finds while the others wait, however long that takes: for what cannot be divided.
+
+        Raises:
+            SoftPromptError: it found a mistake, which all raise.
+        """
+        if self.size == 1:
+            return find()
+        from datetime import timedelta
+
+        from torch.distributed import distributed_c10d
+
+        store: Any = distributed_c10d._get_default_store()
+        key = f"softprompt/alone/{next(_ALONE)}"
+        found: tuple[Any, SoftPromptError | None] = (None, None)
+        with noticing_loss():
+            if self.rank == 0:
+                found = _tried(find)
+                store.set(key, "done")
+            while self.rank and not store.check([key]):  # what all do at once would not wait for more than minutes
+                try:
+                    store.wait([key], timedelta(seconds=10))
+                except RuntimeError as error:
+                    if "timeout" not in str(error).lower():
+                        raise
+
+        def told() -> T:
+            value, error = found
+            if error is not None:
+                raise error
+            return value  # type: ignore[no-any-return]
+
+        return self.from_first(told)
+
+
+_ALONE = itertools.count()
 
 
 def _tried(find: Callable[[], Any]) -> tuple[Any, SoftPromptError | None]:

@@ -4,7 +4,7 @@ others. It computes nothing."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -86,6 +86,11 @@ class Embedder:
         return bool(self.decoder_start)
 
     @property
+    def reads_parts(self) -> bool:
+        """Whether layers get more of a token than its embedding, see ``per_layer``."""
+        return bool(self.settings.get("hidden_size_per_layer_input"))
+
+    @property
     def end_tokens(self) -> frozenset[int]:
         """The end-of-sequence tokens, of the tokenizer and of what the model says about generation."""
         said = getattr(self.generation_config, "eos_token_id", None)
@@ -109,17 +114,27 @@ class Embedder:
 
     def embed(self, ids: Sequence[int], vectors: torch.Tensor | None) -> torch.Tensor:
         """Embeddings ``[T, H]`` of ``ids`` in the model's dtype, with ``vectors`` in the place of ``SOFT``."""
+        return self._placed(ids, vectors, self.look_up)
+
+    def _placed(
+        self,
+        ids: Sequence[int],
+        vectors: torch.Tensor | None,
+        of_tokens: Callable[[torch.Tensor], torch.Tensor],
+        of_vectors: Callable[[torch.Tensor], torch.Tensor] = lambda vectors: vectors,
+    ) -> torch.Tensor:
+        """What is made of tokens, and of vectors in the place of ``SOFT``, one after the other."""
         device, pieces, start = self.embedding.device, [], 0
         for place in [i for i, token in enumerate(ids) if token == SOFT] + [len(ids)]:
-            pieces.append(self.look_up(torch.tensor(ids[start:place], dtype=torch.long, device=device)))
+            pieces.append(of_tokens(torch.tensor(ids[start:place], dtype=torch.long, device=device)))
             if place < len(ids):
                 assert vectors is not None, "a request with a soft prompt's place names its soft prompt"
                 if vectors.dim() != 2:
                     raise ConfigError(
-                        "A trained KV prefix must stand before all input, which may not be empty, in a base model that "
-                        "keeps keys and values in every layer; use a plain soft prompt."
+                        "A trained prefix must stand before all input, which may not be empty, in a base model that "
+                        "computes a prefix once; use a plain soft prompt."
                     )
-                pieces.append(vectors.to(device, self.dtype))
+                pieces.append(of_vectors(vectors.to(device, self.dtype)))
             start = place + 1
         return torch.cat(pieces)
 

@@ -1,5 +1,6 @@
 """Encoder–decoders (T5, BART, T5Gemma): the encoder reads the input with the soft prompt in it, the decoder writes the
-target.
+target. Another part of the soft prompt may stand before all that the decoder reads, the token that it begins with
+included.
 
 A row's input runs through the encoder once, whatever number of words is scored behind it. The decoder runs a line for
 each word; a word that another one begins with needs no line of its own.
@@ -15,7 +16,7 @@ import torch
 
 from softprompt.errors import BaseModelError
 from softprompt.model.batch import micro_batches
-from softprompt.model.whole import Growing, padded
+from softprompt.model.whole import Ahead, Growing, padded
 from softprompt.text.tokens import Tokens, around
 
 LOOK = 4
@@ -42,15 +43,19 @@ class EncoderDecoder:
         self._start = start
 
     def score(
-        self, rows: Sequence[torch.Tensor], words: Sequence[Sequence[Tokens]], *, compare: bool
+        self, rows: Sequence[torch.Tensor], words: Sequence[Sequence[Tokens]], *, compare: bool, ahead: Ahead = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See ``Whole``."""
-        lines, owners, steps = self._laid_out(words)
+        lines, owners, steps = self._laid_out(words, [0] * len(rows) if ahead is None else list(map(len, ahead)))
         encoded, mask = self.encode(rows)
         device = encoded.last_hidden_state.device
         index = torch.tensor(owners, device=device)
-        ids, of_line = _padded_ids(lines, device)
-        logits = self.decode(_with_states(encoded, encoded.last_hidden_state[index]), mask[index], ids, of_line).logits
+        if ahead is None:
+            inputs, of_line = _padded_ids(lines, device)
+        else:
+            inputs, of_line = padded([self.behind(ahead[row], line) for row, line in zip(owners, lines, strict=True)])
+        states = _with_states(encoded, encoded.last_hidden_state[index])
+        logits = self.decode(states, mask[index], inputs, of_line).logits
         line, column, token, slot = torch.tensor(steps, device=device).T
         read = logits[line, column].float()
         picked = read.log_softmax(dim=-1).gather(1, token[:, None])[:, 0]
@@ -91,30 +96,57 @@ class EncoderDecoder:
         embedded, mask = padded(rows)
         return self._model.get_encoder()(inputs_embeds=embedded, attention_mask=mask), mask
 
-    def decode(self, encoded: Any, mask: torch.Tensor, ids: torch.Tensor, of_line: torch.Tensor, **options: Any) -> Any:
-        """The model's output for decoder tokens ``[N, D]``.
+    def why_nothing_ahead(self, width: int) -> str:
+        """Why no vectors ``[N, width]`` can stand before this model's decoder's input, in plain words; empty if they
+        can: its decoder must make the same of tokens' embeddings as of the tokens."""
+        decoder = self._model.get_decoder().get_input_embeddings()
+        if decoder.weight.shape[1] != width:
+            return f"the embeddings of its decoder have {decoder.weight.shape[1]} numbers, those of its encoder {width}"
+        some = torch.arange(len(decoder.weight), device=decoder.weight.device)[-4:]
+        try:
+            with torch.no_grad():
+                encoded, mask = self.encode([self._model.get_input_embeddings()(some)])
+                ids, of_line = _padded_ids([(*self._start, *some[:3].tolist())], mask.device)
+                alone = self.decode(encoded, mask, ids, of_line).logits.float()
+                found = self.decode(encoded, mask, decoder(ids), of_line).logits.float()
+        except Exception as error:  # of transformers alone
+            return f"its decoder takes no embedded tokens ({type(error).__name__})"
+        near = SAME if decoder.weight.dtype == torch.float32 else SAME_IN_16_BITS
+        same = float((found.log_softmax(dim=-1) - alone.log_softmax(dim=-1)).abs().max()) <= near
+        return "" if same else "its decoder makes something else of tokens' embeddings than of the tokens"
+
+    def behind(self, ahead: torch.Tensor, line: Tokens) -> torch.Tensor:
+        """A decoder's line, embedded ``[N + D, H]``, behind vectors ``[N, H]``."""
+        lookup = self._model.get_decoder().get_input_embeddings()
+        return torch.cat([ahead, lookup(torch.tensor(line, device=ahead.device))])
+
+    def decode(
+        self, encoded: Any, mask: torch.Tensor, inputs: torch.Tensor, of_line: torch.Tensor, **options: Any
+    ) -> Any:
+        """The model's output for ``D`` decoder tokens of ``N`` lines.
 
         Args:
             encoded, mask: as of ``encode``, for ``N`` rows.
-            ids: int64 ``[N, D]``.
+            inputs: int64 ``[N, D]``, or embedded ``[N, D, H]``.
             of_line: int64, 1 for the tokens that are there, those of earlier passes included. It is always given: some
                 models would take tokens for padding that have its id, such as the one that T5's decoder begins with.
             options: of the model's forward.
         """
         options = {"use_cache": False} | options
+        kind = "decoder_inputs_embeds" if inputs.is_floating_point() else "decoder_input_ids"
         return self._model(
             encoder_outputs=encoded,
             attention_mask=mask,
-            decoder_input_ids=ids,
             decoder_attention_mask=of_line,
+            **{kind: inputs},
             **options,
         )
 
     def _laid_out(
-        self, words: Sequence[Sequence[Tokens]]
+        self, words: Sequence[Sequence[Tokens]], ahead: Sequence[int]
     ) -> tuple[list[Tokens], list[int], list[tuple[int, int, int, int]]]:
         """The decoder's lines; the row of each; and for each token of each word the line and column that it is read
-        from, itself, and the word's place in ``[B, W]``."""
+        from, itself, and the word's place in ``[B, W]``. So many vectors stand ``ahead`` of each row's lines."""
         width, start = max(map(len, words)), len(self._start) - 1
         lines: list[Tokens] = []
         owners: list[int] = []
@@ -124,7 +156,7 @@ class EncoderDecoder:
             for w, word in enumerate(several):
                 number = next(i for i, line in enumerate(own) if line[: len(word) - 1] == word[:-1])
                 for depth, token in enumerate(word):
-                    steps.append((len(lines) + number, start + depth, token, row * width + w))
+                    steps.append((len(lines) + number, ahead[row] + start + depth, token, row * width + w))
             lines += [(*self._start, *line) for line in own]
             owners += [row] * len(own)
         return lines, owners, steps
@@ -140,10 +172,12 @@ class _Group:
         past: what their decoder tokens have left behind, transformers' own cache.
         count: how many decoder tokens have run.
         ids: int64 ``[B, D]``, those that have not.
+        ahead: vectors ``[N, H]`` of each row before its decoder tokens; empty without, and once they have run.
     """
 
     inputs: list[torch.Tensor]
     ids: torch.Tensor
+    ahead: list[torch.Tensor]
     encoded: Any = None
     mask: torch.Tensor | None = None
     past: Any = None
@@ -156,13 +190,13 @@ class _Rows:
     def __init__(self, model: EncoderDecoder, start: Tokens) -> None:
         self._model = model
         self._start = start
-        self._new: list[torch.Tensor] = []
+        self._new: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._groups: list[_Group] = []
         self._places: list[tuple[_Group, int]] = []  # of each row that is no longer new
 
-    def add(self, rows: Sequence[torch.Tensor]) -> None:
+    def add(self, rows: Sequence[torch.Tensor], ahead: Ahead = None) -> None:
         """See ``Growing``."""
-        self._new += rows
+        self._new += zip(rows, [None] * len(rows) if ahead is None else ahead, strict=True)
 
     def logits(self) -> torch.Tensor:
         """See ``Growing``."""
@@ -194,14 +228,20 @@ class _Rows:
         self._groups = [group for group in self._groups if any(owner is group for owner, _ in kept)]
 
     def _begin(self) -> None:
-        """Makes groups of the rows that are new, of similar length."""
+        """Makes groups of the rows that are new, of similar length, and with as many vectors before the decoder's
+        input."""
         new, self._new = self._new, []
         places: dict[int, tuple[_Group, int]] = {}
-        for members in micro_batches([len(row) for row in new], TOGETHER):
-            inputs = [new[i] for i in members]
-            group = _Group(inputs, torch.tensor([self._start] * len(inputs), device=inputs[0].device))
-            self._groups.append(group)
-            places |= {i: (group, index) for index, i in enumerate(members)}
+        lengths = [0 if ahead is None else len(ahead) for _, ahead in new]
+        for length in dict.fromkeys(lengths):
+            alike = [i for i, own in enumerate(lengths) if own == length]
+            for part in micro_batches([len(new[i][0]) for i in alike], TOGETHER):
+                members = [alike[i] for i in part]
+                inputs = [new[i][0] for i in members]
+                ids = torch.tensor([self._start] * len(inputs), device=inputs[0].device)
+                group = _Group(inputs, ids, [ahead for i in members if (ahead := new[i][1]) is not None and length])
+                self._groups.append(group)
+                places |= {i: (group, index) for index, i in enumerate(members)}
         self._places += [places[i] for i in range(len(new))]
 
     def _run(self, group: _Group) -> torch.Tensor:
@@ -212,11 +252,13 @@ class _Rows:
             group.encoded, group.mask = self._model.encode(group.inputs)
             group.past, group.inputs = EncoderDecoderCache(DynamicCache(), DynamicCache()), []
         assert group.mask is not None
-        group.count += group.ids.shape[1]
+        inputs = group.ids
+        if group.ahead:
+            inputs = torch.stack([self._model.behind(ahead, self._start) for ahead in group.ahead])
+            group.ahead = []
+        group.count += inputs.shape[1]
         there = torch.ones(len(group.ids), group.count, dtype=torch.long, device=group.ids.device)
-        out = self._model.decode(
-            group.encoded, group.mask, group.ids, there, past_key_values=group.past, use_cache=True
-        )
+        out = self._model.decode(group.encoded, group.mask, inputs, there, past_key_values=group.past, use_cache=True)
         group.past = out.past_key_values
         return out.logits[:, -1].float()  # type: ignore[no-any-return]
 

@@ -16,7 +16,7 @@ from torch import nn
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.errors import ConfigError
 from softprompt.files import StrPath, local_path
-from softprompt.model import attention, quantized, trial
+from softprompt.model import attention, continuing, quantized, trial
 from softprompt.model.architecture import (
     WHOLE,
     Family,
@@ -27,24 +27,27 @@ from softprompt.model.architecture import (
     family_of,
     feed,
     leave_out_images,
-    require_causal,
+    longest_steady,
     run_behind,
     why_whole_sequences,
     window_of,
 )
 from softprompt.model.attention import Masks
 from softprompt.model.batch import Batch, Row, collate
+from softprompt.model.causal import require_causal
 from softprompt.model.chains import collate_chains
 from softprompt.model.distributed import ALONE, World, own_device
 from softprompt.model.embedder import Embedder
 from softprompt.model.encoder_decoder import EncoderDecoder, decoder_start, require_embedded
 from softprompt.model.fast.blocks import can_use_blocks
+from softprompt.model.fast.fixed_rows import FixedRows
 from softprompt.model.fast.layers import LayerModes
 from softprompt.model.fast.packed import PackedWeights
-from softprompt.model.fingerprint import fingerprint_model, fingerprint_tokenizer, model_settings, weights_digest
-from softprompt.model.loading import lasting, load_base, own_dtype, pick_device, pick_dtype
+from softprompt.model.fingerprint import fingerprint_tokenizer, model_settings, weights_digest
+from softprompt.model.loading import fingerprint_of, lasting, load_base, own_dtype, pick_device, pick_dtype
 from softprompt.model.memory import less_at_once, tokens_that_fit
 from softprompt.model.notes import heard
+from softprompt.model.per_layer import inputs, read, read_virtual
 from softprompt.model.prefixes import PrefixCache, PrefixOf
 from softprompt.model.reading import summed
 from softprompt.model.request import Request, prompt_of
@@ -53,7 +56,8 @@ from softprompt.model.sharding import divide
 from softprompt.model.state.kv import Kept, PrefixKV
 from softprompt.model.state.prefix import PrefixState
 from softprompt.model.state.recurrent import Pass, RecurrentState, RowStates, Slots
-from softprompt.model.state.slots import RowKV
+from softprompt.model.state.slots import RowKV, give_back_freed
+from softprompt.model.trained import TrainedPrefixes
 from softprompt.model.whole import Whole, WholeSequences
 from softprompt.text.tokens import SOFT, Tokens, frequent_tokens
 
@@ -70,9 +74,14 @@ class FrozenLM(Embedder):
         device: where it is.
         shares_prefix: whether the shared-prefix computation serves this architecture.
         why_whole_sequences: why not, in plain words; empty if it does.
+        longest_steady: the most tokens of a sequence whose prefix can be computed once.
         recurrent: whether some layers that prefixes enter have a state of one size for a memory.
         layers: how its decoder layers run in training.
+        keeps_latents: whether its layers with attention keep latents.
+        hands_over: whether some of its layers read the keys and values of others.
+        fixed_rows: passes over the last tokens of rows that are continued, as CUDA graphs.
         whole: how it computes whole sequences, with nothing shared.
+        avoids_one_row: whether a row alone is computed twice.
         packed: its weights as a CPU's products of few rows want them; for continuing, token by token.
         world: the processes that share the work. All of them must ask for the same, in the same order.
         num_parameters: how many weights the base model has, shared ones counted once.
@@ -90,12 +99,12 @@ class FrozenLM(Embedder):
         text_only: bool = False,
         world: World = ALONE,
     ) -> None:
-        fingerprint = getattr(model, "stored_fingerprint", None) or fingerprint_model(model)  # as they are stored
+        fingerprint = fingerprint_of(model)  # as its weights are stored
         if text_only:
             leave_out_images(model)
         self.world, self.device, config = world, pick_device(device), model.config
         stored, found = quantized.stored_precision(config), pick_dtype(dtype, self.device)
-        self.num_parameters = quantized.count_weights(model)
+        self.num_parameters, self.longest_steady = quantized.count_weights(model), longest_steady(config)
         self.quantized = stored or quantize or ""
         self._layers, self._core = decoder_layers(model), core_of(model)
         if world.shard != "none":
@@ -132,14 +141,13 @@ class FrozenLM(Embedder):
             self.whole = EncoderDecoder(self.model, self.decoder_start)
         else:
             require_causal(self.model, name, rms=self.embedding_rms)
-            self.whole = WholeSequences(self.model)
+            self.whole = WholeSequences(self.model, self.longest_steady)
         # In 16 bits, a CPU rounds the matrix product of one row otherwise than that row's among others: where a row
         # alone is computed twice, its text is the same in any company.
-        self._avoids_one_row = self.device.type == "cpu" and self.dtype != torch.float32
-        self.packed = PackedWeights(self.model)
-        self.layers = LayerModes(self._layers)
-        family = family_of(config)
-        self.take_up(family, why_whole_sequences(config))
+        self.avoids_one_row = self.device.type == "cpu" and self.dtype != torch.float32
+        self.packed, self.layers = PackedWeights(self.model), LayerModes(self._layers)
+        self.fixed_rows = FixedRows(wanted=self.device.type == "cuda" and world.shard == "none")
+        self.take_up(family := family_of(config), why_whole_sequences(config))
         if family is None and config.model_type not in WHOLE and not self.encoder_decoder:
             trial.run(self)
 
@@ -151,8 +159,9 @@ class FrozenLM(Embedder):
         self._text_config = self.model.config.get_text_config()
         self._mask = Masks.of(self._text_config, family, self.dtype)
         self._head = family.head if family else Head()
-        self._keeps_latents = family is not None and family.latent
-        self._by_blocks = self.compiles and self._mask.fits_blocks and can_use_blocks(self.device)
+        self.keeps_latents = family is not None and family.latent
+        self.hands_over = bool(getattr(self._text_config, "num_kv_shared_layers", 0))
+        self._by_blocks = self.plain and self._mask.fits_blocks and can_use_blocks(self.device)
         if self.shares_prefix:
             attention.install(self.model, self._layers)
 
@@ -174,7 +183,7 @@ class FrozenLM(Embedder):
             dtype: ``fp32``, ``bf16``, ``fp16``, or ``auto``: bf16 where the processor computes it natively, else fp32.
             device: ``auto``, ``cpu``, ``cuda``, ``mps`` …
             trust_remote_code: run code that comes with the model.
-            quantize: ``nf4``, ``int8``, ``int4`` or ``fp8``: what its linear layers are stored in; None: as they are.
+            quantize: ``nf4``, ``int8``, ``int4``, ``fp8`` or ``gguf``: how its layers are stored; None: as they are.
             world: the processes that share the work, see ``World.join``.
 
         Raises:
@@ -182,23 +191,21 @@ class FrozenLM(Embedder):
                 it is stored quantised already, as another than ``quantize``, or so that this machine cannot compute it.
             ConfigError: an unknown dtype or device, or a precision that this machine cannot compute with.
         """
-        base = os.fspath(base)
-        if base.startswith("~"):
-            base = str(local_path(base))
+        base = str(local_path(base)) if os.fspath(base).startswith("~") else os.fspath(base)
         device = own_device(device) if world.size > 1 else device
         device_found = pick_device(device)
         pick_dtype(dtype, device_found)
         if quantize is not None:
             quantized.require_precision(quantize, device_found)
         with heard():
-            model, tokenizer = load_base(
-                base, trust_remote_code=trust_remote_code, device=device_found, quantize=quantize
-            )
+            where: Any = {"device": device_found, "quantize": quantize}
+            model, tokenizer = load_base(base, trust_remote_code=trust_remote_code, **where)
             if quantized.stored_precision(model.config) and dtype == "auto":
                 dtype = own_dtype(model)
-            return cls(
-                model, tokenizer, name=base, dtype=dtype, device=device, quantize=quantize, text_only=True, world=world
-            )
+            options: Any = {"dtype": dtype, "device": device, "quantize": quantize, "world": world}
+            lm = cls(model, tokenizer, name=base, text_only=True, **options)
+        give_back_freed()  # what quantising took
+        return lm
 
     @classmethod
     def wrap(
@@ -253,7 +260,7 @@ class FrozenLM(Embedder):
 
     @property
     def num_layers(self) -> int:
-        """``L``, the number of layers that read the soft prompt: of the decoder, or of an encoder–decoder's encoder."""
+        """``L``, how many layers read the soft prompt: of the decoder, or of an encoder–decoder's encoder."""
         return len(self._layers)
 
     @cached_property
@@ -262,34 +269,28 @@ class FrozenLM(Embedder):
         (RMS, median over tokens); at least 1."""
         ids = frequent_tokens(self.tokenizer, len(self.embedding), 0)[: min(GAIN_TOKENS, self.window)]
         with torch.no_grad(), self.eager():
-            states = self.whole.layer_states(self.embed(ids, None))
+            states = self.whole.layer_states(self.rows(ids, None))
         before, after = (state[1:].float().square().mean(dim=1).sqrt() for state in states[:2])
         gain = float((after / before).median())
         return max(1.0, gain) if math.isfinite(gain) else 1.0
 
     @property
     def compiles(self) -> bool:
-        """Whether all layers can share compiled graphs: those that ask a cache by number, choose experts, or are
-        quantised, cannot."""
+        """Whether all layers can share compiled graphs: what is not ``plain``, and quantised layers, cannot."""
+        return self.plain and not self.quantized
+
+    @property
+    def plain(self) -> bool:
+        """Whether passes of one shape do the same and wait for nothing: layers that ask a cache by number or choose
+        experts do not, nor do those that hand keys and values to others or that others than us have quantised."""
         experts = any("experts" in name for name, _ in self._layers.named_parameters())
-        whole = self.world.shard == "none" and not self.quantized
-        return whole and self.shares_prefix and not (self.recurrent or self._keeps_latents or experts)
+        whole = self.world.shard == "none" and quantized.is_own(self.model) and not self.hands_over
+        return whole and self.shares_prefix and not (self.recurrent or self.keeps_latents or experts)
 
     @cached_property
-    def why_no_kv(self) -> str:
-        """Why keys and values of this model cannot be a trained prefix, in plain words; empty if they can."""
-        if self.world.shard == "tp":
-            return "its heads are divided over several processes"
-        if not self.shares_prefix or self.recurrent or self._keeps_latents:
-            return self.why_whole_sequences or "not all of its layers keep keys and values, but a state or latents"
-        with torch.no_grad(), self.eager():
-            shapes = {tensor.shape for tensor in self.prefix_kv((), None).tensors}
-        return "the keys and values of its layers differ in size" if len(shapes) > 1 else ""
-
-    @cached_property
-    def kv_shape(self) -> tuple[int, ...]:
-        """``(L, 2, H_kv, D)``, the shape of a virtual token of a trained KV prefix; only without ``why_no_kv``."""
-        return tuple(self.prefix_numbers((), None).shape[1:])
+    def trained(self) -> TrainedPrefixes:
+        """What this model can take as a trained prefix."""
+        return TrainedPrefixes(self)
 
     @cached_property
     def tokens_at_once(self) -> int:
@@ -314,8 +315,9 @@ class FrozenLM(Embedder):
 
         Args:
             ids: the prefix's token ids, ``SOFT`` where ``vectors`` stand; may be empty.
-            vectors: float ``[P, H]``, or a trained KV prefix ``[P, L, 2, H_kv, D]``, which stands at ``SOFT`` as it is:
-                tokens before it do not see it, those behind it do; None if ``ids`` holds no ``SOFT``.
+            vectors: float ``[P, H]``, or a trained prefix, ``[P, L, 2, H_kv, D]`` or ``[N]``, which stands at ``SOFT``
+                as it is: tokens before it do not see it, those behind it do. What tokens before it left in recurrent
+                layers, a trained state replaces. None if ``ids`` holds no ``SOFT``.
             before: one prefix that is known already and that ``ids`` stand behind.
 
         Returns:
@@ -323,17 +325,10 @@ class FrozenLM(Embedder):
         """
         if vectors is None or vectors.dim() == 2 or SOFT not in ids:
             return self._run_prefix(ids, vectors, before)
-        if self.why_no_kv:
-            raise ConfigError(
-                f"Expected vectors as a soft prompt for {self.name}, found a trained KV prefix, which it cannot take: "
-                f"{self.why_no_kv}."
-            )
-        place = list(ids).index(SOFT)
-        known = PrefixKV.of_numbers(vectors.to(self.device, self.dtype))
+        place, known = list(ids).index(SOFT), self.trained.state(vectors)
         if place:
             before = self._run_prefix(ids[:place], None, before)
         if before is not None:
-            assert isinstance(before, PrefixKV)
             known = before.join(known)
         behind = ids[place + 1 :]
         return self._run_prefix(behind, None, known) if behind else known
@@ -347,27 +342,12 @@ class FrozenLM(Embedder):
         if self.recurrent or any(numbers.dim() != 2 for numbers in vectors):
             first, *others = [self.prefix_kv(ids, own) for ids, own in zip(prefixes, vectors, strict=True)]
             return first.stack(others)
-        rows = [self.embed(ids, own) for ids, own in zip(prefixes, vectors, strict=True)]
+        rows = [self.rows(ids, own) for ids, own in zip(prefixes, vectors, strict=True)]
         return self._run_prefixes(rows, [len(row) for row in rows], None)
-
-    @torch.no_grad()
-    def prefix_numbers(self, ids: Sequence[int], vectors: torch.Tensor | None) -> torch.Tensor:
-        """A prefix as the numbers of a trained KV prefix.
-
-        Args:
-            ids, vectors: as for ``prefix_kv``; only without ``why_no_kv``.
-
-        Returns:
-            float32 ``[P, L, 2, H_kv, D]``, of all of its tokens, keys after any rotary embedding.
-        """
-        with self.eager():
-            prefix = self.prefix_kv(ids, vectors)
-        assert isinstance(prefix, PrefixKV)
-        return prefix.numbers().float().contiguous()
 
     def _run_prefix(self, ids: Sequence[int], vectors: torch.Tensor | None, before: PrefixState | None) -> PrefixState:
         """What ``before`` leaves behind, and behind it ``ids``, which see it."""
-        embedded = self.embed(list(ids) or [0], vectors)
+        embedded = self.rows(list(ids) or [0], vectors)
         length = len(embedded) if ids else 0  # of an empty prefix only the shape is taken, from a throw-away token
         if self.recurrent:
             assert before is None or isinstance(before, RecurrentState)
@@ -376,7 +356,7 @@ class FrozenLM(Embedder):
             positions = seen[:, start:]
             cache = Pass(before, torch.zeros(1, dtype=torch.long, device=self.device))
             mask = self._mask(positions[..., None] >= seen[:, None], positions, seen)
-            run_behind(self._core, embedded[None], mask, positions, cache)
+            run_behind(self._core, inputs(self._core, embedded[None]), mask, positions, cache)
             state = cache.left(length)
             return state if before is None else before.join(state)
         assert before is None or isinstance(before, PrefixKV)
@@ -391,9 +371,9 @@ class FrozenLM(Embedder):
         seen = torch.arange(start + embedded.shape[1], device=self.device).expand(len(rows), -1)
         positions = seen[:, start:]
         # A cache is asked in code that knows its layer's number, which would be compiled for each layer anew.
-        keeping: dict[str, Any] = {"past_key_values": kept} if self._keeps_latents else {"keep": kept.layers}
+        keeping: dict[str, Any] = {"past_key_values": kept} if self.keeps_latents else {"keep": kept.layers}
         self._core(
-            inputs_embeds=embedded,
+            **inputs(self._core, embedded),
             attention_mask=self._mask(positions[..., None] >= seen[:, None], positions, seen),
             position_ids=positions,
             use_cache=False,
@@ -439,14 +419,14 @@ class FrozenLM(Embedder):
     ) -> torch.Tensor:
         """Logits float32 ``[M, V]`` at the places that the rows' words are read from."""
         hidden = self._hidden(batch, prefix, vectors)
-        return self._logits(hidden[batch.read_lines, batch.read_columns])
+        return self.logits(hidden[batch.read_lines, batch.read_columns])
 
     def _hidden(self, batch: Batch, prefix: PrefixState | None, vectors: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states ``[B, T, H]`` of the rows after the last layer's norm."""
-        embedded = self.look_up(batch.ids)
+        embedded = self.read(batch.ids)
         if batch.soft is not None:
             assert vectors is not None
-            embedded = embedded.index_copy(1, batch.soft, vectors.to(self.dtype)[None])
+            embedded = embedded.index_copy(1, batch.soft, read_virtual(self.model, vectors.to(self.dtype))[None])
         if batch.soft is not None and self._by_blocks:
             mask = self._mask.blocks(batch.ends[0], batch.positions[0])
         else:
@@ -454,9 +434,10 @@ class FrozenLM(Embedder):
             mask = self._mask(batch.sees, batch.positions, torch.cat([before, batch.positions], dim=1))
         if isinstance(prefix, RecurrentState):
             assert batch.prefix_rows is not None
-            return run_behind(self._core, embedded, mask, batch.positions, Pass(prefix, batch.prefix_rows))
+            given = inputs(self._core, embedded)
+            return run_behind(self._core, given, mask, batch.positions, Pass(prefix, batch.prefix_rows))
         out = self._core(
-            inputs_embeds=embedded,
+            **inputs(self._core, embedded),
             attention_mask=mask,
             position_ids=batch.positions,
             use_cache=False,
@@ -465,37 +446,34 @@ class FrozenLM(Embedder):
         )
         return out.last_hidden_state  # type: ignore[no-any-return]
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self._avoids_one_row and len(hidden) == 1:
-            return self._logits(hidden.expand(2, -1))[:1]
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Float32 ``[M, V]`` of hidden states ``[M, H]``."""
+        if self.avoids_one_row and len(hidden) == 1:
+            return self.logits(hidden.expand(2, -1))[:1]
+        hidden = hidden.to(self.dtype)  # Mamba 2 adds its layers up in fp32
         return self._head(self.model.get_output_embeddings()(hidden).float(), self._text_config)
 
-    def slots(self) -> Slots:
-        """Where rows of this model grow."""
-        return RowStates() if self.recurrent else RowKV()
+    def slots(self, *, fixed: bool = False) -> Slots:
+        """Where rows of this model grow; ``fixed``: to be continued token by token, where captured graphs find them."""
+        if fixed and (self.recurrent or not self.shares_prefix):
+            self.fixed_rows.without("its layers have states" if self.recurrent else "it runs whole sequences")
+        if self.recurrent:
+            return RowStates()
+        return self.fixed_rows.slots() if fixed else RowKV()
 
     def next_logits(self, kv: Slots, embedded: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-        """Runs the next tokens of every row behind those in ``kv``, and appends them there.
+        """Runs the next tokens of every row behind those in ``kv``, and appends them there (``continuing``)."""
+        return continuing.next_logits(self, kv, embedded, counts)
 
-        Args:
-            kv: the rows so far, ``B`` of them.
-            embedded: ``[B, T, H]``, padded on the right.
-            counts: how many of the ``T`` tokens are each row's own, at least one; all, in a recurrent model.
+    def last_logits(self, kv: Slots, tokens: Sequence[int]) -> torch.Tensor:
+        """``next_logits`` of one token a row, by id. On a GPU nothing waits for it."""
+        return continuing.last_logits(self, kv, tokens)
 
-        Returns:
-            float32 ``[B, V]``, the logits after each row's last token.
-        """
-        columns = kv.extend(counts, embedded.shape[1])
-        alone = self._avoids_one_row and embedded.shape[:2] == (1, 1) and not self.recurrent
-        if alone:
-            embedded, columns, counts = embedded.expand(2, -1, -1), columns.expand(2, -1), [*counts, *counts]
-        own = torch.tensor(counts)
-        padding = torch.arange(embedded.shape[1]) >= own[:, None]
-        columns, places = columns.to(self.device), torch.arange(kv.width, device=self.device)[None]
-        sees, positions = columns[..., None] >= places[:, None], columns.masked_fill(padding.to(self.device), 0)
-        hidden = run_behind(self._core, embedded, self._mask(sees, positions, places), positions, kv)
-        logits = self._logits(hidden[torch.arange(len(own)), own - 1])
-        return logits[:1] if alone else logits
+    def behind(self, kv: Any, embedded: torch.Tensor, columns: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Hidden states ``[B, T, H]`` of tokens that stand in those columns of their slots, both int64 ``[B, T]``."""
+        places = torch.arange(kv.width, device=self.device)[None]
+        mask = self._mask(columns[..., None] >= places[:, None], positions, places)
+        return run_behind(self._core, inputs(self._core, embedded), mask, positions, kv)
 
     # --- the concatenation path: the reference, and what serves every other architecture ----------
 
@@ -519,9 +497,38 @@ class FrozenLM(Embedder):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``score_concatenated``, and with ``compare`` bool ``[B, W]``: whether each token of a word is the most
         probable one."""
-        rows = [self.embed(request.ids, prompt_of(request, soft_prompts)) for request in requests]
+        inputs = [self.inputs(request, prompt_of(request, soft_prompts)) for request in requests]
+        ahead = [own for _, own in inputs] if any(request.ahead for request in requests) else None
         with self.eager():
-            return self.whole.score(rows, [request.words for request in requests], compare=compare)
+            words = [request.words for request in requests]
+            return self.whole.score([row for row, _ in inputs], words, compare=compare, ahead=ahead)
+
+    def inputs(self, request: Request, vectors: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """A request for ``whole``: its embedded input ``[T, H]``, and the vectors ``[N, H]`` before the decoder's.
+
+        Raises:
+            ConfigError: there are some, and this model's decoder cannot take them.
+        """
+        if vectors is None or not request.ahead:
+            return self.rows(request.ids, vectors), self.embedding.new_zeros(0, self.hidden_size, dtype=self.dtype)
+        self.require_ahead()
+        own, ahead = vectors[: -request.ahead], vectors[-request.ahead :]
+        return self.embed(request.ids, own), ahead.to(self.device, self.dtype)
+
+    def require_ahead(self) -> None:
+        """Raises a ``ConfigError`` where no virtual tokens can stand before a decoder's input."""
+        if self._why_nothing_ahead:
+            raise ConfigError(
+                f"Expected a base model whose decoder takes virtual tokens before its input, which {self.name} is not: "
+                f"{self._why_nothing_ahead}; leave decoder_virtual_tokens out."
+            )
+
+    @cached_property
+    def _why_nothing_ahead(self) -> str:
+        if not isinstance(self.whole, EncoderDecoder):
+            return "it is no encoder-decoder"
+        with self.eager():
+            return self.whole.why_nothing_ahead(self.hidden_size)
 
     def tokens_of(self, request: Request, num_virtual_tokens: int = 0) -> int:
         """How many tokens ``score_concatenated`` computes for a request."""
@@ -531,6 +538,14 @@ class FrozenLM(Embedder):
     def look_up(self, ids: torch.Tensor) -> torch.Tensor:
         """What tokens feed into the model: ``[…, H]`` of int64 ids ``[…]``, differentiable in the weights."""
         return feed(self.model, ids)
+
+    def read(self, ids: torch.Tensor) -> torch.Tensor:
+        """``look_up``, and behind it what layers get of each token besides."""
+        return read(self.model, ids)
+
+    def rows(self, ids: Sequence[int], vectors: torch.Tensor | None) -> torch.Tensor:
+        """``embed``, of all that the model reads."""
+        return self._placed(ids, vectors, self.read, lambda own: read_virtual(self.model, own))
 
     # --- whole jobs without gradient ---------------------------------------------------------------------------------
 
@@ -547,8 +562,7 @@ class FrozenLM(Embedder):
 
         Args:
             requests: each with at least one word.
-            soft_prompts: float ``[P_k, H]`` each, or trained KV prefixes ``[P_k, L, 2, H_kv, D]``; ``Request.prompt``
-                points into them.
+            soft_prompts: float ``[P_k, H]`` each, or trained prefixes; ``Request.prompt`` points into them.
             max_tokens: the most tokens, padding included, in one forward pass; by default twice ``tokens_at_once``.
             prefix_of: where prefixes come from; by default as many are kept as there are soft prompts, for as long as
                 this call lasts.
@@ -578,8 +592,6 @@ class FrozenLM(Embedder):
         """
         return scores_and_greedy(self, requests, soft_prompts, prefix_of)
 
-    # --- how the layers run -------------------------------------------------------------------------------------------
-
     def eager(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, layers run as they are, compiled or not; all that is not training does."""
         return self.layers.eager()
@@ -587,4 +599,5 @@ class FrozenLM(Embedder):
     def take_less_at_once(self, tokens: int) -> None:
         """After a pass of so many tokens did not fit into memory: ``tokens_at_once`` becomes half of them at most, with
         a ``SoftPromptWarning``."""
+        self.fixed_rows.free()
         self.tokens_at_once = less_at_once(min(self.tokens_at_once, tokens), self.device)

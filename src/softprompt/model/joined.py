@@ -115,18 +115,38 @@ def apart(values: torch.Tensor, joined: Sequence[Joined]) -> torch.Tensor:
         ``[requests, W']``, in the order of the rows and of the requests in them; ``-inf`` or False beyond a request's
         own words.
     """
+    index = word_places(joined, values.shape[1], values.numel())
+    return values if index is None else picked(values, index.to(values.device))
+
+
+def word_places(joined: Sequence[Joined], num_words: int, absent: int) -> torch.Tensor | None:
+    """Where ``picked`` finds the words of each request.
+
+    Args:
+        joined: one for each row.
+        num_words: words of a row, padding included.
+        absent: the place behind all words of all rows.
+
+    Returns:
+        int64 ``[requests, W']`` on the CPU; None if each row is one request.
+    """
     if all(len(one.requests) == 1 for one in joined):
-        return values
+        return None
     width = max(len(request.words) for one in joined for request in one.requests)
     index: list[list[int]] = []
     for number, one in enumerate(joined):
-        begin = number * values.shape[1]
+        begin = number * num_words
         for request in one.requests:
             count = len(request.words)
-            index.append([*range(begin, begin + count), *[values.numel()] * (width - count)])
+            index.append([*range(begin, begin + count), *[absent] * (width - count)])
             begin += count
+    return torch.tensor(index)
+
+
+def picked(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Float or bool ``[rows, W]`` by places, int64 ``[requests, W']``; ``-inf`` or False behind the last."""
     absent = values.new_full((1,), -math.inf if values.is_floating_point() else False)
-    return torch.cat([values.reshape(-1), absent])[torch.tensor(index, device=values.device)]
+    return torch.cat([values.reshape(-1), absent])[index]
 
 
 class _Latest:

@@ -20,18 +20,28 @@ from softprompt.data.packages import DEFAULT_BASE, SMOLLM2_GGUF
 from softprompt.errors import BaseModelError, ConfigError
 from softprompt.files import StrPath, cache_folder, local_path
 from softprompt.model.files import ADAPTER, INDEX, WEIGHTS, adapter_alone, adapts, locate
+from softprompt.model.fingerprint import fingerprint_model
 from softprompt.model.notes import heard, say
 from softprompt.model.quantized import (
     fingerprint_files,
+    holds,
+    is_unpacked,
     loading_options,
     remedy_for,
     require_method,
     require_plain,
+    require_whole_blocks,
     stored_precision,
 )
 
 BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 """Ends of names of what older releases of transformers stored, and is computed anew."""
+
+LANGUAGE_MODEL = {r"^model\.language_model\.": "model."}
+"""What the weights of Gemma 3n are called in its language model alone: what reads images needs a library of its own."""
+
+OTHER_SENSES = ("model.vision_tower.", "model.audio_tower.", "model.embed_vision.", "model.embed_audio.")
+"""Beginnings of names of its other weights."""
 
 WHAT_TO_GIVE = f"give {DEFAULT_BASE}, a hub id, a folder saved by transformers or a .gguf file"
 
@@ -141,11 +151,18 @@ def _from_pretrained(
     adapter = _adapter_beside(source, base)
     config = load(AutoConfig.from_pretrained)
     loader = _loader(config, base)
-    stored, options, remedy = stored_precision(config), dict[str, Any](), WHAT_TO_GIVE
+    options, remedy = dict[str, Any](), WHAT_TO_GIVE
+    if config.model_type == "gemma3n":
+        whole_config, config, options = config, config.get_text_config(), {"key_mapping": LANGUAGE_MODEL}
+        if hasattr(whole_config, "quantization_config"):
+            config.quantization_config = whole_config.quantization_config
+    stored = stored_precision(config)
+    block = (getattr(config, "quantization_config", None) or {}).get("weight_block_size") if stored else None
     if stored:
         require_method(config, base)
-        require_plain(stored, quantize, base)
-        options, remedy = loading_options(config, device, base), remedy_for(config)
+        if not is_unpacked(config, device):
+            require_plain(stored, quantize, base)
+        options, remedy = options | loading_options(config, device, base), remedy_for(config)
         whole = f"the base model {base!r} is stored in {stored} and could not be loaded"
     tokenizer = load(AutoTokenizer.from_pretrained, f"the tokenizer of the {called}", WHERE_TO_PUT_A_TOKENIZER)
     _require_vocabulary(tokenizer, base)
@@ -163,12 +180,29 @@ def _from_pretrained(
         **options,
     )
     _require_all_weights(base, found)
+    if stored and block and is_unpacked(config, device):
+        require_whole_blocks(_weights_of(source), block, base)
     if stored:
         model.stored_fingerprint = fingerprint_files(config.model_type, _weights_of(source))
     if adapter is not None:
         say(f"an adapter{adapts(adapter)} ({ADAPTER}) lies beside the weights of {base}; it is not applied")
     _say_what_does_not_fit(model, tokenizer, found, base)
     return model, tokenizer
+
+
+def fingerprint_of(model: Any) -> str:
+    """What a model in memory is known by: of one that was stored quantised, the fingerprint of its files, as when
+    ``load_base`` loads it, where they are found and hold its embedding table; else ``fingerprint_model``."""
+    given: str = getattr(model, "stored_fingerprint", "")
+    if given or not stored_precision(model.config):
+        return given or fingerprint_model(model)
+    try:
+        paths = _weights_of(str(model.config._name_or_path))
+        if holds(paths, model.get_input_embeddings().weight):
+            return fingerprint_files(model.config.model_type, paths)
+    except (OSError, ValueError, KeyError, SafetensorError):  # moved, or never stored
+        pass
+    return fingerprint_model(model)
 
 
 def _weights_of(source: str) -> list[Path]:
@@ -268,7 +302,12 @@ def _require_all_weights(base: str, found: dict[str, Any]) -> None:
 
 
 def _say_what_does_not_fit(model: Any, tokenizer: Any, found: dict[str, Any], base: str) -> None:
-    unexpected = sorted(name for name in found["unexpected_keys"] if not name.endswith(BUFFERS))
+    unexpected = sorted(
+        name
+        for name in found["unexpected_keys"]
+        if not name.endswith(BUFFERS)
+        and not (model.config.model_type == "gemma3n_text" and name.startswith(OTHER_SENSES))
+    )
     if unexpected:
         say(
             f"the weights of {base} hold {len(unexpected)} that its architecture has no place for, such as "

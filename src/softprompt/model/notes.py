@@ -32,6 +32,7 @@ NOISE = (
     "`loss_type=",
     # to programmers
     r"`(torch_dtype|use_return_dict|rope_scaling|rope_config_validation|layer_type_validation)` is deprecated",
+    "MXFP4 inference on CPU requires use_kernels",  # said in our own words
     "fan_in_fan_out is set to",  # PEFT sets it right by itself
 )
 """Patterns of what concerns no user."""
@@ -47,6 +48,7 @@ def heard() -> Iterator[None]:
     unless it is noise, and transformers shows no progress bars."""
     from transformers.utils import logging as untyped
 
+    quieten_bitsandbytes()
     own: Any = untyped
     level, bars = own.get_verbosity(), own.is_progress_bar_enabled()
     ear = _Ear()
@@ -91,7 +93,7 @@ class _Ear(logging.Handler):
 
 
 def quieten_bitsandbytes() -> None:
-    """Has bitsandbytes leave out, from now on, what it says in every pass."""
+    """Has bitsandbytes leave out, from now on, what it says in every pass, and when it is imported."""
     for name in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
         logging.getLogger(name).addFilter(_tells)  # which adds it once
 
@@ -118,6 +120,7 @@ def hide_noise() -> None:
 
 def hear_warnings() -> None:
     """As ``hide_noise``; of all other warnings, Python shows ours and what transformers and PEFT tell users."""
+    quieten_bitsandbytes()  # other libraries import it where it is installed
     warnings.simplefilter("ignore")
     warnings.filterwarnings("default", category=UserWarning, module=r"(transformers|peft)\b")
     hide_noise()

@@ -13,14 +13,12 @@ from safetensors import safe_open
 from torch import nn
 
 from softprompt.errors import BaseModelError, ConfigError
+from softprompt.model.coded import BlockLinear, CodedLinear
 from softprompt.model.fingerprint import sampled, stored_tensors
 from softprompt.model.notes import quieten_bitsandbytes, say
 
-PRECISIONS = ("nf4", "int8", "int4", "fp8")
-"""What linear layers can be quantised to."""
-
-GROUP = 64
-"""Neighbouring weights of a row that share a scale and an offset in ``int4``."""
+PRECISIONS = ("nf4", "int8", "int4", "fp8", "gguf")
+"""What linear layers can be quantised to; ``gguf``: the blocks of the GGUF file that they come from."""
 
 INSTALL = {
     "bitsandbytes": 'pip install "softprompt[nf4]"',
@@ -42,92 +40,6 @@ LINEAR = 0.1
 
 CODES = {torch.int8, torch.uint8, torch.int16, torch.int32, *(torch.float8_e4m3fn, torch.float8_e5m2)}
 """Types of numbers that only a quantised weight has."""
-
-
-class CodedLinear(nn.Module):
-    """A frozen linear layer in ``int8``, ``int4`` or ``fp8``: what it computes is the product with the weight that its
-    codes stand for, and so is the gradient in its inputs. That weight is made anew for each product.
-
-    ``int8`` and ``fp8`` (e4m3) have a scale for each row, the largest absolute value over the largest code; ``int4``
-    a scale and an offset for each ``GROUP`` of neighbours in a row. All are rounded to the nearest.
-
-    Attributes:
-        codes: int8 or float8 ``[out, in]``, or uint8 ``[out, ceil(in / 64) · 32]`` with two codes in each.
-        scales: float32 ``[out, 1]``, or bfloat16 ``[out, groups, 1]``.
-        offsets: bfloat16 ``[out, groups, 1]``, of ``int4`` alone.
-        bias: ``[out]``, or None.
-    """
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, precision: str) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.precision = precision
-        numbers, self._dtype = weight.detach().float(), weight.dtype
-        if precision == "int4":
-            codes, scales, offsets = _four_bits(numbers)
-            self.offsets = _frozen(offsets)
-        else:
-            largest = 127.0 if precision == "int8" else float(torch.finfo(torch.float8_e4m3fn).max)
-            scales = numbers.abs().amax(dim=1, keepdim=True) / largest
-            scales = torch.where(scales > 0, scales, 1.0)
-            codes = (numbers / scales).clamp(-largest, largest)
-            codes = codes.round().to(torch.int8) if precision == "int8" else codes.to(torch.float8_e4m3fn)
-        self.codes, self.scales = _frozen(codes), _frozen(scales)
-        self.bias = None if bias is None else _frozen(bias.detach())
-
-    def decoded(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight that the codes stand for, ``[out, in]``."""
-        if self.precision != "int4":
-            return self.codes.to(dtype) * self.scales.to(dtype)
-        pairs = torch.stack([self.codes & 15, self.codes >> 4], dim=-1)
-        groups = pairs.view(self.out_features, -1, GROUP).to(dtype)
-        weight = torch.addcmul(self.offsets.to(dtype), groups, self.scales.to(dtype))
-        return weight.view(self.out_features, -1)[:, : self.in_features]
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """``decoded``, in the type that its bias or its original weight has: some architectures ask for it."""
-        return self.decoded(self._dtype if self.bias is None else self.bias.dtype)
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """``[…, out]`` of ``[…, in]``."""
-        product: torch.Tensor = _Product.apply(inputs, self)  # type: ignore[no-untyped-call]
-        return product if self.bias is None else product + self.bias.to(product.dtype)
-
-    def extra_repr(self) -> str:
-        """As torch shows a linear layer."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, precision={self.precision}"
-
-
-class _Product(torch.autograd.Function):
-    """Autograd by itself would keep the decoded weight of every layer until the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, layer: CodedLinear) -> torch.Tensor:
-        ctx.layer = layer
-        return nn.functional.linear(inputs, layer.decoded(inputs.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient @ ctx.layer.decoded(gradient.dtype), None
-
-
-def _frozen(tensor: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.contiguous(), requires_grad=False)
-
-
-def _four_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes, scales and offsets of float32 ``[out, in]``; what is added to fill the last group repeats its last
-    weight."""
-    missing = -weight.shape[1] % GROUP
-    filled = torch.cat([weight, weight[:, -1:].expand(-1, missing)], dim=1)
-    groups = filled.view(len(weight), -1, GROUP)
-    low, high = groups.amin(dim=2, keepdim=True), groups.amax(dim=2, keepdim=True)
-    offsets = low.to(torch.bfloat16)
-    scales = ((high - offsets.float()) / 15).to(torch.bfloat16)
-    scales = torch.where(scales > 0, scales, 1.0)
-    codes = ((groups - offsets.float()) / scales.float()).round().clamp(0, 15).to(torch.uint8).view(len(weight), -1)
-    return codes[:, 0::2] | codes[:, 1::2] << 4, scales, offsets
 
 
 def require_precision(precision: str, device: torch.device) -> None:
@@ -186,16 +98,32 @@ def quantize_layers(model: Any, precision: str, device: torch.device, name: str)
     head = model.get_output_embeddings()
     whole = _numbers(model) - model.get_input_embeddings().weight.numel()
     done = 0
-    for place, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear | Conv1D) or module is head:
-            continue
+    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
+    for place in sorted(linear):  # a list of the layers themselves would keep them all in memory until the end
+        module = model.get_submodule(place)
         weight = module.weight.T if isinstance(module, Conv1D) else module.weight
         bias = None if module.bias is None else module.bias.to(device)
-        layer: nn.Module
+        layer: nn.Module | None
         weight = weight.detach().to(device)
-        layer = _nf4(weight, bias) if precision == "nf4" else CodedLinear(weight, bias, precision)
-        model.set_submodule(place, layer)
+        if precision == "gguf":
+            layer = BlockLinear.of(weight, module.to(device))
+            if layer is None:
+                continue
+        else:
+            layer = _nf4(weight, bias) if precision == "nf4" else CodedLinear(weight, bias, precision)
         done += weight.numel()
+        model.set_submodule(place, layer)
+        del module, weight
+    coded = codes_of(model)
+    for weight in model.parameters():
+        # One tensor that lies in a mapped file keeps all of the file's pages, whose layers are not needed any more.
+        if weight.device.type == "cpu" and id(weight) not in coded and not hasattr(weight, "quant_state"):
+            weight.data = weight.data.clone()
+    if not done and precision == "gguf":
+        raise BaseModelError(
+            f"--quantize gguf keeps the blocks of GGUF files in Q8_0, Q4_0 and Q4_1, of which {name!r} has none in its "
+            "linear layers; give such a file, or choose int8 or int4"
+        )
     if not done:
         raise BaseModelError(f"the base model {name!r} has no linear layers to quantise; load it without --quantize")
     if done < HALF * whole:
@@ -242,7 +170,7 @@ def _nf4(weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
     layer.weight = library.nn.Params4bit(weight.float().contiguous(), requires_grad=False, quant_type="nf4").to(
         weight.device
     )
-    layer.bias = None if bias is None else _frozen(bias)
+    layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
     return layer
 
 
@@ -300,11 +228,47 @@ def loading_options(config: Any, device: torch.device, base: str) -> dict[str, A
     method = method_of(config)
     if method == "bitsandbytes":
         quieten_bitsandbytes()
-    if method == "compressed-tensors" and find_spec("compressed_tensors") is not None:
-        # Its layers have no product of their own: the first pass of the whole model would unpack them all.
+    if is_unpacked(config, device):
         config.quantization_config["dequantize"] = True
-        say(f"the weights of {base} are unpacked: compressed-tensors stores in few bits, and computes with all")
+        why = "compressed-tensors stores in few bits, and computes with all"
+        if method != "compressed-tensors":
+            why = f"the products of {method.upper()} weights need a CUDA GPU, and the device is {device.type}"
+        say(f"the weights of {base} are unpacked to 16 bits: {why}")
     return {"device_map": {"": str(device)}}
+
+
+def is_unpacked(config: Any, device: torch.device) -> bool:
+    """Whether a model that is stored quantised is made plain when it is loaded to the device."""
+    method = method_of(config)
+    if method == "compressed-tensors":
+        # Its layers have no product of their own: the first pass of the whole model would unpack them all.
+        return find_spec("compressed_tensors") is not None
+    return method in ("fp8", "mxfp4") and device.type != "cuda"
+
+
+def require_whole_blocks(paths: Sequence[Path], block: Sequence[int], base: str) -> None:
+    """Refuses FP8 weights that end in a part of a block: transformers unpacks them as if all blocks were smaller.
+
+    Args:
+        paths: the files.
+        block: rows and columns that share a scale.
+        base: what the user calls the model.
+
+    Raises:
+        BaseModelError: there is such a weight.
+    """
+    shapes = dict[str, list[int]]()
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            shapes |= {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    for name, shape in shapes.items():
+        parts = [size > one and size % one for size, one in zip(shape[-2:], block, strict=False)]
+        if f"{name}_scale_inv" in shapes and any(parts):
+            raise BaseModelError(
+                f"the base model {base!r} is stored in fp8 by blocks of {list(block)}, which do not divide its {name} "
+                f"of {shape}, and transformers unpacks such weights wrongly; give the model that it was made of, and "
+                "--quantize fp8"
+            )
 
 
 def remedy_for(config: Any) -> str:
@@ -317,6 +281,11 @@ def is_quantized(module: nn.Module) -> bool:
     """Whether a module's own weights are codes."""
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     return any(tensor.dtype in CODES or hasattr(tensor, "__tensor_flatten__") for tensor in own)
+
+
+def is_own(model: nn.Module) -> bool:
+    """Whether all of a model's quantised layers, if there are any, are ours, which wait for nothing."""
+    return all(isinstance(module, CodedLinear | BlockLinear) for module in model.modules() if is_quantized(module))
 
 
 def codes_of(model: nn.Module) -> set[int]:
@@ -397,6 +366,22 @@ def _no_gradient(name: str, module: nn.Module, reason: str) -> BaseModelError:
         f"here ({reason}), which a soft prompt learns by; leave --dtype out, or give the model that it was made "
         "of, and --quantize"
     )
+
+
+def holds(paths: Sequence[Path], table: torch.Tensor) -> bool:
+    """Whether one of the files holds these numbers ``[V, H]``, as a sample of them tells."""
+    wanted = hashlib.sha256()
+    sampled(wanted, "", table)
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if "embed" not in name and "wte" not in name:
+                    continue
+                found = hashlib.sha256()
+                sampled(found, "", file.get_tensor(name).to(table.dtype))
+                if found.digest() == wanted.digest():
+                    return True
+    return False
 
 
 def fingerprint_files(model_type: str, paths: Sequence[Path]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,6 +22,8 @@ class Request:
         words: continuations to score, as token ids.
         prompt: index of the request's soft prompt among those handed over with it; None for the bare base model.
         truncated: whether input text was cut to fit the window.
+        ahead: how many of its soft prompt's vectors, the last ones, stand before the decoder's input of an
+            encoder–decoder.
         conversation: which conversation it is an answer of, whose answers share what they begin with; empty for none.
     """
 
@@ -30,11 +33,27 @@ class Request:
     prompt: int | None = None
     truncated: bool = False
     conversation: str = ""
+    ahead: int = 0
 
     @property
     def shares_prefix(self) -> bool:
         """True if nothing behind the shared part is a soft prompt, so that the prefix can be computed once."""
         return SOFT not in self.ids[self.shared :] and len(self.ids) > self.shared
+
+
+def can_share(lm: Any, request: Request, num_virtual_tokens: int) -> bool:
+    """Whether the request's prefix can be computed once: where the angles of positions are others in long sequences,
+    also all that stands behind it must be short enough.
+
+    Args:
+        lm: a ``FrozenLM``.
+        request: with its words, or to be continued by one token.
+        num_virtual_tokens: of its soft prompt.
+    """
+    longest = len(request.ids) + max(map(len, request.words), default=1) - 1
+    longest += num_virtual_tokens - 1 if SOFT in request.ids else 0
+    shares: bool = lm.shares_prefix and request.shares_prefix and longest <= lm.longest_steady
+    return shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +84,11 @@ class Sampling:
             raise ConfigError(f"temperature must be 0 or more, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+
+
+def length_of(request: Request, soft_prompts: Sequence[torch.Tensor]) -> int:
+    """How many virtual tokens the request has."""
+    return 0 if request.prompt is None else len(soft_prompts[request.prompt])
 
 
 def prompt_of(request: Request, soft_prompts: Sequence[torch.Tensor]) -> torch.Tensor | None:

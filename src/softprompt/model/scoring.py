@@ -14,7 +14,7 @@ from softprompt.model.batch import Row, micro_batches
 from softprompt.model.joined import Joined, apart, join, share_beginnings
 from softprompt.model.prefixes import PrefixOf
 from softprompt.model.reading import greedy_words, summed
-from softprompt.model.request import Request, prompt_of
+from softprompt.model.request import Request, can_share, length_of, prompt_of
 from softprompt.model.state.prefix import PrefixState
 from softprompt.text.tokens import Tokens
 
@@ -74,7 +74,7 @@ def _scored(
     """The places of the requests of each batch, their words' scores, and with ``compare`` whether greedy decoding
     would write them."""
     prefix_of = prefix_of or lm.kept_prefixes(max(1, len(soft_prompts)))
-    waiting = list(_groups(lm, share_beginnings(requests), max_tokens or 2 * lm.tokens_at_once))[::-1]
+    waiting = list(_groups(lm, share_beginnings(requests), soft_prompts, max_tokens or 2 * lm.tokens_at_once))[::-1]
     while waiting:
         group = waiting.pop()
         try:
@@ -100,7 +100,7 @@ def _scored_group(
     """The same for one batch."""
     members = [request for one in group for request in one.requests]
     with lm.eager():
-        if not (lm.shares_prefix and members[0].shares_prefix):
+        if not can_share(lm, members[0], length_of(members[0], soft_prompts)):
             found: tuple[torch.Tensor, torch.Tensor | None] = lm.concatenated(members, soft_prompts, compare=compare)
             return found
         rows, prefix = _rows(group, soft_prompts, prefix_of)
@@ -111,11 +111,14 @@ def _scored_group(
         return apart(summed(batch, logits), group), apart(greedy_words(batch, logits), group)
 
 
-def _groups(lm: Any, requests: Sequence[Request], max_tokens: int) -> Iterator[list[Joined]]:
+def _groups(
+    lm: Any, requests: Sequence[Request], soft_prompts: Sequence[torch.Tensor], max_tokens: int
+) -> Iterator[list[Joined]]:
     """Batches of requests that one path serves, of similar length; the answers of a conversation are together where
     they share what they begin with."""
+    possible = [can_share(lm, request, length_of(request, soft_prompts)) for request in requests]
     for shares in (True, False):
-        chosen = [i for i, r in enumerate(requests) if (lm.shares_prefix and r.shares_prefix) == shares]
+        chosen = [i for i, can in enumerate(possible) if can == shares]
         if shares:
             joined = [
                 Joined(tuple(chosen[place] for place in one.places), one.requests)

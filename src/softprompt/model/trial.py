@@ -80,7 +80,7 @@ def answers(lm: Any) -> torch.Tensor:
         continued = _continued(lm, last, vectors)[:, asked]
     else:
         whole = lm.whole.growing()
-        whole.add([lm.embed(request.ids, vectors) for request in requests])
+        whole.add([lm.rows(request.ids, vectors) for request in requests])
         scores = whole.logits().log_softmax(dim=-1)[:, asked]
         continued = scores[-1:].detach()
     weights = torch.linspace(-1, 1, len(asked), device=lm.device)
@@ -92,7 +92,7 @@ def answers(lm: Any) -> torch.Tensor:
 @torch.no_grad()
 def _continued(lm: Any, request: Request, vectors: torch.Tensor) -> torch.Tensor:
     """Log-probabilities float32 ``[1, V]`` behind the request, its last token run by itself."""
-    own = lm.embed(request.ids[request.shared :], None)[None]
+    own = lm.rows(request.ids[request.shared :], None)[None]
     slots = lm.slots()
     slots.add([lm.prefix_kv(request.ids[: request.shared], vectors)], own.shape[1])
     lm.next_logits(slots, own[:, :-1], [own.shape[1] - 1])

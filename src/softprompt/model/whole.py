@@ -10,14 +10,17 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from softprompt.model.architecture import feed
+from softprompt.model.per_layer import inputs, read
 from softprompt.text.tokens import Tokens
+
+Ahead = Sequence[torch.Tensor] | None
+"""Of each row, vectors ``[N, H]`` before its decoder's input, which only encoder–decoders have; None: nowhere any."""
 
 
 class Growing(Protocol):
     """Rows that are continued, token by token, in the order in which they came."""
 
-    def add(self, rows: Sequence[torch.Tensor]) -> None:
+    def add(self, rows: Sequence[torch.Tensor], ahead: Ahead = None) -> None:
         """Takes embedded rows ``[T, H]`` in, behind those that are there; computes nothing."""
 
     def logits(self) -> torch.Tensor:
@@ -31,13 +34,15 @@ class Growing(Protocol):
 
 
 class Whole(Protocol):
-    """How a model computes rows that share nothing: each an embedded input ``[T, H]``."""
+    """How a model computes rows that share nothing: each an embedded input ``[T, H]``, or what is read of
+    each token where that is more (``per_layer.read``)."""
 
     def score(
-        self, rows: Sequence[torch.Tensor], words: Sequence[Sequence[Tokens]], *, compare: bool
+        self, rows: Sequence[torch.Tensor], words: Sequence[Sequence[Tokens]], *, compare: bool, ahead: Ahead = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Log-probabilities float32 ``[B, W]`` of each row's words, as ``FrozenLM.score`` gives them, differentiable in
-        the rows; and with ``compare`` bool ``[B, W]``, whether each token of a word is the most probable one."""
+        the rows and in ``ahead``; and with ``compare`` bool ``[B, W]``, whether each token of a word is the most
+        probable one."""
 
     def tokens(self, length: int, words: Sequence[Tokens]) -> int:
         """How many tokens ``score`` computes for an input of ``length`` tokens with these words."""
@@ -56,13 +61,20 @@ class Whole(Protocol):
 class WholeSequences:
     """A causal language model: each word of each row is a whole sequence of its own."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, longest_steady: int) -> None:
+        """
+        Args:
+            model: of transformers.
+            longest_steady: tokens up to which a sequence does not change what others beside it give.
+        """
         self._model = model
+        self._longest_steady = longest_steady
 
     def score(
-        self, rows: Sequence[torch.Tensor], words: Sequence[Sequence[Tokens]], *, compare: bool
+        self, rows: Sequence[torch.Tensor], words: Sequence[Sequence[Tokens]], *, compare: bool, ahead: Ahead = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See ``Whole``."""
+        assert ahead is None, "it has no decoder of its own"
         device = rows[0].device
         places = [(r, w, word) for r, several in enumerate(words) for w, word in enumerate(several)]
         whole = [
@@ -88,27 +100,41 @@ class WholeSequences:
 
     def layer_states(self, embedded: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See ``Whole``."""
-        out = self._model(inputs_embeds=embedded[None], use_cache=False, output_hidden_states=True)
-        return tuple(state[0] for state in out.hidden_states)
+        out = self._model(**inputs(self._model, embedded[None]), use_cache=False, output_hidden_states=True)
+        # Gemma 3n has several states of a token, of which the first becomes the next layer's attention.
+        return tuple(state[0] if state.dim() == 3 else state[0, 0] for state in out.hidden_states)
 
     def attention(self, embedded: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See ``Whole``."""
-        out = self._model(inputs_embeds=embedded[None], use_cache=False, output_attentions=True)
+        out = self._model(**inputs(self._model, embedded[None]), use_cache=False, output_attentions=True)
         layers = tuple(getattr(out, "attentions", None) or ())
         return () if any(layer is None for layer in layers) else tuple(layer[0, :, -1] for layer in layers)
 
     def _look_up(self, ids: Tokens, device: torch.device) -> torch.Tensor:
-        return feed(self._model, torch.tensor(ids, device=device))
+        return read(self._model, torch.tensor(ids, device=device))
 
     def _run(self, rows: Sequence[torch.Tensor], last: Sequence[int]) -> Sequence[torch.Tensor]:
-        """Logits float32 ``[last, V]`` at so many last places of each embedded sequence ``[T, H]``, by the model's own
-        forward. Its head leaves out what lies before them in all rows: over a large vocabulary it would cost more than
-        all layers."""
+        """Logits float32 ``[last, V]`` at so many last places of each embedded sequence ``[T, H]``. Where the angles of
+        positions depend on the longest sequence of a pass, long ones run alone."""
+        short = [place for place, row in enumerate(rows) if len(row) <= self._longest_steady]
+        groups = [short] if short else []
+        groups += [[place] for place in range(len(rows)) if place not in short]
+        found = dict[int, torch.Tensor]()
+        for group in groups:
+            parts = self._run_together([rows[place] for place in group], [last[place] for place in group])
+            found |= dict(zip(group, parts, strict=True))
+        return [found[place] for place in range(len(rows))]
+
+    def _run_together(self, rows: Sequence[torch.Tensor], last: Sequence[int]) -> Sequence[torch.Tensor]:
+        """The same in one pass of the model's own forward. Its head leaves out what lies before them in all rows: over
+        a large vocabulary it would cost more than all layers."""
         embedded, mask = padded(rows)
         first = min(len(row) - count for row, count in zip(rows, last, strict=True))
         can_leave_out = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         options = {"logits_to_keep": embedded.shape[1] - first} if can_leave_out else {}
-        logits = self._model(inputs_embeds=embedded, attention_mask=mask, use_cache=False, **options).logits.float()
+        logits = self._model(
+            **inputs(self._model, embedded), attention_mask=mask, use_cache=False, **options
+        ).logits.float()
         left_out = embedded.shape[1] - logits.shape[1]
         ends = [len(row) - left_out for row in rows]
         return [line[end - count : end] for line, end, count in zip(logits, ends, last, strict=True)]
@@ -121,8 +147,9 @@ class _Repeated:
         self._whole = whole
         self._rows: list[torch.Tensor] = []
 
-    def add(self, rows: Sequence[torch.Tensor]) -> None:
+    def add(self, rows: Sequence[torch.Tensor], ahead: Ahead = None) -> None:
         """See ``Growing``."""
+        assert ahead is None, "it has no decoder of its own"
         self._rows += rows
 
     def logits(self) -> torch.Tensor:

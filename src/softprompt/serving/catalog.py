@@ -195,12 +195,14 @@ class Catalog:
             "fields": list(task.template.fields),
             "labels": None if task.verbalizer is None else list(task.labels),
             "num_virtual_tokens": task.num_virtual_tokens,
+            **({"decoder_virtual_tokens": task.decoder_virtual_tokens} if task.decoder_virtual_tokens else {}),
             "parametrisation": soft_prompt.parametrisation,
             "bytes": stamp[1] if stamp else 0,
             "metrics": [dict(metric) for metric in soft_prompt.metrics],
             "content_hash": content,
         }
-        vectors = soft_prompt.vectors.to(self._lm.dtype)
+        # a layer's state may be kept in more bits than the model computes in
+        vectors = soft_prompt.vectors if soft_prompt.parts else soft_prompt.vectors.to(self._lm.dtype)
         model = Model(
             name=name,
             card=card,
@@ -297,13 +299,18 @@ class Catalog:
         """
         roles = tuple("system" if message.role == "developer" else message.role for message in messages)
         own = model.bare if base_only else model.task
-        length, window = (0, self._window) if own is None else (own.num_virtual_tokens, own.max_length)
-        task = self._conversation(roles, length, window)
+        length = own.num_virtual_tokens if own is not None and own.template.has_soft_prompt else None
+        window = self._window if own is None else own.max_length
+        ahead = 0 if length is None or own is None else own.decoder_virtual_tokens
+        task = self._conversation(roles, length, ahead, window)
         fields = {f"message {number}": message.text for number, message in enumerate(messages, start=1)}
         usual = Sampling(max_new_tokens=USUAL_TOKENS) if own is None else default_sampling(own)
         return model.continuing(task, fields, wish, usual)
 
-    def _conversation_of(self, roles: tuple[str, ...], num_virtual_tokens: int, window: int) -> Task:
+    def _conversation_of(
+        self, roles: tuple[str, ...], num_virtual_tokens: int | None, decoder_virtual_tokens: int, window: int
+    ) -> Task:
+        """``num_virtual_tokens`` is None without a soft prompt."""
         messages = [{"role": role, "content": f"{{message {number}}}"} for number, role in enumerate(roles, start=1)]
         tokenizer = self._lm.tokenizer
         if not tokenizer.chat_template:
@@ -313,10 +320,12 @@ class Catalog:
                 param="model",
             )
         try:
-            template = conversation_template(tokenizer, messages, opening=SOFT_PROMPT if num_virtual_tokens else "")
+            opening = "" if num_virtual_tokens is None else SOFT_PROMPT
+            template = conversation_template(tokenizer, messages, opening=opening)
         except TemplateError as error:
             raise ApiError(400, str(error), param="messages") from error
-        return Task(self._lm, template, None, num_virtual_tokens, window)
+        count = num_virtual_tokens or 0
+        return Task(self._lm, template, None, count, window, decoder_virtual_tokens=decoder_virtual_tokens)
 
 
 def _bytes_of(model: Model) -> int:
@@ -347,6 +356,7 @@ def content_of(soft_prompt: SoftPrompt, max_length: int) -> str:
     verbalizer = soft_prompt.verbalizer
     words = None if verbalizer is None else [[label, list(words)] for label, words in verbalizer.items()]
     content = [soft_prompt.template, words, max_length, *([True] if soft_prompt.word_end else [])]
+    content += [soft_prompt.decoder_virtual_tokens] if soft_prompt.decoder_virtual_tokens else []
     digest = hashlib.sha256(json.dumps(content).encode())
     digest.update(soft_prompt.vectors.contiguous().numpy().tobytes())
     return digest.hexdigest()

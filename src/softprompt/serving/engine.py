@@ -235,6 +235,7 @@ class Engine:
         except Exception as error:
             self._fail(list(self._rows.values()), error)
             self._rows.clear()
+            self._decoder.close()
             self._decoder = Decoder(self.lm)
 
     def _report(self, row: Continuation, ticket: Ticket) -> None:

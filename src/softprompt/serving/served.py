@@ -186,6 +186,7 @@ class Model(Entry):
             None,
             self.task.num_virtual_tokens,
             self.window,
+            decoder_virtual_tokens=self.task.decoder_virtual_tokens,
         )
 
     @cached_property

@@ -391,8 +391,9 @@ def check_model(block_size: int, model: Model) -> None:
     assert task is not None
     assert vectors is not None
     if vectors.dim() != 2:
+        kind = "trained KV prefix" if vectors.dim() == 5 else "trained state"
         raise ConfigError(
-            f"Expected vectors in the place of tokens for vLLM, found a trained KV prefix in {model.name!r}; serve it "
+            f"Expected vectors in the place of tokens for vLLM, found a {kind} in {model.name!r}; serve it "
             f"without --backend vllm."
         )
     request = task.open_request(Example(dict.fromkeys(task.template.fields, "a"), None), 1)

@@ -10,6 +10,11 @@ by row): a flipped bit anywhere is noticed. Equal soft prompts give equal files.
 
 Where ``parametrisation`` is ``prefix``, the tensor is a trained KV prefix ``[P, L, 2, H_kv, D]``, and ``num_layers``
 (L), ``num_kv_heads`` (H_kv) and ``head_dim`` (D) stand in the place of ``hidden_size``.
+
+A trained state has ``schema_version`` 3 and several tensors, such as ``layers.0.state``, ``layers.0.window`` and
+``layers.3.keys`` ``[P, H_kv, D]``. ``parts`` lists their names and shapes in the order in which the digest takes them,
+``word_end`` is a field of its own, and ``num_virtual_tokens`` is 0 without keys. A soft prompt with virtual tokens
+before a decoder's input is written likewise: its tensors are ``soft_prompt`` and ``decoder_soft_prompt`` ``[N, H]``.
 """
 
 from __future__ import annotations
@@ -17,6 +22,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -28,19 +35,20 @@ from safetensors.numpy import save as safetensors_bytes
 
 from softprompt.errors import ArtifactError, StoreError
 from softprompt.files import StrPath, atomic_writer, local_path
-from softprompt.soft_prompts.metadata import Header, Metadata, size_names, sizes_of
+from softprompt.soft_prompts.metadata import AHEAD, MAIN, Header, Metadata, size_names, sizes_of
 
 if TYPE_CHECKING:
     import torch
 
-SCHEMA_VERSION = 2
-"""Of soft prompts whose label words have an end, which earlier releases would leave out; all others have version 1."""
+SCHEMA_VERSION = 3
+"""Of several tensors, which earlier releases cannot read. All others have version 1, or 2 where label words have an
+end, which the releases before would leave out."""
 
 SUFFIX = ".safetensors"
 
 MAX_HEADER_BYTES = 4 << 20  # a header of ours has a few kB; this bounds what a hostile file can make us parse
 
-_TENSOR = "soft_prompt"
+_TENSOR = MAIN
 
 _DOCUMENT = "softprompt"
 
@@ -51,6 +59,13 @@ _MAPPINGS = ("training", "data", "versions")
 _SETTINGS = "base_settings"  # only where there are some: files of earlier releases have none
 
 _QUANTIZED = "quantized"  # likewise
+
+_PARTS = "parts"  # of several tensors
+
+_WORD_END = "word_end"  # likewise; of others the version says it
+
+_PART = re.compile(r"layers\.\d{1,6}\.(keys|values|state|window)")
+"""What the tensors of a trained state are called."""
 
 
 def write(content: bytes, path: StrPath, name: str) -> None:
@@ -94,8 +109,9 @@ def read_header(path: StrPath) -> Header:
         ArtifactError: as for :func:`read`.
     """
     document, _ = _read(local_path(path))
-    sizes = {name: document[name] for name in size_names(document["parametrisation"])}
-    return Header(sizes=sizes, **_fields(document))
+    is_state = _has_parts(document) and document["parametrisation"] == "prefix"
+    names = ("num_virtual_tokens",) if is_state else size_names(document["parametrisation"])
+    return Header(sizes={name: document[name] for name in names}, **_fields(document))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], NDArray[np.float32]]:
@@ -116,15 +132,18 @@ def _read(path: Path) -> tuple[dict[str, Any], NDArray[np.float32]]:
             _refuse(path, f"a safetensors header of at most {MAX_HEADER_BYTES:,} bytes", f"{header_bytes:,}")
         with safe_open(path, framework="np") as opened:
             document, digest = _read_document(path, (opened.metadata() or {}).get(_DOCUMENT))
-            if list(opened.keys()) != [_TENSOR]:
-                _refuse(path, f"the one tensor '{_TENSOR}'", f"the tensors {sorted(opened.keys())}")
-            stored = opened.get_slice(_TENSOR)
-            sizes = [document[name] for name in size_names(document["parametrisation"])]
-            shape = [*sizes[:2], 2, *sizes[2:]] if sizes[2:] else sizes
-            if stored.get_dtype() != "F32" or stored.get_shape() != shape:
-                found = f"{stored.get_dtype()} {stored.get_shape()}"
-                _refuse(path, f"the tensor '{_TENSOR}' as F32 {shape}", found)
-            numbers: NDArray[np.float32] = np.array(opened.get_tensor(_TENSOR))  # a copy, not a view of the file
+            shapes = _shapes(document)
+            if sorted(opened.keys()) != sorted(shapes):
+                wanted = f"the one tensor '{_TENSOR}'" if list(shapes) == [_TENSOR] else f"the tensors {sorted(shapes)}"
+                _refuse(path, wanted, f"the tensors {sorted(opened.keys())}")
+            for name, shape in shapes.items():
+                stored = opened.get_slice(name)
+                if stored.get_dtype() != "F32" or stored.get_shape() != shape:
+                    found = f"{stored.get_dtype()} {stored.get_shape()}"
+                    _refuse(path, f"the tensor '{name}' as F32 {shape}", found)
+            tensors: list[NDArray[np.float32]] = [np.array(opened.get_tensor(name)) for name in shapes]  # copies
+            is_state = _has_parts(document) and document["parametrisation"] == "prefix"
+            numbers = np.concatenate([t.reshape(-1) for t in tensors] if is_state else tensors)
     except SafetensorError as error:
         _refuse(path, "a whole safetensors file", f"'{error}'")
     except OSError as error:
@@ -136,6 +155,18 @@ def _read(path: Path) -> tuple[dict[str, Any], NDArray[np.float32]]:
     if (actual := _digest(document, numbers)) != digest:
         _refuse(path, f"content of the digest {digest}", actual)
     return document, numbers
+
+
+def _has_parts(document: Mapping[str, Any]) -> bool:
+    return bool(document.get("schema_version") == SCHEMA_VERSION)
+
+
+def _shapes(document: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The shape of each tensor of the file by name, in the order in which the digest takes them."""
+    if _has_parts(document):
+        return dict(document[_PARTS])
+    sizes = [document[name] for name in size_names(document["parametrisation"])]
+    return {_TENSOR: [*sizes[:2], 2, *sizes[2:]] if sizes[2:] else sizes}
 
 
 def encode(soft_prompt: Metadata, vectors: torch.Tensor) -> bytes:
@@ -150,7 +181,13 @@ def encode(soft_prompt: Metadata, vectors: torch.Tensor) -> bytes:
     """
     vectors = vectors.detach().cpu().contiguous()
     name = soft_prompt.name
-    if soft_prompt.parametrisation == "prefix":
+    parts = soft_prompt.parts
+    size = sum(map(math.prod, parts.values()))
+    if parts and soft_prompt.parametrisation == "prefix":
+        sound, form = vectors.ndim == 1 and len(vectors) == size, f"[{size}], the numbers of its parts, with each size"
+    elif parts:
+        sound, form = vectors.ndim == 2 and vectors.numel() == size, "[P + N, H], the rows of its parts, with each size"
+    elif soft_prompt.parametrisation == "prefix":
         sound, form = vectors.ndim == 5 and vectors.shape[2] == 2, "[P, L, 2, H_kv, D] with P, L, H_kv and D"
     else:
         sound, form = vectors.ndim == 2, "[P, H] with P and H"
@@ -167,10 +204,12 @@ def encode(soft_prompt: Metadata, vectors: torch.Tensor) -> bytes:
         )
     verbalizer = soft_prompt.verbalizer
     fields = {key: getattr(soft_prompt, key) for key in (*_TEXTS, *_MAPPINGS, "metrics")}
-    fields |= sizes_of(soft_prompt.parametrisation, vectors.shape) | {
-        "schema_version": SCHEMA_VERSION if soft_prompt.word_end else 1,
+    fields |= sizes_of(soft_prompt, vectors.shape) | {
+        "schema_version": SCHEMA_VERSION if parts else 2 if soft_prompt.word_end else 1,
         "verbalizer": None if verbalizer is None else list(verbalizer.items()),
     }
+    if parts:
+        fields |= {_PARTS: [[name, list(shape)] for name, shape in parts.items()], _WORD_END: soft_prompt.word_end}
     if soft_prompt.base_settings:
         fields[_SETTINGS] = soft_prompt.base_settings
     if soft_prompt.quantized:
@@ -185,7 +224,11 @@ def encode(soft_prompt: Metadata, vectors: torch.Tensor) -> bytes:
     if fault:
         raise ArtifactError(f"The soft prompt '{name}' has a field without a JSON form ({fault}); change that field.")
     text = _canonical(document | {"digest": _digest(document, numbers)})
-    content: bytes = safetensors_bytes({_TENSOR: numbers}, metadata={_DOCUMENT: text})
+    shapes = _shapes(document)
+    ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
+    named = zip(shapes.items(), np.split(numbers.reshape(-1), ends[:-1]), strict=True)
+    tensors = {name: np.ascontiguousarray(part.reshape(shape)) for (name, shape), part in named}
+    content: bytes = safetensors_bytes(tensors, metadata={_DOCUMENT: text})
     if int.from_bytes(content[:8], "little") > MAX_HEADER_BYTES:
         raise ArtifactError(
             f"The soft prompt '{name}' should have at most {MAX_HEADER_BYTES:,} bytes of metadata, but has "
@@ -259,10 +302,37 @@ def _fault(document: Mapping[str, Any]) -> str | None:
     verbalizer = document.get("verbalizer")
     if verbalizer is not None and not (isinstance(verbalizer, list) and all(map(_is_label_with_words, verbalizer))):
         return "no pairs of a label and its words under 'verbalizer'"
+    if _has_parts(document):
+        return _fault_of_parts(document)
     for key in size_names(document["parametrisation"]):
         if type(document.get(key)) is not int or document[key] < 1:
             return f"no positive number under '{key}'"
     return None
+
+
+def _fault_of_parts(document: Mapping[str, Any]) -> str | None:
+    """What is wrong with what only the document of several tensors has."""
+    parts, is_state = document.get(_PARTS), document["parametrisation"] == "prefix"
+    if type(document.get(_WORD_END)) is not bool:
+        return f"no boolean under '{_WORD_END}'"
+    if not (isinstance(parts, list) and parts and all(map(_is_part, parts))) or len(dict(parts)) < len(parts):
+        return f"no pairs of a tensor's name and its shape under '{_PARTS}'"
+    names = [name for name, _ in parts]
+    if names != [MAIN, AHEAD] if not is_state else any(_PART.fullmatch(name) is None for name in names):
+        return f"other tensors under '{_PARTS}' than its parametrisation has"
+    lengths = {shape[0] for name, shape in parts if name.endswith((".keys", ".values")) or name == MAIN}
+    if type(document.get("num_virtual_tokens")) is not int or {document["num_virtual_tokens"]} != (lengths or {0}):
+        return "another 'num_virtual_tokens' than its tensors have"
+    if not is_state and [shape[1:] for _, shape in parts] != [[document.get("hidden_size")]] * 2:
+        return "another 'hidden_size' than its tensors have"
+    return None
+
+
+def _is_part(pair: object) -> bool:
+    match pair:
+        case [str(), [*shape]]:
+            return bool(shape) and all(type(size) is int and size > 0 for size in shape)
+    return False
 
 
 def _is_label_with_words(pair: object) -> bool:
@@ -277,7 +347,8 @@ def _fields(document: Mapping[str, Any]) -> dict[str, Any]:
     verbalizer = document["verbalizer"]
     return {
         "verbalizer": None if verbalizer is None else {label: tuple(words) for label, words in verbalizer},
-        "word_end": document["schema_version"] > 1,
+        "word_end": document[_WORD_END] if _has_parts(document) else document["schema_version"] > 1,
+        "parts": {name: tuple(shape) for name, shape in document[_PARTS]} if _has_parts(document) else {},
         "metrics": tuple(document["metrics"]),
         "base_settings": document.get(_SETTINGS, {}),
         "quantized": document.get(_QUANTIZED, ""),

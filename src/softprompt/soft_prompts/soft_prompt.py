@@ -1,5 +1,5 @@
-"""A soft prompt: ``P`` vectors of the base model's embedding width, or a trained KV prefix, and the metadata needed to
-use it."""
+"""A soft prompt: ``P`` vectors of the base model's embedding width, a trained KV prefix or a trained state, and the
+metadata needed to use it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from softprompt.drawing.words import amount, html_table, plain_metric
 from softprompt.errors import BaseModelError, PrecisionWarning
 from softprompt.files import StrPath
 from softprompt.soft_prompts import artifact
-from softprompt.soft_prompts.metadata import Metadata, sizes_of
+from softprompt.soft_prompts.metadata import Metadata, sizes_of, virtual_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -25,15 +25,27 @@ class SoftPrompt(Metadata):
     Attributes:
         vectors: float32 ``[P, H]`` on the CPU, finite; row ``i`` is virtual token ``i``. Of a trained KV prefix
             ``[P, L, 2, H_kv, D]``: for each virtual token the keys (after any rotary embedding) and values of every
-            layer.
+            layer. Of a trained state ``[N]``: the tensors of ``parts``, one after the other. The virtual tokens before
+            a decoder's input are the last rows.
     """
 
     vectors: torch.Tensor
 
     @property
     def num_virtual_tokens(self) -> int:
-        """``P``."""
-        return int(self.vectors.shape[0])
+        """``P``: how many places it takes in a sequence; none if it is a state alone."""
+        return virtual_tokens(self.parts) if self.parts else int(self.vectors.shape[0])
+
+    @property
+    def extent(self) -> str:
+        """How much it is, in words: ``64 virtual tokens``; of a trained state its numbers, too."""
+        tokens = f"{self.num_virtual_tokens} virtual tokens"
+        if self.decoder_virtual_tokens:
+            return f"{tokens}, and {self.decoder_virtual_tokens} before the decoder's input"
+        if not self.parts:
+            return tokens
+        numbers = f"a trained state of {self.vectors.numel():,} numbers"
+        return f"{numbers}, {tokens} where there is attention" if self.num_virtual_tokens else numbers
 
     @property
     def is_chat(self) -> bool:
@@ -43,10 +55,10 @@ class SoftPrompt(Metadata):
 
     def __repr__(self) -> str:
         """``<SoftPrompt sst2: 64 virtual tokens on smollm2-135m, validation accuracy 0.9072 ± 0.0068 (n = 872)>``."""
-        kind = "layers' keys and values of " if self.parametrisation == "prefix" else ""
+        kind = "layers' keys and values of " if self.kind == "trained KV prefix" else ""
         metric = self.metrics[0] if self.metrics else None
         worth = "" if metric is None else f", {metric['split']} {plain_metric(metric)}"
-        return f"<SoftPrompt {self.name}: {kind}{self.num_virtual_tokens} virtual tokens on {self.base}{worth}>"
+        return f"<SoftPrompt {self.name}: {kind}{self.extent} on {self.base}{worth}>"
 
     def _repr_html_(self) -> str:
         """What there is to know of it at a glance, as a table for a notebook."""
@@ -101,7 +113,7 @@ class SoftPrompt(Metadata):
     @property
     def sizes(self) -> dict[str, int]:
         """The sizes of ``vectors`` by name."""
-        return sizes_of(self.parametrisation, self.vectors.shape)
+        return sizes_of(self, self.vectors.shape)
 
 
 load, save = SoftPrompt.load, SoftPrompt.save

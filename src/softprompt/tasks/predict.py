@@ -34,8 +34,8 @@ class Query:
     Attributes:
         task: template and verbalizer, bound to the base model.
         example: its input text; a target is not looked at.
-        vectors: float ``[P, H]``, the soft prompt, or ``[P, L, 2, H_kv, D]``, a trained KV prefix; None for a template
-            without one.
+        vectors: float ``[P, H]``, the soft prompt, or a trained prefix, ``[P, L, 2, H_kv, D]`` or ``[N]``; None for a
+            template without one.
 
     Raises:
         ConfigError: the vectors are missing, are not wanted, or have another shape than the task's soft prompt.
@@ -48,9 +48,10 @@ class Query:
     def __post_init__(self) -> None:
         task = self.task
         found = None if self.vectors is None else list(self.vectors.shape)
-        kv = found is not None and len(found) == 5 and not task.model.why_no_kv
-        a_token = task.model.kv_shape if kv else (task.lm.hidden_size,)
-        wanted = [task.num_virtual_tokens, *a_token] if task.template.has_soft_prompt else None
+        trained = found is not None and len(found) != 2 and not task.model.trained.why_none
+        rows = task.num_virtual_tokens + task.decoder_virtual_tokens
+        shape = task.model.trained.shape(task.num_virtual_tokens) if trained else (rows, task.lm.hidden_size)
+        wanted = list(shape) if task.template.has_soft_prompt else None
         if found != wanted:
             raise ConfigError(
                 f"The template {task.template.text!r} needs {_shape(wanted)}, but {_shape(found)} was given; "

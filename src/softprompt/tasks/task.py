@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from softprompt.errors import ConfigError, DataError, SoftPromptWarning, Templat
 from softprompt.model.embedder import Embedder
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request
-from softprompt.soft_prompts.metadata import library_versions
+from softprompt.soft_prompts.metadata import AHEAD, MAIN, library_versions
 from softprompt.soft_prompts.soft_prompt import SoftPrompt, check_base
 from softprompt.tasks.length import default_num_virtual_tokens
 from softprompt.tasks.scores import label_scores
@@ -40,6 +41,7 @@ class Task:
         verbalizer: label → words; None for free-text targets.
         num_virtual_tokens: P; 0 for a template without a soft prompt.
         max_length: the most tokens in a sequence, soft prompt and target included.
+        decoder_virtual_tokens: how many more stand before the decoder's input, of an encoder–decoder.
         word_end: whether words have an end where one is the start of another, and always for an encoder–decoder, whose
             targets end so. Soft prompts of earlier releases were tuned without.
         hard_text: what stands at the start of conversations, where the template has no soft prompt.
@@ -58,6 +60,7 @@ class Task:
     max_length: int
     word_end: bool = True
     hard_text: str = ""
+    decoder_virtual_tokens: int = 0
     encoder: Encoder = field(init=False, repr=False)
     words: tuple[Tokens, ...] = field(init=False, repr=False)
     label_of_word: tuple[int, ...] = field(init=False, repr=False)
@@ -71,6 +74,8 @@ class Task:
                 f"The sequences may be at most {self.lm.window} tokens long, the window of {self.lm.name}, "
                 f"but max_length is {self.max_length}; give a smaller one."
             )
+        if self.decoder_virtual_tokens and isinstance(self.lm, FrozenLM):
+            self.lm.require_ahead()
         encoder = Encoder(self.template, self.lm.tokenizer, encoder_decoder=self.lm.encoder_decoder)
         spellings = () if self.verbalizer is None else self.verbalizer.token_ids(encoder)
         self.lm.require_embeddings([token for words in spellings for word in words for token in word])
@@ -139,7 +144,10 @@ class Task:
         verbalizer = None if soft_prompt.verbalizer is None else Verbalizer(dict(soft_prompt.verbalizer))
         length = soft_prompt.training.get("max_length") or lm.window
         template, word_end = Template(soft_prompt.template), soft_prompt.word_end
-        task = cls(lm, template, verbalizer, soft_prompt.num_virtual_tokens, length, word_end)
+        if soft_prompt.kind == "trained state" and isinstance(lm, FrozenLM):
+            lm.trained.require(soft_prompt.name, soft_prompt.parts, soft_prompt.num_virtual_tokens)
+        counts = soft_prompt.num_virtual_tokens, soft_prompt.decoder_virtual_tokens
+        task = cls(lm, template, verbalizer, counts[0], length, word_end, decoder_virtual_tokens=counts[1])
         if not word_end and task.overlapping:
             warnings.warn(
                 f"The labels of '{soft_prompt.name}' hold {_pairs(task.labels, task.spellings)}, and it was tuned by a "
@@ -162,7 +170,8 @@ class Task:
         """What was made for this task now, to be stored; :meth:`of` is the way back.
 
         Args:
-            vectors: float32 ``[P, H]``, or of a KV prefix ``[P, L, 2, H_kv, D]``, on the CPU.
+            vectors: float32 ``[P, H]``, or of a KV prefix ``[P, L, 2, H_kv, D]``, or of a trained state ``[N]``, on the
+                CPU.
             name, parametrisation, training, data, metrics: as ``SoftPrompt`` has them.
         """
         lm = self.lm
@@ -183,18 +192,45 @@ class Task:
             created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             base_settings=lm.settings,
             quantized=lm.quantized,
+            parts=self._parts(vectors),
         )
+
+    def _parts(self, vectors: torch.Tensor) -> Mapping[str, tuple[int, ...]]:
+        if vectors.dim() == 1:
+            return self.model.trained.shapes(self.num_virtual_tokens)
+        if not self.decoder_virtual_tokens:
+            return {}
+        return {
+            MAIN: (self.num_virtual_tokens, vectors.shape[1]),
+            AHEAD: (self.decoder_virtual_tokens, vectors.shape[1]),
+        }
 
     def without_soft_prompt(self, hard_text: str = "") -> Task:
         """The same task with readable text, or nothing, in the soft prompt's place."""
         template = self.template.replace_soft_prompt(hard_text)
         return Task(self.lm, template, self.verbalizer, 0, self.max_length, self.word_end, hard_text)
 
+    def remember(self) -> None:
+        """From now on keeps the tokens of each text, for other trainings on the same rows."""
+        self.encoder.known = self.encoder.known or {}
+
+    def of_length(self, num_virtual_tokens: int) -> Task:
+        """The same task with another number of virtual tokens; what it remembers serves both."""
+        if num_virtual_tokens == self.num_virtual_tokens:
+            return self
+        other = copy(self)
+        object.__setattr__(other, "num_virtual_tokens", num_virtual_tokens)
+        return other
+
     @property
     def model(self) -> FrozenLM:
         """The base model, where the task is bound to a whole one."""
         assert isinstance(self.lm, FrozenLM), "this task is bound to an embedding table only"
         return self.lm
+
+    def asks(self, example: Example) -> bool:
+        """Whether the task that is stored is the example's."""
+        return True
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -253,6 +289,7 @@ class Task:
             target=target,
             append_eos=target is not None,
             reserve=reserve,
+            ahead=self.decoder_virtual_tokens,
         )
         self.lm.require_embeddings((*encoded.ids, *encoded.target_ids), example.where)
         chosen = (encoded.target_ids,) if words is None else words
@@ -261,7 +298,8 @@ class Task:
         if example.conversation is not None:  # what follows differs from one conversation to the next
             origin = example.conversation.origin
             shared = encoded.ids.index(SOFT) + 1 if self.template.has_soft_prompt else 0
-        return Request(encoded.ids, shared, chosen, place, encoded.truncated, origin)
+        ahead = 0 if place is None else self.decoder_virtual_tokens
+        return Request(encoded.ids, shared, chosen, place, encoded.truncated, origin, ahead)
 
     def _turn(self, example: Example) -> Turn:
         """What stands around the fields of an answer in a conversation."""
@@ -276,6 +314,7 @@ class Task:
                 )
             except TemplateError as error:
                 raise DataError(f"{example.where}: {str(error)[:1].lower()}{str(error)[1:]}") from error
+            found.encoder.known = self.encoder.known
             if len(self._turns) >= MOST_TURNS:
                 self._turns.clear()
             self._turns[given.before, given.answer] = found

@@ -53,6 +53,7 @@ class Encoder:
         tokenizer: the tokenizer.
         encoder_decoder: whether it is that of an encoder–decoder.
         num_fixed: tokens besides soft prompt, fields and target.
+        known: the tokens of texts that were asked for before; None: they are not kept.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Encoder:
         self.template = template
         self.tokenizer = tokenizer
         self.encoder_decoder = encoder_decoder
+        self.known: dict[tuple[str, bool], tuple[int, ...]] | None = None
         self._special = {
             id for id, token in tokenizer.added_tokens_decoder.items() if token.special and id != tokenizer.unk_token_id
         }
@@ -88,6 +90,7 @@ class Encoder:
         target: str | Tokens | None,
         append_eos: bool,
         reserve: int = 0,
+        ahead: int = 0,
     ) -> TokenSequence:
         """One example as tokens, at most ``max_length`` of them.
 
@@ -101,6 +104,7 @@ class Encoder:
             target: the text to place as target, its tokens, or None for a sequence that ends before it.
             append_eos: whether the end-of-sequence token follows a target that is a text.
             reserve: tokens to keep free for the target if its own are fewer, for example for generation.
+            ahead: virtual tokens before a decoder's input.
 
         Raises:
             TemplateError: the example lacks a field, the template and the target leave no room for one token of each
@@ -113,7 +117,7 @@ class Encoder:
         fixed = self.num_fixed + num_virtual_tokens * self.template.has_soft_prompt
         num_target = max(len(target_ids), reserve)
         if self.encoder_decoder:
-            self._require_short(example, num_target, max_length)
+            self._require_short(example, num_target, max_length - ahead)
             num_target = 0
         room = max_length - fixed - num_target
         needed = sum(length > 0 for length in lengths)
@@ -224,6 +228,14 @@ class Encoder:
 
     def _raw(self, text: str, *, literal: bool) -> list[int]:
         """The tokenizer's tokens; special tokens are recognised only in literal text."""
+        if self.known is None:
+            return self._tokenized(text, literal=literal)
+        found = self.known.get((text, literal))
+        if found is None:
+            found = self.known[text, literal] = tuple(self._tokenized(text, literal=literal))
+        return list(found)
+
+    def _tokenized(self, text: str, *, literal: bool) -> list[int]:
         ids: list[int] = self.tokenizer(
             text, add_special_tokens=False, split_special_tokens=not literal, verbose=False
         ).input_ids

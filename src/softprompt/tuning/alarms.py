@@ -437,7 +437,7 @@ class Watch:
         found = list[torch.Tensor]()
         for one in (made, stored):
             task = Task.of(lm, one)
-            rows = self._rows[:RELOADED]
+            rows = [row for row in self._rows if self._task.asks(row)][:RELOADED]
             requests = [task.label_request(row) if task.words else task.target_request(row) for row in rows]
             found.append(lm.score(requests, [one.vectors.to(lm.device)]))
         if not (torch.equal(made.vectors, stored.vectors) and torch.equal(*found)):

@@ -190,6 +190,7 @@ def require_same(folder: StrPath, ours: Mapping[str, Any], theirs: Mapping[str, 
     there = theirs.get("base settings", {})
     theirs["base settings"] = {key: there.get(key, value) for key, value in ours["base settings"].items()}
     theirs.setdefault("quantized", "")  # earlier releases quantised nothing
+    theirs.setdefault("decoder_virtual_tokens", 0)  # and put nothing there
     if "task" in theirs:
         theirs |= _of_version_2(ours, theirs)
         differing = [] if "template" in theirs else ["template, labels or base model"]

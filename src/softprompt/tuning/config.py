@@ -23,6 +23,8 @@ class TrainConfig:
     Attributes:
         num_virtual_tokens: P, how many vectors are learned. None: 64, or with many labels as many as spell them all out
             (``tasks.length.default_num_virtual_tokens``).
+        decoder_virtual_tokens: how many more vectors are learned that stand before the decoder's input, of an
+            encoder–decoder.
         init: the start. ``text``: embeddings of ``init_text``. ``labels``: embeddings of the labels, the rest as
             ``vocab``. ``vocab``: embeddings of tokens drawn from the most frequent part of the vocabulary. ``random``:
             normal, with the RMS of the embedding table. ``auto``: ``text`` if there is an ``init_text``; with labels,
@@ -31,10 +33,10 @@ class TrainConfig:
         init_text: the text for ``text``: cut to P tokens, or repeated so that it ends whole.
         init_scale: factor on all initial vectors but the first, at least 1. None: the factor by which the base model's
             first layer lengthens hidden states (``FrozenLM.first_layer_gain``), so that what is learned reaches the
-            deeper layers too. Steps grow with it. A KV prefix always has 1.
+            deeper layers too. Steps grow with it. With ``prefix`` it is always 1.
         parametrisation: what is trained. ``plain``: the vectors. ``residual``, ``superpos``, ``mlp``: numbers that are
-            folded into vectors after training. ``prefix``: keys and values for every layer, a soft prompt of another
-            kind with a larger file.
+            folded into vectors after training. ``prefix``: keys and values for every layer, or what recurrent
+            layers start from, a soft prompt of another kind with a larger file.
         starts: how many runs, with different starts and orders of the data, do the first tenth of the steps. The best
             on the validation rows goes on (successive halving of one round, Jamieson and Talwalkar 2016). With
             ``auto``, further starts take ``labels`` or ``vocab``, which are drawn.
@@ -70,6 +72,7 @@ class TrainConfig:
     """
 
     num_virtual_tokens: int | None = None
+    decoder_virtual_tokens: int = 0
     init: str = "auto"
     init_text: str | None = None
     init_scale: float | None = None
@@ -113,6 +116,7 @@ class TrainConfig:
 
         return [
             at_least("num_virtual_tokens", 1),
+            at_least("decoder_virtual_tokens", 0),
             at_least("starts", 1),
             (
                 all(each >= 1 for each in self.lengths),

@@ -4,7 +4,8 @@ Three ways lead to the same numbers:
 
 * *Stream*: one pass over ``[prefix | its rows | …]``. It launches half as much as the second way, and pads nothing.
 * *Two stages*: each prefix runs once; micro-batches of rows send their gradients into its detached state, where they
-  add up in fp32; one backward pass carries the sum on to the vectors. Its memory is that of one micro-batch.
+  add up in fp32; one backward pass carries the sum on to the vectors. Its memory is that of one micro-batch. Where
+  the prefixes of several soft prompts are more than that, they run again, some at a time, when the rows are done.
 * *Concatenation*: the soft prompt is repeated in every row. It serves every architecture.
 """
 
@@ -12,19 +13,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from softprompt.errors import ConfigError, SoftPromptWarning, TrainingError
-from softprompt.model.batch import Batch, Row, micro_batches, stream
+from softprompt.model.batch import Batch, Row, collate, micro_batches, stream, without_lone_rows
 from softprompt.model.distributed import noticing_loss
-from softprompt.model.fast.graphs import Graphs
+from softprompt.model.fast.compiled import graphs_compiled
+from softprompt.model.fast.graphs import Graphs, sent
+from softprompt.model.fast.measured import Gauge, Measuring
 from softprompt.model.frozen import FrozenLM
-from softprompt.model.joined import Joined, apart, join
+from softprompt.model.joined import Joined, apart, join, picked, word_places
 from softprompt.model.prefixes import PrefixOf
-from softprompt.model.request import Request
+from softprompt.model.request import Request, can_share
 from softprompt.model.state.prefix import Detached, PrefixState
 from softprompt.text.tokens import SOFT, Tokens
 from softprompt.tuning.objective import Objective
@@ -34,6 +37,9 @@ Layout = Literal["stream", "two stages", "concatenation"]
 STREAM_TOKENS = 384
 """Tokens up to which a stream is faster on a CPU: 1.3 times with 60, 1.1 with 250, 0.8 with 800 (SmolLM2-135M), since
 attention looks at all pairs of tokens there."""
+
+SHARED_TOKENS = 256
+"""Tokens up to which a pass over the rows of several soft prompts may always go on a CPU: fewer take longer."""
 
 SHORT_TEXT = 64
 """Tokens of the template before the soft prompt up to which a stream computes them anew in each step."""
@@ -47,7 +53,7 @@ class Share:
         objective: their loss.
         requests: all with the same shared part.
         gold: index of each row's word or label, as ``Objective.loss`` takes it.
-        shape: of the soft prompt's numbers, ``(P, H)`` or ``(P, L, 2, H_kv, D)``.
+        shape: of the soft prompt's numbers, ``(P, H)``, ``(P, L, 2, H_kv, D)`` or ``(N,)``.
         whole: by what the summed loss is divided, where these are some of a step's rows; None: they are all of them.
     """
 
@@ -72,11 +78,6 @@ class Share:
         """The token ids of the shared part, the soft prompt's place included."""
         return self.requests[0].ids[: self.requests[0].shared]
 
-    @property
-    def prefix_length(self) -> int:
-        """Tokens of the prefix."""
-        return len(self.shared) - 1 + self.shape[0]
-
 
 @dataclass(frozen=True)
 class Work:
@@ -91,6 +92,7 @@ class Work:
             a conversation.
         groups: what each pass computes: indices of rows.
         batches: the same as tensors; none for the concatenation.
+        prefixes: of the shares, those whose prefixes are computed together.
         idle: so many of the last passes count for nothing: other processes have rows in them.
         tokens: that each of ``whole`` computes, in all processes, the shared prefix counted once.
         saved: that each of ``whole`` does not compute, since answers of a conversation share what they begin with.
@@ -103,6 +105,7 @@ class Work:
     rows: Sequence[tuple[int, Joined]]
     groups: Sequence[Sequence[int]]
     batches: Sequence[Batch]
+    prefixes: Sequence[Sequence[int]]
     idle: int
     tokens: tuple[int, ...]
     saved: tuple[int, ...]
@@ -120,6 +123,8 @@ class Gradients:
         max_tokens: the most tokens, padding included, in one pass; by default ``lm.tokens_at_once``. A step that does
             not fit into memory is repeated in smaller passes, with the same result.
         may_recompute: whether a row that does not fit alone is tried with activations that are computed again.
+        measuring: finds ``max_tokens`` and whether activations are computed again, from what the first steps take; on
+            a GPU, where it is not given. The result is the same whatever it finds: gradients are sums.
     """
 
     def __init__(
@@ -134,9 +139,18 @@ class Gradients:
         self.may_recompute = may_recompute
         self.graphs = Graphs()
         self.layout = layout
-        self.fixed = lm.device.type == "cuda" and lm.compiles
+        self.fixed = lm.device.type == "cuda" and lm.plain
         self.max_tokens = max_tokens
+        measurable = lm.device.type == "cuda" and lm.world.size == 1 and max_tokens is None
+        self.measuring = Measuring(Gauge(lm.device) if measurable else None, may_recompute=may_recompute)
+        self._compiled_before = graphs_compiled()
         self._text_before: PrefixOf = lm.kept_prefixes(1)
+
+    @property
+    def costs(self) -> dict[str, int]:
+        """What steps cost once: ``compiled``, how many graphs ``torch.compile`` has made since this was made, and
+        ``captured``, how many CUDA graphs were captured."""
+        return {"compiled": graphs_compiled() - self._compiled_before, "captured": self.graphs.captured}
 
     def prepare(self, shares: Sequence[Share]) -> Work:
         """Lays a step out; computes nothing on the device. Of several processes, each takes some of every share's rows.
@@ -145,12 +159,17 @@ class Gradients:
             ConfigError: several soft prompts, and a base model whose weights are in parts (FSDP2).
         """
         world = self.lm.world
-        shared = self.lm.shares_prefix and all(r.shares_prefix for share in shares for r in share.requests)
+        shares = [_opened(share) for share in shares]
+        shared = all(
+            can_share(self.lm, request, self.lm.trained.length(share.shape))
+            for share in shares
+            for request in share.requests
+        )
         shared = shared and self.layout != "concatenation"
         units = [self._units(share, shared) for share in shares]
         lengths = [[self._length(share, one, shared) for one in own] for share, own in zip(shares, units, strict=True)]
         tokens = tuple(
-            sum(own) + (share.prefix_length if shared else 0) for share, own in zip(shares, lengths, strict=True)
+            sum(own) + (self._prefix_length(share) if shared else 0) for share, own in zip(shares, lengths, strict=True)
         )
         saved = tuple(sum(one.saved for one in own) if shared else 0 for own in units)
         if not world.divides_steps:
@@ -187,6 +206,10 @@ class Gradients:
         """The tokens that a row alone needs."""
         return one.row().length if shared else self.lm.tokens_of(one.requests[0], share.shape[0])
 
+    def _prefix_length(self, share: Share) -> int:
+        """Tokens of a share's prefix."""
+        return len(share.shared) - 1 + self.lm.trained.length(share.shape)
+
     def _laid_out(
         self,
         whole: Sequence[Share],
@@ -203,31 +226,51 @@ class Gradients:
         most = self.max_tokens or self.lm.tokens_at_once
         joined = [(number, one) for number, share in enumerate(shares) for one in self._units(share, shared)]
         rows = [one.row(number) for number, one in joined]
-        layout = (self.layout or self._best(shares, joined, rows, most)) if shared else "concatenation"
+        layout = (self.layout or self._best(shares, rows, most)) if shared else "concatenation"
         lengths = [self._length(shares[number], one, shared) for number, one in joined]
+        most = self._at_most(shares, joined, lengths, most)
         batches = list[Batch]()
         if layout == "stream" and rows:
             groups = [list(range(len(rows)))]
             prefixes = [(share.shared, share.shape[0]) for share in shares]
-            batches = [stream(rows, prefixes, fixed=self.fixed)]
+            requests = sum(len(one.requests) for _, one in joined)
+            batches = [stream(rows, prefixes, fixed=self.fixed, least_rows=requests)]
         else:
             groups = micro_batches(lengths, most)
+            if self.lm.layers.compiled:
+                groups = without_lone_rows(groups)
         own = 0 if idle else len(groups)
         groups = [*groups, *[[0]] * (passes - len(groups))]
         if layout == "two stages":
-            starts, cpu = [share.prefix_length for share in shares], torch.device("cpu")
-            batches = [self.lm.collate([rows[i] for i in group], starts, cpu) for group in groups]
-        return Work(whole, places, shares, layout, joined, groups, batches, len(groups) - own, tokens, saved)
+            starts = [self._prefix_length(share) for share in shares]
+            batches = [self._lines([rows[i] for i in group], starts) for group in groups]
+        together = _neighbours([self._prefix_length(share) for share in shares], most)
+        return Work(whole, places, shares, layout, joined, groups, batches, together, len(groups) - own, tokens, saved)
 
-    def _best(
-        self, shares: Sequence[Share], joined: Sequence[tuple[int, Joined]], rows: Sequence[Row], most: int
-    ) -> Layout:
-        total = sum(share.prefix_length for share in shares) + sum(row.length for row in rows)
+    def _at_most(
+        self, shares: Sequence[Share], joined: Sequence[tuple[int, Joined]], lengths: Sequence[int], most: int
+    ) -> int:
+        """Tokens of a pass, of several shares on a CPU no more than the largest of them computes alone: that gives all
+        of them hardly more than its memory, and larger passes are not faster there."""
+        if len(shares) < 2 or self.lm.device.type == "cuda":
+            return most
+        own = [self._prefix_length(share) for share in shares]
+        for (number, _), length in zip(joined, lengths, strict=True):
+            own[number] += length
+        return min(most, max(SHARED_TOKENS, *own))
+
+    def _lines(self, rows: Sequence[Row], starts: Sequence[int]) -> Batch:
+        """Rows behind prefixes of ``starts`` tokens, on the CPU."""
+        cpu = torch.device("cpu")
+        if self.lm.layers.compiled:  # torch.compile takes a size of 1 for a constant, so a lone line is another graph
+            return collate(rows, starts, cpu, least_lines=2)
+        return self.lm.collate(rows, starts, cpu)
+
+    def _best(self, shares: Sequence[Share], rows: Sequence[Row], most: int) -> Layout:
+        total = sum(self._prefix_length(share) for share in shares) + sum(row.length for row in rows)
         if self.lm.device.type != "cuda":
             most = min(most, STREAM_TOKENS)
         plain = all(len(share.shape) == 2 and share.shared.index(SOFT) <= SHORT_TEXT for share in shares)
-        # How conversations are taken apart again is another index for each batch, which a graph cannot hold.
-        plain = plain and not (self.fixed and any(len(one.requests) > 1 for _, one in joined))
         may_stream = plain and not self.lm.recurrent and self.lm.world.shard != "fsdp"
         return "stream" if may_stream and total <= most else "two stages"
 
@@ -280,7 +323,10 @@ class Gradients:
         before = [None if own.grad is None else own.grad.clone() for own in vectors]
         while True:
             try:
-                return ways[work.layout](work, vectors)
+                self.measuring.begin()
+                losses = ways[work.layout](work, vectors)
+                self._measure(work)
+                return losses
             except torch.OutOfMemoryError as error:
                 if self.lm.world.shard != "none":  # the others are in the middle of the same layer
                     raise TrainingError(
@@ -291,8 +337,22 @@ class Gradients:
                     own.grad = gradient
                 work = self._smaller(work, error)
 
+    def _measure(self, work: Work) -> None:
+        """Takes what was found in the passes of a step."""
+        if work.batches:
+            tokens = max(batch.ids.numel() for batch in work.batches)
+            longest = max(one.row().length for _, one in work.rows)
+        else:
+            lengths = [self._length(work.shares[number], one, shared=False) for number, one in work.rows]
+            tokens, longest = max(max(lengths[i] for i in group) * len(group) for group in work.groups), max(lengths)
+        found = self.measuring.end(tokens, longest, recomputed=self.lm.layers.recomputed)
+        if found is not None:
+            self.max_tokens = self.lm.tokens_at_once = found.tokens
+            self.lm.layers.set(recomputed=found.recomputed)
+
     def _smaller(self, work: Work, error: torch.OutOfMemoryError) -> Work:
         """The same step in smaller passes; where each has one row already, with activations that are computed again."""
+        self.measuring.stop()
         if work.layout == "stream" or any(len(group) > 1 for group in work.groups):
             lengths = [one.row().length for _, one in work.rows]
             self.lm.take_less_at_once(max(sum(lengths[i] for i in group) for group in work.groups))
@@ -320,28 +380,33 @@ class Gradients:
 
         Args:
             objective, requests, gold: as in ``Share``.
-            vectors: float32 ``[P, H]`` or ``[P, L, 2, H_kv, D]``, a leaf.
+            vectors: float32 ``[P, H]``, ``[P, L, 2, H_kv, D]`` or ``[N]``, a leaf.
         """
         work = self.prepare([Share(objective, requests, gold, tuple(vectors.shape))])
         return float(self.add(work, [vectors])[0]), work.tokens[0]
 
     def _add_by_stream(self, work: Work, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
         laid, shares = work.batches[0], work.shares
-        joined = [one for _, one in work.rows]
+        index = word_places([one for _, one in work.rows], laid.num_words, laid.size * laid.num_words)
         gold = [shares[number].gold[place] for number, one in work.rows for place in one.places]
-        weights = [share.weight for share in shares]
         counts, lengths = [len(share.requests) for share in shares], [share.shape[0] for share in shares]
-        rows = sum(counts)
         objectives = [share.objective for share in shares]
         words = [max(len(request.words) for request in share.requests) for share in shares]
-        integers = torch.cat([*(t.flatten() for t in laid.tensors.values()), torch.tensor([*gold, *weights])])
-        if self.lm.device.type == "cuda":
-            integers = integers.pin_memory()
+        places = torch.tensor([], dtype=torch.long) if index is None else index.flatten()
+        given = [
+            torch.cat([tensor.flatten() for tensor in laid.tensors.values()]),
+            torch.tensor(gold),
+            torch.tensor([share.weight for share in shares]),
+            places,
+        ]
+        sizes = [len(part) for part in given]
 
         def run(integers: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, ...]:
             leaf = numbers.detach().requires_grad_()
-            inside, right, divisors = torch.split(integers, [len(integers) - rows - len(counts), rows, len(counts)])
-            scores = apart(self.lm.score_stream(laid.filled(inside), leaf), joined)
+            inside, right, divisors, places = torch.split(integers, sizes)
+            scores = self.lm.score_stream(laid.filled(inside), leaf)
+            if index is not None:
+                scores = picked(scores, places.view(index.shape))
             parts = zip(objectives, torch.split(scores, counts), torch.split(right, counts), words, strict=True)
             losses = torch.stack([each.loss(own[:, :width], gold) for each, own, gold, width in parts]) / divisors
             (gradient,) = torch.autograd.grad(losses.sum(), leaf)
@@ -350,11 +415,12 @@ class Gradients:
         shape = (
             tuple((name, tensor.shape) for name, tensor in laid.tensors.items()),
             laid.num_words,
+            None if index is None else index.shape,
             *zip(counts, lengths, words, objectives, strict=True),
         )
         numbers = torch.cat([own.detach() for own in vectors])
-        given = integers.to(self.lm.device, non_blocking=True), numbers
-        losses, gradient = self.graphs(shape, run, *given) if self.fixed else run(*given)
+        both = sent(torch.cat(given), self.lm.device), numbers
+        losses, gradient = self.graphs(shape, run, *both) if self.fixed else run(*both)
         for own, part in zip(vectors, torch.split(gradient, lengths), strict=True):
             own.grad = part.clone() if own.grad is None else own.grad + part
         return losses
@@ -362,24 +428,30 @@ class Gradients:
     def _add_by_stages(self, work: Work, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
         """The text before a single soft prompt runs in the first step only; behind a KV prefix, backward goes through
         the template's text only."""
-        device, lm = self.lm.device, self.lm
-        prefix = self._prefixes(work.shares, vectors)
-        detached = Detached(prefix)
+        device, lm, parts = self.lm.device, self.lm, work.prefixes
+        again = len(parts) > 1  # the graphs of all would take more memory than the rows
+        with torch.set_grad_enabled(not again):
+            first, *others = [self._prefixes(work, vectors, part) for part in parts]
+            detached = Detached(first.stack(others))
+        del first, others
         losses = torch.zeros(len(work.shares), device=device)
         for number, (group, batch) in enumerate(zip(work.groups, work.batches, strict=True)):
             scores = lm.score_batch(batch.to(device), detached.leaves())
             scores = apart(scores, [work.rows[i][1] for i in group])
             losses = losses + self._backward(work, group, scores, idle=number >= len(work.groups) - work.idle)
-        lm.layers.make_ready()
-        detached.backward()
+        for part in parts:
+            state = self._prefixes(work, vectors, part) if again else None
+            lm.layers.make_ready()
+            detached.backward(state, part)
         return losses
 
-    def _prefixes(self, shares: Sequence[Share], vectors: Sequence[torch.Tensor]) -> PrefixState:
-        if len(shares) > 1:
-            return self.lm.prefixes_kv([share.shared for share in shares], vectors)
-        shared = shares[0].shared
+    def _prefixes(self, work: Work, vectors: Sequence[torch.Tensor], part: Sequence[int]) -> PrefixState:
+        """The prefixes of some shares."""
+        if len(work.shares) > 1:
+            return self.lm.prefixes_kv([work.shares[i].shared for i in part], [vectors[i] for i in part])
+        shared = work.shares[0].shared
         place = shared.index(SOFT)
-        if self.lm.recurrent and len(vectors[0]) == 1 and place == len(shared) - 1:
+        if self.lm.recurrent and tuple(vectors[0].shape) == (1, self.lm.hidden_size) and place == len(shared) - 1:
             place = 0  # behind a state, some layers run one token alone in place, through which no gradient goes
         before = self._text_before(shared[:place], None) if place else None
         return self.lm.prefix_kv(shared[place:], vectors[0], before)
@@ -421,6 +493,26 @@ class Gradients:
             parts.append(loss)
         torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
         return losses
+
+
+def _neighbours(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Numbers in order, in groups of at most so much length in all; a longer one stands alone."""
+    groups: list[list[int]] = []
+    for number, length in enumerate(lengths):
+        if groups and sum(lengths[i] for i in groups[-1]) + length <= most:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return groups
+
+
+def _opened(share: Share) -> Share:
+    """A share in which not one token alone is shared behind a trained state: some layers would run it in place, through
+    which no gradient goes. It becomes each row's own."""
+    if len(share.shape) > 1 or len(share.shared) - 2 != share.shared.index(SOFT):
+        return share
+    requests = [replace(request, shared=request.shared - 1) for request in share.requests]
+    return replace(share, requests=requests)
 
 
 def _places(units: Sequence[Joined]) -> list[int]:

@@ -40,7 +40,7 @@ class History:
         self._entries: Entries = {}
 
     def add(self, start: int, step: int, vectors: torch.Tensor) -> None:
-        """Takes vectors ``[P, H]`` that nobody changes any more; a KV prefix, and numbers that are not finite, are
+        """Takes vectors ``[P, H]`` that nobody changes any more; a trained prefix, and numbers that are not finite, are
         left out."""
         if self._folder is not None and vectors.dim() == 2 and bool(vectors.isfinite().all()):
             self._entries[start, step] = vectors.detach().cpu()

@@ -15,6 +15,7 @@ from softprompt.data.sources import Source
 from softprompt.errors import ConfigError, SoftPromptError
 from softprompt.files import StrPath
 from softprompt.model.frozen import FrozenLM
+from softprompt.soft_prompts.metadata import start_length
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.length import default_num_virtual_tokens
 from softprompt.tasks.reading import Labels, form_of, read_task, require_no_chat, taken_for
@@ -141,7 +142,7 @@ class Job:
             form = form_of(rows, lm.tokenizer, self.verbalizer is not None)
         config = self.config
         if config.num_virtual_tokens is None and self.start is not None:
-            config = replace(config, num_virtual_tokens=self.start.num_virtual_tokens)
+            config = replace(config, num_virtual_tokens=start_length(self.start, self.start.num_virtual_tokens))
         if config.num_virtual_tokens is None:
             length = default_num_virtual_tokens(lm, () if self.verbalizer is None else self.verbalizer.labels)
             config = replace(config, num_virtual_tokens=length)
@@ -152,14 +153,36 @@ class Job:
         """What the data were taken for."""
         return taken_for(self.rows, self.validation, None, self.verbalizer, self.labels, self.references_field)
 
-    def training(self, lm: FrozenLM, *, folder: StrPath | RunFolder | None = None, resume: bool = False) -> Training:
+    def task(self, lm: FrozenLM) -> Task:
+        """The task of a job that is :meth:`on` this base model.
+
+        Raises:
+            SoftPromptError: as for ``Task``.
+        """
+        assert isinstance(self.template, Template), "on() comes first"
+        config = self.config
+        length, ahead = config.max_length or lm.window, config.decoder_virtual_tokens
+        return Task(lm, self.template, self.verbalizer, config.longest, length, decoder_virtual_tokens=ahead)
+
+    def training(
+        self,
+        lm: FrozenLM,
+        *,
+        folder: StrPath | RunFolder | None = None,
+        resume: bool = False,
+        task: Task | None = None,
+    ) -> Training:
         """The training of a job that is :meth:`on` this base model.
+
+        Args:
+            lm: the base model.
+            folder, resume: as for ``Training``.
+            task: that of :meth:`task`, of a job that differs at most in its settings.
 
         Raises:
             SoftPromptError: as for ``Training``.
         """
-        assert isinstance(self.template, Template), "on() comes first"
-        task = Task(lm, self.template, self.verbalizer, self.config.longest, self.config.max_length or lm.window)
+        task = self.task(lm) if task is None else task.of_length(self.config.longest)
         vectors = None if self.start is None else self.start.vectors
         return Training(
             task, self.rows, self.validation, self.config, name=self.name, start=vectors, folder=folder, resume=resume

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -82,14 +83,19 @@ def _round(gradients: Gradients, trainings: Sequence[Training]) -> tuple[list[St
     begun = [(number, each, step) for number, each in enumerate(trainings) if (step := each.begin_step()) is not None]
     if not begun:
         return None
-    work = gradients.prepare([each.share(step) for _, each, step in begun])
-    losses = gradients.add(work, [step.numbers for _, _, step in begun])
+    shares = [each.shares(step) for _, each, step in begun]
+    numbers = [step.numbers for own, (_, _, step) in zip(shares, begun, strict=True) for _ in own]
+    work = gradients.prepare([share for own in shares for share in own])
+    ends = list(itertools.accumulate(len(own) for own in shares))
+    of = [slice(end - len(own), end) for own, end in zip(shares, ends, strict=True)]  # its shares, of each training
+    found_losses = gradients.add(work, numbers)
+    losses = torch.stack([found_losses[own].sum() for own in of])
     norms = [step.take_back() for _, _, step in begun]
     found = torch.stack([losses, torch.stack(norms)]).tolist()
     seconds = (time.perf_counter() - began) / len(begun)
     steps: list[Step | None] = [None] * len(trainings)
     for place, (number, each, step) in enumerate(begun):
         steps[number] = each.end_step(
-            step, found[0][place], found[1][place], work.tokens[place], seconds, work.saved[place]
+            step, found[0][place], found[1][place], sum(work.tokens[of[place]]), seconds, sum(work.saved[of[place]])
         )
     return steps, [each for _, each, _ in begun]

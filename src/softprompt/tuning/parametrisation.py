@@ -17,6 +17,7 @@ from torch.nn import functional
 from softprompt.errors import ConfigError
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request
+from softprompt.model.trained import apart
 from softprompt.text.template import Template
 from softprompt.text.tokens import SOFT, frequent_tokens
 from softprompt.tuning.config import PARAMETRISATIONS
@@ -34,10 +35,11 @@ class Parametrisation:
 
     Attributes:
         tensors: float32 leaves by name: what optimizer, clipping and checkpoint see.
-        fold: the soft prompt ``[P, H]`` or ``[P, L, 2, H_kv, D]`` that they stand for, in ``unit``; differentiable in
-            all of them.
+        fold: the soft prompt ``[P, H]``, ``[P, L, 2, H_kv, D]`` or ``[N]`` that they stand for, in ``unit``;
+            differentiable in all of them.
         unit: what ``fold()`` is to be multiplied by: ``[P, 1]``, the RMS of each initial vector; for a KV prefix ``[P,
-            L, 2, 1, 1]``, a tenth of the RMS of each virtual token's initial key and value in each layer.
+            L, 2, 1, 1]``, a tenth of the RMS of each virtual token's initial key and value in each layer; for a trained
+            state ``[N]``, that, and likewise of each head's state and of each window.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -53,7 +55,7 @@ def parametrise(
     Args:
         lm: the base model.
         kind: one of ``config.PARAMETRISATIONS``.
-        start: float32 ``[P, H]``; for ``prefix`` that or ``[P, L, 2, H_kv, D]``.
+        start: float32 ``[P, H]``; for ``prefix`` that or a trained prefix.
         seed: seeds what is drawn.
         scale: the largest unit, in RMS of the embedding table.
         before: for ``prefix``, the token ids before the soft prompt.
@@ -64,7 +66,8 @@ def parametrise(
     if kind not in PARAMETRISATIONS:
         raise ConfigError(f"The parametrisation must be one of {', '.join(PARAMETRISATIONS)}, not {kind!r}.")
     if kind == "prefix":
-        return _prefix(start if start.dim() == 5 else kv_of(lm, before, start))
+        start = prefix_of(lm, before, start) if start.dim() == 2 else start
+        return _prefix(start) if start.dim() == 5 else _state(lm, start)
     rms = start.square().mean(dim=1, keepdim=True).sqrt()
     unit = rms.clamp(lm.embedding_rms, scale * lm.embedding_rms)
     vectors, generator = start / unit, torch.Generator().manual_seed(seed)
@@ -186,8 +189,27 @@ def _prefix(kv: torch.Tensor) -> Parametrisation:
     return Parametrisation(learned, lambda: learned["kv"], unit)
 
 
+def _state(lm: FrozenLM, numbers: torch.Tensor) -> Parametrisation:
+    """A trained state (S₀ tuning, arXiv 2604.01168), learned directly, and with it the keys and values of the layers
+    with attention.
+
+    Ours differs: it starts from what the initial vectors leave behind instead of zeros, windows and keys and values are
+    learned, too, and steps are of the size that they are of for a KV prefix, by heads for a state.
+    """
+    shapes = lm.trained.shapes(lm.trained.length(numbers.shape))
+    tensors = apart(numbers, shapes)
+    units = {}
+    for name, tensor in tensors.items():
+        over = tuple(range(0 if name.endswith("window") else 1, tensor.dim()))
+        rms = tensor.square().mean(dim=over, keepdim=True).sqrt()
+        units[name] = (torch.where(rms > 0, rms, 1.0) / 10).expand_as(tensor)
+    learned = {name: (tensor / units[name]).requires_grad_() for name, tensor in tensors.items()}
+    unit = torch.cat([own.flatten() for own in units.values()])
+    return Parametrisation(learned, lambda: torch.cat([own.flatten() for own in learned.values()]), unit)
+
+
 def require_shared_prefix(lm: FrozenLM, template: Template, requests: Sequence[Request]) -> None:
-    """Refuses what a trained KV prefix cannot be learned with.
+    """Refuses what a trained prefix cannot be learned with.
 
     Args:
         lm: the base model.
@@ -195,12 +217,12 @@ def require_shared_prefix(lm: FrozenLM, template: Template, requests: Sequence[R
         requests: its training rows.
 
     Raises:
-        ConfigError: the base model has no keys and values to learn, or something stands before the soft prompt.
+        ConfigError: the base model has no keys, values or states to learn, or input stands before the soft prompt.
     """
-    if lm.why_no_kv:
+    if lm.trained.why_none:
         raise ConfigError(
-            f"the parametrisation prefix needs a base model with keys and values to learn, but {lm.name} has none: "
-            f"{lm.why_no_kv}; choose another base model or parametrisation"
+            f"the parametrisation prefix needs a base model with keys, values or states to learn, but {lm.name} has "
+            f"none: {lm.trained.why_none}; choose another base model or parametrisation"
         )
     if not all(request.shares_prefix for request in requests):
         raise ConfigError(
@@ -209,8 +231,8 @@ def require_shared_prefix(lm: FrozenLM, template: Template, requests: Sequence[R
         )
 
 
-def kv_of(lm: FrozenLM, before: Sequence[int], vectors: torch.Tensor) -> torch.Tensor:
-    """The keys and values that a soft prompt of vectors has in the base model.
+def prefix_of(lm: FrozenLM, before: Sequence[int], vectors: torch.Tensor) -> torch.Tensor:
+    """The numbers that a soft prompt of vectors has in every layer of the base model.
 
     Args:
         lm: a base model with a shared prefix.
@@ -218,6 +240,7 @@ def kv_of(lm: FrozenLM, before: Sequence[int], vectors: torch.Tensor) -> torch.T
         vectors: float ``[P, H]``.
 
     Returns:
-        float32 ``[P, L, 2, H_kv, D]``, keys after any rotary embedding.
+        float32 ``[P, L, 2, H_kv, D]``, keys after any rotary embedding; or a trained state ``[N]``, in which the
+        recurrent layers have read ``before``, too.
     """
-    return lm.prefix_numbers((*before, SOFT), vectors)[len(before) :]
+    return lm.trained.numbers((*before, SOFT), vectors, len(before))

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from softprompt.data.example import Dataset, Example
 from softprompt.errors import DataError
 from softprompt.tuning.config import TrainConfig
+
+
+class Order(Protocol):
+    """Which rows each step learns from.
+
+    Attributes:
+        rows: how many rows an epoch has.
+    """
+
+    rows: int
+
+    def batch(self, seed: int, step: int, size: int) -> list[int]:
+        """Indices of the rows of a step, a function of the arguments alone.
+
+        Args:
+            seed: seeds the order.
+            step: from 0; consecutive steps take consecutive parts of each epoch.
+            size: how many rows a step has.
+        """
 
 
 class RowOrder:
@@ -23,6 +42,9 @@ class RowOrder:
 
     The answers of a conversation follow each other, so that a step can share what they begin with. The order is then
     one of conversations. A conversation that reaches beyond the end of a step goes on in the next one.
+
+    Attributes:
+        rows: how many rows an epoch has.
     """
 
     def __init__(self, kinds: Sequence[Hashable], conversations: Sequence[str] | None = None) -> None:
@@ -38,20 +60,22 @@ class RowOrder:
         self._together = list(together.values())
         numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
         self._kinds = torch.tensor([numbers[kinds[rows[0]]] for rows in self._together])
-        self._rows = len(kinds)
+        self.rows = len(kinds)
         self._kept: tuple[tuple[int, int], list[int]] | None = None
 
-    def batch(self, seed: int, step: int, size: int) -> list[int]:
-        """Indices of the rows of a step, a function of the arguments alone.
+    @classmethod
+    def of(cls, examples: Sequence[Example], *, labelled: bool) -> RowOrder:
+        """The order of examples; of each label, if they have labels, about as many in each batch."""
+        return cls(
+            [example.target if labelled else None for example in examples],
+            ["" if example.conversation is None else example.conversation.origin for example in examples],
+        )
 
-        Args:
-            seed: seeds the order.
-            step: from 0; consecutive steps take consecutive parts of each epoch.
-            size: how many rows a step has.
-        """
+    def batch(self, seed: int, step: int, size: int) -> list[int]:
+        """As :meth:`Order.batch`."""
         chosen: list[int] = []
         while len(chosen) < size:
-            epoch, offset = divmod(step * size + len(chosen), self._rows)
+            epoch, offset = divmod(step * size + len(chosen), self.rows)
             chosen += self._epoch(seed, epoch)[offset : offset + size - len(chosen)]
         return chosen
 

@@ -14,6 +14,9 @@ from softprompt.tasks.task import Task
 from softprompt.text.tokens import frequent_tokens
 from softprompt.tuning.config import TrainConfig
 
+AHEAD_SEED = 1 << 20
+"""Added to the seed of what stands before a decoder's input, so that it is drawn apart."""
+
 
 def initial_vectors(
     lm: Embedder,
@@ -69,32 +72,33 @@ def initial_vectors(
 
 
 def first_numbers(task: Task, config: TrainConfig, number: int, given: torch.Tensor | None) -> torch.Tensor:
-    """What the start of that number begins with, on the base model's device.
+    """What the start of that number begins with: float32 ``[P, H]`` or a trained prefix, on the model's device.
 
     Args:
-        task: its base model is a whole one.
-        config: settings.
-        number: of the start, from 0.
-        given: float ``[P, H]`` or ``[P, L, 2, H_kv, D]`` to start from; None: by the rule ``config.init``.
-
-    Returns:
-        float32 ``[P, H]`` or ``[P, L, 2, H_kv, D]``.
+        task: what is learned.
+        config: of the training.
+        number: of the start.
+        given: the numbers to start from; None: ``first_vectors``.
 
     Raises:
-        ConfigError: ``given`` is of another length or width, or a KV prefix where none can be learned.
+        ConfigError: what is given has another shape, or is of another kind than what is learned.
     """
     lm = task.model
     if given is None:
-        return first_vectors(task, config, number).to(lm.device)
+        vectors = first_vectors(task, config, number)
+        if config.decoder_virtual_tokens:
+            vectors = torch.cat([vectors, _ahead(task, config, number)])
+        return vectors.to(lm.device)
     length, _ = config.start(number)
-    expected: tuple[int, ...] = (length, lm.hidden_size)
-    if given.dim() == 5:
+    expected: tuple[int, ...] = (length + config.decoder_virtual_tokens, lm.hidden_size)
+    if given.dim() != 2:
         if config.parametrisation != "prefix":
+            kind = "KV prefix" if given.dim() == 5 else "state"
             raise ConfigError(
-                "the soft prompt to start from is a trained KV prefix, which only the parametrisation prefix "
-                f"can go on from, not {config.parametrisation}; choose that, or another start"
+                f"the soft prompt to start from is a trained {kind}, which only the parametrisation prefix can go on "
+                f"from, not {config.parametrisation}; choose that, or another start"
             )
-        expected = (length, *lm.kv_shape)
+        expected = lm.trained.shape(length)
     if tuple(given.shape) != expected:
         raise ConfigError(
             f"the soft prompt to start from has shape {list(given.shape)}, but {list(expected)} is needed; "
@@ -120,6 +124,14 @@ def first_vectors(task: Task, config: TrainConfig, number: int = 0) -> torch.Ten
     vectors = initial_vectors(lm, length, init=init, seed=config.seed + draw, text=text, label_words=words)
     vectors[1:] *= init_scale(lm, config)
     return vectors
+
+
+def _ahead(task: Task, config: TrainConfig, number: int) -> torch.Tensor:
+    """What the virtual tokens before a decoder's input begin with, ``[N, H]``: the labels' words, or frequent tokens,
+    as long as embeddings; with ``random``, noise."""
+    init = "random" if config.init == "random" else "labels" if task.label_words else "vocab"
+    seed = config.seed + number + AHEAD_SEED
+    return initial_vectors(task.lm, config.decoder_virtual_tokens, init=init, seed=seed, label_words=task.label_words)
 
 
 def init_scale(lm: Embedder, config: TrainConfig) -> float:

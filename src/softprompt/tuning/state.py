@@ -22,7 +22,7 @@ class State:
     Attributes:
         keeper: which validation is kept.
         learner: the start that is trained now.
-        good: float32 ``[P, H]`` or ``[P, L, 2, H_kv, D]``, the last numbers whose loss was finite.
+        good: float32 ``[P, H]``, ``[P, L, 2, H_kv, D]`` or ``[N]``, the last numbers whose loss was finite.
         best: float32 of the same shape, the numbers of the validation that is kept.
         leader: the best of several starts so far; None with one, and when they are compared.
         step, tokens, seconds: what was done: optimizer steps, tokens computed, wall time without validations.
@@ -31,6 +31,7 @@ class State:
         trend: of the steps' losses and gradients.
         stopped: why it ended: ``steps``, ``early``, ``interrupted``, ``not finite``; empty while it runs.
         compiled: whether the decoder layers are compiled while it trains.
+        planned: steps in all, where the end was moved; 0 where it is that of the settings.
     """
 
     keeper: Keeper
@@ -46,6 +47,7 @@ class State:
     trend: Trend = field(default_factory=Trend)
     stopped: str = ""
     compiled: bool = False
+    planned: int = 0
 
     @classmethod
     def of(cls, keeper: Keeper, learner: Learner, compiled: bool) -> State:
@@ -107,6 +109,7 @@ class State:
                 "trend": asdict(self.trend),
                 "stopped": self.stopped,
                 "compiled": self.compiled,
+                "planned": self.planned,
             },
             keep_earlier=keep_earlier,
         )
@@ -132,7 +135,7 @@ class State:
         self.step, self.seconds, self.tokens = saved["step"], saved["seconds"], saved["tokens"]
         self.rounds = saved.get("rounds", self.step)  # earlier releases kept none
         self.validations, self.stopped, self.compiled = saved["validations"], saved["stopped"], saved["compiled"]
-        self.trend = Trend(**saved.get("trend", {}))  # earlier releases kept none
+        self.trend, self.planned = Trend(**saved.get("trend", {})), saved.get("planned", 0)  # earlier releases: none
         if "keeper" in saved:
             self.keeper.resume(saved["keeper"])
         else:

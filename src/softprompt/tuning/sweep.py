@@ -190,15 +190,17 @@ class Sweep:
         self._lm, self._keep, self._state = lm, keep, folder / SWEEP
         self._folder = folder / "sweep"
         self._job, self._telling = halves(job.on(lm), job.config.seed)
+        self._task = self._job.task(lm)
+        self._task.remember()  # the tokens of a row are the same for all settings
         self.configs = cross(self._job.config, axes)
         self.left, self._done, self._resume = list(range(len(self.configs))), 0, resume
         self.found: dict[int, dict[str, Any]] = {}
         self._trainings: dict[int, Training] = {}
-        resume = resume and self._state.exists()
-        if resume:
+        self._world = lm.world
+        if self._world.from_first(lambda: resume and self._state.exists()):
             self._load()
         else:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._remove(self._folder)
         self._open(0)
         self.rungs = self._rungs()
         for number in self.left[1:]:
@@ -210,7 +212,8 @@ class Sweep:
         if number and config.eval_every is None:  # all are compared at the same steps
             config = replace(config, eval_every=self._trainings[0].schedule.every)
         job = replace(self._job, config=config, name=self.label(number))
-        self._trainings[number] = job.training(self._lm, folder=self._folder / f"{number:03}", resume=self._resume)
+        folder = self._folder / f"{number:03}"
+        self._trainings[number] = job.training(self._lm, folder=folder, resume=self._resume, task=self._task)
 
     def _rungs(self) -> list[int]:
         """Steps with a validation, the first at or behind each share of the steps; a short run has fewer."""
@@ -263,7 +266,7 @@ class Sweep:
                 self._save()
                 for number in dropped:
                     del self._trainings[number]
-                    shutil.rmtree(self._folder / f"{number:03}", ignore_errors=True)
+                    self._remove(self._folder / f"{number:03}")
         if self._rank(self.best) == -math.inf:
             raise TrainingError("No setting has a loss that is finite; try lower --lrs, or --dtype fp32.")
 
@@ -327,8 +330,13 @@ class Sweep:
     def close(self) -> None:
         """Removes what it would be gone on with from."""
         self._trainings.clear()
-        self._state.unlink(missing_ok=True)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._world.writes:
+            self._state.unlink(missing_ok=True)
+        self._remove(self._folder)
+
+    def _remove(self, folder: Path) -> None:
+        if self._world.writes:
+            shutil.rmtree(folder, ignore_errors=True)
 
     # --- what survives a kill ---------------------------------------------------------------------
 
@@ -345,6 +353,8 @@ class Sweep:
         }
 
     def _save(self) -> None:
+        if not self._world.writes:
+            return
         found = {str(number): seen for number, seen in self.found.items()}
         document = {"identity": self._identity(), "done": self._done, "left": self.left, "found": found}
         try:
@@ -357,6 +367,17 @@ class Sweep:
             ) from error
 
     def _load(self) -> None:
+        identity, self.left, self._done, self.found = self._world.from_first(self._read)
+        ours = json.loads(strict_json(self._identity()))
+        differing = [name for name in ours if identity.get(name) != ours[name]]
+        if differing:
+            raise ConfigError(
+                f"The sweep in {self._state} is one with other {', '.join(differing)}; give the same command with "
+                f"--resume, or start anew with --overwrite instead."
+            )
+
+    def _read(self) -> tuple[dict[str, Any], list[int], int, dict[int, dict[str, Any]]]:
+        """Of what is gone on from: what it is, the settings that are left, the rungs that are done, what was seen."""
         try:
             saved = json.loads(self._state.read_text(encoding="utf-8"))
             identity, found = saved["identity"], {int(number): seen for number, seen in saved["found"].items()}
@@ -365,14 +386,7 @@ class Sweep:
             raise StoreError(
                 f"The sweep in {self._state} is damaged ({error}); start anew with --overwrite instead of --resume."
             ) from error
-        ours = json.loads(strict_json(self._identity()))
-        differing = [name for name in ours if identity.get(name) != ours[name]]
-        if differing:
-            raise ConfigError(
-                f"The sweep in {self._state} is one with other {', '.join(differing)}; give the same command with "
-                f"--resume, or start anew with --overwrite instead."
-            )
-        self.left, self._done, self.found = left, done, found
+        return identity, left, done, found
 
 
 def _silently(trainings: Sequence[Training], until: int | None) -> None:

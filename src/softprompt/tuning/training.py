@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,11 +15,11 @@ from softprompt.data.example import Dataset, Example, check_targets
 from softprompt.errors import ConfigError, ProcessError, StoreError, TrainingError
 from softprompt.evaluation.validation import validator
 from softprompt.files import StrPath
-from softprompt.model.fast.compiled import graphs_compiled
+from softprompt.model.fast.measured import MicroBatch
 from softprompt.model.joined import share_beginnings
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.task import Task
-from softprompt.text.tokens import SOFT
+from softprompt.text.tokens import SOFT, Tokens
 from softprompt.tuning import checkpoint, compilation
 from softprompt.tuning.alarms import Watch
 from softprompt.tuning.config import INITS, TrainConfig
@@ -30,7 +30,7 @@ from softprompt.tuning.learner import Learner
 from softprompt.tuning.objective import Objective
 from softprompt.tuning.optimizer import learning_rate, make_optimizer
 from softprompt.tuning.parametrisation import parametrise, require_shared_prefix
-from softprompt.tuning.rows import RowOrder, describe_rows, split_rows
+from softprompt.tuning.rows import Order, RowOrder, describe_rows, split_rows
 from softprompt.tuning.run_folder import Hold, RunFolder
 from softprompt.tuning.start import first_numbers, init_scale
 from softprompt.tuning.state import State
@@ -52,6 +52,7 @@ class Training:
         task: template and verbalizer, bound to the base model.
         schedule: its steps and validations.
         truncated: how many inputs were cut.
+        notes: what it remembers of its data besides.
         watch: looks whether it learns; its ``before`` is what was to be seen before the first step.
         base_unchanged: whether every bit of the base model's weights is as it was before any training, as the latest
             ``result`` found; None before that.
@@ -68,6 +69,8 @@ class Training:
         start: torch.Tensor | None = None,
         folder: StrPath | RunFolder | None = None,
         resume: bool = False,
+        order: Order | None = None,
+        notes: Mapping[str, Any] | None = None,
     ) -> None:
         """Prepares a run.
 
@@ -78,11 +81,13 @@ class Training:
                 ``config.validation_rows``).
             config: defaults if None.
             name: name of the soft prompt.
-            start: float ``[P, H]``, or for a KV prefix ``[P, L, 2, H_kv, D]``, to start from instead of
-                ``config.init``.
+            start: float ``[P, H]``, or for a KV prefix ``[P, L, 2, H_kv, D]``, or for a trained state ``[N]``, to start
+                from instead of ``config.init``.
             folder: where checkpoints, ``log.jsonl`` and the history of the vectors are kept; None keeps none. It is
                 held, so that no other training writes there, until the iteration ends or the training is deleted.
             resume: go on from the checkpoint in ``folder``, if there is one.
+            order: of the rows of ``train``, where it is not that of one task.
+            notes: what the soft prompt is to remember of its data besides, JSON values.
 
         Raises:
             DataError: too few rows.
@@ -90,10 +95,9 @@ class Training:
                 have one, or a checkpoint of a run with other settings or data.
             StoreError: another training holds ``folder``, it cannot be written, or its checkpoint is damaged.
         """
-        config = config or TrainConfig()
+        self.config = config = config or TrainConfig()
         if config.num_virtual_tokens is None:
-            config = replace(config, num_virtual_tokens=max(1, task.num_virtual_tokens))
-        self.config = config
+            self.config = replace(config, num_virtual_tokens=max(1, task.num_virtual_tokens))
         self.task, self.name = task, name
         self._world = task.model.world
         if not self._world.writes:  # the first process does, for all
@@ -108,19 +112,24 @@ class Training:
                 f"the task's template holds {found} virtual tokens, but {self.config.longest} are to be "
                 "learned; give Task and TrainConfig the same num_virtual_tokens, and the template a {soft_prompt}"
             )
+        if task.decoder_virtual_tokens != self.config.decoder_virtual_tokens:
+            raise ConfigError(
+                f"the task has {task.decoder_virtual_tokens} virtual tokens before the decoder's input, but "
+                f"{self.config.decoder_virtual_tokens} are to be learned; give Task and TrainConfig the same "
+                "decoder_virtual_tokens"
+            )
+        if self.config.parametrisation == "prefix" and not task.model.trained.why_none:
+            self.task = task = replace(task, num_virtual_tokens=task.model.trained.places(found))
         self._base_digest = task.model.digest_before
         self.base_unchanged: bool | None = None
         examples, held_out = split_rows(train, validation, self.config)
-        self._data = describe_rows(train, validation, len(examples), len(held_out))
+        self.notes = dict(notes or {})
+        self._data = describe_rows(train, validation, len(examples), len(held_out)) | self.notes
         if task.verbalizer is not None:
             for rows in filter(None, (train, validation)):
                 check_targets(rows, task.labels)
-        self._order = RowOrder(
-            [None if task.verbalizer is None else example.target for example in examples],
-            ["" if example.conversation is None else example.conversation.origin for example in examples],
-        )
+        self._order = order or RowOrder.of(examples, labelled=task.verbalizer is not None)
         self._gradients = Gradients(task.model, may_recompute=self.config.activation_checkpointing != "off")
-        self._compiled_before = graphs_compiled()
         self._works: dict[tuple[int, int], Work] = {}
         self._prepare(examples)
         if self.config.parametrisation == "prefix":
@@ -130,7 +139,9 @@ class Training:
         self.watch = Watch(task, examples, held_out)
         self._at_end: tuple[Alarm, ...] | None = None
         checked = [task.label_request(e) if task.words else task.target_request(e) for e in held_out]
-        self.schedule = schedule_of(self.config, self._gradients, self._requests, share_beginnings(checked))
+        asked = share_beginnings(checked)
+        self.schedule = schedule_of(self.config, self._gradients, self._requests, asked, self._order.rows)
+        self._given = self.config, self.schedule.total  # before the end was moved
         self._start = start
         self._history = History(self.folder)
         compiled = compilation.wanted(self.config, self._gradients, self._requests, self.total)
@@ -186,12 +197,13 @@ class Training:
 
     @property
     def graphs(self) -> dict[str, int]:
-        """What its steps cost once: ``compiled``, how many graphs ``torch.compile`` has made since the training was
-        prepared, and ``captured``, how many CUDA graphs there are."""
-        return {
-            "compiled": graphs_compiled() - self._compiled_before,
-            "captured": self._gradients.graphs.captured,
-        }
+        """What its steps cost once (``Gradients.costs``)."""
+        return self._gradients.costs
+
+    @property
+    def micro_batch(self) -> MicroBatch | None:
+        """What its passes compute at once, from measured memory; None where that was not measured."""
+        return self._gradients.measuring.found
 
     @property
     def alarms(self) -> tuple[Alarm, ...]:
@@ -212,7 +224,7 @@ class Training:
 
     @property
     def vectors(self) -> torch.Tensor:
-        """The soft prompt as it is now, trained or not: float32 ``[P, H]`` or ``[P, L, 2, H_kv, D]`` on the CPU."""
+        """The soft prompt as it is now, trained or not: float32 ``[P, H]`` or a trained prefix, on the CPU."""
         return self._state.learner.numbers().cpu()
 
     def _prepare(self, examples: Sequence[Example]) -> None:
@@ -245,15 +257,14 @@ class Training:
             while (begun := self.begin_step()) is not None:
                 started = time.perf_counter()
                 work = self._laid_out(begun)
-                losses = self._add(work, begun)
+                loss_found = self._add(work, begun)
                 norm = begun.take_back()
                 following = None if on_cpu else self._following(begun)
                 if following is not None:
                     self._laid_out(following)  # while the device computes
-                loss, norm_found = torch.stack([losses[0], norm]).tolist()
-                step = self.end_step(
-                    begun, loss, norm_found, work.tokens[0], time.perf_counter() - started, work.saved[0]
-                )
+                loss, norm_found = torch.stack([loss_found, norm]).tolist()
+                took = time.perf_counter() - started
+                step = self.end_step(begun, loss, norm_found, sum(work.tokens), took, sum(work.saved))
                 if step is None:
                     continue
                 if self.wants_save(step):
@@ -261,9 +272,9 @@ class Training:
                 yield step
 
     def _add(self, work: Work, begun: Begun) -> torch.Tensor:
-        """Computes a step's gradient; where another process is lost, what was learned before is kept."""
+        """Computes a step's gradient and loss; where another process is lost, what was learned before is kept."""
         try:
-            return self._gradients.add(work, [begun.numbers])
+            return self._gradients.add(work, [begun.numbers] * len(work.whole)).sum()
         except ProcessError:
             self.save()
             raise
@@ -279,7 +290,8 @@ class Training:
         self._hold.take()
         try:
             self._iterating = True
-            lm.layers.set(compiled=self._state.compiled, recomputed=self.config.activation_checkpointing == "on")
+            again = self.config.activation_checkpointing == "on" or self._gradients.measuring.recomputes
+            lm.layers.set(compiled=self._state.compiled, recomputed=again)
             yield
         finally:
             lm.layers.set(compiled=False, recomputed=False)
@@ -298,12 +310,17 @@ class Training:
         numbers = (folded.detach() * learner.form.unit).requires_grad_()
         return Begun(learner, self.schedule.place(state.step), folded, numbers)
 
-    def share(self, begun: Begun) -> Share:
-        """The rows that a step learns from."""
+    def shares(self, begun: Begun) -> list[Share]:
+        """The rows that a step learns from: one share of them for each text around the soft prompt, of which there are
+        several where tasks are mixed. The sum of their losses is the mean loss of all rows."""
         seed = self.config.seed + self.config.start(begun.learner.number)[1]
         chosen = self._order.batch(seed, begun.place, self.config.batch_size)
         requests, gold = [self._requests[i] for i in chosen], [self._gold[i] for i in chosen]
-        return Share(self._objective, requests, gold, tuple(begun.numbers.shape))
+        whole = Share(self._objective, requests, gold, tuple(begun.numbers.shape))
+        alike: dict[tuple[Tokens, bool], list[int]] = {}
+        for place, request in enumerate(requests):
+            alike.setdefault((request.ids[: request.shared], request.shares_prefix), []).append(place)
+        return [whole] if len(alike) == 1 else [whole.part(rows) for rows in alike.values()]
 
     def _following(self, begun: Begun) -> Begun | None:
         """The step behind one, if it goes on with the same start."""
@@ -317,7 +334,7 @@ class Training:
         key = (begun.learner.number, begun.place)
         if key not in self._works:
             self._works = dict([*self._works.items()][-1:])
-            self._works[key] = self._gradients.prepare([self.share(begun)])
+            self._works[key] = self._gradients.prepare(self.shares(begun))
         return self._works[key]
 
     def end_step(
@@ -382,11 +399,14 @@ class Training:
         return replace(step, validation=found, improved=improved)
 
     def end_after(self, steps: int) -> None:
-        """Moves the end of a run of one start, which keeps no checkpoints, to ``steps`` steps in all, and the schedule
-        of its learning rate with it. At least one more step is done, so that the last one is validated."""
+        """Moves the end of a run of one start to ``steps`` steps in all, and the schedule of its learning rate with it.
+        At least one more step is done, so that the last one is validated. A run that is resumed begins with the end
+        that its settings had at first."""
         assert self.config.tries == 1
-        assert self.folder is None
-        old, steps = self.schedule, max(steps, self.step + 1)
+        self._plan(max(steps, self.step + 1))
+
+    def _plan(self, steps: int) -> None:
+        old, self._state.planned = self.schedule, steps
         self.schedule = Schedule(steps, old.every, old.rows, old.tokens)
         self.config = replace(self.config, steps=steps, epochs=None)
 
@@ -481,7 +501,7 @@ class Training:
     # --- what survives a kill ---------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
-        return checkpoint.identity(self.task, self.config, self.total, self._start, self._data)
+        return checkpoint.identity(self.task, *self._given, self._start, self._data)
 
     def _open_folder(self, resume: bool) -> None:
         found = self._world.from_first(lambda: self._opened(resume))
@@ -551,6 +571,8 @@ class Training:
         """Becomes what a checkpoint holds."""
         state = self._state
         state.take_up(found, self._begin)
+        if state.planned:
+            self._plan(state.planned)
         if self.folder is None:
             return
         self._history.resume(state.step)
@@ -564,7 +586,7 @@ class Training:
         if self._run is None:
             return
         try:
-            self._run.log(step.as_dict())
+            self._run.log(step.as_dict() | self._gradients.measuring.news())
             if step.validation is not None:
                 self._history.write(self._state.validations, self._state.keeper.best)
         except OSError as error:

@@ -81,7 +81,7 @@ class Schedule:
 
 
 def schedule_of(
-    config: TrainConfig, gradients: Gradients, requests: Sequence[Request], checked: Sequence[Request]
+    config: TrainConfig, gradients: Gradients, requests: Sequence[Request], checked: Sequence[Request], rows: int
 ) -> Schedule:
     """When the validations of a training come, and what each of them computes.
 
@@ -90,10 +90,11 @@ def schedule_of(
         gradients: of the training.
         requests: of its rows.
         checked: of its validation rows.
+        rows: how many an epoch has.
     """
     lm = gradients.lm
     if config.epochs is not None:
-        planned = max(1, math.ceil(config.epochs * len(requests) / config.batch_size))
+        planned = max(1, math.ceil(config.epochs * rows / config.batch_size))
     else:
         planned = config.steps or DEFAULT_STEPS
     # by tokens alone, so that a resumed run has the same; a step runs them twice

@@ -116,6 +116,7 @@ def find_start(
     """
     for one in sources.values():
         Task.of(task.model, one)
+    task.remember()  # the tokens of a row are the same for all starts
     examples, held_out = split_rows(train, validation, config)
     if len(held_out) < 4:
         raise DataError(
@@ -141,11 +142,11 @@ def find_start(
         of = found_rows[name]["rows"]
         return [float(hit) for hit in of["correct"]] if labelled else [-loss for loss in of["loss"]]
 
-    own = vectors[DEFAULT_START].flatten(1).mean(dim=0)
+    own = _mean(vectors[DEFAULT_START])
     candidates = [
         Candidate(
             name,
-            None if start is None else float(torch.cosine_similarity(start.flatten(1).mean(dim=0), own, dim=0)),
+            None if start is None else float(torch.cosine_similarity(_mean(start), own, dim=0)),
             scores[name],
             found_rows[name]["value"],
             None if start is None else paired_bootstrap(of_rows(name), of_rows(DEFAULT_START)),
@@ -156,3 +157,8 @@ def find_start(
     best = candidates[0].name
     metric = "accuracy" if labelled else "minus the loss"
     return Trial(tuple(candidates), sources.get(best), task.num_virtual_tokens, steps, len(reported), metric)
+
+
+def _mean(numbers: torch.Tensor) -> torch.Tensor:
+    """The mean over virtual tokens, of which a trained state ``[N]`` has none to take it over: its numbers."""
+    return numbers if numbers.dim() == 1 else numbers.flatten(1).mean(dim=0)

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from softprompt.model.coded import CodedLinear
 from softprompt.model.quantized import is_quantized
 
 MOST_BYTES = 1 << 30
@@ -20,7 +21,8 @@ SAMPLE = 1024
 
 
 class PackedWeights:
-    """Copies of the weights of a model's linear layers in oneDNN's own layout, made when they are first used.
+    """Copies of the weights of a model's linear layers in oneDNN's own layout, made when they are first used. Of those
+    in ``int4``, the codes are copied.
 
     ``benchmarks/packed.py`` measures what they gain. They give the bits of the plain product.
     """
@@ -29,6 +31,11 @@ class PackedWeights:
         layers = [layer for layer in _plain_layers(model) if type(layer.weight) is nn.Parameter]  # whole, not divided
         fitting = sum(layer.weight.nbytes for layer in layers) <= MOST_BYTES
         self._layers = layers if fitting and can_pack(model) else []
+        coded = [layer for layer in model.modules() if isinstance(layer, CodedLinear)]
+        small = sum(layer.codes.nbytes for layer in coded) <= MOST_BYTES
+        self._coded = coded if small and computes_bf16() else []
+        self._laid_out: dict[CodedLinear, tuple[tuple[int, int], tuple[torch.Tensor, torch.Tensor] | None]] = {}
+        """Of each layer in few bits: where its codes are and how often torch saw them change, and what it lays out."""
         self._copies: dict[nn.Linear, tuple[tuple[int, int], torch.Tensor, torch.Tensor]] = {}
         """Of each layer: where its weight is and how often torch saw it change, some of its numbers, and the copy."""
         self._users = 0
@@ -42,6 +49,8 @@ class PackedWeights:
             for layer in self._layers:
                 if "forward" not in vars(layer) and not layer.weight.requires_grad:
                     layer.forward = partial(_forward, self._copy(layer), layer)  # type: ignore[method-assign]
+            for coded in self._coded:
+                coded.packed = self._layout(coded)
         try:
             yield
         finally:
@@ -50,6 +59,16 @@ class PackedWeights:
                 for layer in self._layers:
                     if isinstance(vars(layer).get("forward"), partial):
                         del layer.forward
+                for coded in self._coded:
+                    coded.packed = None
+
+    def _layout(self, layer: CodedLinear) -> tuple[torch.Tensor, torch.Tensor] | None:
+        codes = layer.codes
+        state = (codes.data_ptr(), 0 if codes.is_inference() else codes._version)
+        found = self._laid_out.get(layer)
+        if found is None or found[0] != state:
+            found = self._laid_out[layer] = state, layer.lay_out()
+        return found[1]
 
     def _copy(self, layer: nn.Linear) -> torch.Tensor:
         weight = layer.weight.detach()

@@ -67,11 +67,22 @@ class Detached(Generic[S]):
         tensors = [leaf.to(own.dtype) for leaf, own in zip(self._leaves, self._state.tensors, strict=True)]
         return self._state.with_tensors(tensors)
 
-    def backward(self) -> None:
-        """Backward from the state, once, with the gradients that passes behind it have left."""
+    def backward(self, again: S | None = None, prefixes: Sequence[int] = ()) -> None:
+        """Backward from the state, once, with the gradients that passes behind it have left.
+
+        Args:
+            again: some of its prefixes, computed anew with their graph, where the state has none; None: all of them.
+            prefixes: which they are.
+        """
+        state, leaves = again, self._leaves
+        found: Sequence[torch.Tensor] = [leaf if leaf.grad is None else leaf.grad for leaf in leaves]
+        if state is None:
+            state = self._state
+        else:
+            found = self._state.with_tensors(found).select(prefixes).tensors
         pairs = [
-            (own, leaf.grad.to(own.dtype))
-            for own, leaf in zip(self._state.tensors, self._leaves, strict=True)
+            (own, gradient.to(own.dtype))
+            for own, gradient, leaf in zip(state.tensors, found, leaves, strict=True)
             if own.requires_grad and leaf.grad is not None
         ]
         torch.autograd.backward([own for own, _ in pairs], [gradient for _, gradient in pairs])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,10 @@ from softprompt.model.state.prefix import PrefixState
 from softprompt.model.state.slots import RowKV
 
 WINDOW, RECURRENCE = "window", "recurrence"
+
+KEYS, VALUES = "keys", "values"
+STORED = {WINDOW: "window", RECURRENCE: "state"}
+"""What the tensors of a trained state are called, behind their layer's number."""
 
 Part = tuple[str, int]
 """A kind of memory, ``WINDOW`` or ``RECURRENCE``, and the layer whose it is."""
@@ -60,6 +64,25 @@ class RecurrentState:
         count = len(self.kv.tensors)
         return replace(self, kv=self.kv.with_tensors(tensors[:count]), memories=tuple(tensors[count:]))
 
+    def named(self) -> dict[str, torch.Tensor]:
+        """Of one prefix, what there is of each layer by name, in the order of ``tensors``: ``layers.I.keys`` and
+        ``layers.I.values`` ``[P, H_kv, D]``, ``layers.I.state`` ``[…]``, and ``layers.I.window`` ``[C, W - 1]``,
+        without the oldest input, which no token behind it sees."""
+        pairs = zip(self._names(), self.tensors, strict=True)
+        return {name: _stored(name, tensor) for name, tensor in pairs}
+
+    def with_named(self, named: Mapping[str, torch.Tensor]) -> RecurrentState:
+        """One prefix with other numbers, as ``named`` gives them; differentiable. Dtypes are those that it has."""
+        pairs = zip(self._names(), self.tensors, strict=True)
+        tensors = [_unstored(name, named[name]).to(own.device, own.dtype) for name, own in pairs]
+        length = next((tensor.shape[2] for tensor in tensors[: len(self.kv.keys)]), 0)
+        made = self.with_tensors(tensors)
+        return replace(made, kv=replace(made.kv, lengths=(length,)))
+
+    def _names(self) -> list[str]:
+        kv = [f"layers.{layer}.{which}" for which in (KEYS, VALUES) for layer in self.attention]
+        return kv + [f"layers.{layer}.{STORED[part]}" for part, layer in self.parts]
+
     def select(self, prefixes: Sequence[int]) -> RecurrentState:
         """Some of the prefixes, by index, in that order."""
         chosen = list(prefixes)
@@ -74,6 +97,20 @@ class RecurrentState:
         beside = zip(*(state.memories for state in (self, *others)), strict=True)
         kv = self.kv.stack([other.kv for other in others])
         return replace(self, kv=kv, memories=tuple(torch.cat(parts) for parts in beside))
+
+
+def _stored(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor ``[1, …]`` of a state as ``named`` has it."""
+    if name.endswith((KEYS, VALUES)):
+        return tensor[0].transpose(0, 1)
+    return tensor[0, ..., 1:] if name.endswith(STORED[WINDOW]) else tensor[0]
+
+
+def _unstored(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The reverse of ``_stored``."""
+    if name.endswith((KEYS, VALUES)):
+        return tensor.transpose(0, 1)[None]
+    return (nn.functional.pad(tensor, (1, 0)) if name.endswith(STORED[WINDOW]) else tensor)[None]
 
 
 class _Memories:
@@ -196,6 +233,21 @@ class RowStates(_Memories):
         for index, part in enumerate(self._parts):
             held = [self.memories[part]] if part in self.memories else []
             self.memories[part] = torch.cat([*held, *(start.memories[index] for start in starts)])
+
+    def join(self, others: object) -> RowStates:
+        """Rows that have grown elsewhere, behind those that are there; copied, unless there are none.
+
+        Args:
+            others: ``RowStates``.
+
+        Returns:
+            Where all of them are now.
+        """
+        assert isinstance(others, RowStates), "rows of another kind need slots of another kind"
+        if not self.lengths:
+            return others
+        self.add([others.row(index) for index in range(len(others.lengths))], 1)
+        return self
 
     def row(self, index: int) -> RecurrentState:
         """A row so far; a view."""

@@ -54,6 +54,34 @@ class RowKV:
                 values[slot, :, :length], values[slot, :, length:] = value[0], 0
             self.lengths.append(length)
 
+    def join(self, others: object) -> RowKV:
+        """Rows that have grown in slots of their own, behind those that are there; copied, unless there are none.
+
+        Args:
+            others: ``RowKV``.
+
+        Returns:
+            Where all of them are now.
+        """
+        assert isinstance(others, RowKV), "rows of another kind need slots of another kind"
+        if not self.lengths:
+            return others
+        self._copy(others)
+        return self
+
+    def _copy(self, others: RowKV) -> None:
+        rows, new = len(self.lengths), len(others.lengths)
+        if not self._layers:
+            self._layers = [(key[:0, :, :0], value[:0, :, :0]) for key, value in others._layers]
+        longest = max(*self.lengths, *others.lengths, 0) + 1
+        if rows + new > len(self._layers[0][0]) or longest > self.width:
+            self._lay_out(rows + new, longest)
+        common = min(self.width, others.width)
+        for own, given in zip(self._layers, others._layers, strict=True):
+            for into, tensor in zip(own, given, strict=True):
+                into[rows : rows + new, :, :common], into[rows : rows + new, :, common:] = tensor[:new, :, :common], 0
+        self.lengths += others.lengths
+
     def row(self, index: int) -> PrefixKV:
         """A row so far; a view."""
         length = self.lengths[index]
@@ -78,9 +106,7 @@ class RowKV:
         Returns:
             int64 ``[B, tokens]`` on the CPU, the column of each token.
         """
-        needed = max(self.lengths) + tokens
-        if needed > self.width or 2 * rounded(needed, 32) <= self.width:
-            self._lay_out(len(counts), needed)
+        self._make_room(tokens)
         columns = torch.tensor(self.lengths)[:, None] + torch.arange(tokens)
         device = self._layers[0][0].device
         self._places = (torch.arange(len(counts), device=device)[:, None], slice(None), columns.to(device))
@@ -101,6 +127,12 @@ class RowKV:
     def get_seq_length(self, layer: int = 0) -> int:
         """Transformers asks it where positions are not given; ours are."""
         return self.width
+
+    def _make_room(self, tokens: int) -> None:
+        """For so many tokens more of each row."""
+        needed = max(self.lengths) + tokens
+        if needed > self.width or 2 * rounded(needed, 32) <= self.width:
+            self._lay_out(len(self.lengths), needed)
 
     def _lay_out(self, rows: int, columns: int) -> None:
         """New slots, up to twice ``rows`` but few more, and a few columns wider, so that it is seldom done."""
