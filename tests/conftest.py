@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -10,7 +11,7 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch._dynamo.exc import TorchDynamoException
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from softprompt.compare import measure
 from softprompt.data.example import Dataset, Example
 from softprompt.model.frozen import FrozenLM
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
@@ -33,6 +35,13 @@ from softprompt.tuning.config import TrainConfig
 
 # A shell's background job ignores Ctrl-C, and so would all programs that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: no collection of garbage need look through it again, and tests ask for many."""
+    gc.collect()
+    gc.freeze()
+
 
 SENTENCES = [
     "a stirring , funny and finally transporting film",
@@ -195,6 +204,15 @@ def llama() -> FrozenLM:
     return tiny("llama")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_plain_text() -> Iterator[None]:
+    """Forgetting is measured on some pages: a tokenizer takes a second or two for all of Python's manual."""
+    some = measure.plain_text()[:20_000]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "plain_text", lambda: some)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def own_stderr() -> Iterator[None]:
     """``softprompt serve`` in process logs to the stderr of its test, which is closed when the next one logs."""
@@ -304,6 +322,13 @@ def is_refused(ran: Ran, sentence: str) -> None:
 
 
 QUICK = ("--dtype", "fp32", "--device", "cpu", "--steps", "8", "--eval-every", "4", "--checkpoint-every", "2")
+
+
+@pytest.fixture
+def faulty_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is stored is a sound soft prompt, but not quite the one that was trained."""
+    save = SoftPrompt.save
+    monkeypatch.setattr(SoftPrompt, "save", lambda self, path: save(replace(self, vectors=self.vectors * 1.01), path))
 
 
 @pytest.fixture

@@ -49,6 +49,24 @@ def test_each_job_comes_out_as_train_would_do_it(capsys: pytest.CaptureFixture[s
         assert ours.training["stopped"] == "steps"
 
 
+def test_what_does_not_learn_is_warned_of_by_name(tmp_path: Path) -> None:
+    """And each is, read from its file, what it was trained to be."""
+    lm = tiny("llama")
+    with pytest.warns(SoftPromptWarning) as caught:
+        found = sp.fit_many(lm, [JOBS[0], {**JOBS[0], "name": "still", "lr": 1e-5}], **SETTINGS, progress=False)
+    said = [str(warning.message) for warning in caught]
+    assert [text for text in said if text.startswith("still: the soft prompt has moved by ")]
+    assert not [text for text in said if text.startswith("films: the soft prompt has moved by ")]
+    for made in found:
+        assert made is not None
+        made.save(tmp_path / "a.safetensors")
+        again = sp.SoftPrompt.load(tmp_path / "a.safetensors")
+        assert torch.equal(again.vectors, made.vectors)
+        texts = [row["input"] for row in rows(4, 90)]
+        answers = [[one.logprobs for one in sp.predict(lm, each, texts)] for each in (made, again)]
+        assert answers[0] == answers[1]
+
+
 def test_what_was_stopped_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm, options = tiny("llama"), {**SETTINGS, "checkpoint_every": 2, "progress": False}
     jobs = [JOBS[0], {**JOBS[0], "name": "other", "seed": 5}]

@@ -481,7 +481,10 @@ def _result(training: Training) -> SoftPrompt | None:
         warnings.warn(f"{training.name}: {_not_finite(training)}", SoftPromptWarning, stacklevel=3)
         if not training.tokens:
             return None
-    return training.result()
+    found = training.result()
+    for alarm in training.alarms:
+        warnings.warn(f"{training.name}: {alarm.sentence}", SoftPromptWarning, stacklevel=3)
+    return found
 
 
 def _run(training: Training, reading: Reading, track: Track, progress: bool) -> None:

@@ -51,6 +51,10 @@ def test_the_whole_way(run: Run, base: str, tmp_path: Path) -> None:
     folder = tmp_path / "report"
     assert json.loads((folder / "results.json").read_text()) == compared.json["cells"]
     assert "soft-prompt" in (folder / "report.html").read_text()
+    alarms = compared.json["cells"][1]["alarms"]  # of a second's training on few rows
+    assert "few_validation_rows" not in {alarm["kind"] for alarm in alarms}  # there are 10
+    for alarm in alarms:
+        assert f"warning: soft-prompt, seed 0: {alarm['sentence']}" in compared.err
     # the soft prompt that was tuned is there to be used, and gives the score that was reported
     (path,) = Path("report/soft-prompts").glob("*.soft-prompt.0.safetensors")
     found = run("evaluate", str(path), "test.jsonl", "--dtype", "fp32", "--metric", "accuracy", "--json")

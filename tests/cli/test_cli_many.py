@@ -53,6 +53,24 @@ def test_several_files_give_what_each_gives_alone(train: Run, home: Path, files:
         assert not (home / ".runs" / name / checkpoint.FILE).exists()
 
 
+@pytest.mark.usefixtures("faulty_disk")
+def test_each_is_read_again_and_must_answer_as_it_was_trained(train: Run, files: Path) -> None:
+    ran = train("films.jsonl", "stars.jsonl", *SMALL)
+    assert ran.code == 2
+    for name in ("films", "stars"):
+        assert f"job '{name}': The soft prompt that was stored in " in ran.err
+    assert ran.err.count("other answers") == 2
+
+
+def test_alarms_are_said_with_the_name(train: Run, files: Path) -> None:
+    ran = train("films.jsonl", "stars.jsonl", *SMALL, "--lr", "1e-5", "--json")
+    assert ran.code == 0
+    for found in ran.json["soft_prompts"]:
+        assert "unmoved" in {alarm["kind"] for alarm in found["alarms"]}
+        for alarm in found["alarms"]:
+            assert ran.err.count(f"warning: {found['name']}: {alarm['sentence']}") == 1
+
+
 @pytest.mark.parametrize(
     ("given", "names"),
     [(("{file}-v2",), ["films-v2", "stars-v2"]), (("a", "b"), ["a", "b"])],

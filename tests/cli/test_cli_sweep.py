@@ -49,6 +49,14 @@ def test_the_whole_way(sweep: Run, run: Run, home: Path) -> None:
     assert "is taken" in sweep("--name", "films").err
 
 
+@pytest.mark.usefixtures("faulty_disk")
+def test_the_chosen_is_read_again_and_must_answer_as_it_was_trained(sweep: Run) -> None:
+    ran = sweep("--name", "films", "--keep", "1/3")
+    assert ran.code == 2
+    assert "other answers" in ran.err
+    assert "--overwrite" in ran.err
+
+
 def interrupted(monkeypatch: pytest.MonkeyPatch, sweep: Run, at: int) -> Ran:
     begin = Training.begin_step
 

@@ -132,6 +132,8 @@ def test_an_interval_that_ends_at_zero_is_no_verdict(side: int, seeds: int, tmp_
         assert "There is no verdict against the better of LoRA" in report.verdict(cells)
     two = [{**cell, "task": task, "curve": []} for task in ("sst2", "cr") for cell in cells]
     assert "none of 2, and on 2 the interval allows no verdict (sst2, cr)" in report.verdict(two)
+    if seeds != 3:  # figures are dear, and the page shows what the lines above have shown of each
+        return
     page = report.write(two, tmp_path)[0].read_text("utf-8")
     (counts,) = re.findall(r"<tr><td>lora</td>((?:<td[^>]*>[^<]*</td>)+)</tr>", page.split("Over all tasks")[1])[:1]
     assert re.findall(r">([^<]*)</td>", counts)[:3] == ["0", "0", "2"]
@@ -334,6 +336,24 @@ def test_one_answer_to_nearly_all_rows_is_said_under_the_table(tmp_path: Path) -
     assert f"<p>N{note[1:]}</p>" in page
     cells[2]["most_frequent_answer"] = made_answer("yes", 0.982, 0.95)
     assert not [line for line in printed(cells) if "answers" in line]
+
+
+def test_alarms_are_said_once_under_the_table_and_on_the_page(tmp_path: Path) -> None:
+    keys = [("soft-prompt", 0), ("soft-prompt", 1), ("lora", 0), ("few-shot", 0)]
+    cells = [make_cell(name, "sst2", "smollm2-135m", seed, 0.0) for name, seed in keys]
+    assert not [line for line in printed(cells) if "alarm" in line]  # of a release that did not write them down
+    few = {"kind": "few_rows", "sentence": "8 rows to train with are very few"}
+    chance = {"kind": "chance", "sentence": "the validation accuracy of 0.52 is that of the most frequent label"}
+    for cell, alarms in zip(cells, ([few], [few], [few, chance], []), strict=True):
+        cell["alarms"] = alarms
+    said = [
+        f"alarm: soft-prompt, seeds 0, 1; lora, seed 0: {few['sentence']}",
+        f"alarm: lora, seed 0: {chance['sentence']}",
+    ]
+    assert [line for line in printed(cells) if "alarm" in line] == said
+    page = unescape(report.write(cells, tmp_path)[0].read_text("utf-8"))
+    for line in said:
+        assert f"<p>A{line[1:]}</p>" in page
 
 
 def test_how_many_rows_trained_methods_were_validated_on_is_said(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -22,7 +23,7 @@ from softprompt.methods.registry import METHODS
 from softprompt.model.fast.layers import LayerModes
 from softprompt.model.frozen import FrozenLM
 from softprompt.tuning.config import TrainConfig
-from tests.conftest import make_tokenizer, scripted, tiny, toy
+from tests.conftest import TOY_LABELS, make_tokenizer, scripted, tiny, toy
 from tests.methods.trained import (
     PATHS,
     WORDS,
@@ -366,6 +367,24 @@ def test_they_learn(name: str, kind: str, clock: Clock, monkeypatch: pytest.Monk
     assert learned.validation == max(point["value"] for point in learned.curve)
     assert [point["seconds"] for point in learned.curve] == sorted(point["seconds"] for point in learned.curve)
     assert 0 < learned.curve[0]["seconds"] < learned.curve[-1]["seconds"] <= 75
+
+
+@pytest.mark.parametrize("name", ["full-fine-tuning", "lora", "soft-prompt", "prefix", "peft-prompt-tuning", "tf-idf"])
+def test_what_cannot_be_learned_raises_an_alarm(name: str, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels that were drawn apart from the inputs. By the rule of two standard errors, about one of 40 such trainings
+    would get by; the seeds are fixed."""
+    quick(monkeypatch)
+    monkeypatch.setattr(prompt_tuning, "most_steps", lambda rows, batch_size: 12)
+    monkeypatch.setattr(by_peft, "most_steps", lambda rows, batch_size: 12)
+    clock.charge(by_peft, "peft_loss", lambda: 1.0)
+    rows = toy(40, 1)
+    drawn = random.Random(3).choices(TOY_LABELS.labels, k=40)
+    rows = replace(
+        rows, examples=tuple(replace(row, target=label) for row, label in zip(rows.examples, drawn, strict=True))
+    )
+    ours = problem(train=rows, validation=toy(40, 2), budget=12.0, began=clock.now)
+    learned = METHODS[name].run(ours)
+    assert {"chance", "one_answer", "below_base"} & {alarm.kind for alarm in learned.alarms}, learned.alarms
 
 
 def test_what_is_kept_is_counted(clock: Clock) -> None:

@@ -11,26 +11,30 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from softprompt.api import train
 from softprompt.data.checks import doubts
 from softprompt.data.example import Dataset, Example
-from softprompt.errors import DataError, SoftPromptError, SoftPromptWarning, StoreError, TemplateError
+from softprompt.errors import ConfigError, DataError, SoftPromptError, SoftPromptWarning, StoreError, TemplateError
+from softprompt.model.frozen import FrozenLM
 from softprompt.tasks.reading import read_task
 from softprompt.tasks.task import Task
 from softprompt.text.template import Template
 from softprompt.text.verbalizer import Verbalizer
-from softprompt.tuning.alarms import of_answers, of_comparison, of_steps
-from softprompt.tuning.config import TrainConfig
+from softprompt.tuning.alarms import of_answers, of_comparison, of_steps, of_task
+from softprompt.tuning.config import PARAMETRISATIONS, TrainConfig
 from softprompt.tuning.training import Training
 from softprompt.tuning.trend import Trend
-from tests.conftest import FILLERS, TOY_LABELS, TOY_TEMPLATE, Run, tiny, toy, write_labels
+from tests.conftest import FILLERS, TOY_LABELS, TOY_TEMPLATE, Run, make_model, tiny, toy, write_labels
+from tests.encoder_decoders import encoder_decoder
 
 RIGHT: dict[str, Any] = {
     "num_virtual_tokens": 8,
     "batch_size": 16,
-    "steps": 40,
-    "eval_every": 20,
+    "steps": 20,
+    "eval_every": 10,
     "lr": 0.3,
     "init_scale": 1.0,
 }
@@ -82,7 +86,7 @@ def few(data: Dataset, rows: int) -> Dataset:
 # --- a sound training -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"parametrisation": "prefix"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"parametrisation": "prefix", "steps": 40}, {"average": 0.999}], ids=str)
 def test_a_training_that_learns_raises_none(options: dict[str, Any]) -> None:
     training = ended(toy(120, 0), toy(40, 1), **options)
     best = training.result()
@@ -94,12 +98,13 @@ def test_a_training_that_learns_raises_none(options: dict[str, Any]) -> None:
 # --- ways to ruin one -----------------------------------------------------------------------------------------
 
 PLAIN = Verbalizer({"positive": ("the",), "negative": ("of",)})
+UNKNOWN = Verbalizer({"positive": ("good",), "negative": ("schlecht",)})
 LABELS_AS_LETTERS = Verbalizer({"positive": ("zqxj",), "negative": ("wvkq",)})
 
 RUINS: dict[str, tuple[Callable[[], Training], str]] = {
-    "rate 1000 times too low": (lambda: ended(toy(120, 0), toy(40, 1), lr=0.0003), "unmoved"),
+    "rate 100 times too low": (lambda: ended(toy(120, 0), toy(40, 1), lr=0.003), "unmoved"),
     "three steps": (lambda: ended(toy(120, 0), toy(40, 1), steps=3, lr=0.03), "unmoved"),
-    "shuffled labels": (lambda: ended(shuffled(toy(120, 0)), toy(40, 1), steps=30), "chance"),
+    "shuffled labels": (lambda: ended(shuffled(toy(120, 0)), toy(40, 1)), "chance"),
     "one class": (lambda: ended(one_class(toy(120, 0)), toy(40, 1)), "one_answer"),
     "labels exchanged in validation": (lambda: ended(toy(120, 0), opposite(toy(40, 1))), "chance"),
     "words of letters": (lambda: ended(toy(40, 0), toy(20, 1), words=LABELS_AS_LETTERS, steps=2), "split_word"),
@@ -111,8 +116,8 @@ RUINS: dict[str, tuple[Callable[[], Training], str]] = {
     ),
     "few rows": (lambda: ended(few(toy(40, 0), 3), toy(20, 1), steps=2), "few_rows"),
     "few validation rows": (lambda: ended(toy(40, 0), few(toy(20, 1), 2), steps=2), "few_validation_rows"),
-    "weight decay": (lambda: ended(toy(120, 0), toy(40, 1), weight_decay=3.0, steps=30), "shrunk"),
-    "a clip of nearly nothing": (lambda: ended(toy(120, 0), toy(40, 1), clip=1e-8, steps=30), "tiny_gradient"),
+    "weight decay": (lambda: ended(toy(120, 0), toy(40, 1), weight_decay=3.0), "shrunk"),
+    "a clip of nearly nothing": (lambda: ended(toy(120, 0), toy(40, 1), clip=1e-8), "tiny_gradient"),
 }
 
 
@@ -125,6 +130,19 @@ def test_a_ruined_training_says_why(ruin: str) -> None:
     found = next(alarm.sentence for alarm in training.alarms if alarm.kind == kind)
     assert "\n" not in found
     assert any(character.isdigit() for character in found) or kind == "joined_target"
+
+
+def test_words_that_the_tokenizer_does_not_know() -> None:
+    vocabulary = {word: number for number, word in enumerate(("<unk>", "<pad>", "</s>", "good", "a", "film"))}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast: Any = PreTrainedTokenizerFast
+    tokenizer = fast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>", pad_token="<pad>")
+    lm = FrozenLM(make_model("llama"), tokenizer, name="words", dtype="fp32", device="cpu")
+    found = of_task(Task(lm, TOY_TEMPLATE, UNKNOWN, 2, 64), toy(40, 0).examples, toy(20, 1).examples)
+    assert [alarm.kind for alarm in found] == ["unknown_word"]
+    assert '"schlecht"' in found[0].sentence
+    assert "--labels label=word" in found[0].sentence
 
 
 def test_a_rate_100_times_too_high() -> None:
@@ -169,6 +187,12 @@ def test_validation_rows_of_another_task_are_refused(tmp_path: Path) -> None:
     other = written(tmp_path / "b.jsonl", [(f"a film {i}", ("yes", "no")[i % 2]) for i in range(20)])
     with pytest.raises(DataError, match="expected one of the labels"):
         read_task(rows, other, None, None)
+
+
+def test_one_class_without_labels_is_refused(tmp_path: Path) -> None:
+    rows = written(tmp_path / "a.jsonl", [(f"a film {i}", "good") for i in range(20)])
+    with pytest.raises(DataError, match=r"targets that differ.*--labels"):
+        read_task(rows, None, None, None)
 
 
 def test_swapped_columns_are_doubted() -> None:
@@ -268,6 +292,29 @@ def test_a_run_that_was_stopped_knows_what_its_steps_were(tmp_path: Path) -> Non
     for _ in second:
         pass
     assert whole.alarms == second.alarms != ()
+
+
+@pytest.mark.parametrize("parametrisation", PARAMETRISATIONS)
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_a_soft_prompt_of_any_kind_is_read_again_as_it_was_trained(
+    kind: str, parametrisation: str, tmp_path: Path
+) -> None:
+    lm = encoder_decoder(kind) if kind == "t5" else tiny(kind)
+    task = Task(lm, TOY_TEMPLATE, TOY_LABELS, 4, lm.window)
+    config = TrainConfig(**{**RIGHT, "num_virtual_tokens": 4, "steps": 2, "parametrisation": parametrisation})
+    if lm.encoder_decoder and parametrisation == "prefix":
+        with pytest.raises(ConfigError, match="prefix"):
+            Training(task, toy(20, 0), toy(10, 1), config)
+        return
+    training = Training(task, toy(20, 0), toy(10, 1), config)
+    for _ in training:
+        pass
+    made, path = training.result(), tmp_path / "a.safetensors"
+    made.save(path)
+    training.watch.require_same_answers(path, made)
+    replace(made, vectors=made.vectors * 1.001).save(path)
+    with pytest.raises(StoreError, match="other answers"):
+        training.watch.require_same_answers(path, made)
 
 
 def test_a_stored_soft_prompt_must_answer_as_the_trained_one(tmp_path: Path) -> None:

@@ -420,11 +420,12 @@ def test_generation_after_a_kv_prefix_is_transformers_own(llama: FrozenLM) -> No
 
 @pytest.mark.parametrize("kind", PARAMETRISATIONS)
 def test_every_parametrisation_learns_and_changes_no_weight(kind: str, tmp_path: Path) -> None:
-    """Chance is 0.5: of 150 rows, guessing gets 120 right with a probability below 1e-13."""
+    """Chance is 0.5: of 100 rows, guessing gets 80 right with a probability below 1e-9."""
     lm = tiny("llama")
     before, table = lm.weights_digest(), lm.embedding.clone()
-    data, validation = toy(300, 0), toy(150, 1)
-    settings = {"batch_size": 16, "steps": 160, "eval_every": 20, "loss": "labels"}
+    data, validation = toy(300, 0), toy(100, 1)
+    long = 160 if kind in ("mlp", "prefix") else 80  # which learn more slowly
+    settings = {"batch_size": 16, "steps": long, "eval_every": long // 4, "loss": "labels"}
     config = train_settings(num_virtual_tokens=8, parametrisation=kind, **settings)
     training = Training(toy_task(lm, data, 8), data, validation, config)
     steps = list(training)

@@ -130,6 +130,8 @@ def run_cells(plan: Plan, out: Path, load: Callable[[str], FrozenLM], clock: Clo
                         place < len(todo)
                     )
                     stderr.print(f"{place:>3}/{len(todo)}  {what}: {found}{rest}")
+                    for alarm in cell["alarms"]:
+                        stderr.print(f"warning: {what}: {alarm['sentence']}")
                 else:
                     stderr.print(f"{place:>3}/{len(todo)}  {what} failed: {cell['reason']}")
         finally:

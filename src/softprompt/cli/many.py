@@ -26,6 +26,7 @@ from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.soft_prompts.store import Store, is_name
 from softprompt.terminal.console import say_reading, stderr, stdout, were_cut
 from softprompt.terminal.many import WORDS, watch_together
+from softprompt.terminal.training import say_alarms
 from softprompt.tuning import checkpoint
 from softprompt.tuning.job import Job, of_job
 from softprompt.tuning.training import Training
@@ -257,6 +258,9 @@ def _train(todo: Sequence[_Asked], base: str, loading: Loading, began: float) ->
     for training in trainings:
         if not jobs[id(training)].document and not jobs[id(training)].fault:
             store(training)
+    for training in trainings:
+        if training.tokens:
+            say_alarms(training.alarms, training.name)
     if not interrupted:
         for each in todo:
             if each.document or not each.path.exists():  # what has ended cannot be resumed
@@ -292,6 +296,7 @@ def _store(asked: _Asked, training: Training, seconds: float) -> None:
     try:
         soft_prompt = training.result()
         _place(asked).save(soft_prompt)
+        training.watch.require_same_answers(asked.path, soft_prompt)
     except SoftPromptError as error:
         asked.fault = str(error)
         return

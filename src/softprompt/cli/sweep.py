@@ -28,10 +28,12 @@ from softprompt.model.distributed import is_first, launched
 from softprompt.soft_prompts.store import Store
 from softprompt.terminal.console import say_reading, stderr, stdout
 from softprompt.terminal.many import watch_together
+from softprompt.terminal.training import say_alarms
 from softprompt.tuning import checkpoint, history
 from softprompt.tuning.config import INITS
 from softprompt.tuning.job import Job
 from softprompt.tuning.sweep import Selection, Sweep, cross
+from softprompt.tuning.training import Training
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def _keep_best(found: Sweep, place: Place) -> None:
     if leader is None:
         stderr.print("interrupted before the first validation; nothing was stored; to go on, add --resume")
     else:
-        place.save(replace(leader.result(), name=place.name))
+        _store(leader, place, interrupted=True)
         stderr.print(
             f"interrupted; the best so far ({leader.name}, step {leader.step:,}) is stored; to go on, give the same "
             f"command with --resume"
@@ -153,10 +155,19 @@ def _keep_best(found: Sweep, place: Place) -> None:
     raise typer.Exit(130)
 
 
+def _store(training: Training, place: Place, *, interrupted: bool = False) -> None:
+    """Stores a setting's soft prompt under the sweep's name, and checks that the file answers as it does."""
+    soft_prompt = replace(training.result(), name=place.name)
+    place.save(soft_prompt)
+    if not (interrupted and launched()):  # several processes were interrupted at different places
+        training.watch.require_same_answers(place.path, soft_prompt)
+
+
 def _written(found: Sweep, selection: Selection, place: Place, out: Path) -> _Ended:
     """Stores the best, keeps what its run left behind, and writes results and plot."""
     best = found.training(found.best)
-    place.save(replace(best.result(), name=place.name))
+    _store(best, place)
+    say_alarms(best.alarms)
     ended = _Ended(found, selection, out / "results.json", out / "sweep.png")
     if not is_first():
         return ended

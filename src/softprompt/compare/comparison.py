@@ -320,6 +320,7 @@ class Comparison:
             "validation": learned.validation,
             "validation_rows": learned.validation_rows,
             "chosen": self._with_text(learned.chosen),
+            "alarms": [{"kind": alarm.kind, "sentence": alarm.found} for alarm in learned.alarms],
             "curve": [dict(point) for point in learned.curve],
             "threads": torch.get_num_threads(),
             "dtype": str(lm.dtype).removeprefix("torch."),

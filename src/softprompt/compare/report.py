@@ -276,11 +276,27 @@ def _about(rows: Sequence[Row]) -> str:
 
 
 def _remarks(rows: Sequence[Row]) -> list[str]:
-    """What is to be read under a table: failures, methods that give one answer to nearly all rows, and how many rows
-    the trained methods were validated on."""
+    """What is to be read under a table: failures, methods that give one answer to nearly all rows, trainings that there
+    is reason to doubt, and how many rows the trained methods were validated on."""
     failed = [f"failed: {row.method}, {failure}" for row in rows for failure in row.failed]
     one_answer = [f"note: {row.method}, {found}" for row in rows for found in row.one_answer]
-    return [*failed, *one_answer, *(f"note: {text}" for text in _validated(rows))]
+    return [*failed, *one_answer, *_alarms(rows), *(f"note: {text}" for text in _validated(rows))]
+
+
+def _alarms(rows: Sequence[Row]) -> list[str]:
+    """What there is reason to doubt, each once, with those that it was said of."""
+    said: dict[str, dict[str, list[int]]] = {}
+    for row in rows:
+        for seed, sentence in row.alarms:
+            said.setdefault(sentence, {}).setdefault(row.method, []).append(seed)
+    return [
+        f"alarm: {'; '.join(f'{method}, {_seeds(seeds)}' for method, seeds in found.items())}: {sentence}"
+        for sentence, found in said.items()
+    ]
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
 def _validated(rows: Sequence[Row]) -> list[str]:

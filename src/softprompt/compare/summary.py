@@ -65,6 +65,7 @@ class Row:
         failed: for each failed seed, which and why.
         one_answer: for each seed that gives one answer to nearly all rows, although their targets differ, which seed
             and what answer.
+        alarms: for each alarm of each seed's training which seed, and what was found.
         answer: the most frequent answer of the first seed; None if it is not known.
         validation_rows: on how many rows each seed's training was validated, each number once; empty where it was
             not, or where it is not known.
@@ -92,6 +93,7 @@ class Row:
     seeds: int
     failed: tuple[str, ...]
     one_answer: tuple[str, ...]
+    alarms: tuple[tuple[int, str], ...]
     answer: str | None
     validation_rows: tuple[int, ...]
     score: Estimate | None
@@ -187,6 +189,7 @@ def _row(task: str, base: str, method: str, cells: Sequence[Cell]) -> Row:
         seeds=count,
         failed=tuple(f"seed {cell['seed']}: {cell.get('reason')}" for cell in cells if cell["status"] == "failed"),
         one_answer=tuple(filter(None, map(_one_answer, scored))),
+        alarms=tuple((cell["seed"], alarm["sentence"]) for cell in scored for alarm in cell.get("alarms") or ()),
         answer=next(
             (cell["most_frequent_answer"]["label"] for cell in scored if cell.get("most_frequent_answer")), None
         ),

@@ -12,8 +12,11 @@ import torch
 
 from softprompt.data.example import Dataset, Example
 from softprompt.errors import ConfigError, DataError, missing_library
+from softprompt.evaluation.evaluate import one_answer
 from softprompt.methods.problem import Learned, Problem
 from softprompt.tasks.predict import Prediction, Progress
+from softprompt.tuning.alarms import of_answers
+from softprompt.tuning.step import Alarm
 
 INVERSE_PENALTIES = (10.0, 1.0, 100.0, 0.1)
 """Values of scikit-learn's ``C`` in the order in which they are tried: the time may not last for all."""
@@ -106,7 +109,16 @@ def tf_idf(problem: Problem) -> Learned:
         bytes=4 * (trained + len(vectorizer.idf_)) + vocabulary,
         chosen={"C": penalty},
         validation=value,
+        alarms=_alarms(problem, _predictions(problem, vectorizer, fitted, problem.validation.examples), value),
     )
+
+
+def _alarms(problem: Problem, predictions: Sequence[Prediction], value: float) -> tuple[Alarm, ...]:
+    """Whether the answers to the validation rows, of which ``value`` are right, tell the labels apart."""
+    gold = [str(example.target) for example in problem.validation.examples]
+    scores = [math.exp((one.logprobs or {})[target]) for one, target in zip(predictions, gold, strict=True)]
+    one = one_answer([prediction.text for prediction in predictions], gold)
+    return tuple(of_answers(scores, value, gold, {"one_answer": one and one.as_dict()}, who="the regression"))
 
 
 def input_text(example: Example, fields: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,11 +23,13 @@ from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import can_share
 from softprompt.model.state.prefix import PrefixState
 from softprompt.tasks.predict import Prediction, Progress, Query, default_sampling, predict
+from softprompt.tuning.alarms import Watch
 from softprompt.tuning.config import EPOCHS, TrainConfig
 from softprompt.tuning.keeping import Keeper
 from softprompt.tuning.objective import Objective
 from softprompt.tuning.optimizer import learning_rate
 from softprompt.tuning.rows import RowOrder, split_rows
+from softprompt.tuning.trend import Trend
 
 FULL_RATES = (3e-5, 1e-4, 3e-4)
 """Peak learning rates that are tried; the middle one is taken where there is no time to try, or no clear winner."""
@@ -55,6 +57,9 @@ def learn(problem: Problem, lm: FrozenLM, weights: list[torch.nn.Parameter], rat
         run = tuner.run(lr, problem.seconds_left, VALIDATIONS)
     finally:
         tuner.close()
+    watch = Watch(problem.task(), tuner.examples, tuner.held_out)
+    count = sum(weight.numel() for weight in weights)
+    alarms = watch.at_end_of(run.keeper, run.trend, replace(tuner.config, lr=lr), count, "the trained model")
     task = problem.task(lm=lm)
     # a fine-tuned model has learned to end its answer, as a soft prompt has; only an untrained one ends with its line
     sampling = None if task.verbalizer is not None else replace(default_sampling(task), stop=(), skip_blank=False)
@@ -64,13 +69,14 @@ def learn(problem: Problem, lm: FrozenLM, weights: list[torch.nn.Parameter], rat
 
     return Learned(
         answer=answer,
-        trainable_parameters=sum(weight.numel() for weight in weights),
+        trainable_parameters=count,
         bytes=sum(weight.nbytes for weight in weights),
         chosen={"lr": lr, "steps": run.curve[-1]["step"] if run.curve else 0, "best_step": run.best["step"]},
         validation=run.best["value"] if problem.labels and run.curve else None,
         curve=run.curve,
         adapted=lm,
-        validation_rows=tuner.held_out,
+        validation_rows=len(tuner.held_out),
+        alarms=alarms,
     )
 
 
@@ -83,10 +89,14 @@ class Run:
             as they were at the start.
         curve: ``{"seconds", "step", "value", "loss"}`` for every validation with a finite loss; the seconds count from
             the start of the budget.
+        keeper: has seen its validations.
+        trend: of its losses and gradients.
     """
 
     best: Mapping[str, float]
     curve: tuple[dict[str, float], ...]
+    keeper: Keeper = field(default_factory=lambda: Keeper(0))
+    trend: Trend = field(default_factory=Trend)
 
 
 NOTHING: Mapping[str, float] = {"step": 0, "value": -math.inf, "loss": math.inf}
@@ -97,7 +107,7 @@ class Tuner:
 
     Attributes:
         config: what is the same in every run: batch size, schedule, clipping, patience, validation rows, seed.
-        held_out: how many validation rows there are.
+        examples, held_out: the rows it learns from, and those it is validated on.
         masters: the float32 numbers that the optimizer changes, in the order of the weights.
     """
 
@@ -111,27 +121,27 @@ class Tuner:
             validation_rows=problem.validation_rows,
         )
         self._problem, self._lm, self._weights = problem, lm, list(weights)
-        examples, held_out = split_rows(problem.train, problem.validation, self.config)
+        self.examples, self.held_out = split_rows(problem.train, problem.validation, self.config)
         task = problem.task(lm=lm)
         self._objective = Objective()
-        self._requests = [task.target_request(e) for e in examples]
-        self._order = RowOrder([None if task.verbalizer is None else example.target for example in examples])
-        self._validator = validator(task, held_out)
+        self._requests = [task.target_request(e) for e in self.examples]
+        self._order = RowOrder([None if task.verbalizer is None else example.target for example in self.examples])
+        self._validator = validator(task, self.held_out)
         self._no_prefix: PrefixState | None = None
         if all(can_share(lm, request, 0) for request in self._requests):
             with torch.no_grad():
                 self._no_prefix = lm.prefix_kv((), None)
-        self.held_out = len(held_out)
         self._start = _copied(self._weights)
+        self._trend = Trend()
         self._hooks: list[Any] = []
         self.masters = [self._master(weight) for weight in self._weights]
         if problem.worth_compiling:
             problem.notice("compiling")
             lm.layers.set(compiled=True)
-            self.backward(range(min(self.config.batch_size, len(examples))))  # compiles; its gradient is thrown away
+            self.backward(range(min(self.config.batch_size, len(self.examples))))  # its gradient is thrown away
         self._pace = self._time_a_step()
         # a guess until there is one: a row forward, in larger batches, is about a quarter of forward and backward
-        self._check = self._pace * len(held_out) / self.config.batch_size / 4
+        self._check = self._pace * len(self.held_out) / self.config.batch_size / 4
 
     def close(self) -> None:
         """Leaves a model that needs no gradient."""
@@ -161,7 +171,7 @@ class Tuner:
 
     def _noise(self, value: float) -> float:
         """One standard error of an accuracy on the validation rows; 0 for free text, whose loss is of many tokens."""
-        return math.sqrt(value * (1 - value) / self.held_out) if self._problem.labels and value >= 0 else 0.0
+        return math.sqrt(value * (1 - value) / len(self.held_out)) if self._problem.labels and value >= 0 else 0.0
 
     def run(self, lr: float, seconds: float, validations: int) -> Run:
         """Trains from the start for at most ``seconds``, but one step at least; leaves the best weights in the model.
@@ -179,6 +189,7 @@ class Tuner:
         )
         keeper, kept, curve = Keeper(config.patience), self._start, list[dict[str, float]]()
         best, step, trained, total = NOTHING, 0, 0.0, max(1, self._planned(0, end, interval))
+        self._trend = Trend()
         while step < total:
             began = time.perf_counter()
             if not self._step(optimizer, self._order.batch(config.seed, step, config.batch_size), config, step, total):
@@ -200,7 +211,7 @@ class Tuner:
                 break
             trained, total = 0.0, self._planned(step, end, interval)
         self._put(kept)
-        return Run(best, tuple(curve))
+        return Run(best, tuple(curve), keeper, self._trend)
 
     def _planned(self, step: int, end: float, interval: float) -> int:
         """How many steps there will be in all: ``step`` that are done, and those that fit, with a validation every
@@ -243,6 +254,7 @@ class Tuner:
         norm = float(torch.nn.utils.clip_grad_norm_(self.masters, config.clip or math.inf))
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
+            self._trend.add(loss, norm, config.clip, total)
             optimizer.step()
             self._serve()
         optimizer.zero_grad()

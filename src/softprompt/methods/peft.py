@@ -14,6 +14,7 @@ import torch
 
 from softprompt.data.example import Example
 from softprompt.errors import ConfigError, missing_library
+from softprompt.evaluation.validation import validator
 from softprompt.methods.fine_tuning import learn
 from softprompt.methods.problem import Learned, Problem
 from softprompt.model.frozen import FrozenLM
@@ -22,9 +23,13 @@ from softprompt.model.request import Request
 from softprompt.tasks.predict import Prediction, Progress, Query, predict
 from softprompt.tasks.task import Task
 from softprompt.text.tokens import SOFT, Tokens
+from softprompt.tuning.alarms import BASE_ROWS, OURS, Watch
 from softprompt.tuning.config import TrainConfig, most_steps
+from softprompt.tuning.keeping import Keeper
 from softprompt.tuning.optimizer import learning_rate
 from softprompt.tuning.rows import RowOrder
+from softprompt.tuning.step import Alarm
+from softprompt.tuning.trend import Trend
 
 LORA_RATES = (3e-4, 1e-3, 3e-3)
 """Peak learning rates that are tried, see ``fine_tuning.FULL_RATES``."""
@@ -82,7 +87,7 @@ def peft_prompt_tuning(problem: Problem) -> Learned:
         )
     lm = problem.fresh()
     lm.model.set_attn_implementation("sdpa")  # what transformers gives a user
-    config = TrainConfig(lr=PEFT_LR, warmup=0.0, schedule="linear", seed=problem.seed)
+    config = TrainConfig(lr=PEFT_LR, warmup=0.0, schedule="linear", clip=0.0, seed=problem.seed)
     task = PeftTask(problem.lm, problem.template, problem.verbalizer, problem.num_virtual_tokens, problem.lm.window)
     requests = [task.target_request(example) for example in problem.train.examples]
     with _seeded(problem.seed):
@@ -95,7 +100,7 @@ def peft_prompt_tuning(problem: Problem) -> Learned:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=PEFT_LR)
     order = RowOrder([None] * len(requests))  # plainly random, as in its example
     step, pace, most = 0, 0.0, most_steps(len(requests), config.batch_size)
-    total = most
+    total, trend = most, Trend()
     while step < max(1, total):
         began = time.perf_counter()
         for group in optimizer.param_groups:
@@ -106,6 +111,7 @@ def peft_prompt_tuning(problem: Problem) -> Learned:
             break
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        trend.add(float(loss.detach()), _norm(model), config.clip, most)
         optimizer.step()
         step += 1
         took = time.perf_counter() - began
@@ -119,7 +125,29 @@ def peft_prompt_tuning(problem: Problem) -> Learned:
     def answer(examples: Sequence[Example], progress: Progress | None) -> list[Prediction]:
         return predict([Query(task, example, vectors) for example in examples], progress=progress, prefix_of=kept)
 
-    return Learned(answer, vectors.numel(), vectors.nbytes, chosen={"steps": step})
+    return Learned(
+        answer,
+        vectors.numel(),
+        vectors.nbytes,
+        chosen={"steps": step},
+        alarms=_alarms(problem, task, vectors, trend, config),
+    )
+
+
+def _norm(model: Any) -> float:
+    """The norm of the gradient of all that is trained."""
+    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def _alarms(
+    problem: Problem, task: Task, vectors: torch.Tensor, trend: Trend, config: TrainConfig
+) -> tuple[Alarm, ...]:
+    """What gives reason to doubt the vectors; PEFT's example looks at no validation rows, so some are looked at now."""
+    rows, keeper = problem.validation.examples[:BASE_ROWS], Keeper(0)
+    keeper.add(validator(task, rows)(vectors))
+    watch = Watch(task, problem.train.examples, rows)
+    return watch.at_end_of(keeper, trend, config, vectors.numel(), OURS)
 
 
 def peft_loss(model: Any, requests: Sequence[Request], decoder_start: Tokens = ()) -> torch.Tensor:

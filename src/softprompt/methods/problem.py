@@ -25,6 +25,7 @@ from softprompt.text.template import Template
 from softprompt.text.verbalizer import Verbalizer
 from softprompt.tuning.compilation import can_compile
 from softprompt.tuning.config import TrainConfig
+from softprompt.tuning.step import Alarm
 
 COMPILE_FROM = 300.0
 """Seconds of budget from which compiling the layers pays: it costs 10 to 25 of them."""
@@ -130,6 +131,7 @@ class Learned:
         soft_prompt: what was tuned, to be kept.
         validation_rows: how many rows each point of the curve was validated on; 0 where there is none.
         seconds: its part of the time, where it was learned together with others; None: all that its run took.
+        alarms: what gives reason to doubt what was trained; none where nothing is.
     """
 
     answer: Callable[[Sequence[Example], Progress | None], list[Prediction]]
@@ -142,6 +144,7 @@ class Learned:
     soft_prompt: SoftPrompt | None = None
     validation_rows: int = 0
     seconds: float | None = None
+    alarms: tuple[Alarm, ...] = ()
 
 
 def affordable_rows(problem: Problem) -> int:

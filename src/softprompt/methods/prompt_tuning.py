@@ -368,6 +368,7 @@ class _Run:
             soft_prompt=found,
             validation_rows=found.data["validation"]["rows"],
             seconds=self._spent[seat.problem.seed],
+            alarms=training.alarms,
         )
 
 

@@ -65,10 +65,10 @@ def watch(training: Training, clock: Clock = time.monotonic, *, track: Track = l
                 raise KeyboardInterrupt
 
 
-def say_alarms(alarms: Sequence[Alarm]) -> None:
+def say_alarms(alarms: Sequence[Alarm], name: str = "") -> None:
     """Says on stderr what gives reason to doubt a training."""
     for alarm in alarms:
-        stderr.print(f"warning: {alarm.sentence}")
+        stderr.print(f"warning: {name}: {alarm.sentence}" if name else f"warning: {alarm.sentence}")
 
 
 def _planned(training: Training) -> str:

@@ -25,11 +25,13 @@ from softprompt.evaluation.validation import validator
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.task import Task
 from softprompt.tuning.config import TrainConfig
-from softprompt.tuning.keeping import scores_of
+from softprompt.tuning.keeping import Keeper, scores_of
 from softprompt.tuning.state import State
 from softprompt.tuning.step import Alarm, Step
 from softprompt.tuning.trend import LEAST_KEPT, Trend
 
+OURS = "the soft prompt"
+"""What is trained, in sentences."""
 BEYOND = 2.0
 """Standard errors from which on a difference is not chance."""
 UNMOVED = 0.1
@@ -64,15 +66,16 @@ def of_task(task: Task, train: Sequence[Example], validation: Sequence[Example])
             Alarm(
                 "few_rows",
                 f"{counted(len(train), 'row')} to train with{labels} {'is' if len(train) == 1 else 'are'} very few, so "
-                f"that they may be learned by heart; give {least} or more, better 200",
+                f"that they may be learned by heart",
+                f"give {least} or more, better 200",
             )
         )
     if len(validation) < FEW_ROWS:
         found.append(
             Alarm(
                 "few_validation_rows",
-                f"{counted(len(validation), 'validation row')} can hardly tell a good step from a bad one; give "
-                f"{FEW_ROWS} or more, better 100, with --validation, or more rows to hold some back from",
+                f"{counted(len(validation), 'validation row')} can hardly tell a good step from a bad one",
+                f"give {FEW_ROWS} or more, better 100, with --validation, or more rows to hold some back from",
             )
         )
     return found
@@ -94,7 +97,8 @@ def _of_words(task: Task) -> list[Alarm]:
             Alarm(
                 "unknown_word",
                 f"the base model's tokenizer has no tokens for {_words(unknown)}, only its mark of what it does not "
-                f"know; give other words with --labels label=word",
+                "know",
+                "give other words with --labels label=word",
             )
         ]
     if pieces:
@@ -103,7 +107,8 @@ def _of_words(task: Task) -> list[Alarm]:
             Alarm(
                 "split_word",
                 f"the tokenizer splits {_words(pieces)} into letters or bytes, {quoted(word)} into {tokens} tokens, so "
-                f"that the base model hardly knows it as a word; give words of its language with --labels label=word",
+                "that the base model hardly knows it as a word",
+                "give words of its language with --labels label=word",
             )
         ]
     return []
@@ -137,7 +142,8 @@ def _of_template(task: Task, train: Sequence[Example]) -> list[Alarm]:
         Alarm(
             "joined_target",
             f"in the template {{target}} follows {cue} without a space, so that {quoted(target)} has other tokens than "
-            f"in running text; write a space before {{target}}",
+            "in running text",
+            "write a space before {target}",
         )
     ]
 
@@ -160,19 +166,17 @@ def one_answer(validations: Sequence[Mapping[str, Any]]) -> list[Alarm]:
         return []
     if len(validations) > 2 and validations[-3].get("one_answer"):
         return []
-    return [Alarm("one_answer", _one_answer(validations[-1]["one_answer"]))]
+    return [_one_answer(validations[-1], OURS, " so far", "if that stays so, ")]
 
 
-def _one_answer(found: Mapping[str, Any], *, ended: bool = False) -> str:
+def _one_answer(validation: Mapping[str, Any], who: str, so_far: str = "", condition: str = "") -> Alarm:
+    found = validation["one_answer"]
     said = OneAnswer(found["label"], found["share"], found["gold_share"])
-    if ended:
-        return (
-            f"the soft prompt {said}: it does not tell the labels apart; try more steps or --parametrisation prefix, "
-            f"and look at full fine-tuning with `softprompt compare`"
-        )
-    return (
-        f"the soft prompt {said}: it does not tell the labels apart so far. If that stays so, try more steps or "
-        f"--parametrisation prefix, and look at full fine-tuning with `softprompt compare`."
+    return Alarm(
+        "one_answer",
+        f"{who} {said}: it does not tell the labels apart{so_far}",
+        f"{condition}try more steps or --parametrisation prefix, and look at full fine-tuning with "
+        f"`softprompt compare`",
     )
 
 
@@ -192,8 +196,8 @@ def of_steps(trend: Trend, config: TrainConfig, parameters: int) -> list[Alarm]:
                 Alarm(
                     "rising_loss",
                     f"the loss has risen from {statistics.fmean(trend.first):.3f} in the first "
-                    f"{counted(len(trend.first), 'step')} to {statistics.fmean(trend.last):.3f} in the last; give a "
-                    f"lower --lr than {config.lr:g}, or leave it at its default of {TrainConfig.lr:g}",
+                    f"{counted(len(trend.first), 'step')} to {statistics.fmean(trend.last):.3f} in the last",
+                    f"give a lower --lr than {config.lr:g}, or leave it at its default of {TrainConfig.lr:g}",
                 )
             )
     norm = statistics.median(trend.norms) if trend.norms else math.inf
@@ -201,14 +205,14 @@ def of_steps(trend: Trend, config: TrainConfig, parameters: int) -> list[Alarm]:
     if config.optimizer == "adamw" and seen / math.sqrt(parameters) < TINY:
         what = f"clipped to a norm of {config.clip:g}" if seen < norm else f"of a norm of {norm:.1e} in the median"
         remedy = f"give a higher --clip; its default is {TrainConfig.clip:g}" if seen < norm else "try --dtype fp32"
-        found.append(Alarm("tiny_gradient", f"the gradient is {what}, too small for the optimizer to see; {remedy}"))
+        found.append(Alarm("tiny_gradient", f"the gradient is {what}, too small for the optimizer to see", remedy))
     elif config.clip and trend.clipped >= OFTEN * trend.steps and norm > CLIPPED * config.clip:
         found.append(
             Alarm(
                 "always_clipped",
                 f"the gradient was clipped in {trend.clipped:,} of {counted(trend.steps, 'step')}, from a norm of "
-                f"{norm:.3g} in the median to {config.clip:g}, so that large and small ones count alike; give a higher "
-                f"--clip, or a lower --lr",
+                f"{norm:.3g} in the median to {config.clip:g}, so that large and small ones count alike",
+                "give a higher --clip, or a lower --lr",
             )
         )
     return found
@@ -239,23 +243,29 @@ def of_vectors(vectors: torch.Tensor, start: torch.Tensor, config: TrainConfig, 
             Alarm(
                 "unmoved",
                 f"the soft prompt has moved by {100 * moved:.1f} % of its start's size in {counted(steps, 'step')}, so "
-                f"it is still what it began with; give more --steps, or a higher --lr than {config.lr:g} (the default "
-                f"is {TrainConfig.lr:g})",
+                "it is still what it began with",
+                f"give more --steps, or a higher --lr than {config.lr:g} (the default is {TrainConfig.lr:g})",
             )
         ]
     if config.weight_decay and left < SHRUNK:
         return [
             Alarm(
                 "shrunk",
-                f"the soft prompt has shrunk to {100 * left:.1f} % of its start's size; give a lower --weight-decay "
-                f"than {config.weight_decay:g} (the default is {TrainConfig.weight_decay:g})",
+                f"the soft prompt has shrunk to {100 * left:.1f} % of its start's size",
+                f"give a lower --weight-decay than {config.weight_decay:g} (the default is "
+                f"{TrainConfig.weight_decay:g})",
             )
         ]
     return []
 
 
 def of_answers(
-    scores: Sequence[float], value: float, gold: Sequence[str], last: Mapping[str, Any], lr: float = TrainConfig.lr
+    scores: Sequence[float],
+    value: float,
+    gold: Sequence[str],
+    last: Mapping[str, Any],
+    lr: float = TrainConfig.lr,
+    who: str = OURS,
 ) -> list[Alarm]:
     """Whether labels are told apart: one answer to nearly all rows, or no better than by the labels' shares.
 
@@ -265,9 +275,10 @@ def of_answers(
         gold: their labels.
         last: the validation.
         lr: the peak learning rate.
+        who: what was trained.
     """
     if last.get("one_answer"):
-        return [Alarm("one_answer", _one_answer(last["one_answer"], ended=True))]
+        return [_one_answer(last, who)]
     rows, shares = len(gold), {label: gold.count(label) / len(gold) for label in set(gold)}
     if len(shares) < 2 or rows < FEW_ROWS:
         return []
@@ -288,19 +299,23 @@ def of_answers(
         Alarm(
             "chance",
             f"the validation accuracy of {value:.3f} on {counted(rows, 'row')} is no better than that of the most "
-            f"frequent label, {most:.3f}, by more than chance; {remedy}",
+            f"frequent label, {most:.3f}, by more than chance",
+            remedy,
         )
     ]
 
 
-def of_comparison(trend: Trend, ours: Sequence[float], base: Sequence[float] | None, *, labelled: bool) -> list[Alarm]:
+def of_comparison(
+    trend: Trend, ours: Sequence[float], base: Sequence[float] | None, *, labelled: bool, who: str = OURS
+) -> list[Alarm]:
     """Whether anything was gained: over the start by the loss, over the base model alone on validation rows.
 
     Args:
         trend: of all steps.
         ours, base: for each of the same rows, the probability of the right label, or minus the loss for free text; of
-            the soft prompt, and of the base model without it; None where that cannot be told.
+            what was trained, and of the base model alone; None where that cannot be told.
         labelled: whether there are labels.
+        who: what was trained.
     """
     found, gained, error = list[Alarm](), 0.0, 0.0
     enough = base is not None and len(base) >= LEAST_KEPT
@@ -314,9 +329,10 @@ def of_comparison(trend: Trend, ours: Sequence[float], base: Sequence[float] | N
             found.append(
                 Alarm(
                     "below_base",
-                    f"the soft prompt is worse than the base model without it: a mean {what} of {here} against {there} "
-                    f"on {counted(len(base), 'validation row')}; check that validation rows are of the task of the "
-                    f"training rows, then try a lower --lr, or more --steps",
+                    f"{who} is worse than the base model alone: a mean {what} of {here} against {there} on "
+                    f"{counted(len(base), 'validation row')}",
+                    "check that validation rows are of the task of the training rows, then try a lower --lr, or more "
+                    "--steps",
                 )
             )
     comparable = len(trend.first) + len(trend.last) <= trend.steps and len(trend.first) >= LEAST_KEPT
@@ -327,8 +343,8 @@ def of_comparison(trend: Trend, ours: Sequence[float], base: Sequence[float] | N
                 Alarm(
                     "flat_loss",
                     f"the loss is where it was: {statistics.fmean(trend.first):.3f} in the first "
-                    f"{counted(len(trend.first), 'step')}, {statistics.fmean(trend.last):.3f} in the last; check the "
-                    f"template and the columns, then try a higher --lr, more --steps or another base model",
+                    f"{counted(len(trend.first), 'step')}, {statistics.fmean(trend.last):.3f} in the last",
+                    "check the template and the columns, then try a higher --lr, more --steps or another base model",
                 )
             )
     return found
@@ -372,17 +388,37 @@ class Watch:
             start: what its vectors began with, of the same shape; None where it went on from another soft prompt.
             config: its settings.
         """
-        best, scores, trend, task = state.keeper.best, state.keeper.scores, state.trend, self._task
         found = [*self.before]
         if start is not None:
             found += of_vectors(state.learner.numbers(), start, config, state.step)
-        found += of_steps(trend, config, state.parameters)
+        found += of_steps(state.trend, config, state.parameters)
+        return (*found, *self._of_answers(state.keeper, state.trend, config, OURS))
+
+    def at_end_of(
+        self, keeper: Keeper, trend: Trend, config: TrainConfig, parameters: int, who: str
+    ) -> tuple[Alarm, ...]:
+        """The same of what another loop has trained.
+
+        Args:
+            keeper: of the run's validations.
+            trend: of its steps.
+            config: its settings.
+            parameters: how many numbers are learned.
+            who: what was trained, in a sentence.
+        """
+        steps = of_steps(trend, config, parameters)
+        return (*self.before, *steps, *self._of_answers(keeper, trend, config, who))
+
+    def _of_answers(self, keeper: Keeper, trend: Trend, config: TrainConfig, who: str) -> list[Alarm]:
+        """What the validations say, beside what the base model answers alone."""
+        best, scores, task = keeper.best, keeper.scores, self._task
         if best is None or len(scores) != len(self._rows):  # never finite, or kept by an earlier release
-            return tuple(found)
-        labelled = task.verbalizer is not None
+            return []
+        labelled, found = task.verbalizer is not None, list[Alarm]()
         if labelled:
-            found += of_answers(scores, best["value"], [str(row.target) for row in self._rows], best, config.lr)
-        return (*found, *of_comparison(trend, scores, base_scores(task, self._rows), labelled=labelled))
+            gold = [str(row.target) for row in self._rows]
+            found = of_answers(scores, best["value"], gold, best, config.lr, who)
+        return found + of_comparison(trend, scores, base_scores(task, self._rows), labelled=labelled, who=who)
 
     def require_same_answers(self, path: Path, made: SoftPrompt) -> None:
         """Reads a soft prompt that was stored and checks that it has the vectors of the one that was made, and answers

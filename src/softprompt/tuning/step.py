@@ -16,11 +16,18 @@ class Alarm:
 
     Attributes:
         kind: what it is, one of the names in ``docs/guides/alarms.md``.
-        sentence: what was found, with the figure, and what to do; without a full stop.
+        found: what was found, with the figure.
+        remedy: what to do where a soft prompt is trained by itself.
     """
 
     kind: str
-    sentence: str
+    found: str
+    remedy: str
+
+    @property
+    def sentence(self) -> str:
+        """Both, without a full stop."""
+        return f"{self.found}; {self.remedy}"
 
     def as_dict(self) -> dict[str, str]:
         """JSON values."""

@@ -27,7 +27,7 @@ class Trend:
     def add(self, loss: float, norm: float, clip: float, total: int) -> None:
         """Takes the next step of ``total``."""
         keep = min(MOST_KEPT, max(LEAST_KEPT, total // 20))
-        if len(self.first) < keep:
+        if self.steps == len(self.first) < keep:  # the total may rise while it runs
             self.first.append(loss)
             self.norms.append(norm)
         self.last = [*self.last[1 - keep :], loss]
