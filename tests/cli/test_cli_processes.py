@@ -113,6 +113,7 @@ def test_a_sweep_is_that_of_one_process(spawn: Spawn, run: Run, home: Path, opti
     assert not (home / ".runs" / "films" / "sweep").exists()
 
 
+@pytest.mark.slow
 def test_a_comparison_is_divided_or_done_by_the_first(spawn: Spawn, run: Run, home: Path, base: str) -> None:
     write_labels(Path("dev.jsonl"), 10)
     data = ["train.jsonl", "--validation", "dev.jsonl", "--test", "test.jsonl", "--bases", base]
