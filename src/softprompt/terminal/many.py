@@ -77,7 +77,8 @@ class _Board:
             if not training.ended
         ]
         shown = ", ".join(going[:4]) + f" and {len(going) - 4} more" * (len(going) > 4)
-        return f"{ended} of {len(self.trainings)} ended; {shown}; about {roughly(left)} left"
+        said = [f"{ended} of {len(self.trainings)} ended", shown, f"about {roughly(left)} left"]
+        return "; ".join(part for part in said if part)
 
 
 def state_of(training: Training) -> str:

@@ -38,8 +38,9 @@ STREAM_TOKENS = 384
 """Tokens up to which a stream is faster on a CPU: 1.3 times with 60, 1.1 with 250, 0.8 with 800 (SmolLM2-135M), since
 attention looks at all pairs of tokens there."""
 
-SHARED_TOKENS = 256
-"""Tokens up to which a pass over the rows of several soft prompts may always go on a CPU: fewer take longer."""
+SHARED_TOKENS = 1024
+"""Tokens up to which a pass over the rows of several soft prompts may always go on a CPU: 256 took a sixth more time, for
+half of the memory (``benchmarks/fit_many.py``)."""
 
 SHORT_TEXT = 64
 """Tokens of the template before the soft prompt up to which a stream computes them anew in each step."""
@@ -228,6 +229,7 @@ class Gradients:
         rows = [one.row(number) for number, one in joined]
         layout = (self.layout or self._best(shares, rows, most)) if shared else "concatenation"
         lengths = [self._length(shares[number], one, shared) for number, one in joined]
+        together = _neighbours([self._prefix_length(share) for share in shares], most)
         most = self._at_most(shares, joined, lengths, most)
         batches = list[Batch]()
         if layout == "stream" and rows:
@@ -244,14 +246,13 @@ class Gradients:
         if layout == "two stages":
             starts = [self._prefix_length(share) for share in shares]
             batches = [self._lines([rows[i] for i in group], starts) for group in groups]
-        together = _neighbours([self._prefix_length(share) for share in shares], most)
         return Work(whole, places, shares, layout, joined, groups, batches, together, len(groups) - own, tokens, saved)
 
     def _at_most(
         self, shares: Sequence[Share], joined: Sequence[tuple[int, Joined]], lengths: Sequence[int], most: int
     ) -> int:
-        """Tokens of a pass, of several shares on a CPU no more than the largest of them computes alone: that gives all
-        of them hardly more than its memory, and larger passes are not faster there."""
+        """Tokens of a pass, of several shares on a CPU no more than the largest of them computes alone, if that is more
+        than ``SHARED_TOKENS``: larger passes take more memory and are hardly faster there."""
         if len(shares) < 2 or self.lm.device.type == "cuda":
             return most
         own = [self._prefix_length(share) for share in shares]
