@@ -274,6 +274,7 @@ def covered(intervals: Sequence[tuple[float, float]], truth: float) -> int:
     return sum(low <= truth <= high for low, high in intervals)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("labels", "n"), [(3, 300), (15, 200)])
 def test_bootstrap_intervals_of_macro_f1_and_mcc_cover(labels: int, n: int) -> None:
     """False failure: 300 intervals, 270 to 296 hits accepted, binomial tails 1.3e-4 + 1.7e-4 a metric."""
@@ -293,6 +294,7 @@ def test_bootstrap_intervals_of_macro_f1_and_mcc_cover(labels: int, n: int) -> N
     assert 270 <= covered([(metric.low, metric.high) for metric in correlation], mcc_truth) <= 296
 
 
+@pytest.mark.slow
 def test_bootstrap_interval_of_bleu_covers() -> None:
     """The population is 2,000 rows. False failure: 120 intervals, at least 103 hits accepted, binomial tail 3.1e-5."""
     predicted, references = noisy_rows(2_000, seed=6)
@@ -317,6 +319,7 @@ def test_interval_of_perplexity_covers_when_tokens_of_a_row_hang_together() -> N
     assert 455 <= covered(intervals, math.exp(2)) <= 493
 
 
+@pytest.mark.slow
 def test_interval_of_paired_bootstrap_covers() -> None:
     """False failure: 300 intervals, 270 to 296 hits accepted, binomial tails 1.3e-4 + 1.7e-4."""
     rng = np.random.default_rng(9)

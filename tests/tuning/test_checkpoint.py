@@ -477,7 +477,7 @@ def train_until_killed(folder: Path, options: dict[str, Any], calls: int, at: st
     ("options", "kills"),
     [
         ({}, ("backward", "replace", "save", "backward", "replace")),
-        ({"optimizer": "adafactor"}, ("save", "replace")),
+        pytest.param({"optimizer": "adafactor"}, ("save", "replace"), marks=pytest.mark.slow),
         ({"parametrisation": "residual"}, ("backward", "replace")),
         ({"parametrisation": "superpos", "starts": 2}, ("backward", "backward")),
         ({"parametrisation": "mlp"}, ("save", "backward")),
