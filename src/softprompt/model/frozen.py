@@ -525,10 +525,9 @@ class FrozenLM(Embedder):
 
     @cached_property
     def _why_nothing_ahead(self) -> str:
-        if not isinstance(self.whole, EncoderDecoder):
-            return "it is no encoder-decoder"
         with self.eager():
-            return self.whole.why_nothing_ahead(self.hidden_size)
+            whole = self.whole if isinstance(self.whole, EncoderDecoder) else None
+            return whole.why_nothing_ahead(self.hidden_size) if whole else "it is no encoder-decoder"
 
     def tokens_of(self, request: Request, num_virtual_tokens: int = 0) -> int:
         """How many tokens ``score_concatenated`` computes for a request."""

@@ -39,8 +39,8 @@ STREAM_TOKENS = 384
 attention looks at all pairs of tokens there."""
 
 SHARED_TOKENS = 1024
-"""Tokens up to which a pass over the rows of several soft prompts may always go on a CPU: 256 took a sixth more time, for
-half of the memory (``benchmarks/fit_many.py``)."""
+"""Tokens up to which a pass over the rows of several soft prompts may always go on a CPU: 256 took a sixth more time,
+for half of the memory or less (``benchmarks/fit_many.py``)."""
 
 SHORT_TEXT = 64
 """Tokens of the template before the soft prompt up to which a stream computes them anew in each step."""
