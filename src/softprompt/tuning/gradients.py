@@ -5,7 +5,7 @@ Three ways lead to the same numbers:
 * *Stream*: one pass over ``[prefix | its rows | …]``. It launches half as much as the second way, and pads nothing.
 * *Two stages*: each prefix runs once; micro-batches of rows send their gradients into its detached state, where they
   add up in fp32; one backward pass carries the sum on to the vectors. Its memory is that of one micro-batch. Where
-  the prefixes of several soft prompts are more than that, they run again, some at a time, when the rows are done.
+  the prefixes of several soft prompts have more tokens than one may, they run again, some at a time, after the rows.
 * *Concatenation*: the soft prompt is repeated in every row. It serves every architecture.
 """
 
