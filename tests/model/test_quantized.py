@@ -459,8 +459,10 @@ def test_a_format_without_its_library_says_what_to_install(tmp_path: Path) -> No
     make_model("llama").save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     path = tmp_path / "config.json"
-    path.write_text(path.read_text().replace("{", '{"quantization_config": {"quant_method": "gptq", "bits": 4},', 1))
-    with pytest.raises(BaseModelError, match=r"stored in gptq 4-bit and could not be loaded: .*pip install gptqmodel"):
+    path.write_text(
+        path.read_text().replace("{", '{"quantization_config": {"quant_method": "quanto", "weights": "int4"},', 1)
+    )
+    with pytest.raises(BaseModelError, match=r"stored in quanto and could not be loaded: .*pip install optimum-quanto"):
         FrozenLM.load(tmp_path)
 
 

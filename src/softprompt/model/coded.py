@@ -67,14 +67,9 @@ class CodedLinear(nn.Module):
         codes = self.codes
         if self.precision == "int8":
             return codes.to(dtype)
-        if codes.device.type != "cpu":
-            if self.precision == "fp8":
-                return codes.to(dtype)
-            return torch.stack([codes & 15, codes >> 4], dim=-1).view(self.out_features, -1, GROUP).to(dtype)
-        if self.precision == "fp8":
-            return _of_e4m3(codes).to(dtype)
-        pairs = _pairs().index_select(0, codes.view(-1).int())
-        return pairs.view(torch.bfloat16).view(self.out_features, -1, GROUP).to(dtype)
+        if self.precision == "int4":
+            return _of_pairs(codes).view(self.out_features, -1, GROUP).to(dtype)
+        return (_of_e4m3(codes) if codes.device.type == "cpu" else codes).to(dtype)
 
     def decoded(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight that the codes stand for, ``[out, in]``."""
@@ -155,29 +150,36 @@ class CodedLinear(nn.Module):
 
 
 class BlockLinear(nn.Module):
-    """A frozen linear layer in the blocks of a GGUF file: ``Q8_0``, ``Q4_0`` or ``Q4_1``. It computes with the very
-    numbers that the file stands for, rounded to the type of its inputs.
+    """A frozen linear layer in codes that a file holds: the blocks of GGUF (``Q8_0``, ``Q4_0``, ``Q4_1``), or groups of
+    integer codes. It computes with the very numbers that the file stands for, rounded to the type of its inputs.
 
     Attributes:
-        codes: int8 ``[out, in]``, or uint8 ``[out, in / 2]`` with two codes in each.
-        scales: float16 ``[out, in / 32, 1]``.
-        offsets: likewise, what code 0 stands for; None of ``Q8_0``.
+        codes: int8 ``[out, groups · size]``, or uint8 ``[out, groups · size / 2]`` with two codes in each.
+        scales: ``[out, groups, 1]``.
+        offsets: likewise, what code 0 stands for; None if that is 0.
+        order: ``[in]``, where the weight of each input lies among the codes; None: in the order of the inputs.
         bias: ``[out]``, or None.
     """
 
     def __init__(
-        self, codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None, like: nn.Module
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        offsets: torch.Tensor | None,
+        in_features: int,
+        bias: torch.Tensor | None,
+        order: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.out_features, self.in_features = len(codes), BLOCK * scales.shape[1]
-        bias: Any = like.bias
+        self.out_features, self.in_features = len(codes), in_features
         self.codes, self.scales = _frozen(codes), _frozen(scales)
         self.offsets = None if offsets is None else _frozen(offsets)
+        self.order = None if order is None else _frozen(order.int())
         self.bias = None if bias is None else _frozen(bias.detach())
 
     @classmethod
     def of(cls, weight: torch.Tensor, like: nn.Module) -> BlockLinear | None:
-        """The layer of unpacked blocks, whose scales are found again from the numbers.
+        """The layer of unpacked blocks of GGUF, whose scales are found again from the numbers.
 
         Args:
             weight: ``[out, in]``.
@@ -186,9 +188,11 @@ class BlockLinear(nn.Module):
         Returns:
             None if the numbers are not those of such blocks, bit for bit.
         """
-        if weight.shape[1] % BLOCK:
+        columns = weight.shape[1]
+        if columns % BLOCK:
             return None
-        rows = torch.split(weight.detach(), max(1, CODED_AT_ONCE // weight.shape[1]))
+        rows = torch.split(weight.detach(), max(1, CODED_AT_ONCE // columns))
+        bias: Any = like.bias
         for found in (_q4_0, _q4_1, _q8_0):
             parts = list[tuple[torch.Tensor, ...]]()
             for some in rows:
@@ -198,18 +202,47 @@ class BlockLinear(nn.Module):
                 parts.append(part)
             if len(parts) == len(rows):
                 codes, scales, *offsets = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
-                return cls(codes, scales, offsets[0] if offsets else None, like).to(weight.device)
+                return cls(codes, scales, offsets[0] if offsets else None, columns, bias).to(weight.device)
         return None
+
+    @classmethod
+    def grouped(
+        cls,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor,
+        size: int,
+        bias: torch.Tensor | None,
+        order: torch.Tensor | None = None,
+    ) -> BlockLinear:
+        """The layer of the weight ``(codes - zeros) · scales``, exact.
+
+        Args:
+            codes: uint8 ``[out, in]``.
+            scales: ``[out, groups]``.
+            zeros: likewise, uint8: the code that stands for 0.
+            size: of a group; the last one may be smaller.
+            bias: ``[out]``, or None.
+            order: ``[in]``, where the weight of each input lies among the codes.
+        """
+        columns = codes.shape[1]
+        codes = nn.functional.pad(codes, (0, size * scales.shape[1] - columns))
+        zero = zeros.float()
+        if int(codes.max()) > 15 or codes.shape[1] % 2:
+            codes, zero = (codes ^ 128).view(torch.int8), zero - 128
+        else:
+            codes = _paired(codes)
+        offsets = (zero * scales.float()).neg_()
+        return cls(codes, scales.unsqueeze(2), offsets.unsqueeze(2), columns, bias, order)
 
     def decoded(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight that the codes stand for, ``[out, in]``."""
-        codes = self.codes
-        if self.offsets is None:
-            numbers = codes.view(self.out_features, -1, BLOCK).float() * self.scales.float()
-        else:
-            pairs = torch.stack([codes & 15, codes >> 4], dim=-1).view(self.out_features, -1, BLOCK)
-            numbers = (pairs.float() * self.scales.float()).add_(self.offsets.float())
-        return numbers.view(self.out_features, -1).to(dtype)
+        codes = self.codes if self.codes.dtype == torch.int8 else _of_pairs(self.codes)
+        numbers = codes.view(*self.scales.shape[:2], -1) * self.scales.float()
+        if self.offsets is not None:
+            numbers.add_(self.offsets.float())
+        weight = numbers.view(self.out_features, -1)[:, : self.in_features]
+        return (weight if self.order is None else weight.index_select(1, self.order)).to(dtype)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -305,8 +338,8 @@ def _not_zero(scales: torch.Tensor) -> torch.Tensor:
 
 
 def _paired(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 ``[out, in / 2]`` of 4-bit codes ``[out, groups, 32]``, two in each, the first in the low bits."""
-    flat = codes.to(torch.uint8).view(len(codes), -1)
+    """uint8 ``[out, n / 2]`` of 4-bit codes ``[out, …]``, two in each, the first in the low bits."""
+    flat = codes.to(torch.uint8).flatten(1)
     return flat[:, 0::2] | flat[:, 1::2] << 4
 
 
@@ -315,6 +348,13 @@ def _of_e4m3(codes: torch.Tensor) -> torch.Tensor:
     on a CPU goes number by number, and takes fifteen times as long."""
     bits = codes.view(torch.int8).to(torch.int16)
     return bits.bitwise_left_shift_(4).bitwise_and_(-0x7810).view(torch.bfloat16).mul_(2.0**120)
+
+
+def _of_pairs(codes: torch.Tensor) -> torch.Tensor:
+    """bfloat16 ``[out, 2 · n]`` of 4-bit codes, two in each of uint8 ``[out, n]``."""
+    if codes.device.type != "cpu":
+        return torch.stack([codes & 15, codes >> 4], dim=-1).view(len(codes), -1).to(torch.bfloat16)
+    return _pairs().index_select(0, codes.view(-1).int()).view(torch.bfloat16).view(len(codes), -1)
 
 
 @cache

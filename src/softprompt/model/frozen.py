@@ -200,7 +200,7 @@ class FrozenLM(Embedder):
         with heard():
             where: Any = {"device": device_found, "quantize": quantize}
             model, tokenizer = load_base(base, trust_remote_code=trust_remote_code, **where)
-            if quantized.stored_precision(model.config) and dtype == "auto":
+            if quantized.stored_precision(model.config) and dtype == "auto" and not quantized.is_own(model):
                 dtype = own_dtype(model)
             options: Any = {"dtype": dtype, "device": device, "quantize": quantize, "world": world}
             lm = cls(model, tokenizer, name=base, text_only=True, **options)

@@ -21,6 +21,7 @@ from softprompt.errors import BaseModelError, ConfigError
 from softprompt.files import StrPath, cache_folder, local_path
 from softprompt.model.files import ADAPTER, INDEX, WEIGHTS, adapter_alone, adapts, locate
 from softprompt.model.fingerprint import fingerprint_model
+from softprompt.model.grouped import CODES, fill_places, layout_of, register
 from softprompt.model.notes import heard, say
 from softprompt.model.quantized import (
     fingerprint_files,
@@ -145,6 +146,8 @@ def _from_pretrained(
     def load(loader: Callable[..., Any], refusal: str = whole, remedy: str = WHAT_TO_GIVE, **options: Any) -> Any:
         try:
             return loader(source, trust_remote_code=trust_remote_code, **options)
+        except BaseModelError:
+            raise
         except Exception as error:  # of transformers alone: OSError, ValueError, KeyError, HTTP errors, …
             raise BaseModelError(f"{refusal}: {_reason(error)}; {remedy}") from error
 
@@ -156,13 +159,19 @@ def _from_pretrained(
         whole_config, config, options = config, config.get_text_config(), {"key_mapping": LANGUAGE_MODEL}
         if hasattr(whole_config, "quantization_config"):
             config.quantization_config = whole_config.quantization_config
-    stored = stored_precision(config)
-    block = (getattr(config, "quantization_config", None) or {}).get("weight_block_size") if stored else None
+    stored, layout = stored_precision(config), layout_of(config, base)
+    quantization: Any = getattr(config, "quantization_config", None)
+    unpacked = bool(stored) and layout is None and is_unpacked(config, device)
     if stored:
         require_method(config, base)
-        if not is_unpacked(config, device):
+        if not unpacked:
             require_plain(stored, quantize, base)
-        options, remedy = options | loading_options(config, device, base), remedy_for(config)
+        if layout is None:
+            options |= loading_options(config, device, base)
+        else:
+            config.quantization_config = {"quant_method": register(), "codes": CODES[layout.name]}
+            options["device_map"] = {"": str(device)}
+        remedy = remedy_for(config)
         whole = f"the base model {base!r} is stored in {stored} and could not be loaded"
     tokenizer = load(AutoTokenizer.from_pretrained, f"the tokenizer of the {called}", WHERE_TO_PUT_A_TOKENIZER)
     _require_vocabulary(tokenizer, base)
@@ -180,8 +189,11 @@ def _from_pretrained(
         **options,
     )
     _require_all_weights(base, found)
-    if stored and block and is_unpacked(config, device):
+    if unpacked and (block := quantization.get("weight_block_size")):
         require_whole_blocks(_weights_of(source), block, base)
+    if layout is not None:
+        fill_places(model, _weights_of(source), layout, device, base)
+        model.config.quantization_config = quantization
     if stored:
         model.stored_fingerprint = fingerprint_files(config.model_type, _weights_of(source))
     if adapter is not None:

@@ -24,8 +24,6 @@ INSTALL = {
     "bitsandbytes": 'pip install "softprompt[nf4]"',
     "compressed-tensors": 'pip install "softprompt[compressed]"',
     "torchao": "pip install torchao",
-    "gptq": "pip install gptqmodel optimum",
-    "awq": "pip install gptqmodel",
     "hqq": "pip install hqq",
     "quanto": "pip install optimum-quanto",
     "mxfp4": "pip install kernels triton",
@@ -238,7 +236,7 @@ def loading_options(config: Any, device: torch.device, base: str) -> dict[str, A
 
 
 def is_unpacked(config: Any, device: torch.device) -> bool:
-    """Whether a model that is stored quantised is made plain when it is loaded to the device."""
+    """Whether transformers makes a model plain that is stored quantised when it loads it to the device."""
     method = method_of(config)
     if method == "compressed-tensors":
         # Its layers have no product of their own: the first pass of the whole model would unpack them all.

@@ -1,0 +1,297 @@
+"""Base models that are stored as integer codes with a scale for each group of neighbours: GPTQ, AWQ, AutoRound in these
+layouts, and the packed format of compressed-tensors.
+
+Codes are read from the files as they are, and only laid out anew: layers compute with the very numbers that they stand
+for, on any device, with a gradient in their inputs, and with none of the libraries that wrote them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from softprompt.errors import BaseModelError
+from softprompt.model.coded import BlockLinear
+
+METHOD = "softprompt-grouped"
+"""What transformers knows the quantiser by that leaves places for the layers."""
+
+AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Where AWQ puts each of eight neighbouring outputs in a word of 32 bits (Lin et al. 2024; its GEMM layout)."""
+
+CODES = {"gptq": ".qweight", "awq": ".qweight", "compressed-tensors": ".weight_packed"}
+"""Ends of names of codes in each layout."""
+
+PARTS = r"\.(qweight|qzeros|scales|g_idx|weight_(packed|scale|shape|zero_point|g_idx))$"
+"""Names of what such a layer has in the files."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the layers of a folder are stored.
+
+    Attributes:
+        name: ``gptq``, ``awq`` or ``compressed-tensors``.
+        bits: of a code; 2, 4 or 8.
+        group: how many weights of a row share a scale; 0: all.
+        less_one: whether the codes that stand for 0 are stored less one, as in GPTQ's first format.
+    """
+
+    name: str
+    bits: int
+    group: int
+    less_one: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.bits}-bit"
+
+
+def layout_of(config: Any, base: str) -> Layout | None:
+    """How a model is stored; None if it is not stored in groups of integer codes.
+
+    Args:
+        config: transformers' configuration of the model.
+        base: what the user calls it.
+
+    Raises:
+        BaseModelError: it is, in a layout that cannot be read here.
+    """
+    given = getattr(config, "quantization_config", None) or {}
+    given = dict(given if isinstance(given, dict) else given.to_dict())
+    method, bits = str(given.get("quant_method", "")), int(given.get("bits") or given.get("w_bit") or 4)
+    if method == "auto-round":
+        packing = str(given.get("packing_format", ""))
+        method = {"auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "awq"}.get(packing, method)
+    if method == "compressed-tensors":
+        return _compressed(given)
+    if method not in ("gptq", "awq"):
+        return None
+    stored = str(given.get("checkpoint_format") or "gptq") if method == "gptq" else str(given.get("version") or "gemm")
+    widths = (2, 4, 8) if method == "gptq" else (4,)
+    if stored.lower() not in ("gptq", "gptq_v2", "gemm") or bits not in widths:
+        raise BaseModelError(
+            f"the base model {base!r} is stored in {method} with {bits} bits in the layout {stored!r}; GPTQ with "
+            "2, 4 or 8 bits in the layouts 'gptq' and 'gptq_v2', and AWQ with 4 bits in the layout 'gemm' are read: "
+            "give one of these, or the model that it was made of, and --quantize"
+        )
+    group = int(given.get("group_size") or given.get("q_group_size") or 0)
+    return Layout(method, bits, max(group, 0), less_one=method == "gptq" and stored != "gptq_v2")
+
+
+def _compressed(given: dict[str, Any]) -> Layout | None:
+    """Of compressed-tensors: weights alone, in packed integers of one width; the library unpacks all else."""
+    groups = [group for group in (given.get("config_groups") or {}).values() if isinstance(group, dict)]
+    formats = {given.get("format"), *(group.get("format") or given.get("format") for group in groups)}
+    weights = {(one.get("num_bits"), one.get("group_size") or 0) for one in (g.get("weights") or {} for g in groups)}
+    plain = not any(group.get("input_activations") or group.get("output_activations") for group in groups)
+    if formats != {"pack-quantized"} or not plain or len(weights) != 1:
+        return None
+    ((bits, group),) = weights
+    return Layout("compressed-tensors", bits, max(group, 0)) if bits in (4, 8) else None
+
+
+@cache
+def register() -> str:
+    """Makes the quantiser known to transformers that leaves empty places where files have codes.
+
+    Returns:
+        What it is called there.
+    """
+    from transformers.quantizers import auto as untyped_auto
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    auto: Any = untyped_auto
+
+    class Places(HfQuantizer):
+        requires_calibration = True
+
+        def _process_model_before_weight_loading(
+            self, model: Any, checkpoint_files: Sequence[str] = (), **options: Any
+        ) -> None:
+            config: Any = self.quantization_config
+            leave_places(model, [Path(file) for file in checkpoint_files], config.codes)
+
+        def is_serializable(self) -> bool:
+            return False
+
+        @property
+        def is_trainable(self) -> bool:
+            return True
+
+    class Config(QuantizationConfigMixin):
+        def __init__(self, codes: str = "", **options: Any) -> None:
+            method: Any = METHOD
+            self.quant_method, self.codes = method, codes
+
+    auto.register_quantization_config(METHOD)(Config)
+    auto.register_quantizer(METHOD)(Places)
+    return METHOD
+
+
+class Place(nn.Module):
+    """Where a layer goes that is read after all others.
+
+    Attributes:
+        stored: the beginning of its names in the files.
+        shape: ``(out, in)``.
+        biased: whether the layer has a bias.
+    """
+
+    def __init__(self, stored: str, shape: tuple[int, int], biased: bool) -> None:
+        super().__init__()
+        self.stored, self.shape, self.biased = stored, shape, biased
+
+
+def leave_places(model: Any, paths: Sequence[Path], codes: str) -> None:
+    """Puts an empty ``Place`` wherever the files have codes of a linear layer.
+
+    Args:
+        model: without weights yet.
+        paths: its safetensors files.
+        codes: the end of names of codes.
+
+    Raises:
+        BaseModelError: there are no codes, or some belong to no linear layer of the model.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    modules = dict(model.named_modules())
+    found = [name.removesuffix(codes) for name in sorted(_names(paths)) if name.endswith(codes)]
+    if not found:
+        raise BaseModelError(
+            f"the base model should have codes in its files, as its configuration says, but none is called *{codes}; "
+            "give the config.json that it was saved with"
+        )
+    for stored in found:
+        place = _place_of(stored, modules)
+        module = modules.get(place)
+        if not isinstance(module, nn.Linear | Conv1D):
+            raise BaseModelError(
+                f"the base model should have a linear layer for all codes in its files, but has none for {stored}, as "
+                "where experts are stored one by one; give the model that it was made of, and --quantize"
+            )
+        rows, columns = module.weight.T.shape if isinstance(module, Conv1D) else module.weight.shape
+        model.set_submodule(place, Place(stored, (rows, columns), module.bias is not None))
+    biases = rf"^({'|'.join(map(re.escape, found))})\.bias$"
+    model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), PARTS, biases}
+
+
+def _place_of(stored: str, modules: dict[str, nn.Module]) -> str:
+    """The name of a module in the model; models of images and text are called otherwise than in older files."""
+    if stored in modules or "layers." not in stored:
+        return stored
+    end = "." + stored[stored.index("layers.") :]
+    found = [name for name in modules if name.endswith(end)]
+    return found[0] if len(found) == 1 else stored
+
+
+def fill_places(model: Any, paths: Sequence[Path], layout: Layout, device: torch.device, base: str) -> None:
+    """Reads the layers of all places from the files to the device, one by one.
+
+    Raises:
+        BaseModelError: one of them is stored in another way than the configuration says.
+    """
+    places = [(name, module) for name, module in model.named_modules() if isinstance(module, Place)]
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, framework="pt")) for path in paths]
+        holders = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+
+        def read(name: str) -> torch.Tensor | None:
+            return None if name not in holders else holders[name].get_tensor(name).to(device)
+
+        for name, place in places:
+            try:
+                layer = _layer(place, layout, read)
+            except (ValueError, RuntimeError, AttributeError, TypeError) as error:
+                raise BaseModelError(
+                    f"the base model {base!r} should hold {place.stored} of {list(place.shape)} in the layout of "
+                    f"{layout}, but it cannot be read so ({' '.join(str(error).split())[:120]}); give the model that "
+                    "it was made of, and --quantize"
+                ) from error
+            model.set_submodule(name, layer)
+
+
+def _layer(place: Place, layout: Layout, read: Callable[[str], torch.Tensor | None]) -> BlockLinear:
+    def part(end: str) -> torch.Tensor:
+        found = read(f"{place.stored}.{end}")
+        if found is None:
+            raise ValueError(f"it has no {end}")
+        return found
+
+    rows, columns = place.shape
+    bits, groups = layout.bits, read(f"{place.stored}.g_idx")
+    if layout.name == "compressed-tensors":
+        codes, scales = _codes(part("weight_packed"), bits), part("weight_scale")
+        groups, zeros = (read(f"{place.stored}.{end}") for end in ("weight_g_idx", "weight_zero_point"))
+        # Without offsets, codes are signed, and stored from the lowest one on.
+        middle = torch.full(scales.shape, 1 << bits - 1, dtype=torch.uint8, device=scales.device)
+        zeros = middle if zeros is None else _codes(zeros.t(), bits).t()
+    elif layout.name == "gptq":
+        codes, scales, words = _codes(part("qweight").t(), bits), part("scales").t(), part("qzeros")
+        # The one is added to whole words, since that is how it was subtracted.
+        zeros = _codes(words + _ones(bits) if layout.less_one else words, bits).t()
+    else:
+        scales, both = part("scales").t(), [_codes(part(name), bits) for name in ("qweight", "qzeros")]
+        codes, zeros = (found.view(len(found), -1, 8)[..., list(AWQ_ORDER)].flatten(1).t() for found in both)
+    codes, zeros = codes[:, :columns], zeros[:rows]  # the last word may have room for more
+    size = layout.group or columns
+    shape = [rows, -(-columns // size)]
+    if list(codes.shape) != [rows, columns] or list(scales.shape) != shape or list(zeros.shape) != shape:
+        raise ValueError(f"its codes are {list(codes.shape)}, its scales {list(scales.shape)} and {list(zeros.shape)}")
+    order = None if groups is None else _order(groups, size)
+    if order is not None:
+        codes = codes[:, order.argsort()]
+    bias = read(f"{place.stored}.bias")
+    if bias is not None and not place.biased:
+        if bias.any():
+            raise ValueError("it has a bias, and the architecture none")
+        bias = None
+    return BlockLinear.grouped(codes, scales, zeros, size, bias, order)
+
+
+def _order(groups: torch.Tensor, size: int) -> torch.Tensor | None:
+    """Where each input lies once those of each group lie side by side; None if they do.
+
+    Args:
+        groups: ``[in]``, which group each input is of.
+        size: of a group.
+    """
+    wanted = torch.arange(len(groups), device=groups.device) // size
+    if torch.equal(groups.long(), wanted):
+        return None
+    by_group = groups.long().argsort(stable=True)
+    if not torch.equal(groups[by_group].long(), wanted):
+        raise ValueError(f"its groups are not of {size}")
+    return by_group.argsort()
+
+
+def _codes(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 ``[n, m · 32 / bits]`` of int32 ``[n, m]``: the first code is in the lowest bits."""
+    codes = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return codes
+    mask = (1 << bits) - 1
+    return torch.stack([codes >> shift & mask for shift in range(0, 8, bits)], dim=-1).flatten(1)
+
+
+def _ones(bits: int) -> int:
+    """A word of 32 bits in which each code is one."""
+    return sum(1 << shift for shift in range(0, 32, bits))
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    names = list[str]()
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            names += file.keys()
+    return names
