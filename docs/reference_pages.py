@@ -274,9 +274,8 @@ def architectures_page() -> str:
     for family in FAMILIES:
         own = [r for r in family.refused if r not in REFUSED]
         unless = "; ".join(f"whole sequences with `{refusal.setting}`: {refusal.why}" for refusal in own)
-        trained = f"no: {family.untrained}" if family.untrained else "yes"
         but = "; ".join(part for part in (family.but, unless) if part)
-        rows.append((family.name, codes(family.model_types), "fast", family.leaves, trained, but))
+        rows.append((family.name, codes(family.model_types), "fast", family.leaves, "yes", but))
     rows += [(kind, codes((kind,)), "whole sequences", "", "no", why) for kind, why in WHOLE.items()]
     rows += [(name, codes(kinds), "refused", "", "", why) for name, kinds, why in REFUSED_TYPES]
     parts = [
@@ -293,7 +292,7 @@ def architectures_page() -> str:
         "A model that is not in the table is tried when it is loaded. A few texts run on both paths. It is fast if "
         "they come out alike, and runs whole sequences otherwise. One line on stderr says which.",
         "`--parametrisation prefix` trains what a prefix leaves behind ([Trained prefixes](../explain/learned.md#kv-"
-        "prefixes-and-trained-states)). It, too, is tested for each type of model that has it.",
+        "prefixes-and-trained-states)). It, too, is tested for each type of model that is fast.",
         table(("family", "type", "path", "what a prefix leaves behind", "can be trained", "but"), rows),
     ]
     return "\n\n".join(parts) + "\n"

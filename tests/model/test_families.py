@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from softprompt.errors import ConfigError
 from softprompt.generation.decoder import generate
 from softprompt.model.architecture import FAMILIES, WHOLE, Family
 from softprompt.model.fast.packed import computes_bf16
@@ -42,8 +41,7 @@ def recurrent(case: str) -> bool:
 
 
 def trains_prefixes(case: str) -> bool:
-    family = family_of(case)
-    return family is not None and not family.untrained
+    return family_of(case) is not None
 
 
 def mixed() -> tuple[list[Request], list[torch.Tensor]]:
@@ -95,7 +93,10 @@ def test_vectors_of_a_text_give_its_logits(case: str) -> None:
 def test_what_a_text_left_behind_is_that_text_where_it_is_put_in(case: str) -> None:
     lm, text = frozen(case), (9, 12, 17, 20, 33, 41, 57, 58)
     requests = [Request((3, SOFT, *inputs), 2, VOCABULARY, 0) for inputs in INPUTS]
-    numbers = lm.trained.numbers((3, SOFT), lm.look_up(torch.tensor(text)), 1)
+    if case in BY_LAYER:  # which of a text is more than its vectors
+        numbers = lm.trained.numbers((3, *text), None, 1)
+    else:
+        numbers = lm.trained.numbers((3, SOFT), lm.look_up(torch.tensor(text)), 1)
     assert tuple(numbers.shape) == lm.trained.shape(len(text))
     expected = torch.stack([whole(case, (3, *text, *inputs))[-1] for inputs in INPUTS])
     torch.testing.assert_close(lm.score(requests, [numbers]), expected, **CLOSE)
@@ -212,12 +213,5 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(case: str, tmp_path: Pa
 
 @every
 def test_what_can_be_trained_is_what_the_page_tells(case: str) -> None:
-    """The page is made of ``FAMILIES``; ``test_trained.py`` and ``test_parametrisation.py`` compare what is trained."""
+    """The page says it of all ``FAMILIES``; ``test_trained.py`` and ``test_parametrisation.py`` compare what is trained."""
     assert (frozen(case).trained.why_none == "") == trains_prefixes(case)
-
-
-@pytest.mark.parametrize("case", ["deepseek_v3", "gemma4_text", "gemma4_text-by_layer"])
-def test_where_layers_keep_something_else_no_keys_and_values_are_learned(case: str) -> None:
-    data = toy(8, 0)
-    with pytest.raises(ConfigError, match=f"tiny-{case} has none: .*; choose another base model or parametrisation"):
-        Training(toy_task(frozen(case), data), data, data, train_settings(parametrisation="prefix"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,10 +18,13 @@ from softprompt.text.tokens import SOFT
 from softprompt.tuning.gradients import Gradients
 from softprompt.tuning.objective import Objective
 from tests.conftest import tiny
-from tests.model.families import CASES, frozen, plain, soft, whole, whole_score
+from tests.model.families import BY_LAYER, CASES, frozen, plain, soft, whole, whole_score
 from tests.model.test_families import CLOSE, INPUTS, VOCABULARY, recurrent
 
-STATES = [case for case in CASES if recurrent(case)]
+KEPT = ["gemma4_text", "gemma4_text-by_layer", "gemma3n_text", "deepseek_v2", "deepseek_v3"]
+"""Layers that have attention all, but not all of them keys and values of one size."""
+
+STATES = [case for case in CASES if recurrent(case)] + KEPT
 every = pytest.mark.parametrize("case", STATES)
 TEXT = (9, 12, 17, 20, 33, 41)
 WORDS = ((70, 71, 72), (70, 80), (90,))
@@ -42,11 +46,30 @@ def takes(model: Any, cache: Any) -> dict[str, Any]:
 
 
 def cached(case: str, ids: Sequence[int], parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Log-probabilities ``[T, V]`` after each of the ids behind ``SOFT``, by transformers alone. What its cache
-    holds of the ids before it, or of a throw-away token, gives way to ``parts``; keys and values stand behind those."""
+    """Log-probabilities ``[T, V]`` after each of the ids behind ``SOFT``, by transformers alone, with ``parts`` in its
+    cache behind the ids before it."""
     model, place = plain(case), tuple(ids).index(SOFT)
     cache: Any = DynamicCache(config=model.config)
-    model(input_ids=torch.tensor([ids[:place] or [5]]), **takes(model, cache))
+    if place or case not in KEPT:
+        model(input_ids=torch.tensor([ids[:place] or [5]]), **takes(model, cache))
+    if case in KEPT:
+        for name, keys in parts.items():
+            if name.endswith("keys"):
+                both = keys, parts[name.replace("keys", "values")]
+                cache.update(*(own.transpose(0, 1)[None] for own in both), int(name.split(".")[1]))
+    else:
+        put_into(cache, parts, place)
+    # Nemotron-H's own layers bound the size of a step, but where a pass has one token alone: so one more, not looked at
+    rest, positions = torch.tensor([[*ids[place + 1 :], 5]]), {}
+    if model.config.model_type != "mamba2":
+        past = place + next(len(own) for name, own in parts.items() if name.endswith("keys"))
+        positions = {"position_ids": torch.arange(past, past + rest.shape[1])[None]}
+    return torch.log_softmax(model(input_ids=rest, **takes(model, cache), **positions).logits[0, :-1], dim=-1)
+
+
+def put_into(cache: Any, parts: Mapping[str, torch.Tensor], place: int) -> None:
+    """What the cache of a recurrent model holds of some ids, or of a throw-away token, gives way to ``parts``; keys and
+    values stand behind the first ``place``."""
     for number, layer in enumerate(cache.layers):
         layer.record_past = True  # else a convolution changes its window in place
         layer.update_recurrent_state = lambda states, *_, **__: states
@@ -63,12 +86,6 @@ def cached(case: str, ids: Sequence[int], parts: Mapping[str, torch.Tensor]) -> 
                 own = parts[f"layers.{number}.{which}"].transpose(0, 1)[None]
                 before = getattr(layer, which)[:, :, :place]
                 setattr(layer, which, torch.cat([before, own], dim=2))
-    # Nemotron-H's own layers bound the size of a step, but where a pass has one token alone: so one more, not looked at
-    rest, positions = torch.tensor([[*ids[place + 1 :], 5]]), {}
-    if model.config.model_type != "mamba2":
-        past = next(layer.keys.shape[2] for layer in cache.layers if getattr(layer, "keys", None) is not None)
-        positions = {"position_ids": torch.arange(past, past + rest.shape[1])[None]}
-    return torch.log_softmax(model(input_ids=rest, **takes(model, cache), **positions).logits[0, :-1], dim=-1)
 
 
 def cached_score(case: str, request: Request, word: Sequence[int], parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -80,7 +97,7 @@ def cached_score(case: str, request: Request, word: Sequence[int], parts: Mappin
 def test_the_state_that_a_text_left_is_that_text(case: str) -> None:
     """Taken from transformers' cache after the whole text, of which token 3 stands in the template."""
     lm, model = frozen(case), plain(case)
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache() if case in KEPT else DynamicCache(config=model.config)  # of sliding layers all tokens
     model(input_ids=torch.tensor([[3, *TEXT]]), **takes(model, cache))
     found = {}
     for number, layer in enumerate(cache.layers):
@@ -99,7 +116,8 @@ def test_the_state_that_a_text_left_is_that_text(case: str) -> None:
     requests = [Request((3, SOFT, *inputs), 2, VOCABULARY, 0) for inputs in INPUTS]
     expected = torch.stack([whole(case, (3, *TEXT, *inputs))[-1] for inputs in INPUTS])
     torch.testing.assert_close(lm.score(requests, [numbers]), expected, **CLOSE)
-    made = lm.trained.numbers((3, SOFT), lm.look_up(torch.tensor(TEXT)), 1)
+    virtual = case not in BY_LAYER  # whose layers get of a text more than its vectors
+    made = lm.trained.numbers(*(((3, SOFT), lm.look_up(torch.tensor(TEXT))) if virtual else ((3, *TEXT), None)), 1)
     torch.testing.assert_close(made, numbers, **CLOSE)
 
 
@@ -185,6 +203,40 @@ def test_how_much_a_state_is() -> None:
     assert hybrid.length(hybrid.shape(7)) == hybrid.places(7) == 7
 
 
+def test_only_what_a_layer_keeps_itself_is_trained() -> None:
+    """Of 4 layers the last two read what the first two keep, whose heads have 8 and 16 numbers; the last two of 5 read
+    what two of the others keep; and 16 numbers of latents stand for 4 heads."""
+    assert frozen("gemma4_text-by_layer").trained.shapes(7) == {
+        "layers.0.keys": (7, 2, 8),
+        "layers.1.keys": (7, 2, 16),
+        "layers.0.values": (7, 2, 8),
+        "layers.1.values": (7, 2, 16),
+    }
+    shared = {f"layers.{layer}.{which}": (7, 2, 8) for which in ("keys", "values") for layer in range(3)}
+    assert frozen("gemma3n_text").trained.shapes(7) == shared
+    assert frozen("deepseek_v3").trained.shapes(7) == {
+        "layers.0.keys": (7, 1, 16),
+        "layers.1.keys": (7, 1, 16),
+        "layers.0.values": (7, 1, 4),
+        "layers.1.values": (7, 1, 4),
+    }
+    for case in KEPT:
+        trained = frozen(case).trained
+        assert trained.length(trained.shape(7)) == trained.places(7) == 7
+
+
+@pytest.mark.parametrize("case", ["gemma4_text-by_layer", "gemma3n_text"])
+def test_what_layers_read_of_others_is_held_once(case: str) -> None:
+    """By prefixes that are kept, and by rows that grow."""
+    lm = frozen(case)
+    prefix, size = lm.kept_prefixes(1), 4 * sum(map(math.prod, lm.trained.shapes(7).values()))
+    held = prefix((SOFT,), soft(7))
+    assert prefix.nbytes == held.nbytes == size
+    slots = lm.slots()
+    slots.add([held], 1)
+    assert slots.row(0).nbytes == size
+
+
 @pytest.mark.parametrize(
     ("lm", "numbers", "why"),
     [
@@ -199,7 +251,17 @@ def test_how_much_a_state_is() -> None:
             torch.zeros(2, 2, 2, 2, 8),
             "a trained KV prefix, which it cannot take: not all of its layers",
         ),
-        (frozen("deepseek_v3"), torch.zeros(50), "a trained state, which it cannot take: not all of its layers"),
+        (frozen("deepseek_v3"), torch.zeros(50), "a trained state, which it cannot take: its layers start from no"),
+        (
+            frozen("gemma4_text"),
+            torch.zeros(2, 2, 2, 2, 8),
+            "a trained KV prefix, which it cannot take: the keys and values of its layers differ",
+        ),
+        (
+            frozen("gemma3n_text"),
+            torch.zeros(2, 5, 2, 2, 8),
+            "a trained KV prefix, which it cannot take: some of its layers read the keys and values of others",
+        ),
         (
             tiny("stablelm"),
             torch.zeros(50),

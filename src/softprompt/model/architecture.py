@@ -84,7 +84,6 @@ class Family:
         latent: whether its attention keeps latents, from which its ``expand_kv`` makes keys and values.
         but: what else a user should know of it, for the table of the documentation.
         refused: with which settings a model of it runs whole sequences all the same.
-        untrained: why what a prefix leaves behind cannot be trained in its place; empty if it can.
     """
 
     name: str
@@ -99,7 +98,6 @@ class Family:
     latent: bool = False
     but: str = ""
     refused: tuple[Refusal, ...] = REFUSED
-    untrained: str = ""
 
     @property
     def recurrent(self) -> bool:
@@ -111,6 +109,7 @@ CAPPED = Head(cap="final_logit_softcapping")
 MULTIPLIED = Head(multiplier="logit_scale")
 DIVIDED = Head(divisor="logits_scaling")
 LATENTS = "latents in every layer"
+OWN = "keys and values in every layer that does not read those of another"
 PARTS = (
     "a virtual token's parts for each layer are those of padding, so a soft prompt that starts from a text does not "
     "start with that text's logits"
@@ -136,16 +135,16 @@ FAMILIES = (
         model_types=("gemma3n_text",),
         windows="by layer_types",
         head=CAPPED,
+        leaves=OWN,
         but=PARTS,
-        untrained="some of its layers read the keys and values of others",
     ),
     Family(
         name="Gemma 4",
         model_types=("gemma4_text",),
         windows="by layer_types",
         head=CAPPED,
+        leaves=f"{OWN}; the heads of layers differ in size",
         but=f"of E2B and E4B, {PARTS}",
-        untrained="the heads of its layers differ in size",
     ),
     Family(name="Mistral", model_types=("mistral",), windows="every layer"),
     Family(name="Ministral", model_types=("ministral",), windows="by layer_types"),
@@ -168,7 +167,6 @@ FAMILIES = (
         model_types=("deepseek_v2", "deepseek_v3"),
         leaves=LATENTS,
         latent=True,
-        untrained="it keeps latents",
     ),
     Family(
         name="Qwen 3.5 and 3-Next",

@@ -1,10 +1,12 @@
 """Trained prefixes: the numbers that a soft prompt has in every layer of a base model, in place of vectors before the
 first.
 
-Where all layers have attention, they are keys and values, ``[P, L, 2, H_kv, D]`` (Li and Liang 2021, §4). Where some
-layers are recurrent, they are what those start from (S₀ tuning, arXiv 2604.01168), beside the keys and values of the
-others: the tensors of ``RecurrentState.named``, one after the other, ``[N]``. Of such a *trained state*, ``P`` counts
-the keys and values of a layer with attention; without any, it is 0.
+Where all layers keep keys and values of one size, they are those, ``[P, L, 2, H_kv, D]`` (Li and Liang 2021, §4).
+Everywhere else they are the tensors of the state's ``named``, one after the other, ``[N]``: a *trained state*. Of
+recurrent layers it holds what they start from (S₀ tuning, arXiv 2604.01168); of layers with attention the keys and
+values, each of its own size, or the latents that they keep in their place (DeepSeek). Layers that read the keys and
+values of others (Gemma 3n, Gemma 4) have nothing of their own. ``P`` counts the keys and values of a layer with
+attention; without any, it is 0.
 """
 
 from __future__ import annotations
@@ -17,9 +19,8 @@ from typing import Any
 import torch
 
 from softprompt.errors import BaseModelError, ConfigError
-from softprompt.model.state.kv import PrefixKV
-from softprompt.model.state.prefix import PrefixState
-from softprompt.model.state.recurrent import KEYS, VALUES, RecurrentState
+from softprompt.model.state.kv import KEYS, VALUES, PrefixKV
+from softprompt.model.state.recurrent import RecurrentState
 
 Shapes = dict[str, tuple[int, ...]]
 """The shape of each tensor of a trained state by its name, in the order of their numbers."""
@@ -43,7 +44,7 @@ class TrainedPrefixes:
     @property
     def is_state(self) -> bool:
         """Whether a trained prefix of this model is a trained state."""
-        return bool(self._lm.recurrent) and self._lm.world.shard != "tp"
+        return bool(self._lm.shares_prefix) and self._lm.world.shard != "tp" and bool(self.why_no_kv)
 
     @cached_property
     def why_no_kv(self) -> str:
@@ -51,18 +52,19 @@ class TrainedPrefixes:
         lm = self._lm
         if lm.world.shard == "tp":
             return "its heads are divided over several processes"
-        if lm.hands_over:
-            return "some of its layers read the keys and values of others"
-        if not lm.shares_prefix or not isinstance(self._empty, PrefixKV) or lm.keeps_latents:
+        if not lm.shares_prefix or lm.recurrent or lm.keeps_latents:
             return str(lm.why_whole_sequences) or "not all of its layers keep keys and values, but a state or latents"
+        assert isinstance(self._empty, PrefixKV)
+        if self._empty.reads:
+            return "some of its layers read the keys and values of others"
         shapes = {tensor.shape for tensor in self._empty.tensors}
         return "the keys and values of its layers differ in size" if len(shapes) > 1 else ""
 
     @cached_property
-    def _empty(self) -> PrefixState:
+    def _empty(self) -> PrefixKV | RecurrentState:
         """A prefix of no tokens."""
         with torch.no_grad(), self._lm.eager():
-            empty: PrefixState = self._lm.prefix_kv((), None)
+            empty: PrefixKV | RecurrentState = self._lm.prefix_kv((), None)
         return empty
 
     @cached_property
@@ -75,7 +77,6 @@ class TrainedPrefixes:
         """What a trained state of so many virtual tokens consists of; nothing where a trained prefix is none."""
         if not self.is_state:
             return {}
-        assert isinstance(self._empty, RecurrentState)
         shapes = {name: tuple(tensor.shape) for name, tensor in self._empty.named().items()}
         return {
             name: (num_virtual_tokens, *shape[1:]) if name.endswith((KEYS, VALUES)) else shape
@@ -125,7 +126,7 @@ class TrainedPrefixes:
                     f"it again."
                 )
 
-    def state(self, numbers: torch.Tensor) -> PrefixState:
+    def state(self, numbers: torch.Tensor) -> PrefixKV | RecurrentState:
         """A trained prefix as what it leaves behind; differentiable.
 
         Args:
@@ -134,10 +135,10 @@ class TrainedPrefixes:
         Raises:
             ConfigError: this model can have no such prefix.
         """
-        lm, empty = self._lm, None if self.why_none else self._empty
-        if isinstance(empty, RecurrentState) and tuple(numbers.shape) == self.shape(self.length(numbers.shape)):
-            return empty.with_named(apart(numbers, self.shapes(self.length(numbers.shape))))
-        if isinstance(empty, PrefixKV) and numbers.dim() == 5:
+        lm, length = self._lm, self.length(numbers.shape)
+        if self.is_state and tuple(numbers.shape) == self.shape(length):
+            return self._empty.with_named(apart(numbers, self.shapes(length)))
+        if not self.why_no_kv and numbers.dim() == 5:
             return PrefixKV.of_numbers(numbers.to(lm.device, lm.dtype))
         kind = "a trained KV prefix" if numbers.dim() == 5 else "a trained state"
         why = self.why_none or (self.why_no_kv if numbers.dim() == 5 else "its layers start from no state of that size")
@@ -158,9 +159,9 @@ class TrainedPrefixes:
         """
         with self._lm.eager():
             prefix = self._lm.prefix_kv(ids, vectors)
-        if isinstance(prefix, PrefixKV):
+        if not self.is_state:
+            assert isinstance(prefix, PrefixKV)
             return prefix.numbers()[behind:].float().contiguous()
-        assert isinstance(prefix, RecurrentState)
         kept = [t[behind:] if name.endswith((KEYS, VALUES)) else t for name, t in prefix.named().items()]
         return torch.cat([tensor.float().flatten() for tensor in kept])
 

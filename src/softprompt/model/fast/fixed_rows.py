@@ -90,8 +90,9 @@ class FixedKV(RowKV):
         return rounded_rows(len(self.lengths))
 
     def layers(self) -> Layers:
-        """The slots of that many rows."""
-        return [(keys[: self.rows], values[: self.rows]) for keys, values in self._layers]
+        """The slots of that many rows, by layer."""
+        own = [(keys[: self.rows], values[: self.rows]) for keys, values in self._layers]
+        return [own[place] for place in self._reads] if self._reads else own
 
     def join(self, others: object) -> RowKV:
         """As ``RowKV``, but they are always copied."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+
+KEYS, VALUES = "keys", "values"
+"""What the tensors of a trained state are called, behind their layer's number."""
 
 
 @dataclass(frozen=True)
@@ -14,15 +17,18 @@ class PrefixKV:
     """Keys and values of ``K`` shared prefixes in every layer: what attention leaves behind (a ``PrefixState``).
 
     Attributes:
-        keys: a tensor ``[K, H_kv, P, D]`` for each layer, in the model's dtype, after any rotary embedding; prefixes
-            shorter than the longest are padded on the right. Where attention keeps latents (DeepSeek), those.
+        keys: a tensor ``[K, H_kv, P, D]`` for each layer that has its own, in the model's dtype, after any rotary
+            embedding; prefixes shorter than the longest are padded on the right. ``H_kv`` and ``D`` may differ between
+            layers. Where attention keeps latents (DeepSeek), those.
         values: likewise; their ``D`` may be another, and of latents they are the keys' rotary part.
         lengths: the length in tokens of each prefix, ``K`` of them.
+        reads: which of them each layer reads, where some read those of others (Gemma 3n, Gemma 4); else empty.
     """
 
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
     lengths: tuple[int, ...]
+    reads: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -38,6 +44,28 @@ class PrefixKV:
         layers = [torch.cat(pair) for pair in zip(self.keys, self.values, strict=True)]
         return torch.stack(layers).permute(3, 0, 1, 2, 4)
 
+    def named(self, layers: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
+        """Of one prefix, the keys and values by name, in the order of ``tensors``: ``layers.I.keys`` and
+        ``layers.I.values`` ``[P, H_kv, D]``.
+
+        Args:
+            layers: the numbers of the layers that have their own; None: as ``reads`` tells.
+        """
+        pairs = zip(self._names(layers), self.tensors, strict=True)
+        return {name: tensor[0].transpose(0, 1) for name, tensor in pairs}
+
+    def with_named(self, named: Mapping[str, torch.Tensor], layers: Sequence[int] | None = None) -> PrefixKV:
+        """One prefix with other numbers, as ``named`` gives them; differentiable. Dtypes are those that it has."""
+        pairs = zip(self._names(layers), self.tensors, strict=True)
+        tensors = [named[name].transpose(0, 1)[None].to(own.device, own.dtype) for name, own in pairs]
+        return replace(self.with_tensors(tensors), lengths=(tensors[0].shape[2] if tensors else 0,))
+
+    def _names(self, layers: Sequence[int] | None) -> list[str]:
+        if layers is None:
+            own = range(len(self.keys))
+            layers = [self.reads.index(place) for place in own] if self.reads else own
+        return [f"layers.{layer}.{which}" for which in (KEYS, VALUES) for layer in layers]
+
     @property
     def width(self) -> int:
         """Length in tokens of the longest prefix."""
@@ -50,17 +78,18 @@ class PrefixKV:
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """The keys of all layers, then the values."""
+        """All keys, then all values."""
         return (*self.keys, *self.values)
 
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> PrefixKV:
         """The same with other numbers, in the order and shapes of ``tensors``."""
-        layers = len(self.keys)
-        return replace(self, keys=tuple(tensors[:layers]), values=tuple(tensors[layers:]))
+        count = len(self.keys)
+        return replace(self, keys=tuple(tensors[:count]), values=tuple(tensors[count:]))
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of one layer, ``[K, H_kv, P, D]`` each."""
-        return self.keys[index], self.values[index]
+        """Keys and values that one layer reads, ``[K, H_kv, P, D]`` each."""
+        place = self.reads[index] if self.reads else index
+        return self.keys[place], self.values[place]
 
     def select(self, prefixes: Sequence[int]) -> PrefixKV:
         """Some of the prefixes, by index, in that order, as wide as the longest of them."""
@@ -110,7 +139,10 @@ class Kept:
         return 0
 
     def prefix(self, *lengths: int) -> PrefixKV:
-        """The first tokens of each row, so many of them."""
+        """The first tokens of each row, so many of them. A layer that handed over the tensors of another reads those."""
         pairs, width = [layer[0] for layer in self.layers], max(lengths)
-        keys, values = (tuple(pair[i][:, :, :width] for pair in pairs) for i in (0, 1))
-        return PrefixKV(keys, values, lengths)
+        places: dict[tuple[int, int], int] = {}
+        reads = tuple(places.setdefault((id(key), id(value)), len(places)) for key, value in pairs)
+        own = [pairs[reads.index(place)] for place in range(len(places))]
+        keys, values = (tuple(pair[i][:, :, :width] for pair in own) for i in (0, 1))
+        return PrefixKV(keys, values, lengths, reads if len(own) < len(pairs) else ())

@@ -15,9 +15,8 @@ from softprompt.model.state.slots import RowKV
 
 WINDOW, RECURRENCE = "window", "recurrence"
 
-KEYS, VALUES = "keys", "values"
 STORED = {WINDOW: "window", RECURRENCE: "state"}
-"""What the tensors of a trained state are called, behind their layer's number."""
+"""What the tensors of a trained state are called besides, behind their layer's number."""
 
 Part = tuple[str, int]
 """A kind of memory, ``WINDOW`` or ``RECURRENCE``, and the layer whose it is."""
@@ -68,20 +67,18 @@ class RecurrentState:
         """Of one prefix, what there is of each layer by name, in the order of ``tensors``: ``layers.I.keys`` and
         ``layers.I.values`` ``[P, H_kv, D]``, ``layers.I.state`` ``[…]``, and ``layers.I.window`` ``[C, W - 1]``,
         without the oldest input, which no token behind it sees."""
-        pairs = zip(self._names(), self.tensors, strict=True)
-        return {name: _stored(name, tensor) for name, tensor in pairs}
+        memories = {name: _stored(name, tensor) for name, tensor in zip(self._names(), self.memories, strict=True)}
+        return self.kv.named(self.attention) | memories
 
     def with_named(self, named: Mapping[str, torch.Tensor]) -> RecurrentState:
         """One prefix with other numbers, as ``named`` gives them; differentiable. Dtypes are those that it has."""
-        pairs = zip(self._names(), self.tensors, strict=True)
-        tensors = [_unstored(name, named[name]).to(own.device, own.dtype) for name, own in pairs]
-        length = next((tensor.shape[2] for tensor in tensors[: len(self.kv.keys)]), 0)
-        made = self.with_tensors(tensors)
-        return replace(made, kv=replace(made.kv, lengths=(length,)))
+        pairs = zip(self._names(), self.memories, strict=True)
+        memories = tuple(_unstored(name, named[name]).to(own.device, own.dtype) for name, own in pairs)
+        return replace(self, kv=self.kv.with_named(named, self.attention), memories=memories)
 
     def _names(self) -> list[str]:
-        kv = [f"layers.{layer}.{which}" for which in (KEYS, VALUES) for layer in self.attention]
-        return kv + [f"layers.{layer}.{STORED[part]}" for part, layer in self.parts]
+        """Of the memories."""
+        return [f"layers.{layer}.{STORED[part]}" for part, layer in self.parts]
 
     def select(self, prefixes: Sequence[int]) -> RecurrentState:
         """Some of the prefixes, by index, in that order."""
@@ -100,16 +97,12 @@ class RecurrentState:
 
 
 def _stored(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor ``[1, …]`` of a state as ``named`` has it."""
-    if name.endswith((KEYS, VALUES)):
-        return tensor[0].transpose(0, 1)
+    """A memory ``[1, …]`` as ``named`` has it."""
     return tensor[0, ..., 1:] if name.endswith(STORED[WINDOW]) else tensor[0]
 
 
 def _unstored(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """The reverse of ``_stored``."""
-    if name.endswith((KEYS, VALUES)):
-        return tensor.transpose(0, 1)[None]
     return (nn.functional.pad(tensor, (1, 0)) if name.endswith(STORED[WINDOW]) else tensor)[None]
 
 

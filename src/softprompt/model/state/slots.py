@@ -28,6 +28,7 @@ class RowKV:
         self.lengths: list[int] = []
         self.width = 0
         self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []  # [R, H_kv, width, D] each
+        self._reads: tuple[int, ...] = ()  # as of ``PrefixKV``
         self._places: Any = None  # index of the current pass's tokens in them
 
     def add(self, prefixes: Sequence[PrefixState], ahead: int) -> None:
@@ -41,6 +42,7 @@ class RowKV:
         assert len(starts) == len(prefixes), "rows of another kind need slots of another kind"
         rows, longest = len(self.lengths) + len(starts), max(*self.lengths, *(start.width for start in starts), 0)
         if not self._layers:
+            self._reads = starts[0].reads
             self._layers = [
                 (key.new_empty(0, key.shape[1], 0, key.shape[3]), value.new_empty(0, value.shape[1], 0, value.shape[3]))
                 for key, value in zip(starts[0].keys, starts[0].values, strict=True)
@@ -72,6 +74,7 @@ class RowKV:
     def _copy(self, others: RowKV) -> None:
         rows, new = len(self.lengths), len(others.lengths)
         if not self._layers:
+            self._reads = others._reads
             self._layers = [(key[:0, :, :0], value[:0, :, :0]) for key, value in others._layers]
         longest = max(*self.lengths, *others.lengths, 0) + 1
         if rows + new > len(self._layers[0][0]) or longest > self.width:
@@ -89,6 +92,7 @@ class RowKV:
             keys=tuple(keys[index : index + 1, :, :length] for keys, _ in self._layers),
             values=tuple(values[index : index + 1, :, :length] for _, values in self._layers),
             lengths=(length,),
+            reads=self._reads,
         )
 
     def remove(self, index: int) -> None:
@@ -116,10 +120,10 @@ class RowKV:
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Transformers' call in each layer: takes a pass's ``[B, H_kv, T, D]``, returns ``[B, H_kv, width, D]``. A row
-        alone may come twice."""
+        """Transformers' call in each layer that has its own: takes a pass's ``[B, H_kv, T, D]``, returns ``[B, H_kv,
+        width, D]``. A row alone may come twice."""
         rows = len(self.lengths)
-        keys, values = self._layers[layer]
+        keys, values = self._layers[self._reads[layer] if self._reads else layer]
         keys[self._places] = key[:rows].transpose(1, 2)
         values[self._places] = value[:rows].transpose(1, 2)
         return keys[:rows].expand(len(key), -1, -1, -1), values[:rows].expand(len(key), -1, -1, -1)
