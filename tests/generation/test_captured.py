@@ -21,6 +21,7 @@ from softprompt.model.state.slots import RowKV
 from tests.conftest import tiny
 from tests.generation.test_decoding import prefix, row
 from tests.graphs import OnCPU
+from tests.model.families import CASES, frozen
 from tests.model.test_frozen import mixed
 
 
@@ -86,13 +87,14 @@ MANY: list[Event] = [
     [
         ("llama", FEW, True),
         ("gemma3_text-sliding", FEW, True),
+        ("gemma4_text-by_layer", FEW, False),
         ("gpt2", MANY, False),
         ("mistral-sliding", MANY, False),
         ("llama", MANY, False),
     ],
 )
 def test_captured_passes_have_the_logits_of_plain_ones(kind: str, events: list[Event], record: bool) -> None:
-    lm = tiny(kind)
+    lm = frozen(kind) if kind in CASES else tiny(kind)
     expected, plain = run(lm, events)
     with captured(lm, record=record) as graphs:
         found, fixed = run(lm, events)

@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from softprompt.model.fast.fixed_rows import FixedKV, Memory
 from softprompt.model.state.kv import PrefixKV
 from softprompt.model.state.prefix import Detached, PrefixState, apart
+from softprompt.model.state.slots import RowKV
 from tests.conftest import SHARED, tiny
 from tests.model.test_frozen import soft
 
@@ -79,6 +81,34 @@ def test_the_numbers_of_a_prefix_make_it_again() -> None:
     assert float(numbers[4, 2, 1, 0, 3]) == float(one.values[2][0, 0, 4, 3])
     is_same(PrefixKV.of_numbers(numbers), one)
     assert torch.equal(one.layer(1)[1], one.values[1])
+
+
+def test_what_some_layers_read_of_others_is_there_once() -> None:
+    """Layer 1 reads what layer 0 keeps; in rows that grow, only layers 0 and 2 keep something."""
+    three = kv(5)
+    two = PrefixKV(three.keys[::2], three.values[::2], (5,), reads=(0, 0, 1))
+    assert [two.layer(index)[0] is three.keys[place] for index, place in enumerate((0, 0, 2))] == [True] * 3
+    assert list(two.named()) == [f"layers.{layer}.{which}" for which in ("keys", "values") for layer in (0, 2)]
+    is_same(two.with_named(two.named()), two)
+    assert two.with_named({name: tensor[:3] for name, tensor in two.named().items()}).lengths == (3,)
+    for made in (two.select([0]), two.join(kv_of_two(2)), two.stack([kv_of_two(3)])):
+        assert made.reads == (0, 0, 1)
+    slots, copied, fixed = RowKV(), RowKV(), FixedKV(Memory())
+    slots.add([two], 1)
+    slots.extend([1], 1)
+    new = torch.ones(1, HEADS, 1, WIDTH)
+    keys, values = slots.update(new, -new, 2)
+    assert torch.equal(keys[:, :, :6], torch.cat([three.keys[2], new], dim=2))
+    assert torch.equal(values[:, :, :6], torch.cat([three.values[2], -new], dim=2))
+    for rows in (slots, copied.join(slots), fixed.join(slots)):
+        assert torch.equal(rows.row(0).layer(2)[0], keys[:, :, :6])
+        assert torch.equal(rows.row(0).layer(1)[0][:, :, :5], three.keys[0])
+    assert [own[0].data_ptr() == fixed.layers()[0][0].data_ptr() for own in fixed.layers()] == [True, True, False]
+
+
+def kv_of_two(length: int) -> PrefixKV:
+    three = kv(length, 1)
+    return PrefixKV(three.keys[1:], three.values[1:], (length,), reads=(0, 0, 1))
 
 
 def test_a_stack_of_padded_prefixes_is_zero_where_nothing_is() -> None:

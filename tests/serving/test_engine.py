@@ -139,7 +139,7 @@ def test_mixed_jobs_get_the_answers_of_one_at_a_time(kind: str) -> None:
     expect_answers_of_one_at_a_time(lm, prompts, jobs, tickets, events)
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen3_5_text", "mamba2"])
+@pytest.mark.parametrize("case", ["llama", "qwen3_5_text", "mamba2", "gemma4_text-by_layer", "deepseek_v3"])
 def test_a_trained_prefix_is_served_beside_plain_soft_prompts(case: str) -> None:
     lm = tiny(case) if case == "llama" else frozen(case)
     prompts = [soft(4), 0.3 * torch.randn(lm.trained.shape(6), generator=torch.Generator().manual_seed(3))]

@@ -32,8 +32,9 @@ from softprompt.tuning.training import Training
 from tests.conftest import Ran, Run, make_tokenizer, tiny, toy, toy_task, train_settings
 from tests.model.families import frozen, make_model
 
-KINDS = ("qwen3_5_text", "mamba2", "lfm2")
-"""Gated delta layers and attention; Mamba 2 without attention; short convolutions and attention."""
+KINDS = ("qwen3_5_text", "mamba2", "lfm2", "gemma4_text-by_layer", "gemma3n_text", "deepseek_v3")
+"""Gated delta layers and attention; Mamba 2 without attention; short convolutions and attention; keys and values of two
+sizes, and layers that read those of others; such layers alone; latents."""
 
 
 def made(case: str, **options: Any) -> Training:
@@ -104,10 +105,11 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(case: str, options: dic
     assert torch.equal(again.result().vectors, whole.result().vectors)
 
 
-def test_states_trained_together_are_those_trained_alone() -> None:
+@pytest.mark.parametrize("case", ["qwen3_5_text", "gemma4_text-by_layer", "deepseek_v3"])
+def test_states_trained_together_are_those_trained_alone(case: str) -> None:
     options: tuple[dict[str, Any], ...] = ({"seed": 1}, {"seed": 2, "lr": 0.2})
-    alone = [made("qwen3_5_text", steps=3, **each) for each in options]
-    together = [made("qwen3_5_text", steps=3, **each) for each in options]
+    alone = [made(case, steps=3, **each) for each in options]
+    together = [made(case, steps=3, **each) for each in options]
     for each in alone:
         list(each)
     list(train_together(together))
@@ -189,7 +191,7 @@ def test_the_harness_model_counts_places_not_numbers() -> None:
         assert found.max_length == frozen(case).window - places
 
 
-@pytest.mark.parametrize("case", ["qwen3_5_text", "mamba2"])
+@pytest.mark.parametrize("case", ["qwen3_5_text", "mamba2", "gemma4_text-by_layer"])
 def test_a_training_goes_on_from_a_state(case: str) -> None:
     one, data = trained(case), toy(12, 0)
     task, config = toy_task(frozen(case), data), train_settings(parametrisation="prefix")
@@ -204,8 +206,9 @@ def test_a_training_goes_on_from_a_state(case: str) -> None:
 # --- what cannot be --------------------------------------------------------------------------------------------------
 
 
-def test_what_has_no_form_for_a_state_says_so(tmp_path: Path) -> None:
-    lm, one = frozen("qwen3_5_text"), trained("qwen3_5_text")
+@pytest.mark.parametrize("case", ["qwen3_5_text", "gemma4_text", "deepseek_v3"])
+def test_what_has_no_form_for_a_state_says_so(case: str, tmp_path: Path) -> None:
+    lm, one = frozen(case), trained(case)
     for to in ("peft", "prefix-tuning", "cartridge", "prompt-tuning", "npy", "safetensors", "vllm"):
         with pytest.raises(ConfigError, match="found a trained state in 'films', for which other tools have no format"):
             export(lm, one, to, tmp_path / to)
@@ -238,7 +241,9 @@ def test_the_document_says_what_the_file_holds(tmp_path: Path) -> None:
     assert "hidden_size" not in document
 
 
-@pytest.mark.parametrize(("case", "places"), [("qwen3_5_text", 4), ("mamba2", 0)])
+@pytest.mark.parametrize(
+    ("case", "places"), [("qwen3_5_text", 4), ("mamba2", 0), ("gemma4_text", 4), ("gemma3n_text", 4)]
+)
 def test_a_trained_state_on_the_command_line(case: str, places: int, run: Run, home: Path, tmp_path: Path) -> None:
     folder = tmp_path / case
     make_model(case).save_pretrained(folder)

@@ -46,7 +46,7 @@ def export(lm: FrozenLM, soft_prompt: SoftPrompt, to: str, folder: StrPath, *, c
             f"vLLM serves no encoder-decoders such as {lm.name}; export it to npy or peft, or serve it with "
             "softprompt serve."
         )
-    if lm.reads_parts:
+    if lm.reads_parts and not soft_prompt.parts:  # of those no tool takes any
         raise ConfigError(
             f"Other tools hand over embeddings alone, and the layers of {lm.name} get more of each token; serve it "
             "with softprompt serve."
