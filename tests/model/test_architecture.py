@@ -67,10 +67,12 @@ def test_an_encoder_is_refused(kind: str) -> None:
     assert str(error.value).endswith("give a causal language model")
 
 
-def test_attention_in_both_directions_is_refused_whatever_the_model_is_called() -> None:
-    options = {"head_dim": 8, "layer_types": ["full_attention"] * 3, "use_bidirectional_attention": True}
+@pytest.mark.parametrize(("kind", "setting"), [("gemma3_text", True), ("gemma4_text", "all")])
+def test_attention_in_both_directions_is_refused_whatever_the_model_is_called(kind: str, setting: bool | str) -> None:
+    """Gemma 4's ``vision`` is of images alone; ``test_families.py`` has a model with it."""
+    options = {"head_dim": 8, "layer_types": ["full_attention"] * 3, "use_bidirectional_attention": setting}
     with pytest.raises(BaseModelError, match="its tokens see those behind them"):
-        frozen(model_of("gemma3_text", **options))
+        frozen(model_of(kind, **options))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

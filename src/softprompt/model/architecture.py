@@ -26,21 +26,22 @@ class Refusal:
 
     Attributes:
         setting: its name in the configuration.
-        values: the values that are meant; none: all but None, 0 and False.
         why: what it changes, in plain words.
+        but: values with which it changes nothing of a text; nor do None, 0 and False.
     """
 
     setting: str
-    values: tuple[str, ...]
     why: str
+    but: tuple[str, ...] = ()
 
     def applies(self, config: Any) -> bool:
         """Whether a model of this configuration has it."""
         found = getattr(config, self.setting, None)
-        return found in self.values if self.values else bool(found)
+        return bool(found) and found not in self.but
 
 
-REFUSED = (Refusal("use_bidirectional_attention", (), "tokens see those behind them"),)
+REFUSED = (Refusal("use_bidirectional_attention", "tokens see those behind them", but=("vision",)),)
+"""Tokens of text see none behind them where those of an image do (Gemma 4)."""
 
 
 @dataclass(frozen=True)

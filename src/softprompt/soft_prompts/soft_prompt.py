@@ -45,7 +45,10 @@ class SoftPrompt(Metadata):
         if not self.parts:
             return tokens
         numbers = f"a trained state of {self.vectors.numel():,} numbers"
-        return f"{numbers}, {tokens} where there is attention" if self.num_virtual_tokens else numbers
+        if not self.num_virtual_tokens:
+            return numbers
+        everywhere = all(name.endswith((".keys", ".values")) for name in self.parts)
+        return f"{numbers}, {tokens}" + ("" if everywhere else " where there is attention")
 
     @property
     def is_chat(self) -> bool:

@@ -35,8 +35,8 @@ class TrainConfig:
             first layer lengthens hidden states (``FrozenLM.first_layer_gain``), so that what is learned reaches the
             deeper layers too. Steps grow with it. With ``prefix`` it is always 1.
         parametrisation: what is trained. ``plain``: the vectors. ``residual``, ``superpos``, ``mlp``: numbers that are
-            folded into vectors after training. ``prefix``: keys and values for every layer, or what recurrent
-            layers start from, a soft prompt of another kind with a larger file.
+            folded into vectors after training. ``prefix``: keys and values for every layer, or what its layers keep
+            in their place, a soft prompt of another kind with a larger file.
         starts: how many runs, with different starts and orders of the data, do the first tenth of the steps. The best
             on the validation rows goes on (successive halving of one round, Jamieson and Talwalkar 2016). With
             ``auto``, further starts take ``labels`` or ``vocab``, which are drawn.

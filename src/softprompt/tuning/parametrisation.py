@@ -190,8 +190,8 @@ def _prefix(kv: torch.Tensor) -> Parametrisation:
 
 
 def _state(lm: FrozenLM, numbers: torch.Tensor) -> Parametrisation:
-    """A trained state (S₀ tuning, arXiv 2604.01168), learned directly, and with it the keys and values of the layers
-    with attention.
+    """A trained state (S₀ tuning, arXiv 2604.01168), learned directly, and with it the keys and values, or latents, of
+    the layers with attention.
 
     Ours differs: it starts from what the initial vectors leave behind instead of zeros, windows and keys and values are
     learned, too, and steps are of the size that they are of for a KV prefix, by heads for a state.
