@@ -22,15 +22,18 @@ from softprompt.exchange.embedded import embedded
 from softprompt.exchange.exporting import export
 from softprompt.exchange.recycling import recycle
 from softprompt.inspection.report import require_vectors
+from softprompt.model.embedder import tokens_of
 from softprompt.model.request import Sampling
 from softprompt.soft_prompts.artifact import read_header
 from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.tasks.predict import Query, predict
 from softprompt.tasks.task import Task
+from softprompt.text.template import Template
+from softprompt.text.tokens import SOFT
 from softprompt.tuning.many import train_together
 from softprompt.tuning.training import Training
 from tests.conftest import Ran, Run, make_tokenizer, tiny, toy, toy_task, train_settings
-from tests.model.families import frozen, make_model
+from tests.model.families import BY_LAYER, frozen, make_model, whole_score
 
 KINDS = ("qwen3_5_text", "mamba2", "lfm2", "gemma4_text-by_layer", "gemma3n_text", "deepseek_v3")
 """Gated delta layers and attention; Mamba 2 without attention; short convolutions and attention; keys and values of two
@@ -51,15 +54,34 @@ def trained(case: str) -> SoftPrompt:
 
 @pytest.mark.parametrize("case", KINDS)
 def test_before_training_a_state_is_the_plain_soft_prompt(case: str) -> None:
-    lm, data = frozen(case), toy(6, 0)
+    """Where layers get more of a token than its vector, a soft prompt that is of no tokens."""
+    lm, data, init = frozen(case), toy(6, 0), "labels" if case in BY_LAYER else "vocab"
     task = toy_task(lm, data)
     both = [
-        Training(task, data, data, train_settings(init="vocab", parametrisation=kind)).vectors
+        Training(task, data, data, train_settings(init=init, init_scale=1.0, parametrisation=kind)).vectors
         for kind in ("plain", "prefix")
     ]
     requests = [task.label_request(example) for example in data.examples]
     plain, state = (lm.score(requests, [vectors]) for vectors in both)
     torch.testing.assert_close(state, plain, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("case", ["gemma4_text-by_layer", "gemma3n_text", "gemma4_text"])
+@pytest.mark.parametrize("template", ["{soft_prompt}{input} {target}", "Read: {soft_prompt}{input} {target}"])
+def test_a_state_that_starts_from_a_text_is_that_text(case: str, template: str) -> None:
+    """A plain soft prompt is not, where layers get more of a token than its vector."""
+    lm, data = frozen(case), toy(6, 0)
+    task = replace(toy_task(lm, data), template=Template(template))
+    text = " a great film of the year"
+    tokens = tokens_of(lm, text)
+    settings = train_settings(init="text", init_text=text, parametrisation="prefix", num_virtual_tokens=len(tokens))
+    state = Training(replace(task, num_virtual_tokens=len(tokens)), data, data, settings).vectors
+    for example in data.examples:
+        request = task.label_request(example)
+        place = request.ids.index(SOFT)
+        read = replace(request, ids=(*request.ids[:place], *tokens, *request.ids[place + 1 :]), prompt=None)
+        expected = torch.tensor([[whole_score(case, read, word, None) for word in request.words]])
+        torch.testing.assert_close(lm.score([request], [state]), expected, rtol=1e-5, atol=2e-5)
 
 
 def words(count: int) -> Dataset:

@@ -52,17 +52,9 @@ def initial_vectors(
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(num_virtual_tokens, lm.hidden_size, generator=generator)
         return noise * lm.embedding_rms
-    if init == "text":
-        tokens = tokens_of(lm, text or "")
-        if not tokens:
-            raise ConfigError("init text needs an init_text of at least one token; give a longer one")
-        while len(tokens) < num_virtual_tokens:
-            tokens = (tokens + tokens)[-num_virtual_tokens:]
-        return table[tokens[:num_virtual_tokens]].float().cpu()
-    if init not in ("vocab", "labels"):
+    if init not in ("vocab", "text", "labels"):
         raise ConfigError(f"init must be random, vocab, text or labels, not {init!r}")
-    drawn = frequent_tokens(lm.tokenizer, len(lm.embedding), seed)
-    vectors = table[[drawn[i % len(drawn)] for i in range(num_virtual_tokens)]].float().cpu()
+    vectors = table[_tokens(lm, num_virtual_tokens, (text or "") if init == "text" else None, seed)].float().cpu()
     if init == "labels":
         if not label_words:
             raise ConfigError("init labels needs class labels; give --labels, or another init")
@@ -71,20 +63,40 @@ def initial_vectors(
     return vectors
 
 
-def first_numbers(task: Task, config: TrainConfig, number: int, given: torch.Tensor | None) -> torch.Tensor:
+def _tokens(lm: Embedder, count: int, text: str | None, seed: int) -> list[int]:
+    """So many tokens of a text, or without one drawn."""
+    if text is None:
+        drawn = frequent_tokens(lm.tokenizer, len(lm.embedding), seed)
+        return [drawn[i % len(drawn)] for i in range(count)]
+    tokens = list(tokens_of(lm, text))
+    if not tokens:
+        raise ConfigError("init text needs an init_text of at least one token; give a longer one")
+    while len(tokens) < count:
+        tokens = (tokens + tokens)[-count:]
+    return tokens[:count]
+
+
+def first_numbers(
+    task: Task, config: TrainConfig, number: int, given: torch.Tensor | None, before: Sequence[int] = ()
+) -> torch.Tensor:
     """What the start of that number begins with: float32 ``[P, H]`` or a trained prefix, on the model's device.
 
     Args:
         task: what is learned.
         config: of the training.
         number: of the start.
-        given: the numbers to start from; None: ``first_vectors``.
+        given: the numbers to start from; None: ``first_vectors``, or where a trained prefix is learned and layers get
+            more of a token than its vector, what the tokens themselves leave behind.
+        before: the token ids before the soft prompt.
 
     Raises:
         ConfigError: what is given has another shape, or is of another kind than what is learned.
     """
     lm = task.model
     if given is None:
+        length, init, text, seed = _rule(task, config, number)
+        if lm.reads_parts and config.parametrisation == "prefix" and init in ("text", "vocab"):
+            return lm.trained.numbers((*before, *_tokens(lm, length, text, seed)), None, len(before))
         vectors = first_vectors(task, config, number)
         if config.decoder_virtual_tokens:
             vectors = torch.cat([vectors, _ahead(task, config, number)])
@@ -113,6 +125,15 @@ def first_vectors(task: Task, config: TrainConfig, number: int = 0) -> torch.Ten
     All but the first are ``config.init_scale`` times as long as embeddings; that one is left as it is, since a sequence
     begins with it and heads look at it that look at nothing else.
     """
+    lm = task.lm
+    length, init, text, seed = _rule(task, config, number)
+    vectors = initial_vectors(lm, length, init=init, seed=seed, text=text, label_words=task.label_words)
+    vectors[1:] *= init_scale(lm, config)
+    return vectors
+
+
+def _rule(task: Task, config: TrainConfig, number: int) -> tuple[int, str, str | None, int]:
+    """Of the start of that number: P, ``init``, the text if that is ``text``, and the seed of what is drawn."""
     lm, words, init, text = task.lm, task.label_words, config.init, config.init_text
     length, draw = config.start(number)
     if init == "auto" and text is None and words and draw == 0:
@@ -121,9 +142,7 @@ def first_vectors(task: Task, config: TrainConfig, number: int = 0) -> torch.Ten
             text = options
     if init == "auto":
         init = "text" if text and draw == 0 else "labels" if words else "vocab"
-    vectors = initial_vectors(lm, length, init=init, seed=config.seed + draw, text=text, label_words=words)
-    vectors[1:] *= init_scale(lm, config)
-    return vectors
+    return length, init, (text or "") if init == "text" else None, config.seed + draw
 
 
 def _ahead(task: Task, config: TrainConfig, number: int) -> torch.Tensor:

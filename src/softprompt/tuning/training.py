@@ -420,13 +420,14 @@ class Training:
 
     def _learner(self, number: int) -> Learner:
         first = self._requests[0].ids
+        before = first[: first.index(SOFT)]
         form = parametrise(
             self.task.model,
             self.config.parametrisation,
-            first_numbers(self.task, self.config, number, self._start),
+            first_numbers(self.task, self.config, number, self._start, before),
             seed=self.config.seed + number,
             scale=init_scale(self.task.model, self.config),
-            before=first[: first.index(SOFT)],
+            before=before,
         )
         learner = Learner(number, form, make_optimizer(self.config, *form.tensors.values()), None)
         learner.average = learner.numbers() if self.config.average else None
