@@ -285,9 +285,7 @@ def architectures_page() -> str:
         "The type is `model_type` in `config.json`. Where a model also sees pictures, it is the type of the language "
         "model inside it.",
         "A model of any of these runs whole sequences all the same with "
-        + "; ".join(
-            f"`{refusal.setting}` (unless it is {codes(refusal.but)}): {refusal.why}" for refusal in REFUSED
-        )
+        + "; ".join(f"`{refusal.setting}` (unless it is {codes(refusal.but)}): {refusal.why}" for refusal in REFUSED)
         + ". Where the angles of positions are others in long sequences (`rope_type` `longrope`, as in Phi 3.5 and 4, "
         "or `dynamic`), sequences longer than `original_max_position_embeddings` run whole, each alone, and shorter "
         "ones are fast. A text that becomes longer while it is written goes on whole.",

@@ -213,5 +213,5 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(case: str, tmp_path: Pa
 
 @every
 def test_what_can_be_trained_is_what_the_page_tells(case: str) -> None:
-    """The page says it of all ``FAMILIES``; ``test_trained.py`` and ``test_parametrisation.py`` compare what is trained."""
+    """The page says it of all ``FAMILIES``; ``test_trained.py`` and ``test_parametrisation.py`` compare the numbers."""
     assert (frozen(case).trained.why_none == "") == trains_prefixes(case)

@@ -12,9 +12,10 @@ Where ``parametrisation`` is ``prefix``, the tensor is a trained KV prefix ``[P,
 (L), ``num_kv_heads`` (H_kv) and ``head_dim`` (D) stand in the place of ``hidden_size``.
 
 A trained state has ``schema_version`` 3 and several tensors, such as ``layers.0.state``, ``layers.0.window`` and
-``layers.3.keys`` ``[P, H_kv, D]``, each of its own size. ``parts`` lists their names and shapes in the order in which the digest takes them,
-``word_end`` is a field of its own, and ``num_virtual_tokens`` is 0 without keys. A soft prompt with virtual tokens
-before a decoder's input is written likewise: its tensors are ``soft_prompt`` and ``decoder_soft_prompt`` ``[N, H]``.
+``layers.3.keys`` ``[P, H_kv, D]``, each of its own size. ``parts`` lists their names and shapes in the order in which
+the digest takes them, ``word_end`` is a field of its own, and ``num_virtual_tokens`` is 0 without keys. A soft prompt
+with virtual tokens before a decoder's input is written likewise: its tensors are ``soft_prompt`` and
+``decoder_soft_prompt`` ``[N, H]``.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ class Kept:
         return 0
 
     def prefix(self, *lengths: int) -> PrefixKV:
-        """The first tokens of each row, so many of them. A layer that handed over the tensors of another reads those."""
+        """The first tokens of each row, so many of them. A layer that handed over another's tensors reads those."""
         pairs, width = [layer[0] for layer in self.layers], max(lengths)
         places: dict[tuple[int, int], int] = {}
         reads = tuple(places.setdefault((id(key), id(value)), len(places)) for key, value in pairs)
