@@ -116,8 +116,10 @@ def test_the_state_that_a_text_left_is_that_text(case: str) -> None:
     requests = [Request((3, SOFT, *inputs), 2, VOCABULARY, 0) for inputs in INPUTS]
     expected = torch.stack([whole(case, (3, *TEXT, *inputs))[-1] for inputs in INPUTS])
     torch.testing.assert_close(lm.score(requests, [numbers]), expected, **CLOSE)
-    virtual = case not in BY_LAYER  # whose layers get of a text more than its vectors
-    made = lm.trained.numbers(*(((3, SOFT), lm.look_up(torch.tensor(TEXT))) if virtual else ((3, *TEXT), None)), 1)
+    if case in BY_LAYER:  # whose layers get of a text more than its vectors
+        made = lm.trained.numbers((3, *TEXT), None, 1)
+    else:
+        made = lm.trained.numbers((3, SOFT), lm.look_up(torch.tensor(TEXT)), 1)
     torch.testing.assert_close(made, numbers, **CLOSE)
 
 

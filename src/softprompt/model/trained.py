@@ -20,6 +20,7 @@ import torch
 
 from softprompt.errors import BaseModelError, ConfigError
 from softprompt.model.state.kv import KEYS, VALUES, PrefixKV
+from softprompt.model.state.prefix import PrefixState
 from softprompt.model.state.recurrent import RecurrentState
 
 Shapes = dict[str, tuple[int, ...]]
@@ -126,7 +127,7 @@ class TrainedPrefixes:
                     f"it again."
                 )
 
-    def state(self, numbers: torch.Tensor) -> PrefixKV | RecurrentState:
+    def state(self, numbers: torch.Tensor) -> PrefixState:
         """A trained prefix as what it leaves behind; differentiable.
 
         Args:
