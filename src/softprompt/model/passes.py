@@ -12,7 +12,7 @@ from torch import nn
 
 from softprompt.model.attention import Masks
 from softprompt.model.batch import Batch
-from softprompt.model.per_layer import inputs
+from softprompt.model.per_layer import arguments
 from softprompt.model.state.kv import Kept, PrefixKV
 from softprompt.model.state.prefix import PrefixState
 from softprompt.model.state.recurrent import Pass, RecurrentState
@@ -87,7 +87,7 @@ class Passes:
 
     def _run(self, embedded: torch.Tensor, mask: Any, positions: torch.Tensor, **ours: Any) -> torch.Tensor:
         """Hidden states ``[B, T, H]``, where our attention does the rest."""
-        given = inputs(self.core, embedded)
+        given = arguments(self.core, embedded)
         out = self.core(**given, attention_mask=mask, position_ids=positions, use_cache=False, **ours)
         return out.last_hidden_state  # type: ignore[no-any-return]
 
@@ -97,5 +97,5 @@ class Passes:
         options = {"cache_params" if "cache_params" in takes else "past_key_values": cache}  # Mamba says the former
         if "position_ids" in takes:
             options["position_ids"] = positions
-        out = self.core(**inputs(self.core, embedded), attention_mask=mask, use_cache=True, **options)
+        out = self.core(**arguments(self.core, embedded), attention_mask=mask, use_cache=True, **options)
         return out.last_hidden_state  # type: ignore[no-any-return]
