@@ -12,11 +12,12 @@ from typing import Any
 import typer
 
 from softprompt.cli.groups import Learning, Output
-from softprompt.cli.options import Columns, Loading
+from softprompt.cli.options import Loading
 from softprompt.cli.place import Place
 from softprompt.cli.plan_file import Wanted, read_plan
 from softprompt.cli.task import task_name
 from softprompt.cli.train import Options, described, document_of, job_of, prepared
+from softprompt.data.columns import Columns
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.drawing.words import duration, plain_metric, simple_table
 from softprompt.errors import ConfigError, SoftPromptError, StoreError, TrainingError

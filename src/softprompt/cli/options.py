@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from softprompt.data.columns import Columns
 from softprompt.data.formats import FORMATS
 from softprompt.errors import ConfigError, StoreError
 from softprompt.terminal.console import stderr
@@ -265,7 +266,7 @@ Form = Annotated[
 
 
 @dataclass(frozen=True)
-class Columns:
+class ColumnOptions(Columns):
     """What is where in rows with targets."""
 
     input_field: InputField = None
@@ -273,11 +274,6 @@ class Columns:
     references_field: ReferencesField = None
     encoding: Encoding = None
     format: Format = None
-
-    @property
-    def names_references(self) -> bool:
-        """Whether a column of references was named, which makes the targets free text."""
-        return self.references_field not in (None, "none")
 
     def read(self, source: str, soft_prompt: SoftPrompt, *, require_target: bool = True) -> Dataset:
         """The rows of a file or data set for a soft prompt; a format that was told from the columns is said on stderr.
@@ -289,16 +285,7 @@ class Columns:
         from softprompt.data.checks import as_format
         from softprompt.tasks.reading import read_for
 
-        rows = read_for(
-            soft_prompt,
-            source,
-            input_field=self.input_field,
-            target_field=self.target_field,
-            require_target=require_target,
-            references_field=self.references_field,
-            encoding=self.encoding,
-            format=self.format,
-        )
+        rows = read_for(soft_prompt, source, self, require_target=require_target)
         if rows.recognised:
             stderr.print(f"{rows.source}: {as_format(rows.format, rows.recognised)}")
         return rows
@@ -314,8 +301,9 @@ class OneTargetColumns:
     format: Format = None
 
     def read(self, source: str, soft_prompt: SoftPrompt) -> Dataset:
-        """As :meth:`Columns.read`."""
-        return Columns(self.input_field, self.target_field, None, self.encoding, self.format).read(source, soft_prompt)
+        """As :meth:`ColumnOptions.read`."""
+        columns = ColumnOptions(self.input_field, self.target_field, None, self.encoding, self.format)
+        return columns.read(source, soft_prompt)
 
 
 # --- generated text -------------------------------------------------------------------------------

@@ -97,18 +97,13 @@ def job_of(name: str, sources: Sources, template: str, learning: LearningOnce, s
         SoftPromptError: a mistake of the user's.
     """
     config, start = _configuration(learning, store)
-    columns = sources.columns
     return Job.read(
         sources.train,
         sources.validation,
         name=name,
         template=template if template in ("default", "chat") else template_from(template),
         labels=sources.labels,
-        input_field=columns.input_field,
-        target_field=columns.target_field,
-        references_field=columns.references_field,
-        encoding=columns.encoding,
-        format=columns.format,
+        columns=sources.columns,
         start=start,
         config=config,
     )

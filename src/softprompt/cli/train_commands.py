@@ -9,7 +9,7 @@ import typer
 from softprompt.cli.groups import Learning, LearningOnce, Mixing, Output, Sweeping
 from softprompt.cli.options import (
     SOURCE,
-    Columns,
+    ColumnOptions,
     Form,
     Json,
     Labels,
@@ -34,7 +34,7 @@ def train_command(
     validation: Annotated[str | None, data_option("Rows to choose the best step by.", "a tenth of TRAIN")] = None,
     template: Form = "default",
     labels: Labels = None,
-    columns: Columns,
+    columns: ColumnOptions,
     learning: Learning,
     mixing: Mixing,
     base: Annotated[
@@ -97,7 +97,7 @@ def sweep_command(
         ),
     ] = "default",
     labels: Labels = None,
-    columns: Columns,
+    columns: ColumnOptions,
     learning: LearningOnce,
     base: Annotated[
         str | None, model_option("The frozen model: alias, hub id, folder or .gguf file.", DEFAULT_BASE)
