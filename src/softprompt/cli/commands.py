@@ -21,6 +21,7 @@ from softprompt.cli.groups import (
     Vote,
 )
 from softprompt.cli.options import (
+    FROZEN,
     SEED_RANGE,
     SOURCE,
     Base,
@@ -40,6 +41,8 @@ from softprompt.cli.options import (
     Quantize,
     SharedLoading,
     TextOptions,
+    Train,
+    Validation,
     completed,
     data_option,
     expanded,
@@ -60,7 +63,7 @@ _STORED = completed((), stored=True)
 
 @expanded
 def compare_command(
-    train: Annotated[str, typer.Argument(metavar="TRAIN", help=SOURCE)],
+    train: Train,
     validation: Annotated[str, data_option("Rows that every method chooses by.")],
     test: Annotated[str, data_option("Rows that are reported, and looked at for nothing else.")],
     *,
@@ -297,9 +300,9 @@ def predict_command(
 
 @expanded
 def judge_command(
-    train: Annotated[str, typer.Argument(metavar="TRAIN", help=SOURCE)],
+    train: Train,
     test: Annotated[str, typer.Argument(metavar="TEST", help=SOURCE)],
-    validation: Annotated[str | None, data_option("Rows to choose the best step by.", "a tenth of TRAIN")] = None,
+    validation: Validation = None,
     template: Form = "default",
     num_virtual_tokens: Annotated[int, option("How many vectors to learn.", 10)] = 10,
     steps: Annotated[int, option("Optimizer steps.", 80)] = 80,
@@ -307,9 +310,7 @@ def judge_command(
     *,
     labels: Labels = None,
     columns: ColumnOptions,
-    base: Annotated[
-        str, model_option("The frozen model: alias, hub id, folder or .gguf file.", DEFAULT_BASE)
-    ] = DEFAULT_BASE,
+    base: Annotated[str, FROZEN] = DEFAULT_BASE,
     loading: Loading,
     as_json: Json = False,
 ) -> None:

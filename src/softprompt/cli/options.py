@@ -13,6 +13,7 @@ import typer
 
 from softprompt.data.columns import Columns
 from softprompt.data.formats import FORMATS
+from softprompt.data.packages import DEFAULT_BASE
 from softprompt.errors import ConfigError, StoreError
 from softprompt.terminal.console import stderr
 
@@ -101,6 +102,8 @@ model_option = partial(option, panel="Base model")
 data_option = partial(option, panel="Data")
 text_option = partial(option, panel="Generated text")
 
+SOURCE = "JSONL, JSON, CSV, TSV, Parquet or hf:DATASET."
+
 Json = Annotated[bool, flag("--json", "Print one JSON object on stdout and nothing else there.")]
 Name = Annotated[
     str,
@@ -118,6 +121,7 @@ Names = Annotated[
         autocompletion=completed((), stored=True),
     ),
 ]
+Train = Annotated[str, typer.Argument(metavar="TRAIN", help=SOURCE)]
 BaseOnly = Annotated[bool, flag("--base-only", "Leave the soft prompt out, keep the template.")]
 Normalise = Annotated[bool, flag("--normalise-length", "Divide a label's log-probability by its tokens.")]
 
@@ -125,6 +129,9 @@ Normalise = Annotated[bool, flag("--normalise-length", "Divide a label's log-pro
 # --- the base model -------------------------------------------------------------------------------
 
 Base = Annotated[str | None, model_option("The base model, where it has moved since.", "as in training")]
+FROZEN = model_option("The frozen model: alias, hub id, folder or .gguf file.", DEFAULT_BASE)
+"""What the option of a base model to train on says."""
+
 Dtype = Annotated[
     str,
     model_option(
@@ -228,8 +235,7 @@ class SharedLoading(Loading):
 
 # --- data -----------------------------------------------------------------------------------------
 
-SOURCE = "JSONL, JSON, CSV, TSV, Parquet or hf:DATASET."
-
+Validation = Annotated[str | None, data_option("Rows to choose the best step by.", "a tenth of TRAIN")]
 Labels = Annotated[
     str | None,
     data_option(

@@ -8,13 +8,13 @@ import typer
 
 from softprompt.cli.groups import Learning, Output
 from softprompt.cli.options import (
-    SOURCE,
     ColumnOptions,
     Form,
     Json,
     Labels,
     Loading,
     Name,
+    Train,
     completed,
     data_option,
     expanded,
@@ -28,7 +28,7 @@ from softprompt.exchange.formats import RECYCLING
 
 @expanded
 def transfer_command(
-    train: Annotated[str, typer.Argument(metavar="TRAIN", help=SOURCE)],
+    train: Train,
     sources: Annotated[
         list[str] | None,
         option(
