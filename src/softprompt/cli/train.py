@@ -87,7 +87,7 @@ def _require_no_other_start(config: TrainConfig, learning: LearningOnce) -> None
             f"--init {learning.init} names the start that transfer looks for; leave it out, or use `softprompt train`."
         )
     if config.tries > 1:
-        raise ConfigError("--starts and --lengths are tries of their own beside the trial of transfer; leave them out.")
+        raise ConfigError("transfer tries several starts by itself; leave --starts and --lengths out.")
 
 
 def job_of(name: str, sources: Sources, template: str, learning: LearningOnce, store: Store) -> Job:
