@@ -119,7 +119,7 @@ def quantize_layers(model: Any, precision: str, device: torch.device, name: str)
             weight.data = weight.data.clone()
     if not done and precision == "gguf":
         raise BaseModelError(
-            f"--quantize gguf keeps the blocks of GGUF files in Q8_0, Q4_0 and Q4_1, of which {name!r} has none in its "
+            f"--quantize gguf keeps the blocks of GGUF files, such as Q4_K and Q8_0, of which {name!r} has none in its "
             "linear layers; give such a file, or choose int8 or int4"
         )
     if not done:
