@@ -85,7 +85,7 @@ def sweep_command(
     *,
     sweeping: Sweeping,
     validation: Annotated[
-        str | None, data_option("Rows of which half choose and half tell what the chosen is worth.", "a tenth of TRAIN")
+        str | None, data_option("Rows: half to choose the best by, half to measure it on.", "a tenth of TRAIN")
     ] = None,
     template: Form = "default",
     labels: Labels = None,

@@ -127,8 +127,8 @@ def read_for(
     rows = read_rows(source, columns, fields=fields, require_target=require_target, labels=labels, label_names=names)
     if rows.is_chat and not soft_prompt.is_chat:
         raise DataError(
-            f"Expected rows with {listed(fields)}, on such the soft prompt {soft_prompt.name!r} was tuned, found "
-            f"conversations in {rows.source}; give such rows, or train one on conversations."
+            f"Expected rows with {listed(fields)}, as the soft prompt {soft_prompt.name!r} was tuned on, found "
+            f"conversations in {rows.source}; give such rows, or train a soft prompt on conversations."
         )
     return rows
 
