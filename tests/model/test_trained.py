@@ -267,7 +267,7 @@ def test_what_layers_read_of_others_is_held_once(case: str) -> None:
         (
             tiny("stablelm"),
             torch.zeros(50),
-            "A trained prefix must stand before all input.* in a base model that computes",
+            "A trained prefix must stand before all input.* the base model must compute a prefix once",
         ),
     ],
     ids=str,
