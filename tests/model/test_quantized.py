@@ -26,6 +26,7 @@ from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.text.tokens import SOFT
 from softprompt.tuning.training import Training
 from tests.conftest import TOY_LABELS, make_model, make_tokenizer, tiny, toy, toy_task, train_settings
+from tests.model.codes import dense
 
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 PRECISIONS = (pytest.param("nf4", marks=needs_bitsandbytes), "int8", "int4", "fp8")
@@ -38,24 +39,6 @@ def loaded(precision: str | None, kind: str = "llama", dtype: str = "fp32") -> F
 
 def vectors(lm: FrozenLM) -> torch.Tensor:
     return 0.1 * torch.randn(6, lm.hidden_size, generator=torch.Generator().manual_seed(0))
-
-
-def dense(module: Any) -> torch.Tensor:
-    """The weight of a quantised layer, worked out from what is stored."""
-    if hasattr(module.weight, "quant_state"):
-        from bitsandbytes.functional import dequantize_4bit
-
-        found: torch.Tensor = dequantize_4bit(module.weight.data, module.weight.quant_state)
-        return found.float()
-    if module.precision == "int4":
-        rows, codes = module.out_features, module.codes.long()
-        both = torch.empty(rows, 2 * codes.shape[1], dtype=torch.long)
-        both[:, 0::2], both[:, 1::2] = codes % 16, codes // 16
-        groups = both.reshape(rows, -1, 64).float()
-        grouped: torch.Tensor = groups * module.scales.float() + module.offsets.float()
-        return grouped.reshape(rows, -1)[:, : module.in_features]
-    plain: torch.Tensor = module.codes.float() * module.scales
-    return plain
 
 
 def with_dense_weights(lm: FrozenLM, kind: str = "llama") -> FrozenLM:

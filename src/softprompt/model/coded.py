@@ -178,12 +178,12 @@ class BlockLinear(nn.Module):
         self.bias = None if bias is None else _frozen(bias.detach())
 
     @classmethod
-    def of(cls, weight: torch.Tensor, like: nn.Module) -> BlockLinear | None:
+    def of(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> BlockLinear | None:
         """The layer of unpacked blocks of GGUF, whose scales are found again from the numbers.
 
         Args:
             weight: ``[out, in]``.
-            like: the layer, with its bias.
+            bias: ``[out]``, or None.
 
         Returns:
             None if the numbers are not those of such blocks, bit for bit.
@@ -192,7 +192,6 @@ class BlockLinear(nn.Module):
         if columns % BLOCK:
             return None
         rows = torch.split(weight.detach(), max(1, CODED_AT_ONCE // columns))
-        bias: Any = like.bias
         for found in (_q4_0, _q4_1, _q8_0):
             parts = list[tuple[torch.Tensor, ...]]()
             for some in rows:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch import nn
 
 from softprompt.errors import BaseModelError, ConfigError
 from softprompt.model.coded import BlockLinear, CodedLinear
+from softprompt.model.experts import CodedExperts, is_fused
 from softprompt.model.fingerprint import sampled, stored_tensors
 from softprompt.model.notes import quieten_bitsandbytes, say
 
@@ -76,8 +79,8 @@ def require_plain(stored: str, wanted: str | None, base: str) -> None:
 
 
 def quantize_layers(model: Any, precision: str, device: torch.device, name: str) -> None:
-    """Replaces all linear layers but the head by quantised ones on the device, one by one. The embedding table, norms
-    and head stay as they are.
+    """Replaces all linear layers but the head, and all experts, by quantised ones on the device, one by one. The
+    embedding table, norms and head stay as they are.
 
     Args:
         model: transformers' own, not quantised yet.
@@ -94,29 +97,28 @@ def quantize_layers(model: Any, precision: str, device: torch.device, name: str)
     require_plain(stored_precision(model.config), precision, name)
     require_precision(precision, device)
     head = model.get_output_embeddings()
-    whole = _numbers(model) - model.get_input_embeddings().weight.numel()
-    done = 0
-    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
+    # Not those that do more, as Llama 4's routers do.
+    plain = (nn.Linear.forward, Conv1D.forward)
+    linear = {n for n, m in model.named_modules() if type(m).forward in plain and m is not head}
     for place in sorted(linear):  # a list of the layers themselves would keep them all in memory until the end
         module = model.get_submodule(place)
         weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-        bias = None if module.bias is None else module.bias.to(device)
-        layer: nn.Module | None
-        weight = weight.detach().to(device)
-        if precision == "gguf":
-            layer = BlockLinear.of(weight, module.to(device))
-            if layer is None:
-                continue
-        else:
-            layer = _nf4(weight, bias) if precision == "nf4" else CodedLinear(weight, bias, precision)
-        done += weight.numel()
-        model.set_submodule(place, layer)
+        layer = coded_layer(weight.detach(), module.bias, precision, device)
+        if layer is not None:
+            model.set_submodule(place, layer)
         del module, weight
+    make = partial(coded_layer, precision=precision, device=device)
+    for place in sorted(n for n, m in model.named_modules() if is_fused(m)):
+        experts = CodedExperts.of(model.get_submodule(place), make)
+        if experts is not None:
+            model.set_submodule(place, experts)
     coded = codes_of(model)
     for weight in model.parameters():
         # One tensor that lies in a mapped file keeps all of the file's pages, whose layers are not needed any more.
         if weight.device.type == "cpu" and id(weight) not in coded and not hasattr(weight, "quant_state"):
             weight.data = weight.data.clone()
+    done = sum(math.prod(shape) for shape in map(_shape, model.modules()) if shape is not None)
+    whole = count_weights(model) - model.get_input_embeddings().weight.numel()
     if not done and precision == "gguf":
         raise BaseModelError(
             f"--quantize gguf keeps the blocks of GGUF files in Q8_0, Q4_0 and Q4_1, of which {name!r} has none in its "
@@ -129,6 +131,27 @@ def quantize_layers(model: Any, precision: str, device: torch.device, name: str)
             f"of the weights of {name!r} behind its embedding table, {done / whole:.0%} are linear layers, which are "
             f"{precision} now; the others, such as experts, are as they were"
         )
+
+
+def coded_layer(
+    weight: torch.Tensor, bias: torch.Tensor | None, precision: str, device: torch.device
+) -> nn.Module | None:
+    """The quantised layer on the device.
+
+    Args:
+        weight: ``[out, in]``.
+        bias: ``[out]``, or None.
+        precision: of ``PRECISIONS``.
+        device: where it goes.
+
+    Returns:
+        None of ``gguf``, if the weight is not made of blocks.
+    """
+    weight, bias = weight.to(device), None if bias is None else bias.to(device)
+    if precision == "gguf":
+        return BlockLinear.of(weight, bias)
+    layer: nn.Module = _nf4(weight, bias) if precision == "nf4" else CodedLinear(weight, bias, precision)
+    return layer
 
 
 def placed(model: Any, dtype: torch.dtype, device: torch.device, name: str) -> Any:
@@ -313,10 +336,6 @@ def sizes_of(module: nn.Module) -> Iterator[tuple[str, Sequence[int]]]:
                 yield f"{prefix}bias", shape[:1]
         else:
             yield from ((f"{prefix}{own}", tuple(w.shape)) for own, w in part.named_parameters(recurse=False))
-
-
-def _numbers(model: nn.Module) -> int:
-    return sum(weight.numel() for weight in model.parameters())
 
 
 def count_weights(model: nn.Module) -> int:
