@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from softprompt.errors import BaseModelError
 from softprompt.model.coded import BlockLinear
@@ -47,7 +46,6 @@ def test_blocks_are_found_again_bit_for_bit(kind: str, bits: float) -> None:
 
 
 def test_other_numbers_are_not_taken_for_blocks() -> None:
-    like = nn.Linear(96, 40)
     assert BlockLinear.of(unpacked("Q5_0"), None) is None
     assert BlockLinear.of(torch.randn(40, 96), None) is None
     assert BlockLinear.of(torch.randn(40, 90), None) is None

@@ -481,9 +481,10 @@ def test_an_unknown_precision_and_a_missing_library(monkeypatch: pytest.MonkeyPa
 
 
 def test_few_linear_layers_are_told() -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2, "vocab_size": 320}
-    config = AutoConfig.for_model("mixtral", **sizes, **experts, pad_token_id=0, bos_token_id=1, eos_token_id=1)
+    """As of experts that are held together in a way of their own."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "kv_channels": 8, "vocab_size": 320}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+    config = AutoConfig.for_model("jetmoe", **sizes, **experts, pad_token_id=0, bos_token_id=1, eos_token_id=1)
     models: Any = AutoModelForCausalLM
     with pytest.warns(SoftPromptWarning, match=r"are linear layers, which are int8 now; the others, such as experts"):
         FrozenLM(models.from_config(config), make_tokenizer(), name="experts", dtype="fp32", quantize="int8")

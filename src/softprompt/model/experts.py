@@ -12,6 +12,9 @@ from torch import nn
 UNMARKED = {"Llama4TextExperts": True, "Step3p7Experts": False}
 """Classes of experts that transformers has not marked as such, and whether their weights are ``[E, in, out]``."""
 
+WITHIN = r".*\.experts\.\d+\.(up\.\d+|down)"
+"""The names of the linear layers within ``CodedExperts``, which plain experts do not have."""
+
 Make = Callable[[torch.Tensor, torch.Tensor | None], nn.Module | None]
 """The layer of a weight ``[out, in]`` and a bias ``[out]``, or None where there is none."""
 
@@ -25,6 +28,11 @@ def is_fused(module: nn.Module) -> bool:
     own = dict(module.named_parameters(recurse=False))
     into, out = (own.get(name) for name in matrices_of(module))
     return into is not None and out is not None and into.dim() == out.dim() == 3 and len(into) == len(out)
+
+
+def holds_coded_experts(model: nn.Module) -> bool:
+    """Whether some experts of a model are in codes."""
+    return any(isinstance(module, CodedExperts) for module in model.modules())
 
 
 def matrices_of(module: nn.Module) -> tuple[str, str]:
@@ -125,7 +133,7 @@ class CodedExperts(nn.Module):
         back = torch.empty_like(by_expert)
         back[by_expert] = torch.arange(len(flat), device=flat.device)
         outputs = outputs[back] * weights.reshape(-1, 1)
-        return outputs.view(len(states), each, -1).sum(dim=1).to(states.dtype)
+        return outputs.view(len(states), each, outputs.shape[-1]).sum(dim=1).to(states.dtype)
 
     def _one(self, index: int, states: torch.Tensor) -> torch.Tensor:
         """What an expert makes of the states ``[n, in]``."""

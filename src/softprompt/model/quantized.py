@@ -17,11 +17,16 @@ from torch import nn
 from softprompt.errors import BaseModelError, ConfigError
 from softprompt.model.coded import BlockLinear, CodedLinear
 from softprompt.model.experts import CodedExperts, is_fused
-from softprompt.model.fingerprint import sampled, stored_tensors
+from softprompt.model.fingerprint import fingerprint_model, sampled, stored_tensors
 from softprompt.model.notes import quieten_bitsandbytes, say
+from softprompt.model.places import Read, Stored, fill_places, put_back, reading
+from softprompt.model.state.slots import give_back_freed
 
 PRECISIONS = ("nf4", "int8", "int4", "fp8", "gguf")
 """What linear layers can be quantised to; ``gguf``: the blocks of the GGUF file that they come from."""
+
+APART = ("nf4", "int8", "int4", "fp8")
+"""Those that any weight can be quantised to: experts that files hold one by one are read one by one."""
 
 INSTALL = {
     "bitsandbytes": 'pip install "softprompt[nf4]"',
@@ -112,6 +117,7 @@ def quantize_layers(model: Any, precision: str, device: torch.device, name: str)
         experts = CodedExperts.of(model.get_submodule(place), make)
         if experts is not None:
             model.set_submodule(place, experts)
+        give_back_freed()  # between the codes of many small weights, little of it is used again
     coded = codes_of(model)
     for weight in model.parameters():
         # One tensor that lies in a mapped file keeps all of the file's pages, whose layers are not needed any more.
@@ -131,6 +137,40 @@ def quantize_layers(model: Any, precision: str, device: torch.device, name: str)
             f"of the weights of {name!r} behind its embedding table, {done / whole:.0%} are linear layers, which are "
             f"{precision} now; the others, such as experts, are as they were"
         )
+
+
+def quantize_apart(model: Any, precision: str, paths: Sequence[Path], device: torch.device) -> None:
+    """Quantises experts that the files hold one by one, on their way to the device: together, as transformers would
+    hold them, they could be more than fits into memory. The model remembers the fingerprint that it would have.
+
+    Args:
+        model: with places for them, and with all other weights.
+        precision: of ``APART``.
+        paths: its safetensors files.
+        device: where the layers go.
+    """
+    dtype, apart = model.get_input_embeddings().weight.dtype, put_back(model)
+    if not apart:
+        return
+
+    def weight(stored: Stored, read: Read) -> torch.Tensor:
+        found = read(f"{stored.name}.weight")
+        if found is None or found.shape != stored.shape:
+            raise BaseModelError(
+                f"the base model should hold {stored.name}.weight as {list(stored.shape)} by its configuration, but it "
+                f"is {None if found is None else list(found.shape)}; give the config.json that the weights were saved "
+                "with"
+            )
+        return found.to(dtype)
+
+    def layers(parts: Sequence[Stored], read: Read) -> list[nn.Module]:
+        made = coded_layer(torch.cat([weight(part, read) for part in parts]), None, precision, device)
+        return [] if made is None else [made]
+
+    with reading(paths) as read:
+        parts = {name: (weight(part, read) for part in stored) for name, stored in apart.items()}
+        model.stored_fingerprint = fingerprint_model(model, parts)
+    fill_places(model, paths, layers)
 
 
 def coded_layer(
