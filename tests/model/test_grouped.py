@@ -4,6 +4,7 @@ formats are published, and read as the weights that the codes stand for."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -380,6 +381,19 @@ def test_layers_that_the_architecture_leaves_out_are_left_out(tmp_path: Path) ->
     assert any(".experts." in name for name in further)
     with_tensors(tmp_path, **further)
     require_same(FrozenLM.load(tmp_path, device="cpu", dtype="fp32"), plain(numbers, "qwen3_next"))
+
+
+def test_a_layer_that_some_models_of_an_architecture_leave_out_is_read_where_it_belongs_to_the_model(
+    tmp_path: Path,
+) -> None:
+    """GLM-4.5-Air predicts further tokens by layer 46, and GLM-4.5 has 92 layers, and predicts them by the next one."""
+    numbers = LAYOUTS["gptq"].write_experts(tmp_path, "glm4_moe")
+    kind: Any = type(families.make_model("glm4_moe"))
+    assert any(re.search(pattern, "model.layers.46.mlp") for pattern in kind._keys_to_ignore_on_load_unexpected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.1.*"])
+        lm = FrozenLM.load(tmp_path, device="cpu", dtype="fp32")
+    require_same(lm, plain(numbers, "glm4_moe"))
 
 
 @pytest.mark.parametrize(

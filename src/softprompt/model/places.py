@@ -4,7 +4,7 @@ linear layers that are stored as codes, and for experts that the files hold one 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -123,15 +123,16 @@ def leave_places(model: Any, paths: Sequence[Path], codes: str) -> None:
         BaseModelError: there are no codes, or some belong to no linear layer of the model.
     """
     ignored: set[str] = set(model._keys_to_ignore_on_load_unexpected or ())
-    names = [name for name in sorted(_names(paths)) if not any(re.search(pattern, name) for pattern in ignored)]
-    found = [name.removesuffix(codes) for name in names if name.endswith(codes)]
+    found = [name.removesuffix(codes) for name in sorted(_names(paths)) if name.endswith(codes)]
+    # What the architecture leaves out, layers that predict further tokens, say, if it has no layer of this name.
+    beyond = {name for name in found if any(re.search(pattern, name) for pattern in ignored)}
     if not found:
         raise BaseModelError(
             f"the base model should have codes in its files, as its configuration says, but none is called *{codes}; "
             "give the config.json that it was saved with"
         )
     taken = set[str]()
-    for place, experts in _experts_apart(model, found).items():
+    for place, experts in _experts_apart(model, found, beyond).items():
         module = model.get_submodule(place)
         if codes == WEIGHTS and (is_transposed(module) or any(down.biased for _, down in experts)):
             continue
@@ -142,15 +143,16 @@ def leave_places(model: Any, paths: Sequence[Path], codes: str) -> None:
         taken |= own
         ignored |= {rf"^{re.escape(outer)}\." for outer in (place, *{name.rsplit(".", 2)[0] for name in own})}
     if codes != WEIGHTS:
-        ignored |= {PARTS, *_leave_layers(model, [stored for stored in found if stored not in taken])}
+        modules = dict(model.named_modules())
+        left = [stored for stored in found if stored not in taken and (stored in modules or stored not in beyond)]
+        _leave_layers(model, left, modules)
+        ignored |= {PARTS, rf"^({'|'.join(map(re.escape, left))})\.bias$"}
     model._keys_to_ignore_on_load_unexpected = ignored
 
 
-def _leave_layers(model: Any, found: Sequence[str]) -> set[str]:
-    """Leaves places for linear layers; returns patterns of the names of their biases."""
+def _leave_layers(model: Any, found: Sequence[str], modules: dict[str, nn.Module]) -> None:
     from transformers.pytorch_utils import Conv1D
 
-    modules = dict(model.named_modules())
     for stored in found:
         place = _place_of(stored, modules)
         module: Any = modules.get(place)
@@ -162,7 +164,6 @@ def _leave_layers(model: Any, found: Sequence[str]) -> set[str]:
             )
         rows, columns = module.weight.T.shape if isinstance(module, Conv1D) else module.weight.shape
         model.set_submodule(place, Place(Stored(stored, (rows, columns), module.bias is not None)))
-    return {rf"^({'|'.join(map(re.escape, found))})\.bias$"} if found else set()
 
 
 def _place_of(stored: str, modules: dict[str, nn.Module]) -> str:
@@ -174,9 +175,17 @@ def _place_of(stored: str, modules: dict[str, nn.Module]) -> str:
     return found[0] if len(found) == 1 else stored
 
 
-def _experts_apart(model: Any, names: Iterable[str]) -> dict[str, list[tuple[list[Stored], Stored]]]:
+def _experts_apart(
+    model: Any, names: Iterable[str], beyond: Collection[str]
+) -> dict[str, list[tuple[list[Stored], Stored]]]:
     """The layers of all experts that the files hold one by one, by the name of the module that holds them together;
-    without those modules for which layers are missing, or twice there."""
+    without those modules for which layers are missing, or twice there.
+
+    Args:
+        model: without weights yet.
+        names: of layers in the files.
+        beyond: those that belong to no module that is called otherwise.
+    """
     fused = {name: module for name, module in model.named_modules() if is_fused(module)}
     if not fused:
         return {}
@@ -185,8 +194,10 @@ def _experts_apart(model: Any, names: Iterable[str]) -> dict[str, list[tuple[lis
     twice = set[str]()
     for name in names:
         match = re.fullmatch(r"(.+)\.experts\.(\d+)\.([^.]+)", name)
-        place = _fused_place(match[1], fused) if match and match[3] in sources else None
-        if match is None or place is None:
+        if match is None or match[3] not in sources:
+            continue
+        place = _fused_place(match[1], fused)
+        if place is None or (name in beyond and place != f"{match[1]}.experts"):
             continue
         weight, position = sources[match[3]]
         if weight not in matrices_of(fused[place]):
