@@ -45,8 +45,32 @@ def test_blocks_are_found_again_bit_for_bit(kind: str, bits: float) -> None:
     torch.testing.assert_close(gradient, weight.sum(dim=0).expand(3, -1))
 
 
+SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q5_1": (0, 2)}
+"""Where in the bytes of a block its scales in fp16 stand; in others they stand first."""
+
+
+LARGEST = {"Q4_K": 6, "Q5_K": 10, "Q6_K": 10, "Q3_K": 8, "Q2_K": 8, "Q5_0": 9, "Q5_1": 10, "IQ4_NL": 9, "IQ4_XS": 9}
+"""Bits of a weight in memory at most."""
+
+
+@pytest.mark.parametrize(("kind", "bits"), LARGEST.items())
+def test_blocks_of_any_equal_steps_are_found_bit_for_bit(kind: str, bits: int) -> None:
+    """Codes are random bytes, so that steps, signs and scales of all sizes come; weights are below 1."""
+    of = gguf.GGMLQuantizationType[kind]
+    size, length = gguf.GGML_QUANT_SIZES[of]
+    draw = np.random.default_rng(0)
+    raw = draw.integers(0, 256, size=(24, 1024 // size, length), dtype=np.uint8)
+    for place in SCALES.get(kind, (0,)):
+        scales = (draw.random(raw.shape[:2]) * 0.05 / length).astype(np.float16)
+        raw[..., place : place + 2] = scales.view(np.uint8).reshape(*raw.shape[:2], 2)
+    weight = torch.from_numpy(gguf.quants.dequantize(raw.reshape(24, -1), of))
+    layer = BlockLinear.of(weight, None)
+    assert layer is not None
+    assert torch.equal(layer.decoded(torch.float32), weight)
+    assert sum(part.nbytes for part in layer.parameters()) * 8 <= bits * weight.numel()
+
+
 def test_other_numbers_are_not_taken_for_blocks() -> None:
-    assert BlockLinear.of(unpacked("Q5_0"), None) is None
     assert BlockLinear.of(torch.randn(40, 96), None) is None
     assert BlockLinear.of(torch.randn(40, 90), None) is None
     changed = unpacked("Q8_0")

@@ -3,7 +3,6 @@ codes stand for."""
 
 from __future__ import annotations
 
-import copy
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,7 +49,7 @@ def with_dense_weights(lm: FrozenLM, case: str) -> FrozenLM:
             own, turned = model.get_submodule(name), case in TURNED
             into = own.up_proj if hasattr(own, "up_proj") else own.gate_up_proj
             for index in range(len(into)):
-                expert = module.get_submodule(str(index))
+                expert: Any = module.get_submodule(str(index))
                 up, down = torch.cat([dense(layer) for layer in expert.up]), dense(expert.down)
                 into.data[index] = up.T if turned else up
                 own.down_proj.data[index] = down.T if turned else down
@@ -152,7 +151,8 @@ def test_training_learns_and_changes_no_bit() -> None:
     assert lm.weights_digest() != before
 
 
-def test_blocks_of_a_gguf_file_are_kept_and_other_experts_left_alone() -> None:
+def of_blocks() -> Any:
+    """A model whose experts have the numbers of Q4_0, but for those of the last layer."""
     sizes = {"intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2}
     model = conftest.make_model("mixtral", **sizes)
     for layer in model.model.layers[:2]:
@@ -160,14 +160,21 @@ def test_blocks_of_a_gguf_file_are_kept_and_other_experts_left_alone() -> None:
             codes = torch.randint(0, 16, weight.shape)
             codes[..., ::32] = 0  # stands for -8, the furthest from 0, in each block of 32
             weight.data = (codes - 8) * 2.0**-6
-    plain = copy.deepcopy(model)
-    lm = FrozenLM(model, make_tokenizer(), name="blocks", dtype="fp32", quantize="gguf")
-    assert [type(layer.mlp.experts).__name__ for layer in lm.model.model.layers] == [
-        "CodedExperts",
-        "CodedExperts",
-        "MixtralExperts",
-    ]
-    oracle = FrozenLM(plain, make_tokenizer(), name="plain", dtype="fp32")
+    return model
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_blocks_of_a_gguf_file_are_kept_and_other_experts_left_alone(tmp_path: Path, stored: bool) -> None:
+    if stored:
+        of_blocks().save_pretrained(tmp_path)
+        make_tokenizer().save_pretrained(tmp_path)
+        lm = FrozenLM.load(tmp_path, device="cpu", dtype="fp32", quantize="gguf")
+    else:
+        lm = FrozenLM(of_blocks(), make_tokenizer(), name="blocks", dtype="fp32", quantize="gguf")
+    kept = [any(weight.dtype == torch.uint8 for weight in layer.mlp.parameters()) for layer in lm.model.model.layers]
+    assert kept == [True, True, False]
+    oracle = FrozenLM(of_blocks(), make_tokenizer(), name="plain", dtype="fp32")
+    assert (lm.fingerprint, lm.num_parameters) == (oracle.fingerprint, oracle.num_parameters)
     for ours, wanted in zip(answers(lm), answers(oracle), strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
 
@@ -229,7 +236,7 @@ def test_experts_that_files_hold_one_by_one_are_not_put_together(tmp_path: Path)
     """That could be more than fits into memory."""
     folder, shapes = saved("qwen3_moe", tmp_path), set[tuple[int, ...]]()
 
-    class Watched(TorchDispatchMode):
+    class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             found = func(*args, **(kwargs or {}))
             if isinstance(found, torch.Tensor) and found.device.type == "cpu":
@@ -237,10 +244,10 @@ def test_experts_that_files_hold_one_by_one_are_not_put_together(tmp_path: Path)
             return found
 
     together = {(4, 32, 32), (4, 32, 16)}
-    with Watched():
+    with Watched():  # type: ignore[no-untyped-call]
         FrozenLM.load(folder, device="cpu", dtype="bf16", quantize="int8")
     assert not shapes & together
-    with Watched():
+    with Watched():  # type: ignore[no-untyped-call]
         FrozenLM.load(folder, device="cpu", dtype="bf16")
     assert shapes & together
 

@@ -148,13 +148,14 @@ class Stored:
             written.update({f"{place}.{end}": part for end, part in self.files(made).items()})
             return made.numbers
 
-        into, out = (("w1", "w3"), "w2") if case == "mixtral" else (("gate_proj", "up_proj"), "down_proj")
-        into = ("up_proj",) if case == "nemotron_h" else into
+        into, out = {"mixtral": (["w1", "w3"], "w2"), "nemotron_h": (["up_proj"], "down_proj")}.get(
+            case, (["gate_proj", "up_proj"], "down_proj")
+        )
         for name, weight in model.state_dict().items():
             old = name.replace(".mlp.", ".block_sparse_moe.") if case == "mixtral" else name
             if weight.dim() == 3 and ".experts." in name:
                 place, sizes = old.rpartition(".")[0], weight.mT.shape[1:] if case in TURNED else weight.shape[1:]
-                parts = (out,) if name.endswith(".down_proj") else into
+                parts = [out] if name.endswith(".down_proj") else into
                 each = [
                     torch.cat([packed(f"{place}.{i}.{part}", sizes[0] // len(parts), sizes[1]) for part in parts])
                     for i in range(len(weight))

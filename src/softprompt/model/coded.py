@@ -23,7 +23,11 @@ FEW_ROWS = {"int8": 8, "int4": 16}
 """Rows up to which the kernels that read codes are the faster ones, on one CPU core."""
 
 BLOCK = 32
-"""Neighbouring weights of a row that share a scale in a GGUF file."""
+"""Neighbouring weights of a row that share a scale in a GGUF file; in ``Q2_K``, ``Q3_K`` and ``Q6_K`` it is half of it.
+"""
+
+FIRST = 8
+"""Numbers of a block that mostly have no common divisor beyond its step."""
 
 CODED_AT_ONCE = 1 << 20
 """Weights that are quantised at once, so that what is held meanwhile stays small, and near the processor."""
@@ -192,16 +196,20 @@ class BlockLinear(nn.Module):
         if columns % BLOCK:
             return None
         rows = torch.split(weight.detach(), max(1, CODED_AT_ONCE // columns))
-        for found in (_q4_0, _q4_1, _q8_0):
+        kinds = [(_q4_0, BLOCK), (_q4_1, BLOCK), (_q8_0, BLOCK), (_steps, BLOCK), (_steps, BLOCK // 2)]
+        for found, size in kinds:
             parts = list[tuple[torch.Tensor, ...]]()
             for some in rows:
-                part = found(some.float().view(len(some), -1, BLOCK))
+                part = found(some.float().view(len(some), -1, size))
                 if part is None:
                     break
                 parts.append(part)
             if len(parts) == len(rows):
-                codes, scales, *offsets = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
-                return cls(codes, scales, offsets[0] if offsets else None, columns, bias).to(weight.device)
+                whole = tuple(torch.cat(pieces) for pieces in zip(*parts, strict=True))
+                codes, scales, *offsets = _in_fewest_bits(*whole) if found is _steps else whole
+                layer = cls(codes, scales, offsets[0] if offsets else None, columns, bias).to(weight.device)
+                if torch.equal(layer.decoded(torch.float32), weight.float()):
+                    return layer
         return None
 
     @classmethod
@@ -329,6 +337,45 @@ def _q4_1(blocks: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
     codes = ((blocks - low) / _not_zero(scales)).round().clamp(0, 15)
     same = torch.equal(codes * scales.float() + offsets.float(), blocks)
     return (_paired(codes), scales, offsets) if same else None
+
+
+def _steps(blocks: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+    """Codes, scales and lowest numbers, of any blocks whose numbers go up by equal steps, at most 255. Scales of GGUF
+    are whole multiples of 2⁻²⁴, the smallest number of float16, and so are all numbers then: steps are found exactly.
+    """
+    whole = blocks * 2**24
+    if whole.abs().max() >= 2**30 or not torch.equal(whole.round(), whole):
+        return None
+    numbers = whole.to(torch.int32)
+    low = numbers.amin(dim=2, keepdim=True)
+    above = numbers - low
+    step = _greatest_divisor(above[..., :FIRST])
+    codes = (above / step).round_().to(torch.int32)
+    uneven = (codes * step != above).any(dim=2).squeeze(-1)
+    if uneven.any():
+        step[uneven] = _greatest_divisor(above[uneven])
+        codes[uneven] = above[uneven] // step[uneven]
+    if codes.max() > 255:
+        return None
+    return codes.to(torch.uint8).flatten(1), step * 2**-24, low * 2**-24
+
+
+def _greatest_divisor(numbers: torch.Tensor) -> torch.Tensor:
+    """The greatest common divisor of numbers along the last dimension, a power of two of them; 1 where all are 0."""
+    while numbers.shape[-1] > 1:
+        numbers = torch.gcd(numbers[..., 0::2], numbers[..., 1::2])
+    return numbers.clamp(min=1)
+
+
+def _in_fewest_bits(codes: torch.Tensor, scales: torch.Tensor, low: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The codes of ``_steps`` as a layer keeps them, scales, and what code 0 stands for if that is not 0."""
+    if codes.max() < 16:
+        return _paired(codes), scales, low
+    first = low / scales
+    signed = codes.view(*scales.shape[:2], -1) + first
+    if torch.equal(first.round(), first) and signed.min() >= -128 and signed.max() < 128:
+        return signed.to(torch.int8).flatten(1), scales
+    return codes.to(torch.int8), scales, low
 
 
 def _not_zero(scales: torch.Tensor) -> torch.Tensor:

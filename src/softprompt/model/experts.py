@@ -124,12 +124,13 @@ class CodedExperts(nn.Module):
         each, flat = chosen.shape[1], chosen.reshape(-1)
         by_expert = flat.argsort(stable=True)
         counts = torch.bincount(flat, minlength=self._count).tolist()
-        parts = states[by_expert // each].split(counts)
+        parts = torch.split(states[by_expert // each], counts)
         found = [self._one(index, part) for index, part in enumerate(parts[: self._count]) if len(part)]
         found += [torch.zeros_like(part) for part in parts[self._count :]]
         outputs = torch.cat(found) if found else states[:0]
-        if getattr(self.inner, "has_post_expert_norm", False):
-            outputs = self.inner.post_expert_norm(outputs)
+        inner: Any = self.inner
+        if getattr(inner, "has_post_expert_norm", False):
+            outputs = inner.post_expert_norm(outputs)
         back = torch.empty_like(by_expert)
         back[by_expert] = torch.arange(len(flat), device=flat.device)
         outputs = outputs[back] * weights.reshape(-1, 1)

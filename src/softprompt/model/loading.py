@@ -26,7 +26,6 @@ from softprompt.model.notes import heard, say
 from softprompt.model.places import WEIGHTS as PLAIN
 from softprompt.model.places import register
 from softprompt.model.quantized import (
-    APART,
     fingerprint_files,
     holds,
     is_unpacked,
@@ -166,7 +165,7 @@ def _from_pretrained(
     stored, layout = stored_precision(config), layout_of(config, base)
     quantization: Any = getattr(config, "quantization_config", None)
     unpacked = bool(stored) and layout is None and is_unpacked(config, device)
-    apart = not stored and quantize in APART and has_experts(config)
+    apart = not stored and quantize is not None and has_experts(config)
     if stored:
         require_method(config, base)
         if not unpacked:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -16,7 +17,7 @@ from torch import nn
 
 from softprompt.errors import BaseModelError, ConfigError
 from softprompt.model.coded import BlockLinear, CodedLinear
-from softprompt.model.experts import CodedExperts, is_fused
+from softprompt.model.experts import WITHIN, CodedExperts, is_fused
 from softprompt.model.fingerprint import fingerprint_model, sampled, stored_tensors
 from softprompt.model.notes import quieten_bitsandbytes, say
 from softprompt.model.places import Read, Stored, fill_places, put_back, reading
@@ -24,9 +25,6 @@ from softprompt.model.state.slots import give_back_freed
 
 PRECISIONS = ("nf4", "int8", "int4", "fp8", "gguf")
 """What linear layers can be quantised to; ``gguf``: the blocks of the GGUF file that they come from."""
-
-APART = ("nf4", "int8", "int4", "fp8")
-"""Those that any weight can be quantised to: experts that files hold one by one are read one by one."""
 
 INSTALL = {
     "bitsandbytes": 'pip install "softprompt[nf4]"',
@@ -104,7 +102,11 @@ def quantize_layers(model: Any, precision: str, device: torch.device, name: str)
     head = model.get_output_embeddings()
     # Not those that do more, as Llama 4's routers do.
     plain = (nn.Linear.forward, Conv1D.forward)
-    linear = {n for n, m in model.named_modules() if type(m).forward in plain and m is not head}
+    linear = {
+        n
+        for n, m in model.named_modules()
+        if type(m).forward in plain and m is not head and not re.fullmatch(WITHIN, n)
+    }
     for place in sorted(linear):  # a list of the layers themselves would keep them all in memory until the end
         module = model.get_submodule(place)
         weight = module.weight.T if isinstance(module, Conv1D) else module.weight
@@ -127,7 +129,7 @@ def quantize_layers(model: Any, precision: str, device: torch.device, name: str)
     whole = count_weights(model) - model.get_input_embeddings().weight.numel()
     if not done and precision == "gguf":
         raise BaseModelError(
-            f"--quantize gguf keeps the blocks of GGUF files in Q8_0, Q4_0 and Q4_1, of which {name!r} has none in its "
+            f"--quantize gguf keeps the blocks of GGUF files, such as Q4_K and Q8_0, of which {name!r} has none in its "
             "linear layers; give such a file, or choose int8 or int4"
         )
     if not done:
@@ -145,7 +147,7 @@ def quantize_apart(model: Any, precision: str, paths: Sequence[Path], device: to
 
     Args:
         model: with places for them, and with all other weights.
-        precision: of ``APART``.
+        precision: of ``PRECISIONS``.
         paths: its safetensors files.
         device: where the layers go.
     """
@@ -164,8 +166,10 @@ def quantize_apart(model: Any, precision: str, paths: Sequence[Path], device: to
         return found.to(dtype)
 
     def layers(parts: Sequence[Stored], read: Read) -> list[nn.Module]:
-        made = coded_layer(torch.cat([weight(part, read) for part in parts]), None, precision, device)
-        return [] if made is None else [made]
+        weights = [weight(part, read) for part in parts]
+        # The blocks of one part may be of another kind than those of the next.
+        joined = weights if precision == "gguf" else [torch.cat(weights)]
+        return [coded_layer(one, None, precision, device) or _as_it_is(one) for one in joined]
 
     with reading(paths) as read:
         parts = {name: (weight(part, read) for part in stored) for name, stored in apart.items()}
@@ -191,6 +195,13 @@ def coded_layer(
     if precision == "gguf":
         return BlockLinear.of(weight, bias)
     layer: nn.Module = _nf4(weight, bias) if precision == "nf4" else CodedLinear(weight, bias, precision)
+    return layer
+
+
+def _as_it_is(weight: torch.Tensor) -> nn.Linear:
+    """A plain layer of a weight ``[out, in]``."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
     return layer
 
 
