@@ -18,6 +18,7 @@ from softprompt.errors import BaseModelError
 from softprompt.methods import peft as by_peft
 from softprompt.model.experts import CodedExperts
 from softprompt.model.frozen import FrozenLM
+from softprompt.model.memory import matrix_ends
 from softprompt.model.quantized import bytes_of
 from softprompt.model.request import Request
 from softprompt.text.tokens import SOFT
@@ -100,6 +101,15 @@ def test_it_takes_the_memory_of_codes_and_has_as_many_weights() -> None:
     assert plain.num_parameters == lm.num_parameters == four.num_parameters
     assert sum(map(bytes_of, experts_of(lm))) == 2 * 4 * (96 * (32 + 4) + 32 * (48 + 4))
     assert sum(map(bytes_of, experts_of(four))) == 2 * 4 * (96 * (32 + 4) + 32 * (32 + 4))  # filled up to 64
+
+
+def test_passes_are_sized_as_those_of_the_plain_model_and_not_captured() -> None:
+    sizes = []
+    for lm in (FrozenLM(make_model("mixtral"), make_tokenizer(), name="m", dtype="fp32"), coded("mixtral", "int4")):
+        assert not lm.plain
+        assert not lm.compiles
+        sizes.append(matrix_ends(lm.model.model.layers, lm.model.config))
+    assert sizes[0] == sizes[1]
 
 
 def test_no_expert_is_decoded_that_no_token_is_sent_to() -> None:

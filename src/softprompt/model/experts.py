@@ -119,8 +119,8 @@ class CodedExperts(nn.Module):
             ``[T, out]``.
         """
         if chosen is None or weights is None:
-            parts = states.view(self._count, -1, states.shape[-1])
-            return torch.cat([self._one(index, part) for index, part in enumerate(parts)])
+            equal = states.view(self._count, -1, states.shape[-1])
+            return torch.cat([self._one(index, part) for index, part in enumerate(equal)])
         each, flat = chosen.shape[1], chosen.reshape(-1)
         by_expert = flat.argsort(stable=True)
         counts = torch.bincount(flat, minlength=self._count).tolist()
