@@ -101,10 +101,15 @@ def make_model(kind: str, **sizes: Any) -> Any:
     torch.manual_seed(7)
     models: Any = AutoModelForCausalLM
     model = models.from_config(config)
+    return randomised(model)
+
+
+def randomised(model: Any, spread: float = 0.15) -> Any:
+    """The model with its matrices drawn anew: large enough that attention is far from uniform."""
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
-                weight.normal_(0, 0.15)
+                weight.normal_(0, spread)
     return model
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedTokenizerF
 
 from softprompt.data.example import Dataset, Example
 from softprompt.model.frozen import FrozenLM
-from tests.conftest import make_tokenizer, toy
+from tests.conftest import make_tokenizer, randomised, toy
 
 T5: dict[str, Any] = {
     "d_model": 32,
@@ -97,12 +97,7 @@ def make_encoder_decoder(kind: str, **options: Any) -> Any:
     config = AutoConfig.for_model(model_type, vocab_size=321, **OPTIONS.get(kind, BART) | options)
     torch.manual_seed(7)
     models: Any = AutoModelForSeq2SeqLM
-    model = models.from_config(config)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.normal_(0, 0.2)
-    return model
+    return randomised(models.from_config(config), 0.2)
 
 
 @cache

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from softprompt.data.checks import Reading, as_format
+from softprompt.data.columns import Columns
 from softprompt.data.example import Dataset, Example
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.data.sources import Source
@@ -173,11 +174,7 @@ def train(
         name=name,
         template=template,
         labels=labels,
-        input_field=input_field,
-        target_field=target_field,
-        references_field=references_field,
-        encoding=encoding,
-        format=format,
+        columns=Columns(input_field, target_field, references_field, encoding, format),
         start=start,
         config=with_settings(config, settings),
     ).on(lm)
@@ -301,15 +298,8 @@ def evaluate(
     task = Task.of(lm, soft_prompt)
     rows = data
     if not isinstance(rows, Dataset):
-        rows = read_for(
-            soft_prompt,
-            rows,
-            input_field=input_field,
-            target_field=target_field,
-            references_field=references_field,
-            encoding=encoding,
-            format=format,
-        )
+        columns = Columns(input_field, target_field, references_field, encoding, format)
+        rows = read_for(soft_prompt, rows, columns)
         if progress and rows.recognised:
             stderr.print(f"{rows.source}: {as_format(rows.format, rows.recognised)}")
     rows = with_answers(rows, lm.tokenizer)

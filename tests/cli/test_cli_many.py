@@ -287,7 +287,7 @@ def test_ctrl_c_keeps_the_best_of_each_and_can_be_resumed(
     for name in "abc":
         assert torch.equal(vectors(home, name), vectors(home, f"{name}-whole"))
     again = run("train", jobs(""), "--resume")
-    assert (again.code, again.err.count("has ended before")) == (0, 3)
+    assert (again.code, again.err.count("has ended already")) == (0, 3)
     other = run("train", jobs(""), "--resume", "--lr", "0.2")
     assert (other.code, other.err.count("of a training with other lr")) == (2, 3)
 

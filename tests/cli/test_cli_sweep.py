@@ -32,7 +32,8 @@ def test_the_whole_way(sweep: Run, run: Run, home: Path) -> None:
     assert lines[0].split() == ["setting", "steps", "score", "accuracy", "state"]
     assert lines[1].rstrip().endswith("chosen")
     assert sum("dropped at" in line for line in lines) in (3, 4)
-    assert "best of 6 on the 10 rows that chose: accuracy " in ran.out
+    assert "best of 6: accuracy " in ran.out
+    assert "on the 10 rows used to choose it" in ran.out
     assert "selection" in ran.out or "nothing is gained" in ran.out
     report = home.parent / "report"
     assert (report / "sweep.png").read_bytes().startswith(b"\x89PNG")

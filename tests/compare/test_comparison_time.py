@@ -8,7 +8,8 @@ import pytest
 
 from softprompt.compare.comparison_time import ComparisonTime, Parts, Speed, expected
 from softprompt.compare.plan import Key, Plan
-from tests.conftest import TOY_LABELS, TOY_TEMPLATE, tiny, toy
+from tests.compare import made_up
+from tests.conftest import tiny, toy
 
 SPEED = Speed(load=20.0, row=0.5, alone=2.0, plain=30.0, tokens=32.0, window=2048)
 
@@ -16,16 +17,13 @@ SPEED = Speed(load=20.0, row=0.5, alone=2.0, plain=30.0, tokens=32.0, window=204
 def plan(**options: Any) -> Plan:
     """100 rows to answer, 40 to choose by, 64 to learn from, for 600 s."""
     settings: dict[str, Any] = {
-        "task": "toy",
         "train": toy(64, 1),
         "validation": toy(40, 2),
         "test": toy(100, 3),
-        "template": TOY_TEMPLATE,
-        "verbalizer": TOY_LABELS,
         "bases": ("a",),
         "methods": ("zero-shot", "soft-prompt"),
     }
-    return Plan(**settings | options)
+    return made_up.plan(**settings | options)
 
 
 def done(base: str, method: str, seconds: float, seed: int = 0) -> dict[str, Any]:

@@ -69,6 +69,14 @@ MAMBA: dict[str, Any] = {
     "mamba_expand": 2,
 }
 
+VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
 SECTIONS: dict[str, Any] = {
     "text_config": {
         **SIZES,
@@ -110,14 +118,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma3",
         {
             "text_config": {**SIZES, **SLIDING},
-            "vision_config": {
-                "hidden_size": 16,
-                "intermediate_size": 16,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "image_size": 16,
-                "patch_size": 8,
-            },
+            "vision_config": VISION,
             "mm_tokens_per_image": 1,
         },
     ),

@@ -18,7 +18,7 @@ from softprompt.model.architecture import FAMILIES, decoder_layers, window_of
 from softprompt.model.fingerprint import model_settings
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.request import Request
-from tests.conftest import ALL, SIZES, make_model, make_tokenizer, tiny
+from tests.conftest import ALL, SIZES, make_model, make_tokenizer, randomised, tiny
 
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8, "num_local_experts": 8}
 ENCODER = {**SIZES, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
@@ -155,11 +155,7 @@ def test_a_model_that_cannot_share_a_prefix_says_why(kind: str, options: dict[st
     ],
 )
 def test_windows_are_those_of_transformers_whatever_the_configuration_says(kind: str, options: dict[str, Any]) -> None:
-    model = model_of(kind, **options).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.normal_(0, 0.15)
+    model = randomised(model_of(kind, **options)).eval()
     ids = (*range(3, 15), 60, 61, 62)
     with torch.no_grad():
         expected = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(dim=-1)

@@ -9,7 +9,7 @@ from softprompt.errors import ConfigError, DataError
 from softprompt.model.embedder import Embedder
 from softprompt.text.tokens import SOFT
 from tests.conftest import ALL, make_model, tiny
-from tests.model.test_frozen import soft
+from tests.model.families import soft
 
 
 @pytest.mark.parametrize("kind", ALL)

@@ -28,6 +28,7 @@ from softprompt.tuning.gradients import Gradients, Layout
 from softprompt.tuning.objective import Objective
 from softprompt.tuning.start import initial_vectors
 from tests.conftest import ALL, SHARED, make_model, make_tokenizer, plain, plain_logprobs, plain_score, tiny
+from tests.model.families import soft
 
 TEXTS = ("a stirring film", "dull", "one of the best movies of the year , and a very funny one")
 LABELS = Verbalizer({"good": ("very good", "great", "good"), "bad": ("very bad", "awful"), "so": ("very",)})
@@ -35,11 +36,6 @@ VOCABULARY = tuple((token,) for token in range(320))
 LAYERS = ("sliding_attention", "full_attention")
 TOLERANCE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 few = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-
-
-def soft(length: int, seed: int = 0) -> torch.Tensor:
-    """Vectors ``[length, 32]`` of the size of the tiny models' embeddings."""
-    return 0.15 * torch.randn(length, 32, generator=torch.Generator().manual_seed(seed))
 
 
 def task(lm: FrozenLM, template: str, length: int = 7, verbalizer: Verbalizer | None = LABELS) -> Task:

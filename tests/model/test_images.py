@@ -20,17 +20,8 @@ from softprompt.text.tokens import SOFT
 from softprompt.tuning.gradients import Gradients
 from softprompt.tuning.objective import Objective
 from softprompt.tuning.training import Training
-from tests.conftest import make_tokenizer, toy, toy_task, train_settings
-from tests.model.families import CASES, SIZES
-
-VISION: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 8,
-}
+from tests.conftest import make_tokenizer, randomised, toy, toy_task, train_settings
+from tests.model.families import CASES, SIZES, VISION
 
 
 def of(text: str, vision: str, **options: Any) -> dict[str, Any]:
@@ -54,11 +45,7 @@ def make(kind: str, **options: Any) -> Any:
     models: Any = AutoModelForImageTextToText
     torch.manual_seed(7)
     model = models.from_config(AutoConfig.for_model(kind, **{**KINDS.get(kind, {}), **options}))
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.normal_(0, 0.15)
-    return model.eval().requires_grad_(False)
+    return randomised(model).eval().requires_grad_(False)
 
 
 @cache

@@ -21,7 +21,7 @@ from softprompt.text.tokens import SOFT, Tokens
 from softprompt.tuning.gradients import Gradients, Layout, Share
 from softprompt.tuning.objective import Objective
 from tests.conftest import SHARED, make_model, make_tokenizer, plain_score, tiny
-from tests.model.families import frozen
+from tests.model.families import frozen, soft
 
 BEFORE = (3, SOFT)
 FIRST, SECOND, THIRD = (60, 61, 62), (60, 61, 62, 70, 71, 63), (60, 61, 62, 70, 71, 63, 72, 64, 65)
@@ -35,10 +35,6 @@ def talk(of: str = "one", prompt: int = 0) -> list[Request]:
     """Three answers; what is said before one is what the one before it was asked, and said."""
     words = ((70, 71, 99), (72, 73), (74, 75, 76))
     return [answer(ids, word, of=of, prompt=prompt) for ids, word in zip((FIRST, SECOND, THIRD), words, strict=True)]
-
-
-def soft(length: int = 4, seed: int = 0) -> torch.Tensor:
-    return 0.15 * torch.randn(length, 32, generator=torch.Generator().manual_seed(seed))
 
 
 def places(joined: Sequence[Joined]) -> list[tuple[int, ...]]:
@@ -143,7 +139,7 @@ def mixed(words: tuple[Tokens, ...] | None) -> list[Request]:
 def gradient(
     ways: Gradients, several: Sequence[Request], gold: Sequence[int], owners: tuple[int, ...] | None = None
 ) -> tuple[float, int, torch.Tensor]:
-    leaf = soft().requires_grad_()
+    leaf = soft(4).requires_grad_()
     loss, tokens = ways.backward(Objective(owners), several, gold, leaf)
     assert leaf.grad is not None
     return loss, tokens, leaf.grad
@@ -151,7 +147,7 @@ def gradient(
 
 def saved(ways: Gradients, several: Sequence[Request]) -> int:
     """Tokens that a step of these requests does not compute."""
-    return ways.prepare([Share(Objective(), several, [0] * len(several), tuple(soft().shape))]).saved[0]
+    return ways.prepare([Share(Objective(), several, [0] * len(several), tuple(soft(4).shape))]).saved[0]
 
 
 @pytest.mark.parametrize("kind", SHARED)
@@ -172,7 +168,7 @@ def test_loss_and_gradient_are_those_of_separate_rows(
     assert most - tokens == saved(ways, several) > 0
     assert saved(ways, alone) == 0
 
-    leaf, total = soft().requires_grad_(), torch.zeros(())
+    leaf, total = soft(4).requires_grad_(), torch.zeros(())
     for request, label in zip(several, gold, strict=True):
         scores = torch.stack([plain_score(kind, request.ids, word, leaf) for word in request.words])
         if owners is not None:
@@ -229,8 +225,8 @@ def test_families_of_other_memories_give_the_same(case: str) -> None:
         apart, _, wanted = gradient(gradients, alone, [0] * len(several))
         assert loss == pytest.approx(apart, rel=1e-6)
         assert float((found - wanted).norm() / wanted.norm()) < 1e-5
-        scores, greedy = frozen(case).score_and_compare(several, [soft()])
-        others, same = frozen(case).score_and_compare(alone, [soft()])
+        scores, greedy = frozen(case).score_and_compare(several, [soft(4)])
+        others, same = frozen(case).score_and_compare(alone, [soft(4)])
         torch.testing.assert_close(scores, others, rtol=1e-5, atol=2e-5)
         assert torch.equal(greedy, same)
 
@@ -240,7 +236,7 @@ def test_a_pass_that_does_not_fit_is_repeated_in_smaller_ones(monkeypatch: pytes
     lm = FrozenLM(make_model("llama"), make_tokenizer(), name="small", dtype="fp32", device="cpu")
     branches = ((FIRST, (90, 91, 92, 93, 99)), (SECOND, (90, 94, 95, 99)))  # 7 and 9 tokens, 13 as one row
     several, collate = [answer(text, word, of=of) for of in "ab" for text, word in branches], lm.collate
-    scores, wanted = lm.score(several, [soft()]), gradient(Gradients(lm), several, [0] * 4)
+    scores, wanted = lm.score(several, [soft(4)]), gradient(Gradients(lm), several, [0] * 4)
 
     def full(rows: Sequence[Any], *rest: Any) -> Any:
         if sum(row.length for row in rows) > 9:
@@ -249,7 +245,7 @@ def test_a_pass_that_does_not_fit_is_repeated_in_smaller_ones(monkeypatch: pytes
 
     monkeypatch.setattr(lm, "collate", full)
     with pytest.warns(SoftPromptWarning, match="smaller|at most"):
-        torch.testing.assert_close(lm.score(several, [soft()]), scores, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(lm.score(several, [soft(4)]), scores, rtol=1e-5, atol=1e-5)
     monkeypatch.undo()
     small = gradient(Gradients(lm, layout="two stages", max_tokens=4), several, [0] * 4)
     assert small[0] == pytest.approx(wanted[0], rel=1e-6)

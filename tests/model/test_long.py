@@ -17,7 +17,7 @@ from softprompt.model.request import Request, Sampling, can_share
 from softprompt.text.tokens import SOFT
 from softprompt.tuning.gradients import Gradients
 from softprompt.tuning.objective import Objective
-from tests.conftest import make_tokenizer
+from tests.conftest import make_tokenizer, randomised
 from tests.model.families import EXPERTS, SIZES, soft
 
 STEADY = 16
@@ -48,11 +48,7 @@ def make(kind: str) -> Any:
     torch.manual_seed(7)
     models: Any = AutoModelForCausalLM
     model = models.from_config(AutoConfig.for_model(kind, **{**SIZES, **KINDS[kind]}))
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.normal_(0, 0.15)
-    return model.eval().requires_grad_(False)
+    return randomised(model).eval().requires_grad_(False)
 
 
 @cache

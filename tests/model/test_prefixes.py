@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from softprompt.model.state.prefix import PrefixState
 from softprompt.text.tokens import SOFT
 from tests.conftest import tiny
-from tests.model.test_frozen import soft
+from tests.model.families import soft
 
 
 @settings(deadline=None, max_examples=40)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from softprompt.model.state.kv import PrefixKV
 from softprompt.model.state.prefix import Detached, PrefixState, apart
 from tests.conftest import SHARED, tiny
-from tests.model.test_frozen import soft
+from tests.model.families import soft
 
 LAYERS, HEADS, WIDTH = 3, 2, 4
 

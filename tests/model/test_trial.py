@@ -46,7 +46,7 @@ def test_it_is_fast_if_a_few_texts_come_out_alike(case: str, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("case", "why"),
     [
-        ("granite", "came out otherwise"),  # it scales its logits
+        ("granite", "came out differently"),  # it scales its logits
         ("stablelm", "its prefixes cannot be shared"),
         ("phi3", "its setting sliding_window makes long texts another thing"),  # which no short text shows
         ("llama4_text", "its setting attention_chunk_size"),

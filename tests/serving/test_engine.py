@@ -26,9 +26,9 @@ from softprompt.model.state.prefix import PrefixState
 from softprompt.serving.engine import Engine
 from softprompt.serving.jobs import Busy, Closed, Event, Failure, FairQueue, Job, Limits, Piece, Scores, Ticket
 from softprompt.text.tokens import SOFT
-from tests.conftest import ALL, SIZES, make_tokenizer, tiny
-from tests.model.families import frozen
-from tests.model.test_frozen import mixed, soft
+from tests.conftest import ALL, SIZES, make_tokenizer, randomised, tiny
+from tests.model.families import frozen, soft
+from tests.model.test_frozen import mixed
 from tests.servers import slowed
 
 PATIENCE = 60  # seconds that a test waits for an event; reached only where one is lost
@@ -439,10 +439,7 @@ def test_in_bf16_an_answer_is_the_same_in_any_company() -> None:
     torch.manual_seed(5)
     models: Any = AutoModelForCausalLM
     lm = FrozenLM(models.from_config(config), make_tokenizer(), name="wide", dtype="bf16", device="cpu")
-    with torch.no_grad():
-        for weight in lm.model.parameters():
-            if weight.dim() > 1:
-                weight.normal_(0, 0.1)
+    randomised(lm.model, 0.1)
     generator = torch.Generator().manual_seed(0)
     prompts = [0.3 * torch.randn(length, 128, generator=generator) for length in (50, 90)]
     jobs = []

@@ -309,13 +309,13 @@ def test_what_does_not_go_with_conversations_is_refused(chatty: FrozenLM, option
 def test_validation_rows_are_read_as_those_of_training() -> None:
     rows = [{"prompt": f"film {n}", "completion": f"good {n}"} for n in range(4)]
     own = [{"input": f"film {n}", "target": f"good {n}"} for n in range(4)]
-    train, held, _ = read_task(rows, rows[:1], None, None, format=None)
+    train, held, _ = read_task(rows, rows[:1], None, None)
     assert held is not None
     assert (train.format, held.format, held.examples) == ("completion", "completion", train.examples[:1])
     with pytest.raises(DataError, match="prompt"):
-        read_task(own, rows, None, None, format=None)
+        read_task(own, rows, None, None)
     talk = [{"messages": TALK}]
     turns = [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]
-    _, other, _ = read_task(talk, turns, None, None, format=None)
+    _, other, _ = read_task(talk, turns, None, None)
     assert other is not None
     assert other.examples[0].target == "b"

@@ -29,13 +29,10 @@ from softprompt.tuning.objective import Objective
 from softprompt.tuning.training import Training
 from tests.conftest import SHARED, make_model, make_tokenizer, tiny, toy, toy_task, train_settings
 from tests.graphs import OnCPU
+from tests.model.families import soft
 
 TEXTS = ("a stirring film", "dull", "one of the best movies of the year , and a very funny one", "so so")
 LABELS = Verbalizer({"good": ("very good", "great", "good"), "bad": ("very bad", "awful"), "so": ("very",)})
-
-
-def soft(length: int, seed: int, width: int = 32) -> torch.Tensor:
-    return 0.15 * torch.randn(length, width, generator=torch.Generator().manual_seed(seed))
 
 
 def shares(lm: FrozenLM, shift: int = 0) -> tuple[list[Share], list[torch.Tensor]]:

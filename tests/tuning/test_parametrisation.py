@@ -360,7 +360,7 @@ def test_a_kv_prefix_where_there_is_no_shared_prefix_is_named(kind: str, request
     for call in calls:
         with pytest.raises(ConfigError) as error:
             call()
-        assert "must stand before all input, which may not be empty" in str(error.value)
+        assert "must stand before all input, the input must not be empty" in str(error.value)
         assert str(error.value).endswith("use a plain soft prompt.")
 
 

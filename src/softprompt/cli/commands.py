@@ -21,10 +21,11 @@ from softprompt.cli.groups import (
     Vote,
 )
 from softprompt.cli.options import (
+    FROZEN,
     SEED_RANGE,
     SOURCE,
     Base,
-    Columns,
+    ColumnOptions,
     Device,
     Dtype,
     Encoding,
@@ -40,6 +41,8 @@ from softprompt.cli.options import (
     Quantize,
     SharedLoading,
     TextOptions,
+    Train,
+    Validation,
     completed,
     data_option,
     expanded,
@@ -60,7 +63,7 @@ _STORED = completed((), stored=True)
 
 @expanded
 def compare_command(
-    train: Annotated[str, typer.Argument(metavar="TRAIN", help=SOURCE)],
+    train: Train,
     validation: Annotated[str, data_option("Rows that every method chooses by.")],
     test: Annotated[str, data_option("Rows that are reported, and looked at for nothing else.")],
     *,
@@ -72,7 +75,7 @@ def compare_command(
         ),
     ] = "default",
     labels: Labels = None,
-    columns: Columns,
+    columns: ColumnOptions,
     bases: Annotated[list[str] | None, model_option("Frozen models: aliases, hub ids, folders.", DEFAULT_BASE)] = None,
     loading: Loading,
     as_json: Json = False,
@@ -219,7 +222,7 @@ def evaluate_command(
     answering: Answering,
     measured: Measured,
     generated: TextOptions,
-    columns: Columns,
+    columns: ColumnOptions,
     base: Base = None,
     loading: SharedLoading,
     as_json: Json = False,
@@ -297,19 +300,17 @@ def predict_command(
 
 @expanded
 def judge_command(
-    train: Annotated[str, typer.Argument(metavar="TRAIN", help=SOURCE)],
+    train: Train,
     test: Annotated[str, typer.Argument(metavar="TEST", help=SOURCE)],
-    validation: Annotated[str | None, data_option("Rows to choose the best step by.", "a tenth of TRAIN")] = None,
+    validation: Validation = None,
     template: Form = "default",
     num_virtual_tokens: Annotated[int, option("How many vectors to learn.", 10)] = 10,
     steps: Annotated[int, option("Optimizer steps.", 80)] = 80,
     seed: Annotated[int, option("Seeds start, order and held-out rows.", 0, **SEED_RANGE)] = 0,
     *,
     labels: Labels = None,
-    columns: Columns,
-    base: Annotated[
-        str, model_option("The frozen model: alias, hub id, folder or .gguf file.", DEFAULT_BASE)
-    ] = DEFAULT_BASE,
+    columns: ColumnOptions,
+    base: Annotated[str, FROZEN] = DEFAULT_BASE,
     loading: Loading,
     as_json: Json = False,
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.groups import Answering, Measured
-from softprompt.cli.options import Columns, Loading
+from softprompt.cli.options import ColumnOptions, Loading
 from softprompt.cli.precisions import measure_on
 from softprompt.cli.predict import asked, asked_for, of_whom
 from softprompt.data.example import Dataset
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def measure(
     names: str,
     test: str,
-    columns: Columns,
+    columns: ColumnOptions,
     answering: Answering,
     measured: Measured,
     *,
@@ -141,7 +141,7 @@ def _plot_path(plot: Path | None, labels: bool) -> Path | None:
     return require_form(plot)
 
 
-def _read(soft_prompt: SoftPrompt, test: str, columns: Columns) -> Dataset:
+def _read(soft_prompt: SoftPrompt, test: str, columns: ColumnOptions) -> Dataset:
     """Rows of the soft prompt's task."""
     if soft_prompt.verbalizer is not None and columns.names_references:
         raise ConfigError(

@@ -149,7 +149,7 @@ class Learning(LearningOnce):
     """What was given of a ``TrainConfig``, and the recipe to start from."""
 
     starts: Annotated[int | None, _learn("Short runs of which the best goes on.", _D.starts)] = None
-    lengths: Annotated[str | None, _learn("Other numbers of virtual tokens to try so, a,b,c.")] = None
+    lengths: Annotated[str | None, _learn("Other numbers of virtual tokens to try likewise, a,b,c.")] = None
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from typing import Any
 import typer
 
 from softprompt.cli.groups import Learning, Output
-from softprompt.cli.options import Columns, Loading
+from softprompt.cli.options import Loading
 from softprompt.cli.place import Place
 from softprompt.cli.plan_file import Wanted, read_plan
 from softprompt.cli.task import task_name
 from softprompt.cli.train import Options, described, document_of, job_of, prepared
+from softprompt.data.columns import Columns
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.drawing.words import duration, plain_metric, simple_table
 from softprompt.errors import ConfigError, SoftPromptError, StoreError, TrainingError
@@ -92,7 +93,7 @@ def names_of(files: Sequence[str], names: Sequence[str] | None) -> list[str]:
     if len(patterns) != len(files):
         raise ConfigError(
             f"Expected a name for each of {len(files)} data files, or one with {{file}} in it, found "
-            f"{', '.join(patterns)}; give as many behind --name."
+            f"{', '.join(patterns)}; give as many with --name."
         )
     found = [pattern.replace("{file}", task_name(file)) for pattern, file in zip(patterns, files, strict=True)]
     for name, file, pattern in zip(found, files, patterns, strict=True):
@@ -206,7 +207,7 @@ def train_all(wanted: Sequence[Wanted], output: Output, base: str | None, loadin
     for each in asked:
         if each.kept is not None:
             each.document = described(each.kept, each.path)
-            stderr.print(f"{each.job.name}: has ended before, and stays as it is")
+            stderr.print(f"{each.job.name}: has ended already, and stays as it is")
     interrupted = False
     with ExitStack() as stack:
         for each in todo:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from softprompt.data.columns import Columns
 from softprompt.data.formats import FORMATS
+from softprompt.data.packages import DEFAULT_BASE
 from softprompt.errors import ConfigError, StoreError
 from softprompt.terminal.console import stderr
 
@@ -100,6 +102,8 @@ model_option = partial(option, panel="Base model")
 data_option = partial(option, panel="Data")
 text_option = partial(option, panel="Generated text")
 
+SOURCE = "JSONL, JSON, CSV, TSV, Parquet or hf:DATASET."
+
 Json = Annotated[bool, flag("--json", "Print one JSON object on stdout and nothing else there.")]
 Name = Annotated[
     str,
@@ -117,6 +121,7 @@ Names = Annotated[
         autocompletion=completed((), stored=True),
     ),
 ]
+Train = Annotated[str, typer.Argument(metavar="TRAIN", help=SOURCE)]
 BaseOnly = Annotated[bool, flag("--base-only", "Leave the soft prompt out, keep the template.")]
 Normalise = Annotated[bool, flag("--normalise-length", "Divide a label's log-probability by its tokens.")]
 
@@ -124,6 +129,9 @@ Normalise = Annotated[bool, flag("--normalise-length", "Divide a label's log-pro
 # --- the base model -------------------------------------------------------------------------------
 
 Base = Annotated[str | None, model_option("The base model, where it has moved since.", "as in training")]
+FROZEN = model_option("The frozen model: alias, hub id, folder or .gguf file.", DEFAULT_BASE)
+"""What the option of a base model to train on says."""
+
 Dtype = Annotated[
     str,
     model_option(
@@ -227,8 +235,7 @@ class SharedLoading(Loading):
 
 # --- data -----------------------------------------------------------------------------------------
 
-SOURCE = "JSONL, JSON, CSV, TSV, Parquet or hf:DATASET."
-
+Validation = Annotated[str | None, data_option("Rows to choose the best step by.", "a tenth of TRAIN")]
 Labels = Annotated[
     str | None,
     data_option(
@@ -265,7 +272,7 @@ Form = Annotated[
 
 
 @dataclass(frozen=True)
-class Columns:
+class ColumnOptions(Columns):
     """What is where in rows with targets."""
 
     input_field: InputField = None
@@ -273,11 +280,6 @@ class Columns:
     references_field: ReferencesField = None
     encoding: Encoding = None
     format: Format = None
-
-    @property
-    def names_references(self) -> bool:
-        """Whether a column of references was named, which makes the targets free text."""
-        return self.references_field not in (None, "none")
 
     def read(self, source: str, soft_prompt: SoftPrompt, *, require_target: bool = True) -> Dataset:
         """The rows of a file or data set for a soft prompt; a format that was told from the columns is said on stderr.
@@ -289,16 +291,7 @@ class Columns:
         from softprompt.data.checks import as_format
         from softprompt.tasks.reading import read_for
 
-        rows = read_for(
-            soft_prompt,
-            source,
-            input_field=self.input_field,
-            target_field=self.target_field,
-            require_target=require_target,
-            references_field=self.references_field,
-            encoding=self.encoding,
-            format=self.format,
-        )
+        rows = read_for(soft_prompt, source, self, require_target=require_target)
         if rows.recognised:
             stderr.print(f"{rows.source}: {as_format(rows.format, rows.recognised)}")
         return rows
@@ -314,8 +307,9 @@ class OneTargetColumns:
     format: Format = None
 
     def read(self, source: str, soft_prompt: SoftPrompt) -> Dataset:
-        """As :meth:`Columns.read`."""
-        return Columns(self.input_field, self.target_field, None, self.encoding, self.format).read(source, soft_prompt)
+        """As :meth:`ColumnOptions.read`."""
+        columns = ColumnOptions(self.input_field, self.target_field, None, self.encoding, self.format)
+        return columns.read(source, soft_prompt)
 
 
 # --- generated text -------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from softprompt.cli.groups import Learning
-from softprompt.cli.options import Columns, Loading
+from softprompt.cli.options import Loading
 from softprompt.cli.task import Sources, task_name
+from softprompt.data.columns import Columns
 from softprompt.data.encoding import decode
 from softprompt.data.wording import first_line, kind, quoted
 from softprompt.errors import ConfigError, DataError
@@ -210,7 +211,7 @@ def _job(job: Any, defaults: Mapping[str, Any], given: Mapping[str, Any], folder
     learning = {field.name: values[field.name] for field in fields(Learning) if field.name in values}
     return Wanted(
         values.get("name") or task_name(values["train"]),
-        Sources(values["train"], values.get("validation"), values.get("labels"), replace(Columns(), **columns)),
+        Sources(values["train"], values.get("validation"), values.get("labels"), Columns(**columns)),
         values.get("template", "default"),
         replace(Learning(), **learning),
     )

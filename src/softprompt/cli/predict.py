@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from softprompt.cli.groups import Answering
-from softprompt.cli.options import Columns, Loading
+from softprompt.cli.options import ColumnOptions, Loading
 from softprompt.data.encoding import text_of
 from softprompt.data.example import Example
 from softprompt.drawing.words import shortened
@@ -155,7 +155,7 @@ def _examples(soft_prompt: SoftPrompt, inputs: Inputs) -> tuple[Example, ...]:
     if (file is None) == (not texts):
         raise ConfigError("Either texts or --file are needed to predict, not both; give TEXT, - for stdin, or --file.")
     if file is not None:
-        columns = Columns(inputs.input_field, "target", "none", inputs.encoding, inputs.format)
+        columns = ColumnOptions(inputs.input_field, "target", "none", inputs.encoding, inputs.format)
         return columns.read(file, soft_prompt, require_target=False).examples
     if list(texts) != ["-"]:
         return tuple(_example(text, f"text {i}", names) for i, text in enumerate(texts, start=1))

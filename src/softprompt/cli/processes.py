@@ -20,8 +20,8 @@ class Stopped(BaseException):
 
     def __str__(self) -> str:
         return (
-            "This run was told to stop, as torchrun does when another of its processes is lost; what a training has "
-            "kept stays: give the same command with --resume, with as many processes as you like."
+            "This run was told to stop, as torchrun does when it loses a process; a training's checkpoint stays: give "
+            "the same command with --resume and any number of processes."
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from softprompt.cli.options import Columns, Loading
+from softprompt.cli.options import ColumnOptions, Loading
 from softprompt.data.example import Dataset
 from softprompt.drawing.words import number, simple_table
 from softprompt.evaluation.evaluate import Evaluation, evaluate
@@ -39,7 +39,7 @@ class Wanted:
     overwrite: bool
 
 
-def carry(name: str, wanted: Wanted, test: str | None, columns: Columns, loading: Loading, as_json: bool) -> None:
+def carry(name: str, wanted: Wanted, test: str | None, columns: ColumnOptions, loading: Loading, as_json: bool) -> None:
     """Stores the soft prompt for the other base model, and measures it on the rows of ``test``.
 
     Raises:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from softprompt.cli.options import Columns, with_line_ends
+from softprompt.cli.options import with_line_ends
 from softprompt.data.checks import Reading
+from softprompt.data.columns import Columns
 from softprompt.data.example import Dataset
-from softprompt.data.reading import read_dataset
+from softprompt.data.reading import read_rows
 from softprompt.errors import TemplateError
-from softprompt.tasks.reading import Labels, numbers_of, read_task, references_column, taken_for
+from softprompt.tasks.reading import Labels, numbers_of, read_task, taken_for
 from softprompt.text.template import Template
 from softprompt.text.verbalizer import Verbalizer
 
@@ -60,18 +61,8 @@ class Sources:
             ConfigError: labels and a column of references together, or an unknown encoding.
             DataError: data that cannot be read, or labels that cannot be meant.
         """
-        columns = self.columns
-        return read_task(
-            self.train,
-            self.validation,
-            self.labels,
-            names,
-            input_field=columns.input_field,
-            target_field=columns.target_field,
-            references_field=columns.references_field,
-            encoding=columns.encoding,
-            format=columns.format or format,
-        )
+        columns = replace(self.columns, format=self.columns.format or format)
+        return read_task(self.train, self.validation, self.labels, names, columns)
 
     def read_test(self, test: str, train: Dataset, verbalizer: Verbalizer | None) -> Dataset:
         """Rows of the task that ``train`` holds.
@@ -79,24 +70,19 @@ class Sources:
         Raises:
             DataError: they cannot be read.
         """
-        columns = self.columns
-        return read_dataset(
+        return read_rows(
             test,
+            replace(self.columns, format=self.columns.format or train.format),
             fields=tuple(train.examples[0].fields),
-            input_field=columns.input_field,
-            target_field=columns.target_field,
-            references_field=references_column(columns.references_field),
-            encoding=columns.encoding,
             labels=None if verbalizer is None else verbalizer.labels,
             label_names=numbers_of(self.labels),
-            format=columns.format or train.format,
         )
 
     def taken_for(
         self, train: Dataset, validation: Dataset | None, test: Dataset | None, verbalizer: Verbalizer | None
     ) -> Reading:
         """What the data were taken for."""
-        return taken_for(train, validation, test, verbalizer, self.labels, self.columns.references_field)
+        return taken_for(train, validation, test, verbalizer, self.labels, self.columns)
 
 
 def task_name(train: str) -> str:

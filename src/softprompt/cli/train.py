@@ -87,7 +87,7 @@ def _require_no_other_start(config: TrainConfig, learning: LearningOnce) -> None
             f"--init {learning.init} names the start that transfer looks for; leave it out, or use `softprompt train`."
         )
     if config.tries > 1:
-        raise ConfigError("--starts and --lengths are tries of their own beside the trial of transfer; leave them out.")
+        raise ConfigError("transfer tries several starts by itself; leave --starts and --lengths out.")
 
 
 def job_of(name: str, sources: Sources, template: str, learning: LearningOnce, store: Store) -> Job:
@@ -97,18 +97,13 @@ def job_of(name: str, sources: Sources, template: str, learning: LearningOnce, s
         SoftPromptError: a mistake of the user's.
     """
     config, start = _configuration(learning, store)
-    columns = sources.columns
     return Job.read(
         sources.train,
         sources.validation,
         name=name,
         template=template if template in ("default", "chat") else template_from(template),
         labels=sources.labels,
-        input_field=columns.input_field,
-        target_field=columns.target_field,
-        references_field=columns.references_field,
-        encoding=columns.encoding,
-        format=columns.format,
+        columns=sources.columns,
         start=start,
         config=config,
     )

@@ -8,18 +8,19 @@ import typer
 
 from softprompt.cli.groups import Learning, LearningOnce, Mixing, Output, Sweeping
 from softprompt.cli.options import (
+    FROZEN,
     SOURCE,
-    Columns,
+    ColumnOptions,
     Form,
     Json,
     Labels,
     Loading,
     SharedLoading,
+    Train,
+    Validation,
     data_option,
     expanded,
-    model_option,
 )
-from softprompt.data.packages import DEFAULT_BASE
 from softprompt.errors import ConfigError
 
 
@@ -31,15 +32,13 @@ def train_command(
     ],
     *,
     output: Output,
-    validation: Annotated[str | None, data_option("Rows to choose the best step by.", "a tenth of TRAIN")] = None,
+    validation: Validation = None,
     template: Form = "default",
     labels: Labels = None,
-    columns: Columns,
+    columns: ColumnOptions,
     learning: Learning,
     mixing: Mixing,
-    base: Annotated[
-        str | None, model_option("The frozen model: alias, hub id, folder or .gguf file.", DEFAULT_BASE)
-    ] = None,
+    base: Annotated[str | None, FROZEN] = None,
     loading: SharedLoading,
     as_json: Json = False,
 ) -> None:
@@ -82,26 +81,17 @@ def train_command(
 
 @expanded
 def sweep_command(
-    train: Annotated[str, typer.Argument(metavar="TRAIN", help=SOURCE)],
+    train: Train,
     *,
     sweeping: Sweeping,
     validation: Annotated[
-        str | None, data_option("Rows of which half choose and half tell what the chosen is worth.", "a tenth of TRAIN")
+        str | None, data_option("Rows: half to choose the best by, half to measure it on.", "a tenth of TRAIN")
     ] = None,
-    template: Annotated[
-        str,
-        data_option(
-            "default, chat, or text with {soft_prompt}, fields and {target}; \\n: line end.",
-            "default",
-            choices=("default", "chat"),
-        ),
-    ] = "default",
+    template: Form = "default",
     labels: Labels = None,
-    columns: Columns,
+    columns: ColumnOptions,
     learning: LearningOnce,
-    base: Annotated[
-        str | None, model_option("The frozen model: alias, hub id, folder or .gguf file.", DEFAULT_BASE)
-    ] = None,
+    base: Annotated[str | None, FROZEN] = None,
     loading: Loading,
     as_json: Json = False,
 ) -> None:

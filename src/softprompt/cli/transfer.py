@@ -102,7 +102,7 @@ class Search:
                 f"on another task, name some with --sources, or use `softprompt train`."
             )
         if left_out := sorted(set(found) - set(fitting)):
-            stderr.print(f"left out, since they have not {wanted} virtual tokens: {', '.join(left_out)}")
+            stderr.print(f"left out, since they do not have {wanted} virtual tokens: {', '.join(left_out)}")
         return fitting
 
 
@@ -114,7 +114,7 @@ def _say(found: Trial) -> None:
         if one.gain is not None:
             gain, interval = f"{one.gain[0]:+.3f}", f"{one.gain[1]:+.3f} to {one.gain[2]:+.3f}"
         table.add_row(one.name, likeness, f"{one.value:.3f}", gain, interval)
-    stderr.print(f"after {found.steps} steps of each, on {found.rows:,} validation rows that did not choose:")
+    stderr.print(f"after {found.steps} steps of each, on {found.rows:,} validation rows not used to choose:")
     stderr.print(table)
     best = found.candidates[0]
     surely = "" if best.gain is None or best.gain[1] > 0 else "; its gain there is not beyond chance"

@@ -8,13 +8,13 @@ import typer
 
 from softprompt.cli.groups import Learning, Output
 from softprompt.cli.options import (
-    SOURCE,
-    Columns,
+    ColumnOptions,
     Form,
     Json,
     Labels,
     Loading,
     Name,
+    Train,
     completed,
     data_option,
     expanded,
@@ -28,7 +28,7 @@ from softprompt.exchange.formats import RECYCLING
 
 @expanded
 def transfer_command(
-    train: Annotated[str, typer.Argument(metavar="TRAIN", help=SOURCE)],
+    train: Train,
     sources: Annotated[
         list[str] | None,
         option(
@@ -43,7 +43,7 @@ def transfer_command(
     validation: Annotated[str | None, data_option("Rows to choose start and step by.", "a tenth of TRAIN")] = None,
     template: Form = "default",
     labels: Labels = None,
-    columns: Columns,
+    columns: ColumnOptions,
     learning: Learning,
     base: Annotated[str, model_option("The frozen model of all of them.", DEFAULT_BASE)] = DEFAULT_BASE,
     loading: Loading,
@@ -76,7 +76,7 @@ def recycle_command(
     old_base: Annotated[str | None, model_option("Its base model, where it has moved since.", "as in training")] = None,
     overwrite: Annotated[bool, flag("--overwrite", "Replace an earlier one of that name.")] = False,
     *,
-    columns: Columns,
+    columns: ColumnOptions,
     loading: Loading,
     as_json: Json = False,
 ) -> None:

@@ -219,8 +219,8 @@ class Comparison:
         found -= {"lora"} if lm.quantized == "nf4" else set()
         if lm.quantized and found:
             raise ConfigError(
-                f"{' and '.join(sorted(found))} would train the weights of {base}, of which there are {lm.quantized} "
-                "codes alone; leave --quantize out, or name other --methods."
+                f"{' and '.join(sorted(found))} would train the weights of {base}, which are stored as {lm.quantized} "
+                "codes only; leave --quantize out, or name other --methods."
             )
 
     def _time(self, base: str, lm: FrozenLM, load: float) -> None:

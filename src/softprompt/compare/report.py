@@ -475,9 +475,9 @@ def _what_was_compared(page: Page, cells: Sequence[Cell]) -> None:
     )
     if shared := sorted({cell["method"] for cell in cells if cell.get("learned_with")}):
         page.paragraph(
-            f"{' and '.join(shared)} learned for several seeds in shared passes. What a pass takes is divided evenly "
-            "among them, and each had its own budget, so that it did more steps in it than alone. Their memory is that "
-            "of all of them together."
+            f"{' and '.join(shared)} learned for several seeds in shared passes. The time of a pass is divided evenly "
+            "among them. Each had its whole budget, so it did more steps than alone. The memory is that of all of them "
+            "together."
         )
     page.paragraph(
         "Scores are followed by ± one standard error. Differences are the method minus the soft prompt, in points, "

@@ -57,19 +57,19 @@ def sentences(sweep: Sweep, selection: Selection) -> list[str]:
     seen, unseen = selection.chosen
     rows = [f"{number:,} rows" for number in selection.rows]
     said = [
-        f"best of {count} on the {rows[0]} that chose: {selection.metric} {_shown(seen, percent)}; on {rows[1]} that "
-        f"did not: {_shown(unseen, percent)}"
+        f"best of {count}: {selection.metric} {_shown(seen, percent)} on the {rows[0]} used to choose it, "
+        f"{_shown(unseen, percent)} on {rows[1]} not used to choose"
     ]
     if sweep.best == 0:
         return [*said, "the default setting is the best of them: nothing is gained"]
     gains = [_shown(gain, percent, signed=True) for gain in selection.gain]
     said.append(
-        f"gain over the default setting: {gains[0]} on the rows that chose, {gains[1]} on those that did not: "
+        f"gain over the default setting: {gains[0]} on the rows used to choose, {gains[1]} on the others: "
         f"{_shown(selection.selection, percent, signed=True)} of the gain is selection"
     )
     gain = selection.gain[1]
     if not gain.value > 2 * gain.stderr:
-        said.append("on the rows that did not choose, the gain is within two standard errors of none")
+        said.append("on the rows not used to choose, the gain is within two standard errors of zero")
     return said
 
 

@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from softprompt.data.columns import Columns
 from softprompt.data.conversations import BadRow, conversation_examples
 from softprompt.data.example import Dataset, Example, check_targets
 from softprompt.data.formats import Layout, layout_of
@@ -106,6 +107,30 @@ def read_dataset(
     if labels:
         check_targets(dataset, tuple(labels))
     return dataset
+
+
+def read_rows(
+    source: Source,
+    columns: Columns,
+    *,
+    fields: Sequence[str] | None,
+    require_target: bool = True,
+    labels: Collection[str] | None = None,
+    label_names: Mapping[str, str] | None = None,
+) -> Dataset:
+    """``read_dataset``, as a user says what is where in the rows."""
+    return read_dataset(
+        source,
+        fields=fields,
+        input_field=columns.input_field,
+        target_field=columns.target_field,
+        require_target=require_target,
+        references_field="" if columns.references_field == "none" else columns.references_field,
+        encoding=columns.encoding,
+        labels=labels,
+        label_names=label_names,
+        format=columns.format,
+    )
 
 
 def _used_columns(table: Table, layout: Layout, references_field: str | None) -> dict[str, str]:

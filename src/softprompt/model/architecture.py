@@ -3,9 +3,7 @@ once, and what is read off any model."""
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -320,26 +318,6 @@ def leave_out_images(model: Any) -> None:
     for name, part in list(core.named_children()):
         if part is not core_of(model):
             setattr(core, name, None)
-
-
-def run_behind(
-    core: Any, inputs: Mapping[str, torch.Tensor], mask: Any, positions: torch.Tensor, cache: Any
-) -> torch.Tensor:
-    """Hidden states ``[B, T, H]`` after the last layer's norm, of tokens behind what a cache holds.
-
-    Args:
-        core: the language model without its head.
-        inputs: what is read of the tokens, as ``per_layer.inputs`` gives it.
-        mask: as its layers take it.
-        positions: int64 ``[B, T]``.
-        cache: what stands where transformers expects its own.
-    """
-    takes = inspect.signature(core.forward).parameters
-    options = {"cache_params" if "cache_params" in takes else "past_key_values": cache}  # Mamba says the former
-    if "position_ids" in takes:
-        options["position_ids"] = positions
-    out = core(**inputs, attention_mask=mask, use_cache=True, **options)
-    return out.last_hidden_state  # type: ignore[no-any-return]
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:

@@ -8,7 +8,7 @@ import torch
 
 from softprompt.errors import BaseModelError
 from softprompt.model.architecture import core_of
-from softprompt.model.per_layer import has_parts, inputs, read, read_virtual
+from softprompt.model.per_layer import arguments, has_parts, read, read_virtual
 
 LEAST_SIGHT = 1e-6
 """Share of the largest gradient that one in a later token must have to count: rounding is far below, sight above."""
@@ -52,11 +52,11 @@ def require_causal(model: Any, name: str, *, rms: float) -> None:
     try:
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(
-                computed(model, **inputs(model, read_virtual(model, leaf[0] + 0)[None]))[:, :2].square().mean(), leaf
+                computed(model, **arguments(model, read_virtual(model, leaf[0] + 0)[None]))[:, :2].square().mean(), leaf
             )
         with torch.no_grad():
             by_ids = computed(alone, input_ids=ids)
-            by_vectors = computed(alone, **inputs(model, read(model, ids)))
+            by_vectors = computed(alone, **arguments(model, read(model, ids)))
     except Exception as error:  # of transformers alone
         reason = " ".join(str(error).split()).split(". ")[0][:200]
         raise BaseModelError(

@@ -33,7 +33,7 @@ def next_logits(lm: Any, kv: Slots, embedded: torch.Tensor, counts: Sequence[int
     own = torch.tensor(counts)
     padding = torch.arange(embedded.shape[1]) >= own[:, None]
     columns, padding = columns.to(lm.device), padding.to(lm.device)
-    hidden = lm.behind(kv, embedded, columns, columns.masked_fill(padding, 0))
+    hidden = lm.passes.behind(kv, embedded, columns, columns.masked_fill(padding, 0))
     logits: torch.Tensor = lm.logits(hidden[torch.arange(len(own)), own - 1])
     return logits[:1] if alone else logits
 
@@ -53,7 +53,7 @@ def last_logits(lm: Any, kv: Slots, tokens: Sequence[int]) -> torch.Tensor:
     if isinstance(kv, FixedKV):
 
         def run(ids: torch.Tensor, columns: torch.Tensor, cache: LastTokens) -> torch.Tensor:
-            logits: torch.Tensor = lm.logits(lm.behind(cache, lm.read(ids), columns, columns)[:, 0])
+            logits: torch.Tensor = lm.logits(lm.passes.behind(cache, lm.read(ids), columns, columns)[:, 0])
             return logits
 
         return lm.fixed_rows.run(kv, tokens, run, lm.device)  # type: ignore[no-any-return]

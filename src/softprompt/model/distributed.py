@@ -301,8 +301,8 @@ def noticing_loss() -> Iterator[None]:
             raise
         reason = str(error).splitlines()[0].split("] ")[-1].split(". ")[0][:160]
         raise ProcessError(
-            f"Another process of this run was lost ({reason}), so it ends here; what a training has kept stays: "
-            "give the same command with --resume, with as many processes as you like."
+            f"Another process of this run was lost ({reason}), so it ends here; a training's checkpoint stays: "
+            "give the same command with --resume and any number of processes."
         ) from error
 
 

@@ -131,8 +131,8 @@ class Embedder:
                 assert vectors is not None, "a request with a soft prompt's place names its soft prompt"
                 if vectors.dim() != 2:
                     raise ConfigError(
-                        "A trained prefix must stand before all input, which may not be empty, in a base model that "
-                        "computes a prefix once; use a plain soft prompt."
+                        "A trained prefix must stand before all input, the input must not be empty, and the base model "
+                        "must compute a prefix once; use a plain soft prompt."
                     )
                 pieces.append(of_vectors(vectors.to(device, self.dtype)))
             start = place + 1

@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
 
 from softprompt.data.packages import DEFAULT_BASE
 from softprompt.errors import ConfigError
@@ -28,7 +27,6 @@ from softprompt.model.architecture import (
     feed,
     leave_out_images,
     longest_steady,
-    run_behind,
     why_whole_sequences,
     window_of,
 )
@@ -47,15 +45,15 @@ from softprompt.model.fingerprint import fingerprint_tokenizer, model_settings, 
 from softprompt.model.loading import fingerprint_of, lasting, load_base, own_dtype, pick_device, pick_dtype
 from softprompt.model.memory import less_at_once, tokens_that_fit
 from softprompt.model.notes import heard
-from softprompt.model.per_layer import inputs, read, read_virtual
+from softprompt.model.passes import Passes
+from softprompt.model.per_layer import read, read_virtual
 from softprompt.model.prefixes import PrefixCache, PrefixOf
 from softprompt.model.reading import summed
 from softprompt.model.request import Request, prompt_of
 from softprompt.model.scoring import scores, scores_and_greedy
 from softprompt.model.sharding import divide
-from softprompt.model.state.kv import Kept, PrefixKV
 from softprompt.model.state.prefix import PrefixState
-from softprompt.model.state.recurrent import Pass, RecurrentState, RowStates, Slots
+from softprompt.model.state.recurrent import RowStates, Slots
 from softprompt.model.state.slots import RowKV, give_back_freed
 from softprompt.model.trained import TrainedPrefixes
 from softprompt.model.whole import Whole, WholeSequences
@@ -79,6 +77,7 @@ class FrozenLM(Embedder):
         layers: how its decoder layers run in training.
         keeps_latents: whether its layers with attention keep latents.
         hands_over: whether some of its layers read the keys and values of others.
+        passes: how it computes with shared prefixes.
         fixed_rows: passes over the last tokens of rows that are continued, as CUDA graphs.
         whole: how it computes whole sequences, with nothing shared.
         avoids_one_row: whether a row alone is computed twice.
@@ -106,7 +105,7 @@ class FrozenLM(Embedder):
         stored, found = quantized.stored_precision(config), pick_dtype(dtype, self.device)
         self.num_parameters, self.longest_steady = quantized.count_weights(model), longest_steady(config)
         self.quantized = stored or quantize or ""
-        self._layers, self._core = decoder_layers(model), core_of(model)
+        self._layers = decoder_layers(model)
         if world.shard != "none":
             if self.quantized:
                 raise ConfigError(
@@ -157,11 +156,13 @@ class FrozenLM(Embedder):
         self.shares_prefix = not self.why_whole_sequences
         self.recurrent = self.shares_prefix and family is not None and family.recurrent
         self._text_config = self.model.config.get_text_config()
-        self._mask = Masks.of(self._text_config, family, self.dtype)
         self._head = family.head if family else Head()
         self.keeps_latents = family is not None and family.latent
         self.hands_over = bool(getattr(self._text_config, "num_kv_shared_layers", 0))
-        self._by_blocks = self.plain and self._mask.fits_blocks and can_use_blocks(self.device)
+        mask = Masks.of(self._text_config, family, self.dtype)
+        by_blocks = self.plain and mask.fits_blocks and can_use_blocks(self.device)
+        core, layers = core_of(self.model), len(self._layers)
+        self.passes = Passes(core, layers, mask, self.recurrent, self.keeps_latents, by_blocks)
         if self.shares_prefix:
             attention.install(self.model, self._layers)
 
@@ -343,44 +344,14 @@ class FrozenLM(Embedder):
             first, *others = [self.prefix_kv(ids, own) for ids, own in zip(prefixes, vectors, strict=True)]
             return first.stack(others)
         rows = [self.rows(ids, own) for ids, own in zip(prefixes, vectors, strict=True)]
-        return self._run_prefixes(rows, [len(row) for row in rows], None)
+        return self.passes.prefixes(rows, [len(row) for row in rows], None)
 
     def _run_prefix(self, ids: Sequence[int], vectors: torch.Tensor | None, before: PrefixState | None) -> PrefixState:
         """What ``before`` leaves behind, and behind it ``ids``, which see it."""
         embedded = self.rows(list(ids) or [0], vectors)
         length = len(embedded) if ids else 0  # of an empty prefix only the shape is taken, from a throw-away token
-        if self.recurrent:
-            assert before is None or isinstance(before, RecurrentState)
-            start = 0 if before is None else before.width
-            seen = torch.arange(start + len(embedded), device=self.device)[None]
-            positions = seen[:, start:]
-            cache = Pass(before, torch.zeros(1, dtype=torch.long, device=self.device))
-            mask = self._mask(positions[..., None] >= seen[:, None], positions, seen)
-            run_behind(self._core, inputs(self._core, embedded[None]), mask, positions, cache)
-            state = cache.left(length)
-            return state if before is None else before.join(state)
-        assert before is None or isinstance(before, PrefixKV)
-        own = self._run_prefixes([embedded], [length], before)
+        own = self.passes.prefix(embedded, length, before)
         return own if before is None else before.join(own)
-
-    def _run_prefixes(self, rows: Sequence[torch.Tensor], lengths: Sequence[int], before: PrefixKV | None) -> PrefixKV:
-        """Keys and values of the first tokens of embedded rows ``[T, H]``, beside each other; they see ``before``."""
-        embedded = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-        start = 0 if before is None else before.width
-        kept = Kept(len(self._layers))
-        seen = torch.arange(start + embedded.shape[1], device=self.device).expand(len(rows), -1)
-        positions = seen[:, start:]
-        # A cache is asked in code that knows its layer's number, which would be compiled for each layer anew.
-        keeping: dict[str, Any] = {"past_key_values": kept} if self.keeps_latents else {"keep": kept.layers}
-        self._core(
-            **inputs(self._core, embedded),
-            attention_mask=self._mask(positions[..., None] >= seen[:, None], positions, seen),
-            position_ids=positions,
-            use_cache=False,
-            prefix=before,
-            **keeping,
-        )
-        return kept.prefix(*lengths)
 
     def collate(self, rows: Sequence[Row], prefix_lengths: Sequence[int], device: torch.device | None = None) -> Batch:
         """Rows as one batch, laid out for this model, on its device unless another is given; as ``batch.collate``."""
@@ -418,33 +389,12 @@ class FrozenLM(Embedder):
         self, batch: Batch, prefix: PrefixState | None, vectors: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Logits float32 ``[M, V]`` at the places that the rows' words are read from."""
-        hidden = self._hidden(batch, prefix, vectors)
-        return self.logits(hidden[batch.read_lines, batch.read_columns])
-
-    def _hidden(self, batch: Batch, prefix: PrefixState | None, vectors: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden states ``[B, T, H]`` of the rows after the last layer's norm."""
         embedded = self.read(batch.ids)
         if batch.soft is not None:
             assert vectors is not None
             embedded = embedded.index_copy(1, batch.soft, read_virtual(self.model, vectors.to(self.dtype))[None])
-        if batch.soft is not None and self._by_blocks:
-            mask = self._mask.blocks(batch.ends[0], batch.positions[0])
-        else:
-            before = torch.arange(batch.width, device=self.device).expand(len(batch.ids), -1)
-            mask = self._mask(batch.sees, batch.positions, torch.cat([before, batch.positions], dim=1))
-        if isinstance(prefix, RecurrentState):
-            assert batch.prefix_rows is not None
-            given = inputs(self._core, embedded)
-            return run_behind(self._core, given, mask, batch.positions, Pass(prefix, batch.prefix_rows))
-        out = self._core(
-            **inputs(self._core, embedded),
-            attention_mask=mask,
-            position_ids=batch.positions,
-            use_cache=False,
-            prefix=prefix,
-            prefix_rows=batch.prefix_rows,
-        )
-        return out.last_hidden_state  # type: ignore[no-any-return]
+        hidden = self.passes.batch(batch, embedded, prefix)
+        return self.logits(hidden[batch.read_lines, batch.read_columns])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Float32 ``[M, V]`` of hidden states ``[M, H]``."""
@@ -468,12 +418,6 @@ class FrozenLM(Embedder):
     def last_logits(self, kv: Slots, tokens: Sequence[int]) -> torch.Tensor:
         """``next_logits`` of one token a row, by id. On a GPU nothing waits for it."""
         return continuing.last_logits(self, kv, tokens)
-
-    def behind(self, kv: Any, embedded: torch.Tensor, columns: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Hidden states ``[B, T, H]`` of tokens that stand in those columns of their slots, both int64 ``[B, T]``."""
-        places = torch.arange(kv.width, device=self.device)[None]
-        mask = self._mask(columns[..., None] >= places[:, None], positions, places)
-        return run_behind(self._core, inputs(self._core, embedded), mask, positions, kv)
 
     # --- the concatenation path: the reference, and what serves every other architecture ----------
 

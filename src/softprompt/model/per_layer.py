@@ -43,7 +43,7 @@ def read_virtual(model: Any, vectors: torch.Tensor) -> torch.Tensor:
     return torch.cat([vectors, parts.expand(len(vectors), -1)], dim=-1)
 
 
-def inputs(model: Any, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+def arguments(model: Any, rows: torch.Tensor) -> dict[str, torch.Tensor]:
     """What the model's forward takes for rows ``[B, T, …]`` of what is read."""
     if not has_parts(model):
         return {"inputs_embeds": rows}

@@ -118,7 +118,7 @@ def run(lm: Any) -> None:
             expected = answers(lm)
             lm.take_up(family, "")
             if distance(answers(lm), expected) > TOLERANCE[lm.dtype]:
-                why = "a few texts came out otherwise behind a shared prefix"
+                why = "a few texts came out differently behind a shared prefix"
         except Exception as error:  # whatever an unknown model does
             why = f"its prefixes cannot be shared ({type(error).__name__})"
     if why:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from softprompt.model.per_layer import inputs, read
+from softprompt.model.per_layer import arguments, read
 from softprompt.text.tokens import Tokens
 
 Ahead = Sequence[torch.Tensor] | None
@@ -100,13 +100,13 @@ class WholeSequences:
 
     def layer_states(self, embedded: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See ``Whole``."""
-        out = self._model(**inputs(self._model, embedded[None]), use_cache=False, output_hidden_states=True)
+        out = self._model(**arguments(self._model, embedded[None]), use_cache=False, output_hidden_states=True)
         # Gemma 3n has several states of a token, of which the first becomes the next layer's attention.
         return tuple(state[0] if state.dim() == 3 else state[0, 0] for state in out.hidden_states)
 
     def attention(self, embedded: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See ``Whole``."""
-        out = self._model(**inputs(self._model, embedded[None]), use_cache=False, output_attentions=True)
+        out = self._model(**arguments(self._model, embedded[None]), use_cache=False, output_attentions=True)
         layers = tuple(getattr(out, "attentions", None) or ())
         return () if any(layer is None for layer in layers) else tuple(layer[0, :, -1] for layer in layers)
 
@@ -133,7 +133,7 @@ class WholeSequences:
         can_leave_out = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         options = {"logits_to_keep": embedded.shape[1] - first} if can_leave_out else {}
         logits = self._model(
-            **inputs(self._model, embedded), attention_mask=mask, use_cache=False, **options
+            **arguments(self._model, embedded), attention_mask=mask, use_cache=False, **options
         ).logits.float()
         left_out = embedded.shape[1] - logits.shape[1]
         ends = [len(row) - left_out for row in rows]

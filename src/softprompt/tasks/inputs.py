@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from softprompt.data.columns import Columns
 from softprompt.data.example import Example
 from softprompt.errors import DataError
 from softprompt.files import local_path
@@ -32,7 +33,7 @@ def examples_of(soft_prompt: SoftPrompt, inputs: Input | Iterable[Input] | Path)
         DataError: an input without the template's fields, or blank, or a file that cannot be read.
     """
     if isinstance(inputs, os.PathLike):
-        return list(read_for(soft_prompt, inputs, require_target=False, references_field="none").examples)
+        return list(read_for(soft_prompt, inputs, Columns(references_field="none"), require_target=False).examples)
     if isinstance(inputs, str) and inputs.lower().endswith(FILES) and local_path(inputs).is_file():
         raise DataError(f"Expected input text, found the name of a file, {inputs}; write Path({inputs!r}) to read it.")
     form = Template(soft_prompt.template)

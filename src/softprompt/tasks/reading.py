@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from softprompt.data.checks import Reading, reading, require_label_set
+from softprompt.data.columns import AS_FOUND, Columns
 from softprompt.data.example import Dataset, check_targets, infer_labels
 from softprompt.data.formats import ALPACA
-from softprompt.data.reading import read_dataset
+from softprompt.data.reading import read_rows
 from softprompt.data.sources import Source
 from softprompt.data.wording import listed
 from softprompt.errors import ConfigError, DataError
@@ -31,12 +33,7 @@ def read_task(
     validation: Source | Dataset | None,
     labels: Labels | None,
     names: Sequence[str] | None,
-    *,
-    input_field: str | None = None,
-    target_field: str = "target",
-    references_field: str | None = None,
-    encoding: str | None = None,
-    format: str | None = "none",
+    columns: Columns = AS_FOUND,
 ) -> tuple[Dataset, Dataset | None, Verbalizer | None]:
     """Training and validation rows, and the labels; None for free text.
 
@@ -46,15 +43,14 @@ def read_task(
         labels: see ``Labels``; None: targets that look like labels are (``infer_labels``), unless a column of
             references is named.
         names: the template's fields; None: those of the format.
-        input_field, target_field, encoding, format: as for ``read_dataset``; validation rows are read in the
-            format that those of training have, conversations in any.
-        references_field: the column of further accepted answers to free text; ``"none"``: no column.
+        columns: what is where in the rows; those for validation are read in the format that those for training have,
+            conversations in any.
 
     Raises:
         ConfigError: labels and a column of references together, or an unknown encoding.
         DataError: data that cannot be read, or labels that cannot be meant.
     """
-    named = references_field not in (None, "none")
+    named = columns.names_references
     if named and labels not in (None, "none"):
         raise ConfigError(
             "--references-field is for free text, but --labels makes the targets labels; leave one of them out."
@@ -62,26 +58,18 @@ def read_task(
     verbalizer = None if labels in (None, "all", "none") else verbalizer_of(labels)
     numbers = numbers_of(labels)
 
-    def read(source: Source | Dataset, names: Sequence[str] | None, format: str | None) -> Dataset:
+    def read(source: Source | Dataset, names: Sequence[str] | None, columns: Columns) -> Dataset:
         if isinstance(source, Dataset):
             if verbalizer is not None:
                 check_targets(source, verbalizer.labels)
             return source
-        return read_dataset(
-            source,
-            fields=names,
-            input_field=input_field,
-            target_field=target_field,
-            references_field=references_column(references_field),
-            encoding=encoding,
-            labels=None if verbalizer is None else verbalizer.labels,
-            label_names=numbers,
-            format=format,
-        )
+        known = None if verbalizer is None else verbalizer.labels
+        return read_rows(source, columns, fields=names, labels=known, label_names=numbers)
 
-    rows = read(train, names, format)
+    rows = read(train, names, columns)
     fields = names if names is not None or rows.is_chat else tuple(rows.examples[0].fields)
-    held_out = None if validation is None else read(validation, fields, format if rows.is_chat else rows.format)
+    likewise = columns if rows.is_chat else replace(columns, format=rows.format)
+    held_out = None if validation is None else read(validation, fields, likewise)
     if rows.is_chat:
         _require_chat(rows, held_out, labels, named)
         return rows, held_out, None
@@ -116,13 +104,9 @@ def _require_chat(rows: Dataset, held_out: Dataset | None, labels: Labels | None
 def read_for(
     soft_prompt: SoftPrompt,
     source: Source,
+    columns: Columns = AS_FOUND,
     *,
-    input_field: str | None = None,
-    target_field: str = "target",
     require_target: bool = True,
-    references_field: str | None = None,
-    encoding: str | None = None,
-    format: str | None = None,
 ) -> Dataset:
     """Rows for a soft prompt that is there already: those of its template's fields and of its labels, or conversations
     if it was tuned on such.
@@ -130,8 +114,8 @@ def read_for(
     Args:
         soft_prompt: what shall answer them.
         source: the rows.
-        input_field, target_field, require_target, encoding, format: as for ``read_dataset``.
-        references_field: the column of further accepted answers to free text; ``"none"``: no column.
+        columns: what is where in them.
+        require_target: as for ``read_dataset``.
 
     Raises:
         ConfigError: as for ``read_dataset``.
@@ -139,22 +123,12 @@ def read_for(
     """
     labels = tuple(soft_prompt.verbalizer or ()) if require_target else None
     fields = Template(soft_prompt.template).fields
-    rows = read_dataset(
-        source,
-        fields=fields,
-        input_field=input_field,
-        target_field=target_field,
-        require_target=require_target,
-        references_field=references_column(references_field),
-        encoding=encoding,
-        labels=labels,
-        label_names=soft_prompt.data.get("label_names"),
-        format=format,
-    )
+    names = soft_prompt.data.get("label_names")
+    rows = read_rows(source, columns, fields=fields, require_target=require_target, labels=labels, label_names=names)
     if rows.is_chat and not soft_prompt.is_chat:
         raise DataError(
-            f"Expected rows with {listed(fields)}, on such the soft prompt {soft_prompt.name!r} was tuned, found "
-            f"conversations in {rows.source}; give such rows, or train one on conversations."
+            f"Expected rows with {listed(fields)}, as the soft prompt {soft_prompt.name!r} was tuned on, found "
+            f"conversations in {rows.source}; give such rows, or train a soft prompt on conversations."
         )
     return rows
 
@@ -193,26 +167,21 @@ def numbers_of(labels: Labels | None) -> dict[str, str]:
     return label_names(labels) if isinstance(labels, str | Mapping) and labels not in ("all", "none") else {}
 
 
-def references_column(name: str | None) -> str | None:
-    """What ``read_dataset`` takes for a column of references that a user names: ``"none"`` is no column."""
-    return "" if name == "none" else name
-
-
 def taken_for(
     train: Dataset,
     validation: Dataset | None,
     test: Dataset | None,
     verbalizer: Verbalizer | None,
     labels: Labels | None,
-    references_field: str | None,
+    columns: Columns,
 ) -> Reading:
-    """What the data were taken for; ``labels`` and ``references_field`` are what ``read_task`` was given."""
+    """What the data were taken for; ``labels`` and ``columns`` are what ``read_task`` was given."""
     return reading(
         train,
         validation,
         test,
         labels=None if verbalizer is None else verbalizer.labels,
-        chosen=labels is not None or references_field not in (None, "none"),
+        chosen=labels is not None or columns.names_references,
     )
 
 

@@ -368,7 +368,7 @@ class Gradients:
         self.lm.layers.set(recomputed=True)
         warnings.warn(
             f"a single row did not fit into the memory of the device ({self.lm.device}); activations are computed "
-            "again in the backward pass from now on, with the same result, in a third more time",
+            "again in the backward pass from now on, with the same result; a step takes a third longer",
             SoftPromptWarning,
             stacklevel=3,
         )

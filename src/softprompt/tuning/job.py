@@ -10,6 +10,7 @@ from inspect import signature
 from typing import Any
 
 from softprompt.data.checks import Reading
+from softprompt.data.columns import AS_FOUND, Columns
 from softprompt.data.example import Dataset
 from softprompt.data.sources import Source
 from softprompt.errors import ConfigError, SoftPromptError
@@ -40,7 +41,7 @@ class Job:
         template: ``"default"``, ``"chat"`` or one of the user's own.
         config: settings.
         start: a soft prompt to start from.
-        labels, references_field: what the user said of the targets.
+        labels, columns: what the user said of the targets and of the rows.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Job:
     config: TrainConfig
     start: SoftPrompt | None = None
     labels: Labels | None = None
-    references_field: str | None = None
+    columns: Columns = AS_FOUND
 
     @classmethod
     def read(
@@ -62,15 +63,11 @@ class Job:
         name: str = "soft-prompt",
         template: str | Template = "default",
         labels: Labels | None = None,
-        input_field: str | None = None,
-        target_field: str = "target",
-        references_field: str | None = None,
-        encoding: str | None = None,
-        format: str | None = None,
+        columns: Columns = AS_FOUND,
         start: SoftPrompt | None = None,
         config: TrainConfig | None = None,
     ) -> Job:
-        """Reads its rows; the arguments are those of :func:`softprompt.train`.
+        """Reads its rows; the arguments are those of :func:`softprompt.train`, ``columns`` being several of them.
 
         Raises:
             DataError, TemplateError: data or a template that cannot be meant.
@@ -83,11 +80,7 @@ class Job:
             validation,
             labels,
             form.fields if isinstance(form, Template) else ("input",) if form == "chat" else None,
-            input_field=input_field,
-            target_field=target_field,
-            references_field=references_field,
-            encoding=encoding,
-            format="none" if own and format is None else format,
+            replace(columns, format="none") if own and columns.format is None else columns,
         )
         if own:
             require_no_chat(rows, "A template of your own")
@@ -100,7 +93,7 @@ class Job:
             config=config or TrainConfig(),
             start=start,
             labels=labels,
-            references_field=references_field,
+            columns=columns,
         )
 
     @classmethod
@@ -108,20 +101,22 @@ class Job:
         """The ``number``-th of several jobs, from 1, read.
 
         Args:
-            given: arguments of :meth:`read` and settings of ``TrainConfig`` by name, ``data`` among them.
+            given: arguments of :func:`softprompt.train` by name, ``data`` among them.
 
         Raises:
             SoftPromptError: as for :meth:`read`, or an argument is unknown; the sentence names the job.
         """
         name = given.get("name", f"soft-prompt-{number}")
         with of_job(name):
-            settings = [field.name for field in fields(TrainConfig)]
-            require_known(given, [*signature(cls.read).parameters, *settings], "argument", "a job has")
+            settings, columns = ([field.name for field in fields(kind)] for kind in (TrainConfig, Columns))
+            known = [name for name in signature(cls.read).parameters if name != "columns"]
+            require_known(given, [*known, *columns, *settings], "argument", "a job has")
             if "data" not in given:
                 raise ConfigError("expected data to train on, found none; give a path or rows as data.")
-            options = {key: value for key, value in given.items() if key not in settings}
+            options = {key: value for key, value in given.items() if key in known}
             chosen = {key: value for key, value in given.items() if key in settings}
             options["config"] = with_settings(options.get("config"), chosen)
+            options["columns"] = Columns(**{key: value for key, value in given.items() if key in columns})
             return cls.read(**{**options, "name": name})
 
     def on(self, lm: FrozenLM) -> Job:
@@ -151,7 +146,7 @@ class Job:
     @property
     def reading(self) -> Reading:
         """What the data were taken for."""
-        return taken_for(self.rows, self.validation, None, self.verbalizer, self.labels, self.references_field)
+        return taken_for(self.rows, self.validation, None, self.verbalizer, self.labels, self.columns)
 
     def task(self, lm: FrozenLM) -> Task:
         """The task of a job that is :meth:`on` this base model.

@@ -372,7 +372,7 @@ class Sweep:
         differing = [name for name in ours if identity.get(name) != ours[name]]
         if differing:
             raise ConfigError(
-                f"The sweep in {self._state} is one with other {', '.join(differing)}; give the same command with "
+                f"The sweep in {self._state} is of other {', '.join(differing)}; give the same command with "
                 f"--resume, or start anew with --overwrite instead."
             )
 

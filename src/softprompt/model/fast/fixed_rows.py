@@ -138,8 +138,8 @@ class FixedRows:
     def __init__(self, *, wanted: bool) -> None:
         self.wanted = wanted
         self.graphs = Graphs(
-            "a pass that continues texts could not be captured as a CUDA graph ({reason}); texts are continued "
-            "without, in more time"
+            "a pass that continues texts could not be captured as a CUDA graph ({reason}); generation goes on without "
+            "it, and takes longer"
         )
         self._memory = Memory()
         self._moved = 0

@@ -235,14 +235,7 @@ class RowStates(_Memories):
             self.memories[part] = torch.cat([*held, *(start.memories[index] for start in starts)])
 
     def join(self, others: object) -> RowStates:
-        """Rows that have grown elsewhere, behind those that are there; copied, unless there are none.
-
-        Args:
-            others: ``RowStates``.
-
-        Returns:
-            Where all of them are now.
-        """
+        """As ``RowKV.join``; ``others`` are ``RowStates``."""
         assert isinstance(others, RowStates), "rows of another kind need slots of another kind"
         if not self.lengths:
             return others
