@@ -3,6 +3,8 @@ codes stand for."""
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,14 +21,14 @@ from softprompt.methods import peft as by_peft
 from softprompt.model.experts import CodedExperts
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.memory import matrix_ends
-from softprompt.model.quantized import bytes_of
+from softprompt.model.quantized import bytes_of, coded_layer
 from softprompt.model.request import Request
 from softprompt.text.tokens import SOFT
 from softprompt.tuning.training import Training
 from tests import conftest
 from tests.conftest import make_tokenizer, toy, toy_task, train_settings
 from tests.model.codes import dense
-from tests.model.families import make_model
+from tests.model.families import make_model, soft
 
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 REQUESTS = [Request((3, SOFT, 5, 9, 11), 2, ((7,), (9, 12)), 0), Request((3, SOFT, 8), 2, ((7,), (20,)), 0)]
@@ -59,15 +61,11 @@ def with_dense_weights(lm: FrozenLM, case: str) -> FrozenLM:
     return FrozenLM(model, make_tokenizer(), name="dense", dtype="fp32")
 
 
-def vectors(lm: FrozenLM) -> torch.Tensor:
-    return 0.1 * torch.randn(6, lm.hidden_size, generator=torch.Generator().manual_seed(0))
-
-
 def answers(lm: FrozenLM) -> tuple[torch.Tensor, ...]:
     """Scores by whole sequences and by shared prefixes, and the soft prompt's gradient."""
-    soft = vectors(lm).requires_grad_()
-    scores = lm.score_concatenated(REQUESTS, [soft])
-    return scores.detach(), *torch.autograd.grad(scores.sum(), soft), lm.score(REQUESTS, [soft.detach()])
+    vectors = soft(6).requires_grad_()
+    scores = lm.score_concatenated(REQUESTS, [vectors])
+    return scores.detach(), *torch.autograd.grad(scores.sum(), vectors), lm.score(REQUESTS, [vectors.detach()])
 
 
 @pytest.mark.parametrize("case", FUSED)
@@ -77,6 +75,27 @@ def test_scores_and_gradient_are_those_of_the_weights_that_the_codes_stand_for(c
     assert not [name for name, weight in lm.model.named_parameters() if weight.dim() == 3 and "experts" in name]
     for ours, oracle in zip(answers(lm), answers(with_dense_weights(lm, case)), strict=True):
         torch.testing.assert_close(ours, oracle, rtol=2e-4, atol=2e-4)
+
+
+def test_experts_of_a_class_that_transformers_has_not_marked() -> None:
+    """Step 3.7, whose numbers within an expert are clamped."""
+    library = pytest.importorskip("transformers.models.step3p7.modeling_step3p7")
+    sizes = {"num_local_experts": 4, "hidden_size": 32, "moe_intermediate_size": 16, "hidden_act": "silu"}
+    plain = conftest.randomised(library.Step3p7Experts(SimpleNamespace(**sizes), swiglu_limit=0.5))
+    plain.requires_grad_(False)
+    make = partial(coded_layer, precision="int8", device=torch.device("cpu"))
+    experts: Any = CodedExperts.of(copy.deepcopy(plain), make)
+    for index in range(4):
+        expert = experts.get_submodule(str(index))
+        plain.gate_up_proj[index], plain.down_proj[index] = dense(expert.up[0]), dense(expert.down)
+    chosen, weights = torch.tensor([[0, 1], [3, 1], [1, 2]]), torch.rand(3, 2)
+    found = []
+    for module in (experts, plain):
+        states = 3 * torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        outputs = module(states, chosen, weights)
+        found.append((outputs.detach(), *torch.autograd.grad(outputs.square().sum(), states)))
+    for ours, oracle in zip(*found, strict=True):
+        torch.testing.assert_close(ours, oracle, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("precision", [pytest.param("nf4", marks=needs_bitsandbytes), "int4", "fp8"])
