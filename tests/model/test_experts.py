@@ -211,9 +211,9 @@ def test_blocks_of_a_gguf_file_are_kept_and_other_experts_left_alone(tmp_path: P
 # --- folders that hold experts one by one ---------------------------------------------------------
 
 
-def saved(case: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+def saved(case: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Path:
     model = make_model(case).to(dtype)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, **options)
     make_tokenizer().save_pretrained(folder)
     return folder
 
@@ -235,7 +235,8 @@ def test_a_folder_is_read_as_its_model_is_quantised(
     tmp_path: Path, case: str, dtype: torch.dtype, recwarn: pytest.WarningsRecorder
 ) -> None:
     """Its fingerprint is that of the plain model, and the codes are those of the weights in its dtype."""
-    folder = saved(case, tmp_path, dtype)
+    folder = saved(case, tmp_path, dtype, max_shard_size="50KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
     lm = FrozenLM.load(folder, device="cpu", dtype="fp32", quantize="int4")
     plain = FrozenLM.load(folder, device="cpu", dtype="fp32")
     assert lm.fingerprint == plain.fingerprint
