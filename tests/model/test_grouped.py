@@ -4,6 +4,7 @@ formats are published, and read as the weights that the codes stand for."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -22,9 +23,12 @@ from softprompt.model.quantized import bytes_of
 from softprompt.model.request import Request
 from softprompt.text.tokens import SOFT
 from tests.conftest import make_model, make_tokenizer, toy
+from tests.model import families
 
 REQUESTS = [Request((3, SOFT, 5, 9, 11), 2, ((7,), (9, 12)), 0), Request((3, SOFT, 8), 2, ((7,), (20,)), 0)]
 SIZE = 16
+TURNED = {"llama4_text", "gpt_oss"}
+"""Families whose experts a model holds as ``[E, in, out]``."""
 Files = dict[str, torch.Tensor]
 
 
@@ -132,6 +136,41 @@ class Stored:
         make_tokenizer().save_pretrained(folder)
         return numbers
 
+    def write_experts(self, folder: Path, case: str) -> dict[str, torch.Tensor]:
+        """The same of a mixture of experts, whose experts the files hold one by one, as older releases of transformers
+        did."""
+        model = families.make_model(case).half()
+        torch.manual_seed(0)
+        written, numbers = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+
+        def packed(place: str, rows: int, columns: int) -> torch.Tensor:
+            made = self.weight(rows, columns)
+            written.update({f"{place}.{end}": part for end, part in self.files(made).items()})
+            return made.numbers
+
+        into, out = {"mixtral": (["w1", "w3"], "w2"), "nemotron_h": (["up_proj"], "down_proj")}.get(
+            case, (["gate_proj", "up_proj"], "down_proj")
+        )
+        for name, weight in model.state_dict().items():
+            old = name.replace(".mlp.", ".block_sparse_moe.") if case == "mixtral" else name
+            if weight.dim() == 3 and ".experts." in name:
+                place, sizes = old.rpartition(".")[0], weight.mT.shape[1:] if case in TURNED else weight.shape[1:]
+                parts = [out] if name.endswith(".down_proj") else into
+                each = [
+                    torch.cat([packed(f"{place}.{i}.{part}", sizes[0] // len(parts), sizes[1]) for part in parts])
+                    for i in range(len(weight))
+                ]
+                numbers[name] = torch.stack([one.T if case in TURNED else one for one in each])
+            elif "_proj" in name and name.endswith(".weight") and ".layers." in name:
+                numbers[name] = packed(old.removesuffix(".weight"), *weight.shape)
+            elif name != "lm_head.weight" or not model.config.tie_word_embeddings:
+                written[old] = weight
+        model.config.quantization_config = self.config
+        model.config.save_pretrained(folder)
+        save_file({n: t.contiguous() for n, t in written.items()}, folder / "model.safetensors", {"format": "pt"})
+        make_tokenizer().save_pretrained(folder)
+        return numbers
+
 
 def of_gptq(bits: int = 4, **options: Any) -> dict[str, Any]:
     return {"quant_method": "gptq", "bits": bits, "group_size": SIZE, "desc_act": False, "sym": False} | options
@@ -155,13 +194,26 @@ LAYOUTS = {
 }
 
 
-def plain(numbers: dict[str, torch.Tensor], **sizes: Any) -> FrozenLM:
+def plain(numbers: dict[str, torch.Tensor], case: str = "") -> FrozenLM:
     """The model in fp32 with the weights that the codes stand for."""
-    model = make_model("llama", **sizes)
+    model = families.make_model(case) if case else make_model("llama")
     for weight in model.parameters():
         weight.data = weight.data.half().float()
     assert not model.load_state_dict(numbers, strict=False).unexpected_keys
     return FrozenLM(model, make_tokenizer(), name="plain", dtype="fp32")
+
+
+def require_same(lm: FrozenLM, oracle: FrozenLM) -> None:
+    """Scores by whole sequences and by shared prefixes, and the soft prompt's gradient."""
+    found = []
+    for model in (lm, oracle):
+        soft = 0.1 * torch.randn(6, lm.hidden_size, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        scores = model.score_concatenated(REQUESTS, [soft])
+        found.append(
+            (scores.detach(), *torch.autograd.grad(scores.sum(), soft), model.score(REQUESTS, [soft.detach()]))
+        )
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -171,15 +223,7 @@ def test_scores_and_gradient_are_those_of_the_weights_that_the_codes_stand_for(
     numbers = LAYOUTS[name].write(tmp_path)
     lm = FrozenLM.load(tmp_path, device="cpu", dtype="fp32")
     assert [str(one.message) for one in recwarn if isinstance(one.message, SoftPromptWarning)] == []
-    found = []
-    for model in (lm, plain(numbers)):
-        soft = 0.1 * torch.randn(6, lm.hidden_size, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        scores = model.score_concatenated(REQUESTS, [soft])
-        found.append(
-            (scores.detach(), *torch.autograd.grad(scores.sum(), soft), model.score(REQUESTS, [soft.detach()]))
-        )
-    for ours, oracle in zip(*found, strict=True):
-        torch.testing.assert_close(ours, oracle, rtol=2e-4, atol=2e-4)
+    require_same(lm, plain(numbers))
     for place, weight in numbers.items():
         assert torch.equal(lm.model.get_submodule(place.removesuffix(".weight")).decoded(torch.float32), weight)
 
@@ -274,3 +318,107 @@ def test_a_configuration_that_promises_codes_is_refused_without_them(tmp_path: P
     make_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(BaseModelError, match=r"none is called \*.qweight; give the config.json"):
         FrozenLM.load(tmp_path, device="cpu")
+
+
+# --- experts that the files hold one by one -------------------------------------------------------
+
+
+def decoded(module: Any, turned: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """What leads into the experts of a layer, and out of them, as transformers holds it."""
+    experts = [module.get_submodule(str(index)) for index in range(4)]
+    into = torch.stack([torch.cat([layer.decoded(torch.float32) for layer in one.up]) for one in experts])
+    out = torch.stack([one.down.decoded(torch.float32) for one in experts])
+    return (into.mT, out.mT) if turned else (into, out)
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        ("mixtral", "gptq"),
+        ("mixtral", "awq"),
+        ("qwen3_moe", "gptq-by-activation"),
+        ("qwen3_moe", "auto-round-awq"),
+        ("qwen3_moe", "compressed"),
+        ("deepseek_v3", "compressed-with-zeros"),
+        ("glm4_moe", "gptq-8"),
+        ("qwen3_next", "awq"),
+        ("llama4_text", "compressed"),
+        ("nemotron_h", "gptq"),
+    ],
+)
+def test_experts_that_are_stored_one_by_one(
+    tmp_path: Path, case: str, name: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    numbers = LAYOUTS[name].write_experts(tmp_path, case)
+    lm = FrozenLM.load(tmp_path, device="cpu", dtype="fp32")
+    assert [str(one.message) for one in recwarn if "left out" in str(one.message)] == []
+    oracle = plain(numbers, case)
+    require_same(lm, oracle)
+    assert lm.num_parameters == oracle.num_parameters
+    assert bytes_of(lm.model) < bytes_of(oracle.model)
+    places = {place.rpartition(".")[0] for place in numbers if ".experts." in place}
+    assert places
+    for place in places:
+        into = next(key for key in numbers if key.startswith(place) and "up_proj" in key)
+        found = decoded(lm.model.get_submodule(place), case in TURNED)
+        assert torch.equal(found[0], numbers[into])
+        assert torch.equal(found[1], numbers[f"{place}.down_proj"])
+
+
+def with_tensors(folder: Path, **changed: torch.Tensor | None) -> None:
+    """Changes the file of a folder; None takes a tensor out."""
+    path = folder / "model.safetensors"
+    held = {**load_file(path), **changed}
+    save_file({name: tensor for name, tensor in held.items() if tensor is not None}, path, {"format": "pt"})
+
+
+def test_layers_that_the_architecture_leaves_out_are_left_out(tmp_path: Path) -> None:
+    """Layers that predict further tokens have experts as well, and are numbered from 0 anew."""
+    numbers = LAYOUTS["gptq"].write_experts(tmp_path, "qwen3_next")
+    path = tmp_path / "model.safetensors"
+    further = {
+        name.replace("model.", "mtp.", 1): part + 1 for name, part in load_file(path).items() if ".0.mlp" in name
+    }
+    assert any(".experts." in name for name in further)
+    with_tensors(tmp_path, **further)
+    require_same(FrozenLM.load(tmp_path, device="cpu", dtype="fp32"), plain(numbers, "qwen3_next"))
+
+
+def test_a_layer_that_some_models_of_an_architecture_leave_out_is_read_where_it_belongs_to_the_model(
+    tmp_path: Path,
+) -> None:
+    """GLM-4.5-Air predicts further tokens by layer 46, and GLM-4.5 has 92 layers, and predicts them by the next one."""
+    numbers = LAYOUTS["gptq"].write_experts(tmp_path, "glm4_moe")
+    kind: Any = type(families.make_model("glm4_moe"))
+    assert any(re.search(pattern, "model.layers.46.mlp") for pattern in kind._keys_to_ignore_on_load_unexpected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.1.*"])
+        lm = FrozenLM.load(tmp_path, device="cpu", dtype="fp32")
+    require_same(lm, plain(numbers, "glm4_moe"))
+
+
+@pytest.mark.parametrize(
+    ("case", "lost"),
+    [("mixtral", "block_sparse_moe.experts.3.w1"), ("gpt_oss", ""), ("qwen3_moe", "mlp.experts.3.up_proj")],
+)
+def test_experts_that_cannot_be_put_together_are_refused(tmp_path: Path, case: str, lost: str) -> None:
+    """One is missing; or nothing says which numbers are those of its gate."""
+    LAYOUTS["gptq"].write_experts(tmp_path, case)
+    if lost:
+        with_tensors(
+            tmp_path, **{f"model.layers.1.{lost}.{end}": None for end in ("qweight", "qzeros", "scales", "g_idx")}
+        )
+    with pytest.raises(BaseModelError, match=r"has none for model.layers.\d.*experts.0.*and --quantize"):
+        FrozenLM.load(tmp_path, device="cpu")
+
+
+def test_a_mixture_of_experts_is_trained_stored_and_asked_again(tmp_path: Path) -> None:
+    LAYOUTS["awq"].write_experts(tmp_path, "qwen3_moe")
+    lm = sp.load_model(str(tmp_path), device="cpu")
+    before = {name: weight.clone() for name, weight in lm.model.state_dict().items()}
+    assert any(weight.dtype == torch.uint8 and ".experts.2." in name for name, weight in before.items())
+    prompt = sp.train(lm, toy(32, 0), validation=toy(12, 1), num_virtual_tokens=4, steps=3, batch_size=8)
+    assert all(torch.equal(weight, before[name]) for name, weight in lm.model.state_dict().items())
+    again = sp.load_model(str(tmp_path), device="cpu")
+    assert again.fingerprint == lm.fingerprint
+    assert sp.predict(again, prompt, ["a great film"])[0] == sp.predict(lm, prompt, ["a great film"])[0]

@@ -26,6 +26,7 @@ from softprompt.soft_prompts.soft_prompt import SoftPrompt
 from softprompt.text.tokens import SOFT
 from softprompt.tuning.training import Training
 from tests.conftest import TOY_LABELS, make_model, make_tokenizer, tiny, toy, toy_task, train_settings
+from tests.model.codes import dense
 
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 PRECISIONS = (pytest.param("nf4", marks=needs_bitsandbytes), "int8", "int4", "fp8")
@@ -38,24 +39,6 @@ def loaded(precision: str | None, kind: str = "llama", dtype: str = "fp32") -> F
 
 def vectors(lm: FrozenLM) -> torch.Tensor:
     return 0.1 * torch.randn(6, lm.hidden_size, generator=torch.Generator().manual_seed(0))
-
-
-def dense(module: Any) -> torch.Tensor:
-    """The weight of a quantised layer, worked out from what is stored."""
-    if hasattr(module.weight, "quant_state"):
-        from bitsandbytes.functional import dequantize_4bit
-
-        found: torch.Tensor = dequantize_4bit(module.weight.data, module.weight.quant_state)
-        return found.float()
-    if module.precision == "int4":
-        rows, codes = module.out_features, module.codes.long()
-        both = torch.empty(rows, 2 * codes.shape[1], dtype=torch.long)
-        both[:, 0::2], both[:, 1::2] = codes % 16, codes // 16
-        groups = both.reshape(rows, -1, 64).float()
-        grouped: torch.Tensor = groups * module.scales.float() + module.offsets.float()
-        return grouped.reshape(rows, -1)[:, : module.in_features]
-    plain: torch.Tensor = module.codes.float() * module.scales
-    return plain
 
 
 def with_dense_weights(lm: FrozenLM, kind: str = "llama") -> FrozenLM:
@@ -498,9 +481,10 @@ def test_an_unknown_precision_and_a_missing_library(monkeypatch: pytest.MonkeyPa
 
 
 def test_few_linear_layers_are_told() -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2, "vocab_size": 320}
-    config = AutoConfig.for_model("mixtral", **sizes, **experts, pad_token_id=0, bos_token_id=1, eos_token_id=1)
+    """As of experts that are held together in a way of their own."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "kv_channels": 8, "vocab_size": 320}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+    config = AutoConfig.for_model("jetmoe", **sizes, **experts, pad_token_id=0, bos_token_id=1, eos_token_id=1)
     models: Any = AutoModelForCausalLM
     with pytest.warns(SoftPromptWarning, match=r"are linear layers, which are int8 now; the others, such as experts"):
         FrozenLM(models.from_config(config), make_tokenizer(), name="experts", dtype="fp32", quantize="int8")

@@ -17,6 +17,7 @@ from softprompt.errors import ConfigError, missing_library
 from softprompt.evaluation.validation import validator
 from softprompt.methods.fine_tuning import learn
 from softprompt.methods.problem import Learned, Problem
+from softprompt.model.experts import WITHIN, holds_coded_experts
 from softprompt.model.frozen import FrozenLM
 from softprompt.model.notes import heard, hide_noise
 from softprompt.model.request import Request
@@ -49,7 +50,12 @@ def lora(problem: Problem) -> Learned:
     peft = _import_peft("LoRA")
     lm = problem.fresh()
     config = peft.LoraConfig(
-        task_type=_task_type(lm), r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=0.0, target_modules="all-linear"
+        task_type=_task_type(lm),
+        r=LORA_RANK,
+        lora_alpha=LORA_ALPHA,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        exclude_modules=WITHIN if holds_coded_experts(lm.model) else None,
     )
     with _seeded(problem.seed):
         peft.get_peft_model(lm.model, config)  # puts the adapters into the model itself

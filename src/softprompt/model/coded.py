@@ -182,12 +182,12 @@ class BlockLinear(nn.Module):
         self.bias = None if bias is None else _frozen(bias.detach())
 
     @classmethod
-    def of(cls, weight: torch.Tensor, like: nn.Module) -> BlockLinear | None:
+    def of(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> BlockLinear | None:
         """The layer of unpacked blocks of GGUF, whose scales are found again from the numbers.
 
         Args:
             weight: ``[out, in]``.
-            like: the layer, with its bias.
+            bias: ``[out]``, or None.
 
         Returns:
             None if the numbers are not those of such blocks, bit for bit.
@@ -196,7 +196,6 @@ class BlockLinear(nn.Module):
         if columns % BLOCK:
             return None
         rows = torch.split(weight.detach(), max(1, CODED_AT_ONCE // columns))
-        bias: Any = like.bias
         kinds = [(_q4_0, BLOCK), (_q4_1, BLOCK), (_q8_0, BLOCK), (_steps, BLOCK), (_steps, BLOCK // 2)]
         for found, size in kinds:
             parts = list[tuple[torch.Tensor, ...]]()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,25 +28,34 @@ NOT_COMPUTED = re.compile(
 """Names of settings that change nothing in what a trained model computes, or that other fingerprints cover."""
 
 
-def fingerprint_model(model: Any) -> str:
+def fingerprint_model(model: Any, apart: Mapping[str, Iterable[torch.Tensor]] | None = None) -> str:
     """Hex digest of a model's type and of a sample of every stored weight (``SAMPLES_PER_TENSOR`` evenly spaced
     elements a tensor); its other settings are compared one by one, see ``model_settings``.
 
     Taken before any cast, so it does not depend on the dtype that the model is used in.
+
+    Args:
+        model: of transformers.
+        apart: by the name of each weight that has no numbers yet, the tensors that it is made of, one after the other.
     """
     digest = hashlib.sha256(model.config.model_type.encode())
     for name, weight in model.named_parameters():
         for inner, plain in _plain_tensors(name, weight.detach()):
-            sampled(digest, inner, plain)
+            sampled(digest, inner, plain, (apart or {}).get(inner))
     for name, tensor in _beside(model):
         sampled(digest, name, tensor)
     return digest.hexdigest()
 
 
-def sampled(digest: Any, name: str, weight: torch.Tensor) -> None:
-    """Adds a weight's name, shape, type and a sample of its elements to a digest of ``hashlib``."""
-    flat = weight.detach().reshape(-1)
-    sample = flat[:: max(1, flat.numel() // SAMPLES_PER_TENSOR)].contiguous().cpu()
+def sampled(digest: Any, name: str, weight: torch.Tensor, parts: Iterable[torch.Tensor] | None = None) -> None:
+    """Adds a weight's name, shape, type and a sample of its elements to a digest of ``hashlib``; its elements are those
+    of the parts, one after the other, if there are any."""
+    step, start = max(1, weight.numel() // SAMPLES_PER_TENSOR), 0
+    samples = list[torch.Tensor]()
+    for part in [weight] if parts is None else parts:
+        samples.append(part.detach().reshape(-1)[start::step].to(weight.dtype).contiguous().cpu())
+        start = (start - part.numel()) % step
+    sample = samples[0] if len(samples) == 1 else torch.cat(samples)
     digest.update(f"{name}:{tuple(weight.shape)}:{weight.dtype}".encode())
     digest.update(sample.view(torch.uint8).numpy().tobytes())
 

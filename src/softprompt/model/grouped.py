@@ -7,32 +7,23 @@ for, on any device, with a gradient in their inputs, and with none of the librar
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from softprompt.errors import BaseModelError
 from softprompt.model.coded import BlockLinear
-
-METHOD = "softprompt-grouped"
-"""What transformers knows the quantiser by that leaves places for the layers."""
+from softprompt.model.places import Read, Stored, fill_places
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where AWQ puts each of eight neighbouring outputs in a word of 32 bits (Lin et al. 2024; its GEMM layout)."""
 
 CODES = {"gptq": ".qweight", "awq": ".qweight", "compressed-tensors": ".weight_packed"}
 """Ends of names of codes in each layout."""
-
-PARTS = r"\.(qweight|qzeros|scales|g_idx|weight_(packed|scale|shape|zero_point|g_idx))$"
-"""Names of what such a layer has in the files."""
 
 
 @dataclass(frozen=True)
@@ -99,140 +90,46 @@ def _compressed(given: dict[str, Any]) -> Layout | None:
     return Layout("compressed-tensors", bits, max(group, 0)) if bits in (4, 8) else None
 
 
-@cache
-def register() -> str:
-    """Makes the quantiser known to transformers that leaves empty places where files have codes.
-
-    Returns:
-        What it is called there.
-    """
-    from transformers.quantizers import auto as untyped_auto
-    from transformers.quantizers.base import HfQuantizer
-    from transformers.utils.quantization_config import QuantizationConfigMixin
-
-    auto: Any = untyped_auto
-
-    class Places(HfQuantizer):
-        requires_calibration = True
-
-        def _process_model_before_weight_loading(
-            self, model: Any, checkpoint_files: Sequence[str] = (), **options: Any
-        ) -> None:
-            config: Any = self.quantization_config
-            leave_places(model, [Path(file) for file in checkpoint_files], config.codes)
-
-        def is_serializable(self) -> bool:
-            return False
-
-        @property
-        def is_trainable(self) -> bool:
-            return True
-
-    class Config(QuantizationConfigMixin):
-        def __init__(self, codes: str = "", **options: Any) -> None:
-            method: Any = METHOD
-            self.quant_method, self.codes = method, codes
-
-    auto.register_quantization_config(METHOD)(Config)
-    auto.register_quantizer(METHOD)(Places)
-    return METHOD
-
-
-class Place(nn.Module):
-    """Where a layer goes that is read after all others.
-
-    Attributes:
-        stored: the beginning of its names in the files.
-        shape: ``(out, in)``.
-        biased: whether the layer has a bias.
-    """
-
-    def __init__(self, stored: str, shape: tuple[int, int], biased: bool) -> None:
-        super().__init__()
-        self.stored, self.shape, self.biased = stored, shape, biased
-
-
-def leave_places(model: Any, paths: Sequence[Path], codes: str) -> None:
-    """Puts an empty ``Place`` wherever the files have codes of a linear layer.
-
-    Args:
-        model: without weights yet.
-        paths: its safetensors files.
-        codes: the end of names of codes.
-
-    Raises:
-        BaseModelError: there are no codes, or some belong to no linear layer of the model.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    modules = dict(model.named_modules())
-    found = [name.removesuffix(codes) for name in sorted(_names(paths)) if name.endswith(codes)]
-    if not found:
-        raise BaseModelError(
-            f"the base model should have codes in its files, as its configuration says, but none is called *{codes}; "
-            "give the config.json that it was saved with"
-        )
-    for stored in found:
-        place = _place_of(stored, modules)
-        module = modules.get(place)
-        if not isinstance(module, nn.Linear | Conv1D):
-            raise BaseModelError(
-                f"the base model should have a linear layer for all codes in its files, but has none for {stored}, as "
-                "where experts are stored one by one; give the model that it was made of, and --quantize"
-            )
-        rows, columns = module.weight.T.shape if isinstance(module, Conv1D) else module.weight.shape
-        model.set_submodule(place, Place(stored, (rows, columns), module.bias is not None))
-    biases = rf"^({'|'.join(map(re.escape, found))})\.bias$"
-    model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), PARTS, biases}
-
-
-def _place_of(stored: str, modules: dict[str, nn.Module]) -> str:
-    """The name of a module in the model; models of images and text are called otherwise than in older files."""
-    if stored in modules or "layers." not in stored:
-        return stored
-    end = "." + stored[stored.index("layers.") :]
-    found = [name for name in modules if name.endswith(end)]
-    return found[0] if len(found) == 1 else stored
-
-
-def fill_places(model: Any, paths: Sequence[Path], layout: Layout, device: torch.device, base: str) -> None:
+def fill(model: Any, paths: Sequence[Path], layout: Layout, device: torch.device, base: str) -> None:
     """Reads the layers of all places from the files to the device, one by one.
 
     Raises:
         BaseModelError: one of them is stored in another way than the configuration says.
     """
-    places = [(name, module) for name, module in model.named_modules() if isinstance(module, Place)]
-    with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(path, framework="pt")) for path in paths]
-        holders = {name: file for file in files for name in file.keys()}  # noqa: SIM118
 
-        def read(name: str) -> torch.Tensor | None:
-            return None if name not in holders else holders[name].get_tensor(name).to(device)
+    def layers(parts: Sequence[Stored], read: Read) -> list[nn.Module]:
+        def moved(name: str) -> torch.Tensor | None:
+            found = read(name)
+            return None if found is None else found.to(device)
 
-        for name, place in places:
-            try:
-                layer = _layer(place, layout, read)
-            except (ValueError, RuntimeError, AttributeError, TypeError) as error:
-                raise BaseModelError(
-                    f"the base model {base!r} should hold {place.stored} of {list(place.shape)} in the layout of "
-                    f"{layout}, but it cannot be read so ({' '.join(str(error).split())[:120]}); give the model that "
-                    "it was made of, and --quantize"
-                ) from error
-            model.set_submodule(name, layer)
+        return [_read_layer(part, layout, moved, base) for part in parts]
+
+    fill_places(model, paths, layers)
 
 
-def _layer(place: Place, layout: Layout, read: Callable[[str], torch.Tensor | None]) -> BlockLinear:
+def _read_layer(stored: Stored, layout: Layout, read: Read, base: str) -> BlockLinear:
+    try:
+        return _layer(stored, layout, read)
+    except (ValueError, RuntimeError, AttributeError, TypeError) as error:
+        raise BaseModelError(
+            f"the base model {base!r} should hold {stored.name} of {list(stored.shape)} in the layout of {layout}, but "
+            f"it cannot be read so ({' '.join(str(error).split())[:120]}); give the model that it was made of, and "
+            "--quantize"
+        ) from error
+
+
+def _layer(stored: Stored, layout: Layout, read: Read) -> BlockLinear:
     def part(end: str) -> torch.Tensor:
-        found = read(f"{place.stored}.{end}")
+        found = read(f"{stored.name}.{end}")
         if found is None:
             raise ValueError(f"it has no {end}")
         return found
 
-    rows, columns = place.shape
-    bits, groups = layout.bits, read(f"{place.stored}.g_idx")
+    rows, columns = stored.shape
+    bits, groups = layout.bits, read(f"{stored.name}.g_idx")
     if layout.name == "compressed-tensors":
         codes, scales = _codes(part("weight_packed"), bits), part("weight_scale")
-        groups, zeros = (read(f"{place.stored}.{end}") for end in ("weight_g_idx", "weight_zero_point"))
+        groups, zeros = (read(f"{stored.name}.{end}") for end in ("weight_g_idx", "weight_zero_point"))
         # Without offsets, codes are signed, and stored from the lowest one on.
         middle = torch.full(scales.shape, 1 << bits - 1, dtype=torch.uint8, device=scales.device)
         zeros = middle if zeros is None else _codes(zeros.t(), bits).t()
@@ -251,8 +148,8 @@ def _layer(place: Place, layout: Layout, read: Callable[[str], torch.Tensor | No
     order = None if groups is None else _order(groups, size)
     if order is not None:
         codes = codes[:, order.argsort()]
-    bias = read(f"{place.stored}.bias")
-    if bias is not None and not place.biased:
+    bias = read(f"{stored.name}.bias")
+    if bias is not None and not stored.biased:
         if bias.any():
             raise ValueError("it has a bias, and the architecture none")
         bias = None
@@ -287,11 +184,3 @@ def _codes(words: torch.Tensor, bits: int) -> torch.Tensor:
 def _ones(bits: int) -> int:
     """A word of 32 bits in which each code is one."""
     return sum(1 << shift for shift in range(0, 32, bits))
-
-
-def _names(paths: Sequence[Path]) -> list[str]:
-    names = list[str]()
-    for path in paths:
-        with safe_open(path, framework="pt") as file:
-            names += file.keys()
-    return names

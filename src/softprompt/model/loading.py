@@ -21,13 +21,16 @@ from softprompt.errors import BaseModelError, ConfigError
 from softprompt.files import StrPath, cache_folder, local_path
 from softprompt.model.files import ADAPTER, INDEX, WEIGHTS, adapter_alone, adapts, locate
 from softprompt.model.fingerprint import fingerprint_model
-from softprompt.model.grouped import CODES, fill_places, layout_of, register
+from softprompt.model.grouped import CODES, fill, layout_of
 from softprompt.model.notes import heard, say
+from softprompt.model.places import WEIGHTS as PLAIN
+from softprompt.model.places import register
 from softprompt.model.quantized import (
     fingerprint_files,
     holds,
     is_unpacked,
     loading_options,
+    quantize_apart,
     remedy_for,
     require_method,
     require_plain,
@@ -162,6 +165,7 @@ def _from_pretrained(
     stored, layout = stored_precision(config), layout_of(config, base)
     quantization: Any = getattr(config, "quantization_config", None)
     unpacked = bool(stored) and layout is None and is_unpacked(config, device)
+    apart = not stored and quantize is not None and has_experts(config)
     if stored:
         require_method(config, base)
         if not unpacked:
@@ -173,6 +177,8 @@ def _from_pretrained(
             options["device_map"] = {"": str(device)}
         remedy = remedy_for(config)
         whole = f"the base model {base!r} is stored in {stored} and could not be loaded"
+    elif apart:
+        config.quantization_config = {"quant_method": register(), "codes": PLAIN}
     tokenizer = load(AutoTokenizer.from_pretrained, f"the tokenizer of the {called}", WHERE_TO_PUT_A_TOKENIZER)
     _require_vocabulary(tokenizer, base)
     models: Any = getattr(transformers, loader)
@@ -192,14 +198,29 @@ def _from_pretrained(
     if unpacked and (block := quantization.get("weight_block_size")):
         require_whole_blocks(_weights_of(source), block, base)
     if layout is not None:
-        fill_places(model, _weights_of(source), layout, device, base)
+        fill(model, _weights_of(source), layout, device, base)
         model.config.quantization_config = quantization
+    elif apart:
+        no_quantizer(model)
+        quantize_apart(model, str(quantize), _weights_of(source), device)
     if stored:
         model.stored_fingerprint = fingerprint_files(config.model_type, _weights_of(source))
     if adapter is not None:
         say(f"an adapter{adapts(adapter)} ({ADAPTER}) lies beside the weights of {base}; it is not applied")
     _say_what_does_not_fit(model, tokenizer, found, base)
     return model, tokenizer
+
+
+def has_experts(config: Any) -> bool:
+    """Whether a model is a mixture of experts, as its settings say."""
+    return any("experts" in name and value for name, value in config.get_text_config().to_dict().items())
+
+
+def no_quantizer(model: Any) -> None:
+    """Tells transformers that a model is plain, which it refuses to save while it believes otherwise."""
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.quantization_method = None
 
 
 def fingerprint_of(model: Any) -> str:
@@ -397,10 +418,7 @@ def _convert(gguf: Path, folder: Path) -> None:
                 "again, or give another"
             ) from error
         _require_all_weights(str(gguf), found)
-        # It is plain fp32 now; transformers refuses to save it while it believes otherwise.
-        del model.config.quantization_config
-        model.hf_quantizer = None
-        model.quantization_method = None
+        no_quantizer(model)
         model.config._name_or_path = gguf.stem
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)

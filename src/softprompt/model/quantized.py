@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,11 @@ from torch import nn
 
 from softprompt.errors import BaseModelError, ConfigError
 from softprompt.model.coded import BlockLinear, CodedLinear
-from softprompt.model.fingerprint import sampled, stored_tensors
+from softprompt.model.experts import WITHIN, CodedExperts, is_fused
+from softprompt.model.fingerprint import fingerprint_model, sampled, stored_tensors
 from softprompt.model.notes import quieten_bitsandbytes, say
+from softprompt.model.places import Read, Stored, fill_places, put_back, reading
+from softprompt.model.state.slots import give_back_freed
 
 PRECISIONS = ("nf4", "int8", "int4", "fp8", "gguf")
 """What linear layers can be quantised to; ``gguf``: the blocks of the GGUF file that they come from."""
@@ -76,8 +82,8 @@ def require_plain(stored: str, wanted: str | None, base: str) -> None:
 
 
 def quantize_layers(model: Any, precision: str, device: torch.device, name: str) -> None:
-    """Replaces all linear layers but the head by quantised ones on the device, one by one. The embedding table, norms
-    and head stay as they are.
+    """Replaces all linear layers but the head, and all experts, by quantised ones on the device, one by one. The
+    embedding table, norms and head stay as they are.
 
     Args:
         model: transformers' own, not quantised yet.
@@ -94,29 +100,33 @@ def quantize_layers(model: Any, precision: str, device: torch.device, name: str)
     require_plain(stored_precision(model.config), precision, name)
     require_precision(precision, device)
     head = model.get_output_embeddings()
-    whole = _numbers(model) - model.get_input_embeddings().weight.numel()
-    done = 0
-    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
+    # Not those that do more, as Llama 4's routers do.
+    plain = (nn.Linear.forward, Conv1D.forward)
+    linear = {
+        n
+        for n, m in model.named_modules()
+        if type(m).forward in plain and m is not head and not re.fullmatch(WITHIN, n)
+    }
     for place in sorted(linear):  # a list of the layers themselves would keep them all in memory until the end
         module = model.get_submodule(place)
         weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-        bias = None if module.bias is None else module.bias.to(device)
-        layer: nn.Module | None
-        weight = weight.detach().to(device)
-        if precision == "gguf":
-            layer = BlockLinear.of(weight, module.to(device))
-            if layer is None:
-                continue
-        else:
-            layer = _nf4(weight, bias) if precision == "nf4" else CodedLinear(weight, bias, precision)
-        done += weight.numel()
-        model.set_submodule(place, layer)
+        layer = coded_layer(weight.detach(), module.bias, precision, device)
+        if layer is not None:
+            model.set_submodule(place, layer)
         del module, weight
+    make = partial(coded_layer, precision=precision, device=device)
+    for place in sorted(n for n, m in model.named_modules() if is_fused(m)):
+        experts = CodedExperts.of(model.get_submodule(place), make)
+        if experts is not None:
+            model.set_submodule(place, experts)
+        give_back_freed()  # between the codes of many small weights, little of it is used again
     coded = codes_of(model)
     for weight in model.parameters():
         # One tensor that lies in a mapped file keeps all of the file's pages, whose layers are not needed any more.
         if weight.device.type == "cpu" and id(weight) not in coded and not hasattr(weight, "quant_state"):
             weight.data = weight.data.clone()
+    done = sum(math.prod(shape) for shape in map(_shape, model.modules()) if shape is not None)
+    whole = count_weights(model) - model.get_input_embeddings().weight.numel()
     if not done and precision == "gguf":
         raise BaseModelError(
             f"--quantize gguf keeps the blocks of GGUF files, such as Q4_K and Q8_0, of which {name!r} has none in its "
@@ -129,6 +139,70 @@ def quantize_layers(model: Any, precision: str, device: torch.device, name: str)
             f"of the weights of {name!r} behind its embedding table, {done / whole:.0%} are linear layers, which are "
             f"{precision} now; the others, such as experts, are as they were"
         )
+
+
+def quantize_apart(model: Any, precision: str, paths: Sequence[Path], device: torch.device) -> None:
+    """Quantises experts that the files hold one by one, on their way to the device: together, as transformers would
+    hold them, they could be more than fits into memory. The model remembers the fingerprint that it would have.
+
+    Args:
+        model: with places for them, and with all other weights.
+        precision: of ``PRECISIONS``.
+        paths: its safetensors files.
+        device: where the layers go.
+    """
+    dtype, apart = model.get_input_embeddings().weight.dtype, put_back(model)
+    if not apart:
+        return
+
+    def weight(stored: Stored, read: Read) -> torch.Tensor:
+        found = read(f"{stored.name}.weight")
+        if found is None or found.shape != stored.shape:
+            raise BaseModelError(
+                f"the base model should hold {stored.name}.weight as {list(stored.shape)} by its configuration, but it "
+                f"is {None if found is None else list(found.shape)}; give the config.json that the weights were saved "
+                "with"
+            )
+        return found.to(dtype)
+
+    def layers(parts: Sequence[Stored], read: Read) -> list[nn.Module]:
+        weights = [weight(part, read) for part in parts]
+        # The blocks of one part may be of another kind than those of the next.
+        joined = weights if precision == "gguf" else [torch.cat(weights)]
+        return [coded_layer(one, None, precision, device) or _as_it_is(one) for one in joined]
+
+    with reading(paths) as read:
+        parts = {name: (weight(part, read) for part in stored) for name, stored in apart.items()}
+        model.stored_fingerprint = fingerprint_model(model, parts)
+    fill_places(model, paths, layers)
+
+
+def coded_layer(
+    weight: torch.Tensor, bias: torch.Tensor | None, precision: str, device: torch.device
+) -> nn.Module | None:
+    """The quantised layer on the device.
+
+    Args:
+        weight: ``[out, in]``.
+        bias: ``[out]``, or None.
+        precision: of ``PRECISIONS``.
+        device: where it goes.
+
+    Returns:
+        None of ``gguf``, if the weight is not made of blocks.
+    """
+    weight, bias = weight.to(device), None if bias is None else bias.to(device)
+    if precision == "gguf":
+        return BlockLinear.of(weight, bias)
+    layer: nn.Module = _nf4(weight, bias) if precision == "nf4" else CodedLinear(weight, bias, precision)
+    return layer
+
+
+def _as_it_is(weight: torch.Tensor) -> nn.Linear:
+    """A plain layer of a weight ``[out, in]``."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
 
 
 def placed(model: Any, dtype: torch.dtype, device: torch.device, name: str) -> Any:
@@ -313,10 +387,6 @@ def sizes_of(module: nn.Module) -> Iterator[tuple[str, Sequence[int]]]:
                 yield f"{prefix}bias", shape[:1]
         else:
             yield from ((f"{prefix}{own}", tuple(w.shape)) for own, w in part.named_parameters(recurse=False))
-
-
-def _numbers(model: nn.Module) -> int:
-    return sum(weight.numel() for weight in model.parameters())
 
 
 def count_weights(model: nn.Module) -> int:
