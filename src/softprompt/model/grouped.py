@@ -25,6 +25,9 @@ AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 CODES = {"gptq": ".qweight", "awq": ".qweight", "compressed-tensors": ".weight_packed"}
 """Ends of names of codes in each layout."""
 
+READ = {"gptq": (("gptq", "gptq_v2"), (2, 4, 8)), "awq": (("gemm",), (4,))}
+"""Layouts of each method that are read, the one first that a configuration need not name, and numbers of bits."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -66,16 +69,18 @@ def layout_of(config: Any, base: str) -> Layout | None:
         return _compressed(given)
     if method not in ("gptq", "awq"):
         return None
-    stored = str(given.get("checkpoint_format") or "gptq") if method == "gptq" else str(given.get("version") or "gemm")
-    widths = (2, 4, 8) if method == "gptq" else (4,)
-    if stored.lower() not in ("gptq", "gptq_v2", "gemm") or bits not in widths:
+    own = "checkpoint_format" if method == "gptq" else "version"
+    stored = str(given.get(own) or given.get("format") or READ[method][0][0]).lower()
+    stored = "marlin" if given.get("is_marlin_format") else stored
+    layouts, widths = READ[method]
+    if stored not in layouts or bits not in widths or given.get("pack_dtype", "int32") not in ("int32", torch.int32):
         raise BaseModelError(
             f"the base model {base!r} is stored in {method} with {bits} bits in the layout {stored!r}; GPTQ with "
-            "2, 4 or 8 bits in the layouts 'gptq' and 'gptq_v2', and AWQ with 4 bits in the layout 'gemm' are read: "
-            "give one of these, or the model that it was made of, and --quantize"
+            "2, 4 or 8 bits in the layouts 'gptq' and 'gptq_v2', and AWQ with 4 bits in the layout 'gemm' are read, "
+            "packed in words of 32 bits: give one of these, or the model that it was made of, and --quantize"
         )
     group = int(given.get("group_size") or given.get("q_group_size") or 0)
-    return Layout(method, bits, max(group, 0), less_one=method == "gptq" and stored != "gptq_v2")
+    return Layout(method, bits, max(group, 0), less_one=stored == "gptq")
 
 
 def _compressed(given: dict[str, Any]) -> Layout | None:
