@@ -426,3 +426,20 @@ def test_a_mixture_of_experts_is_trained_stored_and_asked_again(tmp_path: Path) 
     again = sp.load_model(str(tmp_path), device="cpu")
     assert again.fingerprint == lm.fingerprint
     assert sp.predict(again, prompt, ["a great film"])[0] == sp.predict(lm, prompt, ["a great film"])[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("gptq-by-activation", "g_idx"),
+        ("compressed-with-zeros", "weight_zero_point"),
+        ("compressed-by-activation", "weight_g_idx"),
+    ],
+)
+def test_a_layer_without_a_part_that_its_layout_has_is_refused(tmp_path: Path, name: str, part: str) -> None:
+    """Without it, its codes would be read as other numbers."""
+    LAYOUTS[name].write(tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file({key: held for key, held in load_file(path).items() if not key.endswith(f".{part}")}, path)
+    with pytest.raises(BaseModelError, match=f"it has no {part}.*and --quantize"):
+        FrozenLM.load(tmp_path, device="cpu")

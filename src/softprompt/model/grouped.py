@@ -38,12 +38,14 @@ class Layout:
         bits: of a code; 2, 4 or 8.
         group: how many weights of a row share a scale; 0: all.
         less_one: whether the codes that stand for 0 are stored less one, as in GPTQ's first format.
+        needs: ends of names of what a layer must have beside codes and scales.
     """
 
     name: str
     bits: int
     group: int
     less_one: bool = False
+    needs: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.name} {self.bits}-bit"
@@ -80,19 +82,24 @@ def layout_of(config: Any, base: str) -> Layout | None:
             "packed in words of 32 bits: give one of these, or the model that it was made of, and --quantize"
         )
     group = int(given.get("group_size") or given.get("q_group_size") or 0)
-    return Layout(method, bits, max(group, 0), less_one=stored == "gptq")
+    needs = ("g_idx",) if method == "gptq" and given.get("desc_act") else ()
+    return Layout(method, bits, max(group, 0), stored == "gptq", needs)
 
 
 def _compressed(given: dict[str, Any]) -> Layout | None:
     """Of compressed-tensors: weights alone, in packed integers of one width; the library unpacks all else."""
     groups = [group for group in (given.get("config_groups") or {}).values() if isinstance(group, dict)]
     formats = {given.get("format"), *(group.get("format") or given.get("format") for group in groups)}
-    weights = {(one.get("num_bits"), one.get("group_size") or 0) for one in (g.get("weights") or {} for g in groups)}
+    schemes = [group.get("weights") or {} for group in groups]
+    weights = {(one.get("num_bits"), one.get("group_size") or 0, one.get("symmetric", True)) for one in schemes}
     plain = not any(group.get("input_activations") or group.get("output_activations") for group in groups)
     if formats != {"pack-quantized"} or not plain or len(weights) != 1:
         return None
-    ((bits, group),) = weights
-    return Layout("compressed-tensors", bits, max(group, 0)) if bits in (4, 8) else None
+    ((bits, group, symmetric),) = weights
+    needs: tuple[str, ...] = () if symmetric else ("weight_zero_point",)
+    if any(str(one.get("actorder")).lower() == "group" for one in schemes):
+        needs += ("weight_g_idx",)
+    return Layout("compressed-tensors", bits, max(group, 0), needs=needs) if bits in (4, 8) else None
 
 
 def fill(model: Any, paths: Sequence[Path], layout: Layout, device: torch.device, base: str) -> None:
@@ -130,6 +137,8 @@ def _layer(stored: Stored, layout: Layout, read: Read) -> BlockLinear:
             raise ValueError(f"it has no {end}")
         return found
 
+    for end in layout.needs:
+        part(end)
     rows, columns = stored.shape
     bits, groups = layout.bits, read(f"{stored.name}.g_idx")
     if layout.name == "compressed-tensors":
